@@ -65,7 +65,7 @@ def refused(kwargs: dict[str, Any]) -> bool:
 def original_kwargs(meta: dict[str, Any]) -> dict[str, Any]:
     """A model case's arguments, as HEAD's constructor takes them: the first release's implied ones spelled out."""
     kwargs = dict(meta['kwargs'])
-    if meta['class_version'].startswith('early'):
+    if meta['class_version'].startswith('first release'):
         kwargs |= {'if_divide_out': False, 'use_middle_cls_token': False, 'stride': kwargs['patch_size']}
     return kwargs
 
