@@ -1,0 +1,127 @@
+"""Packaging of vim-timm, with the native CPU kernel as an optional part: without a C compiler the install still works."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent
+VERSION = (ROOT / 'vim_timm' / 'version.py').read_text().split("'")[1]
+README = ROOT / 'README.md'
+
+TEST = ['pytest', 'pytest-timeout', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy']
+TRAIN = ['scikit-learn', 'torchmetrics', 'matplotlib', 'tensorboard', 'tqdm']
+EXPORT = ['onnx', 'onnxruntime', 'onnxscript']
+CUDA = ['mamba-ssm', 'causal-conv1d']
+
+# -ffast-math is left out on purpose: it would fold the rounding trick of the exponential, and linking with it makes gcc
+# set flush-to-zero for the whole process.
+FLAGS = ['-O3', '-std=gnu11', '-fvisibility=hidden', '-ffp-contract=fast', '-fno-math-errno', '-fno-trapping-math']
+X86 = {'x86_64', 'AMD64', 'amd64'}
+ARM64 = {'aarch64', 'arm64'}
+
+
+def instruction_sets():
+    """(name, float lanes of a vector, compiler flags) of every build of kernel.c for this machine's architecture."""
+    machine = platform.machine()
+    if machine in X86:
+        return [
+            (
+                'avx512',
+                16,
+                ['-mavx512f', '-mavx512dq', '-mavx512bw', '-mavx512vl', '-mfma', '-mprefer-vector-width=512'],
+            ),
+            ('avx2', 8, ['-mavx2', '-mfma']),
+            ('baseline', 4, []),
+        ]
+    return [('neon' if machine in ARM64 else 'baseline', 4, [])]
+
+
+class BuildKernel(build_ext):
+    """Compiles kernel.c once per instruction set and links one plain shared library, which Python loads with ctypes."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split('.')) + ('.dll' if os.name == 'nt' else '.so')
+
+    def get_export_symbols(self, ext):
+        return []
+
+    def build_extension(self, ext):
+        try:
+            self.compile_and_link(ext)
+        except Exception as error:
+            # Whatever the compiler does wrong, vim-timm runs without it: setuptools warns, since the extension is optional.
+            raise CompileError(
+                f'the native CPU kernel was not built ({error}); vim-timm falls back to its slower torch backend on CPUs'
+            ) from error
+
+    def compile_and_link(self, ext):
+        if self.compiler.compiler_type == 'msvc':
+            raise CompileError('MSVC has no vector extensions; build with clang or MinGW')
+        if sys.platform == 'darwin':
+            os.environ.setdefault('ARCHFLAGS', f'-arch {platform.machine()}')
+        kernel, runtime = ext.sources
+        sets = instruction_sets()
+        objects = self.compiler.compile(
+            [runtime],
+            output_dir=self.build_temp,
+            macros=[(f'HAVE_{name.upper()}', '1') for name, _, _ in sets],
+            extra_postargs=FLAGS,
+        )
+        for name, lanes, flags in sets:
+            objects += self.compiler.compile(
+                [kernel],
+                output_dir=os.path.join(self.build_temp, name),
+                macros=[('LANES', str(lanes)), ('ISA', name)],
+                extra_postargs=FLAGS + flags,
+                depends=ext.depends,
+            )
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), extra_postargs=ext.extra_link_args)
+
+
+class PlatformWheel(bdist_wheel):
+    """`py3-none-<platform>` with the kernel inside (it knows no Python ABI), `py3-none-any` without."""
+
+    def get_tag(self):
+        self.root_is_pure = not any(Path(self.bdist_dir).rglob('libvim_timm_cpu.*'))
+        return ('py3', 'none', 'any' if self.root_is_pure else super().get_tag()[2])
+
+
+setup(
+    name='vim-timm',
+    version=VERSION,
+    description='Vision Mamba as a first-class citizen of timm: CPU, CUDA, torch.compile and ONNX, nothing to compile.',
+    long_description=README.read_text() if README.exists() else '',
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    keywords=['vision mamba', 'vim', 'state space model', 'selective scan', 'timm', 'pytorch', 'image classification'],
+    classifiers=[
+        'Intended Audience :: Science/Research',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+    python_requires='>=3.10',
+    install_requires=['torch>=2.6', 'timm>=1.0.31', 'einops', 'safetensors', 'huggingface_hub'],
+    extras_require={'train': TRAIN, 'cuda': CUDA, 'export': EXPORT, 'test': TEST + TRAIN + EXPORT},
+    packages=find_packages(include=['vim_timm', 'vim_timm.*']),
+    package_data={
+        'vim_timm': ['py.typed', 'recipes/*.yaml', 'weights/*', '*.npz', '**/*.npz'],
+        'vim_timm.ops.cpu': ['*.c', '*.h'],
+    },
+    ext_modules=[
+        Extension(
+            'vim_timm.ops.cpu.libvim_timm_cpu',
+            sources=['vim_timm/ops/cpu/kernel.c', 'vim_timm/ops/cpu/runtime.c'],
+            depends=['vim_timm/ops/cpu/runtime.h'],
+            optional=True,
+        )
+    ],
+    cmdclass={'build_ext': BuildKernel, 'bdist_wheel': PlatformWheel},
+    zip_safe=False,
+)
