@@ -1,6 +1,6 @@
 """Golden data: the original code's own numbers, read by the tests.
 
-`tests/golden` holds a selection; `VIM_TIMM_GOLDEN=DIR` runs the same tests over a whole collection of the same structure.
+`tests/golden` holds a selection; `VIM_TIMM_GOLDEN=DIR` runs the same tests over another folder of the same structure.
 """
 
 import json

@@ -1,0 +1,76 @@
+"""`python -m vim_timm.doctor`: what this machine can run, and why not: versions, devices, scan backends."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from vim_timm import ops
+
+_PACKAGES = ('vim-timm', 'torch', 'torchvision', 'timm', 'triton', 'mamba-ssm', 'causal-conv1d')
+
+
+def _versions() -> list[str]:
+    lines = [f'python {platform.python_version()} on {platform.platform()}']
+    for package in _PACKAGES:
+        try:
+            lines.append(f'{package} {version(package)}')
+        except PackageNotFoundError:
+            lines.append(f'{package}: not installed')
+    return lines
+
+
+def _devices() -> list[str]:
+    """The CPU, then every accelerator that torch sees."""
+    lines = [f'cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}']
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        runtime = f'ROCm {torch.version.hip}' if torch.version.hip else f'CUDA {torch.version.cuda}'
+        lines.append(
+            f'cuda:{index}: {device.name}, {device.total_memory / 2**30:.0f} GiB, '
+            f'compute capability {device.major}.{device.minor}, {runtime}'
+        )
+    if torch.backends.mps.is_available():
+        lines.append('mps: available')
+    if torch.xpu.is_available():
+        lines.append(f'xpu: {torch.xpu.device_count()} device(s)')
+    return lines
+
+
+def _backends() -> list[str]:
+    return [
+        f'{status.name}: ' + ('available' if status.available else f'not available: {status.reason}')
+        for status in ops.explain()
+    ]
+
+
+def _choices() -> list[str]:
+    """The backend that `auto` takes on each device type, and what VIM_TIMM_SCAN forces."""
+    devices = ['cpu'] + [name for name in ('cuda', 'mps', 'xpu') if getattr(torch, name).is_available()]
+    lines = [f'{device}: {ops.auto_backend(device)}' for device in devices]
+    forced = os.environ.get('VIM_TIMM_SCAN', 'auto')
+    if forced != 'auto':
+        lines.append(f'VIM_TIMM_SCAN={forced} overrides this')
+    return lines
+
+
+def report() -> str:
+    """The whole report as text."""
+    sections = {
+        'Versions': _versions(),
+        'Devices': _devices(),
+        'Scan backends': _backends(),
+        'auto picks': _choices(),
+    }
+    return '\n\n'.join('\n'.join([title, *(f'  {line}' for line in lines)]) for title, lines in sections.items())
+
+
+def main() -> int:
+    print(report())
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
