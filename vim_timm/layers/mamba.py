@@ -1,0 +1,174 @@
+"""The bidirectional Mamba mixer: what one Vision Mamba block computes between its norm and its residual sum.
+
+Source: Vision Mamba, arXiv 2401.09417, algorithm 1; Mamba, arXiv 2312.00752, section 3.4.
+Shape suffixes: B batch, L tokens, C width (embed_dim), D channels (expand * C), N state (d_state), R dt_rank.
+"""
+import math
+from typing import Final, Literal, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import register_notrace_function
+
+from vim_timm.ops import bidirectional_conv, bidirectional_scan, probe_backends
+
+# kernels and loops over tokens stay single nodes in an FX graph
+register_notrace_function(bidirectional_conv)
+register_notrace_function(bidirectional_scan)
+
+ScanType = Literal['bidirectional', 'shared', 'forward']
+
+# range of the initial step size softplus(dt_proj.bias), and its floor (Mamba, section 3.6)
+_DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+class BiMamba(nn.Module):
+    """Gated, bidirectional selective state space mixer, (B, L, C) -> (B, L, C).
+
+    `scan` names the directions: 'bidirectional' (the original's v2) gives the backward direction its own convolution,
+    projections and state matrix (the `_b` parameters); 'shared' (v1) only its own state matrix, on the reversed tokens
+    of the one convolution; 'forward' has no backward direction.
+    """
+    bidirectional: Final[bool]
+    shared: Final[bool]
+
+    def __init__(
+            self,
+            dim: int,
+            d_state: int = 16,
+            d_conv: int = 4,
+            expand: int = 2,
+            dt_rank: Union[int, Literal['auto']] = 'auto',
+            conv_bias: bool = True,
+            proj_bias: bool = False,
+            scan: ScanType = 'bidirectional',
+            halve: bool = True,
+            proj_drop: float = 0.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Width C of the tokens.
+            d_state: State size N of each channel.
+            d_conv: Width of the causal convolution.
+            expand: Channels D = expand * C.
+            dt_rank: Rank R of the step size projection, 'auto' for ceil(C / 16).
+            conv_bias: Bias in the convolutions.
+            proj_bias: Bias in in_proj and out_proj.
+            scan: Directions, see the class.
+            halve: Average the two directions ('bidirectional' only) instead of adding them.
+            proj_drop: Dropout of the output.
+
+        Raises:
+            ValueError: unknown `scan`.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if scan not in ('bidirectional', 'shared', 'forward'):
+            raise ValueError(f"scan must be 'bidirectional', 'shared' or 'forward', not {scan!r}")
+        probe_backends()
+        d_inner = int(expand * dim)
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16) if dt_rank == 'auto' else dt_rank
+        self.bidirectional = scan == 'bidirectional'
+        self.shared = scan == 'shared'
+        self.scale = 0.5 if self.bidirectional and halve else 1.0
+
+        def conv() -> nn.Conv1d:
+            return nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=conv_bias, **dd)
+
+        def linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+            return nn.Linear(in_features, out_features, bias=bias, **dd)
+
+        self.in_proj = linear(dim, 2 * d_inner, proj_bias)
+        self.conv1d = conv()
+        self.x_proj = linear(d_inner, self.dt_rank + 2 * d_state, False)
+        self.dt_proj = linear(self.dt_rank, d_inner, True)
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(d_inner, **dd))
+        if self.bidirectional:
+            self.conv1d_b = conv()
+            self.x_proj_b = linear(d_inner, self.dt_rank + 2 * d_state, False)
+            self.dt_proj_b = linear(self.dt_rank, d_inner, True)
+            self.D_b = nn.Parameter(torch.empty(d_inner, **dd))
+        if self.bidirectional or self.shared:
+            self.A_b_log = nn.Parameter(torch.empty(d_inner, d_state, **dd))
+        self.out_proj = linear(d_inner, dim, proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the state space parameters: A = -(1..N), D = 1, forward step sizes log-uniform in 0.001 to 0.1.
+
+        The backward direction's step sizes keep Linear's weights and a zero bias, as in the original.
+        """
+        states = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device)
+        with torch.no_grad():
+            self.A_log.copy_(torch.log(states).expand_as(self.A_log))
+            self.D.fill_(1.0)
+            nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
+            dt = torch.rand_like(self.dt_proj.bias, dtype=torch.float32)
+            dt = torch.exp(dt * math.log(_DT_MAX / _DT_MIN) + math.log(_DT_MIN)).clamp(min=_DT_FLOOR)
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            if self.bidirectional:
+                self.D_b.fill_(1.0)
+                nn.init.zeros_(self.dt_proj_b.bias)
+            if self.bidirectional or self.shared:
+                self.A_b_log.copy_(self.A_log)
+
+    def _step_sizes(self, dt_BLR: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Projected step sizes (B, L, D) and the bias that the scan still has to add.
+
+        A plain dt_proj leaves its bias to the scan, which adds it in float32; one that is wrapped, hooked or quantized
+        is called whole.
+        """
+        if not torch.jit.is_scripting():
+            if not _is_plain_linear(self.dt_proj):
+                return self.dt_proj(dt_BLR), None
+        return F.linear(dt_BLR, self.dt_proj.weight), self.dt_proj.bias
+
+    def _step_sizes_b(self, dt_BLR: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """`_step_sizes` of the backward direction (TorchScript passes no modules as arguments)."""
+        if not torch.jit.is_scripting():
+            if not _is_plain_linear(self.dt_proj_b):
+                return self.dt_proj_b(dt_BLR), None
+        return F.linear(dt_BLR, self.dt_proj_b.weight), self.dt_proj_b.bias
+
+    def forward(self, x_BLC: torch.Tensor) -> torch.Tensor:
+        split = [self.dt_rank, self.d_state, self.d_state]
+        x_BLD, z_BLD = self.in_proj(x_BLC).chunk(2, dim=-1)
+        weight_DW, bias_D = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if self.bidirectional:
+            u_BLD, u_b_BLD = bidirectional_conv(
+                x_BLD, weight_DW, bias_D, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias)
+            assert u_b_BLD is not None  # for TorchScript
+            dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLD).split(split, dim=-1)
+            dt_b_BLR, B_b_BLN, C_b_BLN = self.x_proj_b(u_b_BLD).split(split, dim=-1)
+            delta_BLD, delta_bias_D = self._step_sizes(dt_BLR)
+            delta_b_BLD, delta_bias_b_D = self._step_sizes_b(dt_b_BLR)
+            y_BLD = bidirectional_scan(
+                u_BLD, delta_BLD, self.A_log, B_BLN, C_BLN, self.D, delta_bias_D,
+                u_b_BLD, delta_b_BLD, self.A_b_log, B_b_BLN, C_b_BLN, self.D_b, delta_bias_b_D,
+                z_BLD, self.scale)
+        else:
+            u_BLD, _ = bidirectional_conv(x_BLD, weight_DW, bias_D, None, None)
+            dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLD).split(split, dim=-1)
+            delta_BLD, delta_bias_D = self._step_sizes(dt_BLR)
+            if self.shared:
+                y_BLD = bidirectional_scan(
+                    u_BLD, delta_BLD, self.A_log, B_BLN, C_BLN, self.D, delta_bias_D,
+                    u_BLD, delta_BLD, self.A_b_log, B_BLN, C_BLN, self.D, delta_bias_D,
+                    z_BLD, self.scale)
+            else:
+                y_BLD = bidirectional_scan(
+                    u_BLD, delta_BLD, self.A_log, B_BLN, C_BLN, self.D, delta_bias_D,
+                    None, None, None, None, None, None, None,
+                    z_BLD, self.scale)
+        return self.proj_drop(self.out_proj(y_BLD))
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Linear and not any(hooks)

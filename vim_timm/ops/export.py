@@ -1,0 +1,110 @@
+"""The `export` backend: the scan as a short graph of plain aten, for ONNX, torch.export, TorchScript, meta tensors
+and torch.compile where no kernel runs.
+
+The same chunks as `chunked.py`, without autograd.Function, slices or writes in place: about 3 sqrt(L) steps a direction
+in the graph, any batch size at run time, gradients by autograd.
+"""
+import math
+from typing import List, Optional
+
+import torch
+import torch.nn.functional as F
+
+from vim_timm.ops import reference
+from vim_timm.ops.reference import step_size
+
+
+def unavailable() -> str:
+    return ''
+
+
+def unsupported(u: torch.Tensor, A: torch.Tensor) -> str:
+    return ''
+
+
+def scan_one_direction(
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: Optional[torch.Tensor],
+        delta_bias: Optional[torch.Tensor],
+        delta_softplus: bool,
+        A_is_log: bool,
+        reverse: bool,
+) -> torch.Tensor:
+    """As `reference.scan_one_direction`, in chunks."""
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    u, dt, B, C = u.to(dtype), step_size(delta.to(dtype), delta_bias, delta_softplus), B.to(dtype), C.to(dtype)
+    A = -torch.exp(A.to(dtype)) if A_is_log else A.to(dtype)
+    length = u.shape[1]
+    size = max(1, int(math.sqrt(float(length))))
+    chunks = (length + size - 1) // size
+    pad = [0, 0, 0, chunks * size - length]
+    # (B, K, T, ...): zeros after the last token (dt = 0) leave every state as it is
+    dt_chunk = F.pad(dt, pad).unflatten(1, [chunks, size])
+    x_chunk = F.pad(dt * u, pad).unflatten(1, [chunks, size])
+    B_chunk = F.pad(B, pad).unflatten(1, [chunks, size])
+    C_chunk = F.pad(C, pad).unflatten(1, [chunks, size])
+
+    decay = torch.exp(dt_chunk.unsqueeze(-1) * A)
+    x = x_chunk.unsqueeze(-1) * B_chunk.unsqueeze(-2)
+    end = torch.zeros_like(x[:, :, 0])
+    for i in range(size):
+        t = size - 1 - i if reverse else i
+        end = decay[:, :, t] * end + x[:, :, t]
+    chunk_decay = torch.exp(dt_chunk.sum(2).unsqueeze(-1) * A)
+    carry = torch.zeros_like(end[:, 0])
+    starts: List[torch.Tensor] = []
+    for i in range(chunks):
+        k = chunks - 1 - i if reverse else i
+        starts.append(carry)
+        carry = chunk_decay[:, k] * carry + end[:, k]
+    if reverse:
+        starts.reverse()
+    h = torch.stack(starts, dim=1)
+    ys: List[torch.Tensor] = []
+    for i in range(size):
+        t = size - 1 - i if reverse else i
+        h = decay[:, :, t] * h + x[:, :, t]
+        ys.append((h * C_chunk[:, :, t].unsqueeze(-2)).sum(-1))
+    if reverse:
+        ys.reverse()
+    y = torch.stack(ys, dim=2).flatten(1, 2)[:, :length]
+    return y if D is None else y + D.to(dtype) * u
+
+
+def scan(
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: Optional[torch.Tensor],
+        delta_bias: Optional[torch.Tensor],
+        u_b: Optional[torch.Tensor],
+        delta_b: Optional[torch.Tensor],
+        A_b: Optional[torch.Tensor],
+        B_b: Optional[torch.Tensor],
+        C_b: Optional[torch.Tensor],
+        D_b: Optional[torch.Tensor],
+        delta_bias_b: Optional[torch.Tensor],
+        z: Optional[torch.Tensor],
+        scale: float,
+        delta_softplus: bool,
+        A_is_log: bool,
+) -> torch.Tensor:
+    """The same function as `reference.scan`."""
+    y = scan_one_direction(u, delta, A, B, C, D, delta_bias, delta_softplus, A_is_log, False)
+    if u_b is not None:
+        assert delta_b is not None and A_b is not None and B_b is not None and C_b is not None
+        y = y + scan_one_direction(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b, delta_softplus, A_is_log, True)
+    if scale != 1.0:
+        y = y * scale
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(u.dtype)
+
+
+conv = reference.conv
