@@ -26,7 +26,7 @@ TRAINING = dict(
     smoothing=0.1, bce_loss=False, drop=0.0, drop_path=0.1,
     model_ema=True, model_ema_decay=0.99996, model_ema_force_cpu=False, model_ema_warmup=False,
     amp=False, seed=0, workers=10, pin_mem=True, output='', experiment='', resume='', pretrained=False,
-    grad_checkpointing=False, model_kwargs={'decay_ssm': True},
+    grad_checkpointing=False, model_kwargs={'decay_state': True},
 )  # fmt: skip
 EVALUATION = dict(
     split='val', num_classes=1000, img_size=224, batch_size=64, crop_pct=0.875, interpolation='bicubic',
@@ -144,9 +144,11 @@ def test_learning_rate_scales_with_the_global_batch_unless_told_otherwise():
     ('--ThreeAugment', dict(aa='3a', reprob=0.0, color_jitter=0.3)),
     ('--finetune start.pth', dict(pretrained=True, pretrained_path='start.pth')),
     ('--cooldown-epochs 30', dict(cooldown_epochs=0)),
-    ('--drop 0.2', dict(drop=0.0, model_kwargs={'decay_ssm': True, 'pos_drop_rate': 0.2})),
-    ('--if_random_token_rank', dict(model_kwargs={'decay_ssm': True, 'random_token_order': True})),
-    ('--if_random_cls_token_position', dict(model_kwargs={'decay_ssm': True, 'random_class_position': True})),
+    ('--drop 0.2', dict(drop=0.0, model_kwargs={'decay_state': True, 'pos_drop_rate': 0.2})),
+    ('--if_random_token_rank', dict(model_kwargs={'decay_state': True, 'random_token_order': True})),
+    ('--if_random_cls_token_position', dict(model_kwargs={'decay_state': True})),
+    ('--if_random_cls_token_position --model vim_tiny_patch16_rope_ape_224',
+     dict(model_kwargs={'decay_state': True, 'random_class_position': True})),
     ('--opt-betas 0.9 0.95 --clip-grad 1.0', dict(opt_betas=[0.9, 0.95], clip_grad=1.0)),
     ('--cutmix-minmax 0.2 0.8', dict(cutmix_minmax=[0.2, 0.8])),
     ('--start_epoch 3 --seed 7 --device cpu', dict(start_epoch=3, seed=7, device='cpu')),

@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Optional, Sequence
 
-from vim_timm.engine.errors import UserError, run
+from vim_timm.engine.errors import UserError, explain, run
 
 PROGRAM = 'python -m vim_timm.original'
 
@@ -235,25 +235,27 @@ def _data(args: argparse.Namespace, script: str, notes: list[str]) -> list[str]:
     raise Refusal(f'--data-set {args.data_set}: the 2018 and 2019 iNaturalist index files are not supported')
 
 
-def _model_kwargs(args: argparse.Namespace, training: bool) -> list[str]:
+def _model_kwargs(args: argparse.Namespace, notes: list[str]) -> list[str]:
     """What the original sets inside its Vim, and other models do not know."""
     if not args.model.startswith('vim_'):
-        return _forward('--drop', args.drop) if training else []
-    kwargs = []
-    if args.if_random_cls_token_position:
-        kwargs.append('random_class_position=True')
+        return _forward('--drop', args.drop)
+    kwargs = ['decay_state=True']  # the original's optimizer decays A_log, for it is a matrix
+    if args.drop:
+        kwargs.append(f'pos_drop_rate={args.drop}')
     if args.if_random_token_rank:
         kwargs.append('random_token_order=True')
-    if training:
-        kwargs += [f'pos_drop_rate={args.drop}'] if args.drop else []
-        kwargs.append('decay_ssm=True')  # the original's optimizer decays A_log, being a matrix
-    return ['--model-kwargs', *kwargs] if kwargs else []
+    if args.if_random_cls_token_position:
+        if args.model.endswith(('rope_ape_224', 'with_cls_token')):
+            kwargs.append('random_class_position=True')
+        else:
+            notes.append('--if_random_cls_token_position changes nothing: it moves leading class tokens only')
+    return ['--model-kwargs', *kwargs]
 
 
 def _combined_eval(args: argparse.Namespace) -> list[str]:
     if not args.resume:
         raise Refusal('--eval: needs --resume with the checkpoint to evaluate')
-    return ['--checkpoint', _local('--resume', args.resume), *_model_kwargs(args, training=False)]
+    return ['--checkpoint', _local('--resume', args.resume)]
 
 
 def _combined_train(args: argparse.Namespace, world_size: int, notes: list[str]) -> list[str]:
@@ -273,7 +275,7 @@ def _combined_train(args: argparse.Namespace, world_size: int, notes: list[str])
         arguments += ['--output', folder or '.', '--experiment', name]
     else:
         notes.append('without --output_dir the original saves nothing; here checkpoints go to ./output/train')
-    return arguments + _model_kwargs(args, training=True)
+    return arguments + _model_kwargs(args, notes)
 
 
 def _scaled_lr(lr: float) -> list[str]:
@@ -306,10 +308,12 @@ def _local(name: str, path: str) -> str:
 
 def _resumable(path: str) -> str:
     """Refuse to resume the original's own training files: optimizer states do not carry over."""
-    from vim_timm.hub.convert import read_checkpoint
+    from vim_timm.models.checkpoint import read_checkpoint
 
     path = _local('--resume', path)
-    if os.path.isfile(path) and {'model', 'lr_scheduler'} <= read_checkpoint(path).keys():
+    with explain('--resume'):
+        original = os.path.isfile(path) and {'model', 'lr_scheduler'} <= read_checkpoint(path).keys()
+    if original:
         raise Refusal(f"--resume: the optimizer state in {path} is the original code's; --finetune takes its weights")
     return path
 

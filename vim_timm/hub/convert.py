@@ -1,0 +1,341 @@
+"""Checkpoints of the original Vim code (hustvl/Vim): read them safely, build the equivalent model, rewrite them.
+
+The command `python -m vim_timm.hub.convert IN.pth OUT.safetensors` rewrites one.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Mapping, Optional
+
+import torch
+from safetensors.torch import save_file
+from timm.models import create_model
+from torch import nn
+
+from vim_timm.models.checkpoint import CheckpointError, read_checkpoint, select_weights
+from vim_timm.models.vision_mamba import VisionMamba, checkpoint_filter_fn
+from vim_timm.version import __version__
+
+# arguments of the original's Mamba class under our names, and those that a loaded model does not show
+_SSM_CFG = {'d_conv': 'd_conv', 'expand': 'expand', 'dt_rank': 'dt_rank', 'conv_bias': 'conv_bias', 'bias': 'proj_bias'}
+_IGNORED_SSM_CFG = {'dt_min', 'dt_max', 'dt_init', 'dt_scale', 'dt_init_floor', 'use_fast_path'}
+_POOLS = {'none': 'last', 'mean': 'avg'}
+_SCANS = {'v2': 'bidirectional', 'v1': 'shared', 'none': 'forward'}
+
+
+def from_original(
+    state_dict: Mapping[str, torch.Tensor],
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int = 16,
+    stride: int = 16,
+    depth: int = 24,
+    embed_dim: int = 192,
+    d_state: int = 16,
+    channels: int = 3,
+    num_classes: int = 1000,
+    ssm_cfg: Optional[dict[str, Any]] = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.1,
+    norm_epsilon: float = 1e-5,
+    rms_norm: bool = True,
+    initializer_cfg: Optional[dict[str, Any]] = None,
+    fused_add_norm: bool = True,
+    residual_in_fp32: bool = True,
+    device: Optional[torch.device | str] = None,
+    dtype: Optional[torch.dtype] = None,
+    ft_seq_len: Optional[int] = None,
+    pt_hw_seq_len: int = 14,
+    if_bidirectional: bool = False,
+    final_pool_type: str = 'none',
+    if_abs_pos_embed: bool = True,
+    if_rope: bool = False,
+    if_rope_residual: bool = False,
+    flip_img_sequences_ratio: float = -1.0,
+    if_bimamba: bool = False,
+    bimamba_type: str = 'v2',
+    if_cls_token: bool = True,
+    if_divide_out: bool = True,
+    init_layer_scale: Optional[float] = None,
+    use_double_cls_token: bool = False,
+    use_middle_cls_token: bool = True,
+    if_devide_out: Optional[bool] = None,
+) -> nn.Module:
+    """Build the model that computes what the original's `VisionMamba(**kwargs)` computes, with its weights.
+
+    The arguments are those of the original's HEAD, with its defaults: `stride` is 16 whatever `patch_size` is, and
+    directions are halved. A model of the first release needs `if_divide_out=False, use_middle_cls_token=False,
+    stride=patch_size`. `initializer_cfg`, `fused_add_norm` and `ft_seq_len` change nothing in a loaded model.
+    `if_devide_out` is the misspelling that some original entrypoints pass and their class ignores.
+
+    Args:
+        state_dict: the original's parameters and buffers, under its names.
+
+    Raises:
+        ValueError: a mode that is not carried along (`flip_img_sequences_ratio`, `if_bidirectional`, ...), or a
+            checkpoint that does not fit these arguments.
+        TypeError: an argument that the original's class does not know either.
+    """
+    if flip_img_sequences_ratio > 0:
+        raise ValueError('flip_img_sequences_ratio > 0 is not supported: no published model flips its sequence')
+    if if_bidirectional:
+        raise ValueError("if_bidirectional is not supported: published models are bidirectional by bimamba_type='v2'")
+    if final_pool_type == 'max' or (final_pool_type == 'all' and not if_cls_token):
+        raise ValueError(f"final_pool_type='{final_pool_type}' is not supported: use 'none' or 'mean'")
+    if if_devide_out is not None and if_devide_out != if_divide_out:
+        raise TypeError('if_devide_out is a misspelling that the original ignores: pass if_divide_out')
+
+    bimamba_type = 'v1' if if_bimamba else bimamba_type
+    model = VisionMamba(
+        img_size=img_size,
+        patch_size=patch_size,
+        stride=stride,
+        in_chans=channels,
+        num_classes=num_classes,
+        global_pool='token' if if_cls_token else _choose('final_pool_type', final_pool_type, _POOLS),
+        embed_dim=embed_dim,
+        depth=depth,
+        class_token=_class_token(if_cls_token, use_double_cls_token, use_middle_cls_token),
+        scan=_choose('bimamba_type', bimamba_type, _SCANS),
+        halve=if_divide_out and bimamba_type == 'v2',
+        rope=if_rope,
+        rope_residual=if_rope_residual,
+        rope_pretrained_grid=pt_hw_seq_len,
+        pos_embed=if_abs_pos_embed,
+        init_values=init_layer_scale,
+        norm_layer='rmsnorm' if rms_norm else 'layernorm',
+        norm_eps=norm_epsilon,
+        residual_in_fp32=residual_in_fp32,
+        d_state=d_state,
+        pos_drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+        device=device,
+        dtype=dtype,
+        **_mixer_arguments(ssm_cfg or {}),
+    )
+    _check_layout(state_dict, model)
+    _load_strictly(model, checkpoint_filter_fn(dict(state_dict), model))
+    return model
+
+
+def _choose(name: str, value: str, choices: dict[str, str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}='{value}' is unknown: choose {', '.join(choices)}")
+    return choices[value]
+
+
+def _class_token(if_cls_token: bool, use_double_cls_token: bool, use_middle_cls_token: bool) -> str:
+    """The original's precedence: none, then double, then middle, then head."""
+    if not if_cls_token:
+        return 'none'
+    if use_double_cls_token:
+        return 'double'
+    return 'middle' if use_middle_cls_token else 'head'
+
+
+def _mixer_arguments(ssm_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The original's `ssm_cfg` (arguments of its Mamba class) under our names."""
+    if not ssm_cfg.get('use_fast_path', True):
+        raise ValueError('ssm_cfg use_fast_path=False is not supported: it silently ran the forward direction only')
+    unknown = set(ssm_cfg) - set(_SSM_CFG) - _IGNORED_SSM_CFG
+    if unknown:
+        raise TypeError(f'ssm_cfg has unknown keys: {", ".join(sorted(unknown))}')
+    return {ours: ssm_cfg[theirs] for theirs, ours in _SSM_CFG.items() if theirs in ssm_cfg}
+
+
+def _check_layout(state_dict: Mapping[str, torch.Tensor], model: VisionMamba) -> None:
+    """Refuse what `checkpoint_filter_fn` would mend or drop: other sizes, and rotary tables of another model."""
+    own = model.state_dict()
+    for name in ('pos_embed', 'patch_embed.proj.weight'):
+        if name in state_dict and name in own:
+            _check_shape(name, state_dict[name].shape, own[name].shape)
+    for name in ('rope.freqs_cos', 'rope.freqs_sin'):
+        if (name in state_dict) != model.rope:
+            verb = 'lacks' if model.rope else 'has'
+            raise CheckpointError(f'the checkpoint {verb} {name}: pass if_rope={name in state_dict}')
+        if model.rope:
+            _check_shape(name, state_dict[name].shape, torch.Size([model.patch_embed.num_patches, model.embed_dim]))
+
+
+def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
+    if found != expected:
+        raise CheckpointError(f'{name} has shape {tuple(found)} in the checkpoint and {tuple(expected)} in the model')
+
+
+def _load_strictly(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """`load_state_dict(strict=True)` whose error is one sentence."""
+    own = model.state_dict()
+    for name in own.keys() ^ state_dict.keys():
+        raise CheckpointError(f'the checkpoint {"lacks" if name in own else "has no use for"} {name}')
+    for name, value in state_dict.items():
+        _check_shape(name, value.shape, own[name].shape)
+    model.load_state_dict(state_dict, strict=True)
+
+
+def load_original_file(path: str | Path, use_ema: bool = False) -> dict[str, torch.Tensor]:
+    """The state dict inside an original checkpoint file: its `model`, or its `model_ema` when asked for.
+
+    Raises:
+        CheckpointError: no such file, not readable without running code, no state dict, or no EMA weights in it.
+    """
+    return _tensors(select_weights(read_checkpoint(path), use_ema), path)
+
+
+def _tensors(state_dict: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
+    if not state_dict or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise CheckpointError(f'{path} holds no state dict')
+    return state_dict
+
+
+def infer_arguments(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Arguments of `from_original` for a state dict of unknown origin.
+
+    Sizes are read from shapes. What shapes do not tell follows the releases: rope means the first release (class token
+    in front, directions summed, mean pooling without a class token), no rope means HEAD (class token in the middle,
+    directions halved). Images are square, of side 224 or 384 where that fits the number of tokens.
+
+    Raises:
+        CheckpointError: this is not a checkpoint of an original Vim.
+    """
+    try:
+        patch = state_dict['patch_embed.proj.weight']
+        mixer = 'layers.0.mixer.'
+        dt_proj, conv = state_dict[f'{mixer}dt_proj.weight'], state_dict[f'{mixer}conv1d.weight']
+        d_inner, d_state = state_dict[f'{mixer}A_log'].shape
+    except KeyError as missing:
+        raise CheckpointError(f'not a checkpoint of the original Vim: it has no {missing}') from None
+    embed_dim, channels, patch_size, _ = patch.shape
+    rope = 'rope.freqs_cos' in state_dict
+    cls, double = 'cls_token' in state_dict, 'cls_token_head' in state_dict
+    num_patches = _num_patches(state_dict, cls + 2 * double)
+    img_size, stride = _image_and_stride(num_patches, patch_size)
+    return dict(
+        img_size=img_size,
+        patch_size=patch_size,
+        stride=stride,
+        depth=1 + max(int(name.split('.')[1]) for name in state_dict if name.startswith('layers.')),
+        embed_dim=embed_dim,
+        d_state=d_state,
+        channels=channels,
+        num_classes=state_dict['head.weight'].shape[0] if 'head.weight' in state_dict else 0,
+        ssm_cfg=dict(
+            d_conv=conv.shape[-1],
+            expand=d_inner // embed_dim,
+            dt_rank=dt_proj.shape[1],
+            conv_bias=f'{mixer}conv1d.bias' in state_dict,
+            bias=f'{mixer}in_proj.bias' in state_dict,
+        ),
+        rms_norm='norm_f.bias' not in state_dict,
+        final_pool_type='mean',
+        if_abs_pos_embed='pos_embed' in state_dict,
+        if_rope=rope,
+        if_rope_residual=rope,
+        bimamba_type=_bimamba_type(state_dict),
+        if_cls_token=cls or double,
+        if_divide_out=not rope,
+        init_layer_scale=1.0 if f'{mixer}gamma' in state_dict else None,
+        use_double_cls_token=double,
+        use_middle_cls_token=not rope,
+    )
+
+
+def _num_patches(state_dict: Mapping[str, torch.Tensor], num_class_tokens: int) -> int:
+    if 'pos_embed' in state_dict:
+        return state_dict['pos_embed'].shape[1] - num_class_tokens
+    if 'rope.freqs_cos' in state_dict:
+        return state_dict['rope.freqs_cos'].shape[0]
+    raise CheckpointError('the checkpoint has no position embedding, so its image size is unknown: name the model')
+
+
+def _image_and_stride(num_patches: int, patch_size: int) -> tuple[int, int]:
+    """The (image side, stride) that gives this many patches: a published size first, else patches side by side."""
+    grid = math.isqrt(num_patches)
+    if grid * grid != num_patches:
+        raise CheckpointError(f'{num_patches} patches are no square grid: name the model')
+    for img_size in (224, 384):
+        for stride in (patch_size, patch_size // 2):
+            if (img_size - patch_size) // stride + 1 == grid:
+                return img_size, stride
+    return grid * patch_size, patch_size
+
+
+def _bimamba_type(state_dict: Mapping[str, torch.Tensor]) -> str:
+    if 'layers.0.mixer.conv1d_b.weight' in state_dict:
+        return 'v2'
+    return 'v1' if 'layers.0.mixer.A_b_log' in state_dict else 'none'
+
+
+def convert(source: str | Path, destination: str | Path, name: str = '', use_ema: bool = False) -> nn.Module:
+    """Rewrite an original checkpoint as safetensors under our names, and return the model it fits.
+
+    The architecture is `name` if given, else the one that the file's own `args.model` names, else what the shapes tell.
+    The file appears whole or not at all; its metadata say where it came from.
+
+    Raises:
+        FileNotFoundError: no such source.
+        ValueError: the source cannot be read, is of another family or does not fit.
+        RuntimeError: timm does not know `name`.
+    """
+    checkpoint = read_checkpoint(source)
+    state_dict = _tensors(select_weights(checkpoint, use_ema), source)
+    args = checkpoint.get('args')
+    name = name or getattr(args, 'model', '')
+    if name:
+        head = state_dict.get('head.weight')
+        model = create_model(
+            name,
+            num_classes=0 if head is None else len(head),
+            **({'img_size': args.input_size} if hasattr(args, 'input_size') else {}),
+        )
+        if not isinstance(model, VisionMamba):
+            raise ValueError(f'{name} is not a Vim')
+        _load_strictly(model, checkpoint_filter_fn(state_dict, model))
+    else:
+        model = from_original(state_dict, **infer_arguments(state_dict))
+    metadata = {
+        'format': 'pt',
+        'architecture': name,
+        'source': Path(source).name,
+        'weights': 'model_ema' if use_ema else 'model',
+        'vim_timm': __version__,
+    }
+    if not name:
+        metadata['original_arguments'] = json.dumps(infer_arguments(state_dict))
+    write_safetensors(model.state_dict(), destination, metadata)
+    return model
+
+
+def write_safetensors(state_dict: Mapping[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write tensors to a safetensors file that appears whole or not at all."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'no folder {path.parent} to write {path.name} into')
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.convert-') as folder:
+        temporary = Path(folder) / 'weights'
+        save_file({name: value.contiguous() for name, value in state_dict.items()}, temporary, metadata)
+        os.replace(temporary, path)
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(prog='python -m vim_timm.hub.convert', description=__doc__.splitlines()[0])
+    parser.add_argument('source', metavar='IN.pth', help='checkpoint of the original code')
+    parser.add_argument('destination', metavar='OUT.safetensors')
+    parser.add_argument('--model', default='', metavar='NAME', help='architecture (default: told by the file)')
+    parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
+    args = parser.parse_args(argv)
+    try:
+        model = convert(args.source, args.destination, args.model, args.use_ema)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f'convert: error: {(str(error) or repr(error)).splitlines()[0]}', file=sys.stderr)
+        return 1
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f'{args.destination}: {count:,} parameters')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
