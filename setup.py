@@ -1,4 +1,4 @@
-"""Packaging of vim-timm, with the native CPU kernel as an optional part: without a C compiler the install still works."""
+"""Packaging of vim-timm; the native CPU kernel is an optional part: without a C compiler the install still works."""
 
 import os
 import platform

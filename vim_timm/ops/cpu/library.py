@@ -1,0 +1,106 @@
+"""Finds and opens the compiled kernel, and calls it.
+
+Environment:
+    VIM_TIMM_CPU_ISA: forces one build of the kernel (avx512, avx2, baseline, neon); by default the best this machine runs.
+"""
+
+import ctypes
+import os
+import threading
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+_PATH = Path(__file__).parent / ('libvim_timm_cpu.dll' if os.name == 'nt' else 'libvim_timm_cpu.so')
+_HOW_TO_BUILD = (
+    'it is compiled where vim-timm is installed with a C compiler (gcc or clang) at hand; get one, then run '
+    '`pip install --force-reinstall --no-deps --no-cache-dir vim-timm`, or in a checkout '
+    '`python setup.py build_ext --inplace`'
+)
+
+_lock = threading.Lock()
+_library: Optional[ctypes.CDLL] = None
+_instruction_set = ''
+_problem: Optional[str] = None
+
+
+def instruction_sets() -> list[str]:
+    """The builds of the kernel that this machine can run, best first. Empty when the kernel is not available."""
+    return _open().vim_timm_instruction_sets().decode().split() if not problem() else []
+
+
+def instruction_set() -> str:
+    """The build in use, '' when the kernel is not available."""
+    return '' if problem() else _instruction_set
+
+
+def select(name: str) -> None:
+    """Use the named build from here on.
+
+    Raises:
+        ValueError: this machine does not run it.
+    """
+    global _instruction_set
+    choices = _open().vim_timm_instruction_sets().decode().split()
+    if name not in choices:
+        raise ValueError(f"CPU kernel build '{name}' does not run on this machine: choose {', '.join(choices)}")
+    _instruction_set = name
+
+
+def problem() -> str:
+    """'' when the kernel can be called, else one sentence why not and how to get it. Opens the library once."""
+    global _problem
+    if _problem is None:
+        with _lock:
+            if _problem is None:
+                _problem = _prepare()
+    return _problem
+
+
+def call(function: str, arguments: bytes) -> None:
+    """Run an entry point of the build in use on a packed C structure; the interpreter lock is released meanwhile.
+
+    Raises:
+        MemoryError: no memory for the kernel's workspace; nothing was computed.
+    """
+    if getattr(_library, f'{function}_{_instruction_set}')(arguments):
+        raise MemoryError('the CPU kernel could not get memory for its workspace')
+
+
+def _prepare() -> str:
+    if not _PATH.exists():
+        return f'the compiled kernel {_PATH.name} is missing: {_HOW_TO_BUILD}'
+    try:
+        library = _open()
+    except OSError as error:
+        return f'the compiled kernel does not load ({error}): {_HOW_TO_BUILD}'
+    library.vim_timm_instruction_sets.restype = ctypes.c_char_p
+    library.vim_timm_set_team.argtypes = [ctypes.c_void_p]
+    choices = library.vim_timm_instruction_sets().decode().split()
+    wanted = os.environ.get('VIM_TIMM_CPU_ISA') or choices[0]
+    try:
+        select(wanted)
+    except ValueError as error:
+        return f'VIM_TIMM_CPU_ISA asks for what cannot be had: {error}'
+    _share_threads(library)
+    return ''
+
+
+def _open() -> ctypes.CDLL:
+    global _library
+    if _library is None:
+        _library = ctypes.CDLL(str(_PATH))
+    return _library
+
+
+def _share_threads(library: ctypes.CDLL) -> None:
+    """Let the kernel run on the threads of the OpenMP runtime that torch has loaded: two teams would fight for the cores.
+
+    A forked child must not touch its parent's team, which is gone: it starts threads of its own.
+    """
+    assert torch.get_num_threads() > 0  # torch, and with it the runtime, is loaded
+    parallel = getattr(ctypes.CDLL(None), 'GOMP_parallel', None) if os.name == 'posix' else None
+    library.vim_timm_set_team(ctypes.cast(parallel, ctypes.c_void_p) if parallel is not None else None)
+    if hasattr(os, 'register_at_fork'):
+        os.register_at_fork(after_in_child=lambda: library.vim_timm_set_team(None))

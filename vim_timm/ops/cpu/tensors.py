@@ -1,0 +1,64 @@
+"""What the kernel may read: checks before a call into C, and the C view of a tensor."""
+
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ABSENT = (0, 0, 0)
+_SMALL = 1 << 16  # multiply-adds below which a second thread costs more than it saves
+
+
+def checked(name: str, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """x in float32, once it is sure that the kernel may read it.
+
+    Raises:
+        ValueError: another device, shape or channel stride.
+        TypeError: another dtype.
+    """
+    if not x.is_cpu:
+        raise ValueError(f'{name} is on {x.device}: the CPU kernel needs every tensor on the CPU')
+    if x.dtype not in DTYPES:
+        raise TypeError(f'{name} is {x.dtype}: the CPU kernel takes float32, bfloat16 and float16')
+    if x.shape != shape:
+        raise ValueError(f'{name} has the shape {tuple(x.shape)}, not {tuple(shape)}')
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        raise ValueError(f'{name} has channel stride {x.stride(-1)}: the CPU kernel needs 1 (call contiguous() first)')
+    return x if x.dtype == torch.float32 else x.float()
+
+
+def parameter(name: str, x: Optional[Tensor], shape: Sequence[int]) -> Optional[Tensor]:
+    """A parameter is small: any strides, copied where they are not plain."""
+    return None if x is None else checked(name, x.contiguous(), shape)
+
+
+def gradient(x: Tensor) -> Tensor:
+    """A gradient comes with whatever strides and dtype autograd made."""
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rows(x: Optional[Tensor]) -> tuple[int, int, int]:
+    """The C structure Rows of a (B, L, D) tensor."""
+    return ABSENT if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def address(x: Optional[Tensor]) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def present(*tensors: Optional[Tensor]) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def threads(work: int) -> int:
+    """How many threads a call with so many multiply-adds runs on; its result does not depend on it."""
+    return 1 if work < _SMALL else torch.get_num_threads()
+
+
+def refuse_second_derivative(ctx, *grads: object) -> None:
+    raise RuntimeError(
+        'the CPU kernel has no second derivative: use the `reference` backend for it '
+        "(VIM_TIMM_SCAN=reference, or vim_timm.ops.use_scan_backend('reference'))"
+    )
