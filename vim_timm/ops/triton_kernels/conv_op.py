@@ -1,0 +1,120 @@
+"""The bidirectional causal convolution as dispatcher ops over the Triton kernels (opaque for the reasons in `scan_op`)."""
+import math
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .launch import INTERPRET, common_rows, or_else
+
+OPERANDS = 'Tensor x, Tensor weight, Tensor? bias, Tensor? weight_b, Tensor? bias_b, bool silu'
+FORWARD_TILE = (16, 64, 4)  # tokens, channels, warps
+BACKWARD_TILE = (16, 64, 4)
+
+
+class Conv:
+    """The operands as the kernels take them."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], weight_b: Optional[Tensor],
+                 bias_b: Optional[Tensor], silu: bool) -> None:
+        from . import conv_kernels
+
+        self.kernels = conv_kernels
+        self.x, = common_rows(x)
+        self.two = weight_b is not None
+        weights = common_rows(weight.contiguous(), or_else(weight_b, weight))
+        first = or_else(bias, weight).contiguous()
+        self.operands = (self.x, *weights, *common_rows(first, or_else(bias_b, first)))
+        self.flags = {
+            'DIM': x.shape[2], 'W': weight.shape[1], 'TWO': self.two, 'HAS_BIAS': bias is not None, 'SILU': silu,
+            'FAST': not INTERPRET}
+
+    def grid(self, tile: Tuple[int, int, int]) -> Tuple[int, int, int]:
+        batch, length, dim = self.x.shape
+        return math.ceil(dim / tile[1]), math.ceil(length / tile[0]), batch
+
+
+@torch.library.custom_op('vim_timm::triton_conv', mutates_args=(), schema=f'({OPERANDS}) -> (Tensor, Tensor)')
+def triton_conv(*operands: Any) -> Tuple[Tensor, Tensor]:
+    """Both directions' outputs (the second empty for one direction)."""
+    conv = Conv(*operands)
+    x, tile = conv.x, FORWARD_TILE
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y_b = torch.empty(x.shape if conv.two else (0,), dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        conv.kernels.conv_forward[conv.grid(tile)](
+            *conv.operands, y, y_b, x.shape[1], *x.stride()[:2],
+            ROWS=tile[0], BD=tile[1], **conv.flags, num_warps=tile[2])
+    return y, y_b
+
+
+@triton_conv.register_fake
+def _(x: Tensor, weight: Tensor, bias: Optional[Tensor], weight_b: Optional[Tensor], bias_b: Optional[Tensor],
+      silu: bool) -> Tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape if weight_b is not None else (0,))
+
+
+@torch.library.custom_op(
+    'vim_timm::triton_conv_backward', mutates_args=(),
+    schema=f'(Tensor grad, Tensor? grad_b, {OPERANDS}) -> (Tensor, Tensor)')
+def triton_conv_backward(grad: Tensor, grad_b: Optional[Tensor], *operands: Any) -> Tuple[Tensor, Tensor]:
+    """The gradients of x and of every tap and bias: (directions, W + 1, D) float32."""
+    conv = Conv(*operands)
+    x, tile = conv.x, BACKWARD_TILE
+    batch, length, dim = x.shape
+    grad, grad_b = common_rows(grad, or_else(grad_b, grad))
+    grid = conv.grid(tile)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    parts = torch.empty(
+        [batch * grid[1], 2 if conv.two else 1, conv.flags['W'] + 1, dim], dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        conv.kernels.conv_backward[grid](
+            *conv.operands, grad, grad_b, grad_x, parts, length, *x.stride()[:2], *grad.stride()[:2],
+            ROWS=tile[0], BD=tile[1], **conv.flags, num_warps=tile[2])
+    return grad_x, parts.sum(0)
+
+
+@triton_conv_backward.register_fake
+def _(grad: Tensor, grad_b: Optional[Tensor], x: Tensor, weight: Tensor, bias: Optional[Tensor],
+      weight_b: Optional[Tensor], bias_b: Optional[Tensor], silu: bool) -> Tuple[Tensor, Tensor]:
+    shape = (1 if weight_b is None else 2, weight.shape[1] + 1, x.shape[2])
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
+
+
+def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.silu = inputs[5]
+
+
+def backward(ctx: Any, grad: Tensor, grad_b: Tensor) -> Tuple[Optional[Tensor], ...]:
+    x, weight, bias, weight_b, bias_b = ctx.saved_tensors
+    two = weight_b is not None
+    grad_x, sums = triton_conv_backward(
+        grad, grad_b if two else None, x, weight, bias, weight_b, bias_b, ctx.silu)
+    grads = [grad_x, sums[0, :-1].t(), sums[0, -1], sums[-1, :-1].t(), sums[-1, -1]]
+    return (*(None if t is None else g.to(t.dtype) for t, g in zip(ctx.saved_tensors, grads)), None)
+
+
+def no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        'The triton backend has no second derivative; use the reference backend '
+        "(vim_timm.ops.set_backend('reference') or VIM_TIMM_SCAN=reference) for double backward.")
+
+
+triton_conv.register_autograd(backward, setup_context=save_operands)
+triton_conv_backward.register_autograd(no_double_backward)
+
+
+def conv_flop(x_shape: Any, weight_shape: Any, two: bool) -> int:
+    return (2 if two else 1) * 2 * math.prod(x_shape) * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.vim_timm.triton_conv)
+def _(x: Any, weight: Any, bias: Any, weight_b: Any, *args: Any, **kwargs: Any) -> int:
+    return conv_flop(x, weight, weight_b is not None)
+
+
+@register_flop_formula(torch.ops.vim_timm.triton_conv_backward)
+def _(grad: Any, grad_b: Any, x: Any, weight: Any, bias: Any, weight_b: Any, *args: Any, **kwargs: Any) -> int:
+    return 3 * conv_flop(x, weight, weight_b is not None)

@@ -1,0 +1,71 @@
+"""What the launches share: the device's size, tensors with common strides, and the shape of a grid."""
+import functools
+import math
+import os
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+
+MAX_STATE = 256
+WARPS_PER_SM = 16
+MIN_CHUNK = 32
+INTERPRET = os.environ.get('TRITON_INTERPRET', '0') == '1'
+
+
+@functools.lru_cache(maxsize=None)
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
+
+
+def common_rows(*tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    """The tensors with one dtype, the same strides and a last stride of one, copied only where they differ."""
+    first = tensors[0]
+    tensors = tuple(t.to(first.dtype) for t in tensors)
+    if first.stride(-1) == 1 and all(t.stride() == first.stride() for t in tensors):
+        return tensors
+    return tuple(t.contiguous() for t in tensors)
+
+
+def alignment(*tensors: torch.Tensor) -> int:
+    """The largest power of two, up to 16, of bytes that divides the address of every row of the tensors."""
+    numbers = [16]
+    for t in tensors:
+        numbers += [t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:-1])]
+    return math.gcd(*numbers)
+
+
+class Plan(NamedTuple):
+    """How a scan is cut: channels of a program, its warps, tokens of a chunk, chunks of a sequence."""
+    block: int
+    warps: int
+    chunk: int
+    chunks: int
+
+
+def plan(cells: int, length: int, dim: int, state: int, sms: int, wide: bool) -> Plan:
+    """Cuts a scan so that about WARPS_PER_SM warps run on each multiprocessor.
+
+    A scan in chunks computes its decays twice, so sequences stay whole as soon as half of those warps exist without.
+
+    Args:
+        cells: Directions times batch entries, each with its own states.
+        state: d_state rounded up to a power of two.
+        sms: Multiprocessors of the device.
+        wide: Two channels a lane where enough programs remain.
+    """
+    warps = max(1, state // 32)
+    block = 32
+    programs = cells * math.ceil(dim / block)
+    wanted = WARPS_PER_SM * sms
+    if wide and warps == 1 and dim % 64 == 0 and programs >= 2 * wanted:
+        block, programs = 64, programs // 2
+    if 2 * programs * warps >= wanted or length < 2 * MIN_CHUNK:
+        return Plan(block, warps, length, 1)
+    chunks = math.ceil(wanted / (programs * warps))
+    chunk = max(MIN_CHUNK, 16 * math.ceil(length / chunks / 16))
+    return Plan(block, warps, chunk, math.ceil(length / chunk))
+
+
+def or_else(tensor: Optional[torch.Tensor], other: torch.Tensor) -> torch.Tensor:
+    """A kernel's pointer argument; what stands in for an absent one is never read."""
+    return other if tensor is None else tensor

@@ -1,0 +1,255 @@
+"""The bidirectional selective scan as dispatcher ops over the Triton kernels.
+
+Opaque `custom_op`s, not `triton_op`s: how a kernel is launched depends on addresses (the alignment of B's and C's rows),
+the batch size and the device, none of which may become guards of a compiled graph.
+"""
+import math
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .launch import INTERPRET, Plan, alignment, common_rows, multiprocessors, or_else, plan
+
+OPERANDS = (
+    'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, '
+    'Tensor? u_b, Tensor? delta_b, Tensor? A_b, Tensor? B_b, Tensor? C_b, Tensor? D_b, Tensor? delta_bias_b, '
+    'Tensor? z, float scale, bool delta_softplus, bool A_is_log'
+)
+GROUP = 4  # steps a program takes at once; the backward pass computes states again from each group's first
+
+
+def padded(state: int) -> int:
+    return max(2, 1 << (state - 1).bit_length())
+
+
+def cut_scan(u: Tensor, A: Tensor, two: bool, wide: bool) -> Plan:
+    batch, length, dim = u.shape
+    return plan((2 if two else 1) * batch, length, dim, padded(A.shape[1]), multiprocessors(u.device), wide)
+
+
+class Scan:
+    """The operands as the kernels take them, and the launches of one call."""
+
+    def __init__(
+            self,
+            u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], bias: Optional[Tensor],
+            u_b: Optional[Tensor], delta_b: Optional[Tensor], A_b: Optional[Tensor], B_b: Optional[Tensor],
+            C_b: Optional[Tensor], D_b: Optional[Tensor], bias_b: Optional[Tensor], z: Optional[Tensor],
+            scale: float, delta_softplus: bool, A_is_log: bool,
+    ) -> None:
+        from . import scan_kernels
+
+        self.kernels = scan_kernels
+        self.batch, self.length, self.dim = u.shape
+        self.directions = 1 if u_b is None else 2
+        self.cells = self.directions * self.batch
+        self.state, self.scale = A.shape[1], scale
+        self.u, self.u_b = common_rows(u, or_else(u_b, u))
+        self.delta, self.delta_b = common_rows(delta, or_else(delta_b, delta))
+        self.B, self.C, self.B_b, self.C_b = common_rows(B, C, or_else(B_b, B), or_else(C_b, C))
+        self.A, self.A_b = common_rows(A.contiguous(), or_else(A_b, A))
+        self.D, self.D_b = common_rows(or_else(D, A).contiguous(), or_else(D_b, or_else(D, A)))
+        self.bias, self.bias_b = common_rows(or_else(bias, A).contiguous(), or_else(bias_b, or_else(bias, A)))
+        self.z = None if z is None else common_rows(z)[0]
+        self.sizes = {'DIM': self.dim, 'N': self.state, 'NP': padded(self.state), 'FAST': not INTERPRET}
+        self.skip = {'HAS_D': D is not None}
+        self.step = {'HAS_BIAS': bias is not None, 'SOFTPLUS': delta_softplus, 'A_IS_LOG': A_is_log}
+        self.rows = {'ALIGN': alignment(self.B, self.C, self.B_b, self.C_b)}
+        self.cut = cut_scan(u, A, self.directions == 2, True)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.u.device)
+
+    def blocks(self, cut: Plan) -> int:
+        return math.ceil(self.dim / cut.block)
+
+    def operands(self) -> List[Tensor]:
+        return [self.u, self.u_b, self.delta, self.delta_b, self.A, self.A_b, self.B, self.B_b, self.C, self.C_b,
+                self.D, self.D_b, self.bias, self.bias_b]
+
+    def lengths(self, cut: Plan) -> List[int]:
+        return [self.length, cut.chunk, cut.chunks]
+
+    def strides(self) -> List[int]:
+        """Rows of delta, rows of B and C, then A (channel, state) and the state's rows."""
+        return [*self.delta.stride()[:2], *self.B.stride()[:2], self.state, 1, self.dim]
+
+    def forward(self, H: Tensor, S: Tensor, Y: Tensor, bounds: Optional[Tensor], local: bool) -> None:
+        cut = self.cut
+        self.kernels.scan_forward[self.blocks(cut), cut.chunks, self.cells](
+            *self.operands(), H, S, Y, or_else(bounds, H), self.batch, *self.lengths(cut),
+            *self.u.stride()[:2], *self.strides(),
+            BD=cut.block, LOCAL=local, CARRY=cut.chunks > 1, KEEP=bounds is not None,
+            **self.sizes, **self.skip, **self.step, **self.rows, num_warps=cut.warps)
+
+    def carry(self, contributions: Tensor, S: Tensor, reverse: bool) -> Tensor:
+        cut = self.cut
+        states = torch.empty_like(contributions)
+        self.kernels.carry[self.blocks(cut), self.cells](
+            self.A, self.A_b, contributions, states, S, self.batch, cut.chunks, self.state, 1, self.dim,
+            BD=cut.block, REVERSE=reverse, A_IS_LOG=self.step['A_IS_LOG'], **self.sizes, num_warps=cut.warps)
+        return states
+
+    def first_states(self) -> Tuple[Tensor, Tensor]:
+        """Each chunk's first state and its sum of steps."""
+        ends = self.empty(self.cells, self.cut.chunks, self.state, self.dim)
+        S = self.empty(self.cells, self.cut.chunks, self.dim)
+        self.forward(ends, S, self.u, None, local=True)
+        return self.carry(ends, S, reverse=False), S
+
+    def gate(self, Y: Tensor) -> Tensor:
+        out = self.empty(self.batch, self.length, self.dim, dtype=self.u.dtype)
+        z = or_else(self.z, out)
+        self.kernels.gate_forward[math.ceil(out.numel() / 1024),](
+            Y, z, out, self.batch * self.length, self.length, self.scale, *z.stride()[:2],
+            DIM=self.dim, BLOCK=1024, TWO=self.directions == 2, HAS_Z=self.z is not None, FAST=not INTERPRET)
+        return out
+
+    def gate_backward(self, grad: Tensor, Y: Tensor, z: Tensor) -> Tuple[Tensor, Tensor]:
+        grad_y = self.empty(self.batch, self.length, self.dim, dtype=self.u.dtype)
+        grad_z = torch.empty_like(grad_y, dtype=z.dtype)
+        self.kernels.gate_backward[math.ceil(grad.numel() / 1024),](
+            grad, Y, z, grad_y, grad_z, self.batch * self.length, self.length, self.scale, *z.stride()[:2],
+            DIM=self.dim, BLOCK=1024, TWO=self.directions == 2, FAST=not INTERPRET)
+        return grad_y, grad_z
+
+    def last_gradients(self, grad_y: Tensor, scale: float, S: Tensor) -> Tensor:
+        """The gradient of the state that leaves each chunk."""
+        cut = self.cut
+        local = self.empty(self.cells, cut.chunks, self.state, self.dim)
+        self.kernels.grad_states[self.blocks(cut), cut.chunks, self.cells](
+            self.delta, self.delta_b, self.A, self.A_b, self.C, self.C_b, self.bias, self.bias_b, grad_y, local,
+            self.batch, *self.lengths(cut), scale, *self.strides(),
+            BD=cut.block, **self.sizes, **self.step, **self.rows, num_warps=cut.warps)
+        return self.carry(local, S, reverse=True)
+
+    def backward(self, grad_y: Tensor, scale: float, bounds: Tensor, Q: Tensor, cut: Plan) -> List[Tensor]:
+        """Gradients of u, delta (directions, B, L, D), of B and C (directions, B, 2, L, N), of A (directions, D, N), and
+        of D and delta_bias (directions, 2, D)."""
+        blocks, directions, batch = self.blocks(cut), self.directions, self.batch
+        grad_u = self.empty(directions, batch, self.length, self.dim, dtype=self.u.dtype)
+        grad_delta = torch.empty_like(grad_u, dtype=self.delta.dtype)
+        part_X = self.empty(blocks, directions, batch, 2, self.length, self.state)
+        part_A = self.empty(directions, batch * cut.chunks, self.dim, self.state)
+        part_V = self.empty(directions, batch * cut.chunks, 2, self.dim)
+        # The matrix unit adds bfloat16 products; float32 gradients need float32 sums.
+        dot = self.B.dtype != torch.float32 and cut.warps == 1 and self.sizes['NP'] >= 16
+        self.kernels.scan_backward[blocks, cut.chunks, self.cells](
+            *self.operands(), grad_y, bounds, Q, grad_u, grad_delta, part_X, part_A, part_V,
+            self.batch, self.cells, *self.lengths(cut), scale, *self.u.stride()[:2], *self.strides(),
+            BD=cut.block, CARRY=cut.chunks > 1, DOT=dot, **self.sizes, **self.skip, **self.step, **self.rows,
+            num_warps=cut.warps)
+        grad_X = torch.empty_like(part_X[0], dtype=self.B.dtype)
+        self.kernels.sum_parts[math.ceil(grad_X.numel() / 1024),](
+            part_X, grad_X, grad_X.numel(), PARTS_COUNT=blocks, BLOCK=1024)
+        return [grad_u, grad_delta, grad_X, part_A.sum(1), part_V.sum(1)]
+
+
+@torch.library.custom_op(
+    'vim_timm::triton_scan', mutates_args=(), schema=f'({OPERANDS}) -> (Tensor, Tensor, Tensor)')
+def triton_scan(*operands: Any) -> Tuple[Tensor, Tensor, Tensor]:
+    """The output and, of a scan in chunks, each chunk's first state and sum of steps for the backward pass."""
+    scan = Scan(*operands)
+    H = S = scan.empty(0)
+    with torch.cuda.device_of(scan.u):
+        if scan.cut.chunks > 1:
+            H, S = scan.first_states()
+        Y = scan.empty(scan.cells, scan.length, scan.dim, dtype=scan.u.dtype)
+        scan.forward(H, S, Y, None, local=False)
+        return scan.gate(Y), H, S if scan.cut.chunks > 1 else scan.empty(0)
+
+
+@triton_scan.register_fake
+def _(*operands: Any) -> Tuple[Tensor, Tensor, Tensor]:
+    u, A, u_b = operands[0], operands[2], operands[7]
+    cut = cut_scan(u, A, u_b is not None, True)
+    cells = (1 if u_b is None else 2) * u.shape[0]
+    shape = (cells, cut.chunks, A.shape[1], u.shape[2]) if cut.chunks > 1 else (0,)
+    H = u.new_empty(shape, dtype=torch.float32)
+    S = u.new_empty((cells, cut.chunks, u.shape[2]) if cut.chunks > 1 else (0,), dtype=torch.float32)
+    return torch.empty(u.shape, dtype=u.dtype, device=u.device), H, S
+
+
+@torch.library.custom_op(
+    'vim_timm::triton_scan_backward', mutates_args=(),
+    schema=f'(Tensor grad, Tensor H, Tensor S, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+def triton_scan_backward(grad: Tensor, H: Tensor, S: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
+    """The five gradients of `Scan.backward` and that of z (empty without z)."""
+    scan = Scan(*operands)
+    cut = scan.cut
+    grad = grad.contiguous()
+    with torch.cuda.device_of(scan.u):
+        Y = scan.empty(scan.cells, scan.length, scan.dim, dtype=scan.u.dtype)
+        bounds = scan.empty(scan.cells, math.ceil(scan.length / GROUP), scan.state, scan.dim)
+        scan.forward(H, S, Y, bounds, local=False)
+        if scan.z is None:
+            grad_y, grad_z, scale = grad, scan.empty(0), scan.scale
+        else:
+            (grad_y, grad_z), scale = scan.gate_backward(grad, Y, scan.z), 1.0
+        Q = scan.last_gradients(grad_y, scale, S) if cut.chunks > 1 else H
+        return (*scan.backward(grad_y, scale, bounds, Q, cut._replace(block=32)), grad_z)
+
+
+@triton_scan_backward.register_fake
+def _(grad: Tensor, H: Tensor, S: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
+    u, delta, A, B, u_b, z = (operands[i] for i in (0, 1, 2, 3, 7, 14))
+    batch, length, dim = u.shape
+    directions, state = 1 if u_b is None else 2, A.shape[1]
+
+    def empty(shape: Tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=u.device)
+
+    return (
+        empty((directions, batch, length, dim), u.dtype),
+        empty((directions, batch, length, dim), delta.dtype),
+        empty((directions, batch, 2, length, state), B.dtype),
+        empty((directions, dim, state), torch.float32),
+        empty((directions, 2, dim), torch.float32),
+        empty((0,), torch.float32) if z is None else empty((batch, length, dim), z.dtype),
+    )
+
+
+def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[1:], *inputs[:15])
+    ctx.flags = inputs[15:]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def backward(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
+    H, S, *operands = ctx.saved_tensors
+    grad_u, grad_delta, grad_X, grad_A, grad_V, grad_z = triton_scan_backward(grad, H, S, *operands, *ctx.flags)
+    grads: List[Optional[Tensor]] = []
+    for i in range(grad_u.shape[0]):
+        grads += [grad_u[i], grad_delta[i], grad_A[i], grad_X[i, :, 0], grad_X[i, :, 1], grad_V[i, 0], grad_V[i, 1]]
+    grads += [None] * (14 - len(grads)) + [grad_z]
+    return (*(None if x is None or g is None else g.to(x.dtype) for x, g in zip(operands, grads)), None, None, None)
+
+
+def no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        'The triton backend has no second derivative; use the reference backend '
+        "(vim_timm.ops.set_backend('reference') or VIM_TIMM_SCAN=reference) for double backward.")
+
+
+triton_scan.register_autograd(backward, setup_context=save_operands)
+triton_scan_backward.register_autograd(no_double_backward)
+
+
+def scan_flop(u_shape: Any, A_shape: Any, two: bool) -> int:
+    """Multiplications, additions and exponentials: 9 for each state and step, 5 for D, the step and the gate."""
+    batch, length, dim = u_shape
+    return (2 if two else 1) * batch * length * dim * (9 * A_shape[1] + 5)
+
+
+@register_flop_formula(torch.ops.vim_timm.triton_scan)
+def _(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, u_b: Any, *args: Any, **kwargs: Any) -> int:
+    return scan_flop(u, A, u_b is not None)
+
+
+@register_flop_formula(torch.ops.vim_timm.triton_scan_backward)
+def _(grad: Any, H: Any, S: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, u_b: Any,
+      *args: Any, **kwargs: Any) -> int:
+    # The states once more, then two operations for each of the forward's.
+    return 3 * scan_flop(u, A, u_b is not None)
