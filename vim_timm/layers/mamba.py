@@ -11,11 +11,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 
-from vim_timm.ops import bidirectional_conv, bidirectional_scan, probe_backends
+from vim_timm.ops import bidirectional_conv, bidirectional_scan, causal_conv, probe_backends
 
 # kernels and loops over tokens stay single nodes in an FX graph
 register_notrace_function(bidirectional_conv)
 register_notrace_function(bidirectional_scan)
+register_notrace_function(causal_conv)
 
 ScanType = Literal['bidirectional', 'shared', 'forward']
 
@@ -143,7 +144,6 @@ class BiMamba(nn.Module):
         if self.bidirectional:
             u_BLD, u_b_BLD = bidirectional_conv(
                 x_BLD, weight_DW, bias_D, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias)
-            assert u_b_BLD is not None  # for TorchScript
             dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLD).split(split, dim=-1)
             dt_b_BLR, B_b_BLN, C_b_BLN = self.x_proj_b(u_b_BLD).split(split, dim=-1)
             delta_BLD, delta_bias_D = self._step_sizes(dt_BLR)
@@ -153,7 +153,7 @@ class BiMamba(nn.Module):
                 u_b_BLD, delta_b_BLD, self.A_b_log, B_b_BLN, C_b_BLN, self.D_b, delta_bias_b_D,
                 z_BLD, self.scale)
         else:
-            u_BLD, _ = bidirectional_conv(x_BLD, weight_DW, bias_D, None, None)
+            u_BLD = causal_conv(x_BLD, weight_DW, bias_D)
             dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLD).split(split, dim=-1)
             delta_BLD, delta_bias_D = self._step_sizes(dt_BLR)
             if self.shared:

@@ -4,6 +4,13 @@ from typing import Callable, Dict, Type
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import register_notrace_function
+
+
+@register_notrace_function
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """x itself if it is float32 or float64, else in float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class RmsNorm(nn.RMSNorm):
@@ -13,8 +20,8 @@ class RmsNorm(nn.RMSNorm):
         super().__init__(dim, eps=eps, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps).to(self.weight.dtype)
+        x = at_least_float32(x)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -24,8 +31,8 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=eps, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        y = F.layer_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+        x = at_least_float32(x)
+        y = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return y.to(self.weight.dtype)
 
 

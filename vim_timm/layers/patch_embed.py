@@ -4,16 +4,41 @@ from typing import Final, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import resample_patch_embed, to_2tuple
-from torch import _assert
+from timm.layers import register_notrace_function, resample_patch_embed, to_2tuple
 
 Size = Union[int, Tuple[int, int]]
+
+
+@register_notrace_function
+def padding(size: int, patch: int, stride: int) -> int:
+    """Pixels that a side lacks until patches tile it."""
+    return max(patch - size, 0) if size <= patch else (stride - (size - patch) % stride) % stride
+
+
+@register_notrace_function
+def check_matches(height: int, width: int, img_size: Tuple[int, int]) -> None:
+    """Raise ValueError for an input of another size than the model's."""
+    if height != img_size[0] or width != img_size[1]:
+        raise ValueError(
+            f'input of {height} x {width} does not match the model of {img_size[0]} x {img_size[1]}: '
+            f'set img_size, or create the model with dynamic_img_size=True')
+
+
+@register_notrace_function
+def check_tiled(size: int, patch: int, stride: int) -> None:
+    """Raise ValueError, with the two nearest sizes, for a side that patches do not tile."""
+    if size < patch or (size - patch) % stride * (size % patch) != 0:
+        below = max(patch, (size - patch) // stride * stride + patch)
+        raise ValueError(
+            f'image size {size} cannot be tiled by patches of {patch} with stride {stride}: use {below} or '
+            f'{below + stride}, or dynamic_img_pad=True to pad')
 
 
 class PatchEmbed(nn.Module):
     """(B, C, H, W) -> (B, M, D) with M tokens in row-major order; timm's `PatchEmbed` with a stride.
 
-    The grid is ((H - patch) // stride + 1, (W - patch) // stride + 1).
+    The grid is ((H - patch) // stride + 1, (W - patch) // stride + 1). An image fits when its sides are multiples of the
+    patch, or when steps of the stride end exactly at its border.
     """
     dynamic_img_pad: Final[bool]
     strict_img_size: Final[bool]
@@ -51,8 +76,7 @@ class PatchEmbed(nn.Module):
         self.img_size = to_2tuple(img_size)
         if not self.dynamic_img_pad:
             for size, patch, stride in zip(self.img_size, self.patch_size, self.stride):
-                if size < patch or (size - patch) % stride:
-                    raise ValueError(_untiled(size, patch, stride))
+                check_tiled(size, patch, stride)
         self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
@@ -82,16 +106,12 @@ class PatchEmbed(nn.Module):
         """Pixels between neighbouring tokens."""
         return max(self.stride)
 
-    def _padding(self, size: int, axis: int) -> int:
-        patch, stride = self.patch_size[axis], self.stride[axis]
-        return max(patch - size, 0) if size <= patch else (stride - (size - patch) % stride) % stride
-
     def dynamic_feat_size(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
         """Grid of an image of this size, padding included."""
         height, width = img_size
         if self.dynamic_img_pad:
-            height = height + self._padding(height, 0)
-            width = width + self._padding(width, 1)
+            height = height + padding(height, self.patch_size[0], self.stride[0])
+            width = width + padding(width, self.patch_size[1], self.stride[1])
         return (
             (height - self.patch_size[0]) // self.stride[0] + 1,
             (width - self.patch_size[1]) // self.stride[1] + 1,
@@ -100,32 +120,12 @@ class PatchEmbed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[2], x.shape[3]
         if self.strict_img_size:
-            _assert(
-                height == self.img_size[0],
-                f'input height ({height}) does not match the model ({self.img_size[0]}): set img_size or use '
-                f'dynamic_img_size=True')
-            _assert(
-                width == self.img_size[1],
-                f'input width ({width}) does not match the model ({self.img_size[1]}): set img_size or use '
-                f'dynamic_img_size=True')
+            check_matches(height, width, self.img_size)
         elif not self.dynamic_img_pad:
-            _assert((height - self.patch_size[0]) % self.stride[0] == 0, self._untiled_axis(height, 0))
-            _assert((width - self.patch_size[1]) % self.stride[1] == 0, self._untiled_axis(width, 1))
+            check_tiled(height, self.patch_size[0], self.stride[0])
+            check_tiled(width, self.patch_size[1], self.stride[1])
         if self.dynamic_img_pad:
-            x = F.pad(x, [0, self._padding(width, 1), 0, self._padding(height, 0)])
+            x = F.pad(x, [
+                0, padding(width, self.patch_size[1], self.stride[1]),
+                0, padding(height, self.patch_size[0], self.stride[0])])
         return self.proj(x).flatten(2).transpose(1, 2)
-
-    def _untiled_axis(self, size: int, axis: int) -> str:
-        if torch.jit.is_scripting():
-            return 'image size does not fit the patches'
-        else:
-            return _untiled(size, self.patch_size[axis], self.stride[axis])
-
-
-def _untiled(size: int, patch: int, stride: int) -> str:
-    """One sentence with the two nearest sizes that fit."""
-    below = (size - patch) // stride * stride + patch
-    sizes = f'{below} or {below + stride}' if size > patch else f'{patch} or {patch + stride}'
-    return (
-        f'image size {size} cannot be tiled by patches of {patch} with stride {stride}: use {sizes}, '
-        f'or dynamic_img_pad=True to pad')

@@ -35,6 +35,7 @@ from timm.models._input import get_pretrained_grid_size, update_model_args, upda
 
 from vim_timm.layers import BiMamba, PatchEmbed, get_norm_layer, rope_tables, rotate
 from vim_timm.layers.mamba import ScanType
+from vim_timm.layers.norm import at_least_float32
 from vim_timm.layers.patch_embed import Size
 from vim_timm.models.checkpoint import CheckpointError, check_names, check_shape, load_weights
 
@@ -364,8 +365,8 @@ class VisionMamba(nn.Module):
                     num_prefix_tokens=self.num_prefix_tokens)
             x = x + pos_embed
         x = self.pos_drop(x)
-        if self.residual_in_fp32 and x.dtype != torch.float64:
-            x = x.float()
+        if self.residual_in_fp32:
+            x = at_least_float32(x)
         return x, grid_size
 
     def _to_scan_order(self, x: torch.Tensor) -> torch.Tensor:

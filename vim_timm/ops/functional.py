@@ -69,26 +69,36 @@ def bidirectional_conv(
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: Optional[torch.Tensor],
-        weight_b: Optional[torch.Tensor],
+        weight_b: torch.Tensor,
         bias_b: Optional[torch.Tensor],
-) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Depthwise causal convolution and SiLU of x (B, L, D), forward and, given weight_b, from the last token backward.
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """SiLU of x's depthwise causal convolution, from the first token forward and from the last token backward.
 
     Args:
         x: Tokens (B, L, D).
         weight: Taps (D, W), the last one for the current token.
         bias: (D).
-        weight_b: Taps of the backward direction (D, W), or None.
+        weight_b: Taps of the backward direction (D, W).
         bias_b: (D).
 
     Returns:
-        Two (B, L, D) in x's dtype, the second None without weight_b.
+        Two (B, L, D) in x's dtype.
     """
     if torch.jit.is_scripting():
         y, y_b = export.conv(x, weight, bias, weight_b, bias_b, True)
     else:
         y, y_b = dispatch_conv(x, weight, bias, weight_b, bias_b, True)
+    assert y_b is not None
     return y, y_b
+
+
+def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """The forward direction of `bidirectional_conv` alone, (B, L, D) -> (B, L, D)."""
+    if torch.jit.is_scripting():
+        y, _ = export.conv(x, weight, bias, None, None, True)
+    else:
+        y, _ = dispatch_conv(x, weight, bias, None, None, True)
+    return y
 
 
 def selective_scan(
