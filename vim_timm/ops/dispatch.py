@@ -11,14 +11,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 
-from vim_timm.ops import chunked, export, mamba_ssm_adapter, reference
-
-from vim_timm.ops import cpu, triton_kernels
-
-if not hasattr(cpu, 'unavailable'):
-    cpu = mamba_ssm_adapter
-if not hasattr(triton_kernels, 'unavailable'):
-    triton_kernels = mamba_ssm_adapter
+from vim_timm.ops import chunked, cpu, export, mamba_ssm_adapter, reference, triton_kernels
 
 _logger = logging.getLogger('vim_timm')
 
