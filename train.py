@@ -1,0 +1,3 @@
+from vim_timm.train import main
+
+raise SystemExit(main())

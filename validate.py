@@ -1,0 +1,3 @@
+from vim_timm.validate import main
+
+raise SystemExit(main())

@@ -1,0 +1,93 @@
+"""A user's mistake ends in one sentence and an exit status, never in a traceback."""
+
+import contextlib
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+BAD_INPUT, STOPPED, PREEMPTED = 2, 3, 75  # exit statuses; 75 is EX_TEMPFAIL: saved, start me again with --resume auto
+
+# What libraries raise over a wrong name, argument, file or size.
+_MISTAKES = (
+    RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError, ImportError, OSError, EOFError,
+    NotImplementedError, pickle.UnpicklingError,
+)  # fmt: skip
+
+
+class UserError(RuntimeError):
+    """What is wrong and how to mend it, in one sentence."""
+
+    status = BAD_INPUT
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on: the data or the numbers are at fault, not the command line."""
+
+    status = STOPPED
+
+
+class Preempted(UserError):
+    """A signal asked the run to end; its state is saved."""
+
+    status = PREEMPTED
+
+
+def sentence(error: BaseException) -> str:
+    """The part of an error's text worth reading: its first line, or the last one of a worker's traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if any(line.startswith('Traceback') for line in lines):
+        return lines[-1].split(': ', 1)[-1]
+    return lines[0] + (f' {lines[1]}' if lines[0].endswith(':') and len(lines) > 1 else '')
+
+
+@contextlib.contextmanager
+def explain(what: str = '') -> Iterator[None]:
+    """Turn whatever a library raises in this block into a UserError that starts with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _MISTAKES as error:
+        raise UserError(f'{what}: {sentence(error)}' if what else sentence(error)) from error
+
+
+def run(main: Callable[[Sequence[str]], object], program: str, argv: Sequence[str] | None = None) -> int:
+    """Call `main(argv)` and return the exit status; expected failures go to stderr as one sentence.
+
+    The traceback of anything else is shown: it is a bug. Rank 0 speaks for all when every rank fails alike.
+    """
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        cause: UserError | None = error
+    except OSError as error:
+        cause = TrainingStopped(f'{error.strerror or sentence(error)}{f": {error.filename}" if error.filename else ""}')
+    except RuntimeError as error:
+        cause = _runtime_failure(error)
+        if cause is None:
+            raise
+    except KeyboardInterrupt:
+        print(f'{program}: interrupted', file=sys.stderr)
+        return 130
+    else:
+        return 0
+    rank = os.environ.get('RANK', '0')
+    print(f'{program}: {f"rank {rank}: " if rank != "0" else ""}error: {cause}', file=sys.stderr, flush=True)
+    return cause.status
+
+
+def _runtime_failure(error: RuntimeError) -> UserError | None:
+    """What a RuntimeError inside the loop means, if it is one of those that are nobody's bug."""
+    text = str(error)
+    if 'out of memory' in text:
+        return TrainingStopped('out of device memory: lower --batch-size, or add --amp or --grad-checkpointing')
+    if 'DataLoader worker' in text and ('killed by signal' in text or 'exited unexpectedly' in text):
+        return TrainingStopped(f'a data loading process died (out of memory? lower --workers): {sentence(error)}')
+    if any(word in text for word in ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting')):
+        return TrainingStopped(f'another rank of this run died or hangs: {sentence(error)}')
+    if 'UserError: ' in text:  # raised in a worker, where it arrives as the text of a traceback
+        return TrainingStopped(sentence(error))
+    return None

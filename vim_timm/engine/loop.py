@@ -1,0 +1,352 @@
+"""The training loop. Its whole state is model, average, optimizer, scaler, the log's rows and (epoch, step)."""
+
+import argparse
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import TrainingTask
+from timm.utils import dispatch_clip_grad, distribute_bn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import checkpoint, log
+from .data import Loader, seed_everything
+from .errors import Preempted, TrainingStopped, UserError, explain
+from .evaluate import Metric, evaluate
+from .setup import autocast
+
+
+@dataclasses.dataclass
+class Hooks:
+    """Where your own code enters a run.
+
+    Attributes:
+        dataset: `dataset(split, training, args)` returns a map-style data set of (PIL image, class index) with an
+            attribute `transform` that it applies, or None for the data set that the flags name.
+        loss: module called with (logits, targets).
+        metrics: further metrics by name, each a function of all logits and targets; usable as --eval-metric.
+        callback: called with the Trainer after every epoch's row is in `trainer.rows`.
+        task: `task(model, args)` returns a timm TrainingTask in place of classification.
+    """
+
+    dataset: Callable[[str, bool, argparse.Namespace], Any] | None = None
+    loss: torch.nn.Module | None = None
+    metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    callback: Callable[['Trainer'], Any] | None = None
+    task: Callable[[torch.nn.Module, argparse.Namespace], TrainingTask] | None = None
+
+
+class Trainer:
+    """One run: `Trainer(...).run()`.
+
+    Attributes:
+        rows: the log, one dict an epoch.
+        epoch, step: where training is; step counts batches of the epoch.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        train_data: Loader,
+        eval_data: Loader | None,
+        folder: str,
+        hooks: Hooks,
+    ):
+        self.args, self.task, self.optimizer = args, task, optimizer
+        self.train_data, self.eval_data, self.folder, self.hooks = train_data, eval_data, folder, hooks
+        self.primary = args.rank == 0
+        self.scaler = torch.amp.GradScaler(args.torch_device.type, enabled=args.autocast_dtype == torch.float16)
+        self.batches = len(train_data)
+        self.updates = -(-self.batches // args.grad_accum_steps)
+        self.decreasing = 'loss' in args.eval_metric
+        with explain('schedule'):
+            self.scheduler, self.epochs = create_scheduler_v2(
+                optimizer,
+                **scheduler_kwargs(args, decreasing_metric=self.decreasing),
+                updates_per_epoch=self.updates,
+            )
+        self.mixup = self._mixup()
+        self.metric = f'{"ema" if self._evaluates_ema() else "eval"}_{args.eval_metric}'
+        self.saver = checkpoint.Saver(
+            folder, args.checkpoint_hist, args.checkpoint_every, self.metric, self.decreasing
+        )
+        self.rows: list[dict[str, Any]] = []
+        self.epoch, self.step, self.nonfinite, self.skipped = args.start_epoch or 0, 0, 0, 0
+        self.signalled = self.stop = False  # a signal came to this rank; every rank has agreed to stop
+        self._reset_loss()
+        self.progress = log.Progress(self.primary, args.log_interval)
+
+    def _reset_loss(self, values: Sequence[float] = (0.0, 0.0)) -> None:
+        """The epoch's loss so far on this rank: its sum over images, and their number."""
+        device = self.args.torch_device
+        self.loss_sum = torch.tensor(values, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
+
+    def _mixup(self) -> Mixup | None:
+        args = self.args
+        if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+            return None
+        if args.batch_size % 2:
+            raise UserError(f'mixup and cutmix pair images: --batch-size must be even, not {args.batch_size}')
+        if args.aug_splits > 1:
+            raise UserError('--mixup and --cutmix do not go with --aug-splits')
+        return Mixup(
+            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+            num_classes=args.num_classes,
+        )  # fmt: skip
+
+    def _evaluates_ema(self) -> bool:
+        return self.args.model_ema and not self.args.model_ema_force_cpu
+
+    # State
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, in timm's checkpoint format; every rank must call it."""
+        losses = [self.loss_sum.tolist()] * self.args.world_size
+        if self.args.world_size > 1:
+            dist.all_gather_object(losses, losses[0])
+        done = self.step == 0
+        state = {
+            'epoch': self.epoch - 1,
+            'arch': self.args.model,
+            'args': self.args.settings,
+            'optimizer': self.optimizer.state_dict(),
+            'version': 2,
+            **self.task.get_checkpoint_state(),
+            **(self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}),
+            'progress': {
+                'epoch': self.epoch, 'step': self.step, 'loss': losses, 'nonfinite': self.nonfinite,
+                'skipped': self.skipped, 'batch': [self.args.batch_size, self.args.world_size],
+            },
+            'history': self.rows,
+        }  # fmt: skip
+        if self.scaler.is_enabled():
+            state['amp_scaler'] = self.scaler.state_dict()
+        if done and self.rows and self.rows[-1].get(self.metric) is not None:
+            state['metric'] = self.rows[-1][self.metric]
+        return state
+
+    def resume(self, path: str) -> None:
+        """Go on from a checkpoint of ours, at the very batch, or from the epoch after one of timm's."""
+        content = checkpoint.read(path)
+        if 'state_dict' not in content:
+            raise UserError(f'{path} is no training checkpoint: start from it with --initial-checkpoint')
+        with explain(f'checkpoint {path} does not fit this run'):
+            clean = checkpoint.clean_state_dict
+            self.task.load_checkpoint_state(clean(content['state_dict']), content.get('task_state'))
+            if self.task.has_ema():
+                average = content.get('state_dict_ema') or content['state_dict']
+                self.task.load_checkpoint_state(clean(average), content.get('task_state_ema'), ema=True)
+            self.rows = list(content.get('history', []))
+            self.epoch, self.step = checkpoint.progress_of(content)
+            if self.args.start_epoch is not None:
+                self.epoch, self.step = self.args.start_epoch, 0
+            if self.args.sched == 'plateau':  # the one schedule that is a function of the metrics so far
+                for row in self.rows:
+                    self._schedule(row['epoch'] + 1, row.get(self.metric))
+            if not self.args.no_resume_opt:
+                self.optimizer.load_state_dict(content['optimizer'])
+                if self.scaler.is_enabled() and 'amp_scaler' in content:
+                    self.scaler.load_state_dict(content['amp_scaler'])
+        progress = content.get('progress', {})
+        if self.step:
+            size, world = progress['batch']
+            if [size, world] != [self.args.batch_size, self.args.world_size]:
+                raise UserError(f'{path} is from the middle of an epoch: resume it with --batch-size {size} on {world} ranks')
+            self._reset_loss(progress['loss'][self.args.rank])
+        self.nonfinite, self.skipped = progress.get('nonfinite', 0), progress.get('skipped', 0)
+        if self.primary and self.rows and path == self.saver.path('last'):
+            self.saver.tidy(self.rows)
+        self.progress.say(f'resumed from {path}: epoch {self.epoch}, step {self.step}')
+
+    def _update_number(self) -> int:
+        return self.epoch * self.updates + -(-self.step // self.args.grad_accum_steps)
+
+    def _schedule(self, epoch: int, metric: float | None) -> None:
+        if self.scheduler is not None:
+            self.scheduler.step(epoch, metric)
+
+    # Training
+
+    def run(self) -> None:
+        """Train to the end, early stop or a signal."""
+        if self.scheduler is not None and self.epoch + self.step > 0 and self.args.sched != 'plateau':
+            self.scheduler.step(self.epoch)
+            self.scheduler.step_update(self._update_number())
+        if self.primary:
+            log.write_history(self.folder, self.rows)
+        trackers = log.Trackers(self.args, self.folder, self.epoch) if self.primary else None
+        handled = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
+        before = {number: signal.signal(number, self._on_signal) for number in handled}
+        speed = log.Speed((self.epochs - self.epoch) * self.batches - self.step)
+        try:
+            while self.epoch < self.epochs and not self._early_stop():
+                self._train_epoch(speed)
+                self._finish_epoch()
+                if trackers:
+                    trackers.log(self.rows[-1])
+                if self.hooks.callback:
+                    self.hooks.callback(self)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if trackers:
+                trackers.close()
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.signalled = True
+
+    def _early_stop(self) -> bool:
+        """Whether the last --early-stop-patience evaluations brought nothing better."""
+        patience, delta = self.args.early_stop_patience, self.args.early_stop_min_delta
+        sign = -1 if self.decreasing else 1
+        values = [sign * row[self.metric] for row in self.rows if row.get(self.metric) is not None]
+        best, since = float('-inf'), 0
+        for value in values:
+            best, since = (value, 0) if value > best + delta else (best, since + 1)
+        if not patience or since < patience:
+            return False
+        self.progress.say(f'early stop: no better {self.args.eval_metric} in {since} evaluations')
+        return True
+
+    def _train_epoch(self, speed: log.Speed) -> None:
+        """The rest of this epoch, from `self.step` on."""
+        args, accum = self.args, self.args.grad_accum_steps
+        self.task.train()
+        if self.mixup:
+            self.mixup.mixup_enabled = not (args.mixup_off_epoch and self.epoch >= args.mixup_off_epoch)
+        self.optimizer.zero_grad()
+        finite = torch.ones((), dtype=torch.bool, device=args.torch_device)
+        for images, targets in self.train_data.epoch(self.epoch, self.step):
+            last = self.step + 1 == self.batches
+            group = min(accum, self.batches - self.step // accum * accum)
+            update = last or (self.step + 1) % accum == 0
+            loss = self._forward_backward(images, targets, group, update)
+            known = torch.isfinite(loss)
+            finite &= known
+            self.loss_sum += torch.stack([loss.nan_to_num(0, 0, 0), known]) * len(targets)
+            speed.update(len(images) * args.world_size)
+            self.step += 1
+            if self.progress.due(self.step, last):
+                self._show(loss, speed, images, last)
+            if update:
+                self._update(finite)
+                finite.fill_(True)
+                every = args.recovery_interval
+                if self.stop or (every and not last and self.step // every > (self.step - group) // every):
+                    self._save_recovery()
+
+    def _forward_backward(self, images: torch.Tensor, targets: torch.Tensor, group: int, sync: bool) -> torch.Tensor:
+        """Accumulate the gradient of one batch and return its loss. All of its randomness depends on the step."""
+        args = self.args
+        seed_everything(args.seed, self.epoch, self.step, args.rank, device=True)
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.mixup:
+            images, targets = self.mixup(images, targets)
+        with torch.enable_grad() if sync else self.task.no_sync():
+            with autocast(args):
+                loss = self.task(images, targets)['loss']
+            self.scaler.scale(loss / group).backward()
+        return loss.detach()
+
+    def _update(self, finite: torch.Tensor) -> None:
+        """One optimizer step, unless any rank has a loss or gradient that is not finite: then all skip it together."""
+        args, optimizer = self.args, self.optimizer
+        self.scaler.unscale_(optimizer)
+        gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=args.torch_device)
+        flags = torch.stack([~(finite & torch.isfinite(norm)), torch.full_like(finite, self.signalled)]).int()
+        if args.world_size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        bad, self.stop = (bool(flag) for flag in flags.tolist())
+        if bad:
+            self._count_nonfinite()
+        else:
+            self.nonfinite = 0
+            if args.clip_grad is not None:
+                parameters = self.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+                dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad()
+        number = self._update_number()
+        if not bad and self.task.has_ema():
+            self.task.update_ema(step=number)
+        if args.synchronize_step and args.torch_device.type == 'cuda':
+            torch.cuda.synchronize()
+        if self.scheduler is not None:
+            self.scheduler.step_update(number)
+
+    def _count_nonfinite(self) -> None:
+        self.nonfinite, self.skipped = self.nonfinite + 1, self.skipped + 1
+        self.progress.say(f'epoch {self.epoch}, step {self.step}: loss or gradient is not finite, update skipped')
+        if self.nonfinite >= self.args.max_nonfinite:
+            raise TrainingStopped(
+                f'{self.nonfinite} updates in a row had a non-finite loss or gradient: lower --lr, add --clip-grad 1 '
+                'or --warmup-epochs, or use --amp-dtype bfloat16'
+            )
+
+    def _show(self, loss: torch.Tensor, speed: log.Speed, images: torch.Tensor, last: bool) -> None:
+        rate = self.optimizer.param_groups[0]['lr']
+        self.progress.show(
+            f'epoch {self.epoch} [{self.step}/{self.batches}]  loss {loss.item():.4f}  lr {rate:.3g}  {speed}  '
+            f'memory {log.peak_memory(self.args.torch_device)}',
+            last,
+        )
+        if self.args.save_images:
+            from torchvision.utils import save_image
+
+            save_image(images.float(), os.path.join(self.folder, f'train-batch-{self.step}.jpg'), normalize=True)
+
+    def _save_recovery(self) -> None:
+        state = self.state()
+        path = self.saver.save_recovery(state) if self.primary else 'by rank 0'
+        if self.stop:
+            if self.args.world_size > 1:
+                dist.barrier()  # nobody may leave, and be missed, while rank 0 writes
+            raise Preempted(f'stopped by a signal; saved {path}; go on with --resume')
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, step the schedule, write checkpoint and log."""
+        args = self.args
+        if args.world_size > 1 and args.dist_bn:
+            distribute_bn(self.task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
+        total = self.loss_sum.clone()
+        if args.world_size > 1:
+            dist.all_reduce(total)
+        row: dict[str, Any] = {'epoch': self.epoch, 'train_loss': float(total[0] / total[1].clamp(min=1))}
+        final = self.epoch + 1 == self.epochs
+        if self.eval_data is not None and ((self.epoch + 1) % args.val_interval == 0 or final):
+            row.update(self._evaluate('eval', ema=False))
+            if self._evaluates_ema():
+                row.update(self._evaluate('ema', ema=True))
+        row['lr'] = self.optimizer.param_groups[0]['lr']
+        row['skipped'] = self.skipped
+        self.rows.append(row)
+        self._schedule(self.epoch + 1, row.get(self.metric))
+        self.epoch, self.step = self.epoch + 1, 0
+        self._reset_loss()
+        state = self.state()
+        if self.primary:
+            self.saver.save_epoch(state)
+            log.write_history(self.folder, self.rows)
+
+    def _evaluate(self, prefix: str, ema: bool) -> dict[str, Any]:
+        assert self.eval_data is not None
+        model = self.task.get_eval_model(ema=ema)
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        result = evaluate(model, self.eval_data, self.args, self.hooks.metrics)
+        self.progress.say(
+            f'epoch {self.epoch} {prefix}: top-1 {result["top1"]:.2f} %  top-5 {result["top5"]:.2f} %  '
+            f'loss {result["loss"]:.4f}  ({result["count"]} images)'
+        )
+        return {f'{prefix}_{name}': value for name, value in result.items() if name != 'count'}

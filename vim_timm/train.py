@@ -1,0 +1,192 @@
+"""Train a model: `python -m vim_timm.train --help`. Without arguments it trains a small Vim on handwritten digits."""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import yaml
+from timm.data import resolve_input_data_config
+from timm.models import safe_model_name
+from timm.utils import random_seed
+
+import vim_timm  # noqa: F401  registers the models with timm
+
+from .engine import checkpoint, data, setup
+from .engine.arguments import parse
+from .engine.errors import UserError, run
+from .engine.flags import TRAIN
+from .engine.loop import Hooks, Trainer
+
+PROGRAM = 'train.py'
+DESCRIPTION = """Train an image classifier with timm's library; flags have the names, defaults and meanings of timm's
+train.py. Without data, recipe or --config it trains on the embedded digits (the recipe `digits`)."""
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Settings of a run, checked as far as they can be without a model.
+
+    `args.settings` holds the plain values, for checkpoints; `args.chosen` the names that somebody chose.
+    """
+    args, chosen = parse(PROGRAM, TRAIN, argv, DESCRIPTION, fallback_recipe='digits')
+    check(args)
+    args.settings, args.chosen = vars(args).copy(), chosen
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse values that cannot be meant."""
+    for name, least in (
+        ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1), ('workers', 0),
+        ('num_classes', 1), ('in_chans', 1), ('img_size', 1), ('checkpoint_hist', 1), ('log_interval', 1),
+        ('val_interval', 1), ('warmup_epochs', 0), ('cooldown_epochs', 0), ('start_epoch', 0), ('recovery_interval', 0),
+        ('lr', 0), ('lr_base', 0), ('weight_decay', 0), ('early_stop_patience', 0), ('max_nonfinite', 1),
+    ):  # fmt: skip
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            raise UserError(f'--{name.replace("_", "-")} must be at least {least}, not {value}')
+    if getattr(args, 'aug_splits', 0) == 1 or (getattr(args, 'jsd_loss', False) and args.aug_splits < 2):
+        raise UserError('--aug-splits must be 2 or more, and --jsd-loss needs it')
+
+
+def match_classes(args: argparse.Namespace, dataset: Any, split: str) -> None:
+    """Take the number of classes from the data set, or refuse one that contradicts it."""
+    count = data.count_classes(dataset)
+    if args.num_classes is None:
+        args.num_classes = count
+    elif count is not None and count != args.num_classes:
+        raise UserError(f'--num-classes is {args.num_classes}, but split {split!r} of the data has {count} classes')
+
+
+def output_folder(args: argparse.Namespace, image_size: int) -> str:
+    """Folder of this run, not created yet."""
+    name = args.experiment or '-'.join(
+        [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)]
+    )
+    return os.path.join(args.output or os.path.join('.', 'output', 'train'), name)
+
+
+def checkpoint_to_resume(args: argparse.Namespace, folder: str) -> str:
+    """The file that --resume means, or ''."""
+    if args.resume != 'auto':
+        if args.resume and not os.path.isfile(args.resume):
+            raise UserError(f'there is no checkpoint {args.resume}')
+        return args.resume
+    if not args.experiment:
+        raise UserError('--resume auto looks in the folder of --experiment: name one')
+    return checkpoint.newest(folder)
+
+
+def make_datasets(args: argparse.Namespace, hooks: Hooks) -> tuple[Any, Any]:
+    """Data sets of the training and the evaluation split."""
+    channels = args.in_chans or (args.input_size or [3])[0]
+    sets = []
+    for split, training in ((args.train_split, True), (args.val_split, False)):
+        dataset = hooks.dataset(split, training, args) if hooks.dataset else None
+        dataset = dataset if dataset is not None else data.make_dataset(args, split, training, channels)
+        match_classes(args, dataset, split)
+        sets.append(dataset)
+    return sets[0], sets[1]
+
+
+def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
+    """Run the training that `args` (from `parse_args`) describe, and return its Trainer.
+
+    Raises:
+        UserError: the settings, data or files are wrong; nothing was written yet.
+        TrainingStopped, Preempted: see their docstrings.
+    """
+    hooks = hooks or Hooks()
+    for module in args.device_modules or []:
+        importlib.import_module(module)
+    setup.start_process(args, args.chosen)
+    random_seed(args.seed)
+    datasets = make_datasets(args, hooks)
+    model = setup.make_training_model(args)
+    args.num_classes = args.num_classes or model.num_classes
+    data_config = resolve_input_data_config(model, vars(args))
+    model = setup.place_model(args, model, data_config['input_size'])
+    train_data = data.train_loader(args, datasets[0], data_config)
+    eval_data = data.eval_loader(args, datasets[1], data_config)
+    task = hooks.task(model, args) if hooks.task else setup.make_task(args, model, hooks.loss)
+    optimizer = setup.make_optimizer(args, task)
+    if args.model_ema and (args.rank == 0 or not args.model_ema_force_cpu):
+        task.setup_ema(
+            args.model_ema_decay, args.model_ema_warmup, device='cpu' if args.model_ema_force_cpu else None
+        )  # type: ignore[arg-type]
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if args.world_size > 1:
+        device_ids = [args.torch_device] if args.torch_device.type == 'cuda' else None
+        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+    folder = output_folder(args, data_config['input_size'][-1])
+    trainer = Trainer(args, task, optimizer, train_data, eval_data, folder, hooks)
+    resumed = checkpoint_to_resume(args, folder)
+    if resumed:
+        trainer.resume(resumed)
+    announce(args, trainer, model, data_config)
+    if trainer.epoch >= trainer.epochs:
+        trainer.progress.say(f'all {trainer.epochs} epochs are done')
+        return trainer
+    if trainer.primary:
+        os.makedirs(folder, exist_ok=True)
+        text = yaml.safe_dump(args.settings)
+        checkpoint.write_atomically(os.path.join(folder, 'args.yaml'), lambda file: file.write(text.encode()))
+    trainer.run()
+    return trainer
+
+
+def announce(args: argparse.Namespace, trainer: Trainer, model: torch.nn.Module, data_config: dict[str, Any]) -> None:
+    """Print what is about to happen, the effective global batch and learning rate among it."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = 'x'.join(map(str, data_config['input_size']))
+    batch = args.batch_size * args.world_size * args.grad_accum_steps
+    precision = f'{args.amp_dtype} AMP' if args.amp else str(args.dtype).rpartition('.')[2]
+    trainer.progress.say(
+        f'{args.model}: {parameters / 1e6:.2f} M parameters, input {size}, {args.num_classes} classes, '
+        f'on {args.world_size} x {args.device}, {precision}'
+    )
+    trainer.progress.say(
+        f'global batch {batch} = {args.batch_size} images x {args.world_size} ranks x {args.grad_accum_steps} '
+        f'accumulated; {args.opt}, learning rate {args.lr:.4g}; {trainer.epochs} epochs of {trainer.batches} steps; '
+        f'output in {trainer.folder}'
+    )
+
+
+def farewell(trainer: Trainer) -> None:
+    """Print the result and what to try next."""
+    ranking = trainer.saver.ranking(trainer.rows)
+    if not ranking:
+        return
+    best = next(row for row in trainer.rows if row['epoch'] == ranking[0])
+    trainer.progress.say(f'best {trainer.args.eval_metric}: {best[trainer.metric]:.2f} in epoch {best["epoch"]}')
+    path = trainer.saver.path('model_best')
+    if os.path.exists(path):
+        trainer.progress.say(f'evaluate it: python validate.py --checkpoint {path}')
+    if trainer.args.recipe == 'digits':
+        trainer.progress.say(
+            'next: your own images, one folder a class in FOLDER/train and FOLDER/validation:\n'
+            '  python train.py --data-dir FOLDER --model vim_tiny_patch4_32 --opt adamw --lr 1e-3 --epochs 100\n'
+            'python train.py --list-recipes shows settings that are known to work'
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+
+    def body(arguments: Sequence[str]) -> None:
+        try:
+            farewell(train(parse_args(arguments)))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+    return run(body, PROGRAM, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

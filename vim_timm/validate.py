@@ -1,0 +1,230 @@
+"""Evaluate a checkpoint or published weights: `python -m vim_timm.validate --help`."""
+
+import argparse
+import csv
+import glob
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.data import RealLabelsImagenet, resolve_input_data_config
+from timm.layers import apply_test_time_pool
+from timm.utils import check_batch_size_retry, decay_batch_step, natural_key, reparameterize_model
+
+import vim_timm  # noqa: F401  registers the models with timm
+
+from .engine import checkpoint, data, setup
+from .engine.arguments import parse
+from .engine.errors import UserError, explain, run, sentence
+from .engine.evaluate import Metric, evaluate
+from .engine.flags import VALIDATE
+from .engine.log import Progress
+from .train import check, match_classes
+
+PROGRAM = 'validate.py'
+DESCRIPTION = """Evaluate an image classifier with timm's library; flags have the names, defaults and meanings of timm's
+validate.py. Settings that a checkpoint of train.py carries (model, data, size, precision) need not be repeated."""
+
+# What a training checkpoint says about its own evaluation, by the names that it has here.
+_INHERITED = {
+    **{
+        name: name
+        for name in (
+            'data_dir dataset class_map input_img_mode input_key target_key dataset_trust_remote_code model num_classes gp '
+            'img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs amp '
+            'amp_dtype model_dtype'
+        ).split()
+    },
+    'val_split': 'split',
+    'val_num_samples': 'num_samples',
+}
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Settings of an evaluation: defaults, what the checkpoint says, --config, flags."""
+    first, chosen = parse(PROGRAM, VALIDATE, argv, DESCRIPTION)
+    if not first.checkpoint and not first.pretrained:
+        raise UserError('name the weights: --checkpoint FILE, or --model NAME --pretrained')
+    layer: dict[str, Any] = {}
+    if first.checkpoint and os.path.isfile(first.checkpoint) and not first.checkpoint.endswith('.safetensors'):
+        saved = checkpoint.read(first.checkpoint).get('args')
+        if isinstance(saved, dict):
+            layer = {ours: saved[theirs] for theirs, ours in _INHERITED.items() if saved.get(theirs) is not None}
+    args, _ = parse(PROGRAM, VALIDATE, argv, DESCRIPTION, layer=layer)
+    args.chosen = chosen
+    if not args.data_dir and not args.dataset:
+        args.dataset = 'digits'
+    check(args)
+    args.val_num_samples, args.validation_batch_size = args.num_samples, None
+    return args
+
+
+def validate(args: argparse.Namespace, metrics: Mapping[str, Metric] | None = None) -> dict[str, Any]:
+    """Evaluate one model, and return timm's result row: top1, top1_err, top5, top5_err, param_count, img_size, ...
+
+    Raises:
+        UserError: the settings, data or files are wrong.
+    """
+    channels = args.in_chans or (args.input_size or [3])[0]
+    dataset = data.make_dataset(args, args.split, False, channels)
+    labels = _valid_labels(args)
+    if labels is None:
+        match_classes(args, dataset, args.split)
+    model = setup.make_model(args)
+    if args.checkpoint:
+        checkpoint.load_weights(model, args.checkpoint, args.use_ema)
+    if args.reparam:
+        model = reparameterize_model(model)
+    data_config = resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if args.test_pool:
+        model, pooled = apply_test_time_pool(model, data_config)
+        data_config['crop_pct'] = 1.0 if pooled else data_config['crop_pct']
+    model = setup.place_model(args, model, data_config['input_size'])
+    if labels is not None:
+        model = torch.nn.Sequential(model, _Select(labels))
+    if args.torchcompile:
+        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)  # type: ignore[assignment]
+    loader = data.eval_loader(args, dataset, data_config)
+    progress, start = Progress(args.rank == 0, args.log_freq), time.perf_counter()
+
+    def show(step: int, evaluator: Any) -> None:
+        if progress.due(step, step == len(loader)):
+            counts = evaluator.summary()
+            rate = evaluator.num_samples * args.world_size / (time.perf_counter() - start)
+            progress.show(f'[{step}/{len(loader)}]  top-1 {counts["top1"]:.2f} %  {rate:.0f} img/s', step == len(loader))
+
+    result = evaluate(model, loader, args, _more_metrics(args, dataset, metrics), show)
+    result.update({name: result.pop(f'real_{name}') for name in ('top1', 'top5') if f'real_{name}' in result})
+    row: dict[str, Any] = {'model': args.model}
+    for name in ('top1', 'top5'):
+        row.update({name: round(result[name], 4), f'{name}_err': round(100 - result[name], 4)})
+    row.update({name: round(value, 4) for name, value in result.items() if name not in row and name != 'count'})
+    row.update(count=result['count'], param_count=round(parameters / 1e6, 2), img_size=data_config['input_size'][-1])
+    row.update(crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'])
+    progress.say(f' * Acc@1 {row["top1"]:.3f} ({row["top1_err"]:.3f}) Acc@5 {row["top5"]:.3f} ({row["top5_err"]:.3f})')
+    return row
+
+
+class _Select(torch.nn.Module):
+    """Keeps the logits of some classes."""
+
+    def __init__(self, labels: list[int]):
+        super().__init__()
+        self.labels = labels
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, self.labels]
+
+
+def _valid_labels(args: argparse.Namespace) -> list[int] | None:
+    if not args.valid_labels:
+        return None
+    with explain(f'--valid-labels {args.valid_labels}'), open(args.valid_labels) as file:
+        return [int(line) for line in file if line.strip()]
+
+
+def _more_metrics(args: argparse.Namespace, dataset: Any, metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
+    """The caller's metrics, --metrics-avg's and --real-labels'."""
+    more = dict(metrics or {})
+    if args.metrics_avg:
+        with explain('--metrics-avg needs `pip install scikit-learn`'):
+            from sklearn.metrics import precision_recall_fscore_support
+        for place, name in enumerate(('precision', 'recall', 'f1_score')):
+
+            def metric(logits, targets, place=place):
+                scores = precision_recall_fscore_support(
+                    targets, logits.argmax(1), average=args.metrics_avg, zero_division=0
+                )
+                return 100 * scores[place]
+
+            more[f'{args.metrics_avg}_{name}'] = metric
+    if args.real_labels:
+        if args.world_size > 1:
+            raise UserError('--real-labels needs the images in order: run it in one process')
+        with explain('--real-labels'):
+            real = RealLabelsImagenet(dataset.filenames(basename=True), real_json=args.real_labels)
+
+        def top1(logits, targets):
+            real.add_result(logits)
+            return real.get_accuracy(k=1)
+
+        more.update(real_top1=top1, real_top5=lambda logits, targets: real.get_accuracy(k=5))
+    return more
+
+
+def validate_with_retry(args: argparse.Namespace) -> dict[str, Any]:
+    """`validate`, with half the batch as long as --retry is given and memory runs out."""
+    while True:
+        try:
+            return validate(args)
+        except RuntimeError as error:
+            smaller = decay_batch_step(args.batch_size)
+            if not args.retry or not check_batch_size_retry(str(error)) or smaller < 1:
+                raise
+            print(f'batch size {args.batch_size} does not fit ({sentence(error)}); trying {smaller}', flush=True)
+            args.batch_size = smaller
+
+
+def candidates(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What to evaluate: a folder of checkpoints, a file with model names, a pattern, or the one model."""
+    if os.path.isdir(args.checkpoint):
+        files = [file for ending in ('pth.tar', 'pth', 'safetensors') for file in glob.glob(f'{args.checkpoint}/*.{ending}')]
+        return [dict(checkpoint=file) for file in sorted(files, key=natural_key)]
+    if os.path.isfile(args.model):
+        with open(args.model) as file:
+            return [dict(model=line.strip()) for line in file if line.strip()]
+    if not args.checkpoint and (args.model == 'all' or '*' in args.model):
+        pattern = '' if args.model == 'all' else args.model
+        return [dict(model=name) for name in timm.list_models(pattern, pretrained=True)]
+    return [{}]
+
+
+def write_results(path: str, rows: list[dict[str, Any]], kind: str) -> None:
+    """Write result rows as CSV or JSON."""
+    if kind == 'json':
+        text = json.dumps(rows if len(rows) != 1 else rows[0], indent=4) + '\n'
+    else:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+        text = table.getvalue()
+    with explain(f'--results-file {path}'):
+        checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status. The results are also printed as JSON after `--result`."""
+
+    def body(arguments: Sequence[str]) -> None:
+        args = parse_args(arguments)
+        setup.start_process(args, args.chosen)
+        try:
+            choices = candidates(args)
+            if not choices:
+                raise UserError(f'nothing matches --model {args.model!r} --checkpoint {args.checkpoint!r}')
+            rows = []
+            for choice in choices:
+                row = validate_with_retry(argparse.Namespace(**{**vars(args), **choice}))
+                rows.append({**row, **({'checkpoint': choice['checkpoint']} if 'checkpoint' in choice else {})})
+            rows.sort(key=lambda row: row['top1'], reverse=True)
+            if args.rank == 0:
+                if args.results_file:
+                    write_results(args.results_file, rows, args.results_format)
+                print(f'--result\n{json.dumps(rows if len(rows) > 1 else rows[0], indent=4)}')
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+    return run(body, PROGRAM, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
