@@ -4,28 +4,29 @@ The command `python -m vim_timm.hub.convert IN.pth OUT.safetensors` rewrites one
 """
 
 import argparse
-import json
 import math
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
 import torch
 from safetensors.torch import save_file
-from timm.models import create_model
+from timm.models import create_model, is_model, list_models
 from torch import nn
 
-from vim_timm.models.checkpoint import CheckpointError, read_checkpoint, select_weights
-from vim_timm.models.vision_mamba import VisionMamba, checkpoint_filter_fn
+from vim_timm.layers import BiMamba
+from vim_timm.models.checkpoint import CheckpointError, describe_family, read_checkpoint, select_weights
+from vim_timm.models.vision_mamba import ClassToken, VisionMamba, checkpoint_filter_fn
 from vim_timm.version import __version__
 
 # arguments of the original's Mamba class under our names, and those that a loaded model does not show
 _SSM_CFG = {'d_conv': 'd_conv', 'expand': 'expand', 'dt_rank': 'dt_rank', 'conv_bias': 'conv_bias', 'bias': 'proj_bias'}
 _IGNORED_SSM_CFG = {'dt_min', 'dt_max', 'dt_init', 'dt_scale', 'dt_init_floor', 'use_fast_path'}
-_POOLS = {'none': 'last', 'mean': 'avg'}
-_SCANS = {'v2': 'bidirectional', 'v1': 'shared', 'none': 'forward'}
+_POOLS: dict[str, Any] = {'none': 'last', 'mean': 'avg'}
+_SCANS: dict[str, Any] = {'v2': 'bidirectional', 'v1': 'shared', 'none': 'forward'}
 
 
 def from_original(
@@ -64,7 +65,7 @@ def from_original(
     use_double_cls_token: bool = False,
     use_middle_cls_token: bool = True,
     if_devide_out: Optional[bool] = None,
-) -> nn.Module:
+) -> VisionMamba:
     """Build the model that computes what the original's `VisionMamba(**kwargs)` computes, with its weights.
 
     The arguments are those of the original's HEAD, with its defaults: `stride` is 16 whatever `patch_size` is, and
@@ -122,13 +123,13 @@ def from_original(
     return model
 
 
-def _choose(name: str, value: str, choices: dict[str, str]) -> str:
+def _choose(name: str, value: str, choices: dict[str, Any]) -> Any:
     if value not in choices:
         raise ValueError(f"{name}='{value}' is unknown: choose {', '.join(choices)}")
     return choices[value]
 
 
-def _class_token(if_cls_token: bool, use_double_cls_token: bool, use_middle_cls_token: bool) -> str:
+def _class_token(if_cls_token: bool, use_double_cls_token: bool, use_middle_cls_token: bool) -> ClassToken:
     """The original's precedence: none, then double, then middle, then head."""
     if not if_cls_token:
         return 'none'
@@ -207,7 +208,8 @@ def infer_arguments(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         dt_proj, conv = state_dict[f'{mixer}dt_proj.weight'], state_dict[f'{mixer}conv1d.weight']
         d_inner, d_state = state_dict[f'{mixer}A_log'].shape
     except KeyError as missing:
-        raise CheckpointError(f'not a checkpoint of the original Vim: it has no {missing}') from None
+        family = describe_family(set(state_dict))
+        raise CheckpointError(f'not a checkpoint of the original Vim but of {family}: it has no {missing}') from None
     embed_dim, channels, patch_size, _ = patch.shape
     rope = 'rope.freqs_cos' in state_dict
     cls, double = 'cls_token' in state_dict, 'cls_token_head' in state_dict
@@ -269,51 +271,81 @@ def _bimamba_type(state_dict: Mapping[str, torch.Tensor]) -> str:
     return 'v1' if 'layers.0.mixer.A_b_log' in state_dict else 'none'
 
 
-def convert(source: str | Path, destination: str | Path, name: str = '', use_ema: bool = False) -> nn.Module:
+def convert(source: str | Path, destination: str | Path, name: str = '', use_ema: bool = False) -> VisionMamba:
     """Rewrite an original checkpoint as safetensors under our names, and return the model it fits.
 
     The architecture is `name` if given, else the one that the file's own `args.model` names, else what the shapes tell.
-    The file appears whole or not at all; its metadata say where it came from.
+    Weights are renamed and reordered, never resampled. The file's metadata say where it came from.
 
     Raises:
-        FileNotFoundError: no such source.
-        ValueError: the source cannot be read, is of another family or does not fit.
+        FileNotFoundError: no folder to write into.
+        CheckpointError: the source cannot be read, is of another family or does not fit.
         RuntimeError: timm does not know `name`.
     """
     checkpoint = read_checkpoint(source)
     state_dict = _tensors(select_weights(checkpoint, use_ema), source)
     args = checkpoint.get('args')
-    name = name or getattr(args, 'model', '')
-    if name:
-        head = state_dict.get('head.weight')
-        model = create_model(
-            name,
-            num_classes=0 if head is None else len(head),
-            **({'img_size': args.input_size} if hasattr(args, 'input_size') else {}),
-        )
-        if not isinstance(model, VisionMamba):
-            raise ValueError(f'{name} is not a Vim')
+    trained = getattr(args, 'model', '')
+    if name or is_model(trained):
+        model = _registered(name or trained, state_dict, getattr(args, 'input_size', None))
+        _check_layout(state_dict, model)
         _load_strictly(model, checkpoint_filter_fn(state_dict, model))
+        architecture = _architecture(model)
     else:
         model = from_original(state_dict, **infer_arguments(state_dict))
+        architecture = find_architecture(model)
     metadata = {
         'format': 'pt',
-        'architecture': name,
+        'architecture': architecture,
         'source': Path(source).name,
         'weights': 'model_ema' if use_ema else 'model',
         'vim_timm': __version__,
     }
-    if not name:
-        metadata['original_arguments'] = json.dumps(infer_arguments(state_dict))
     write_safetensors(model.state_dict(), destination, metadata)
     return model
 
 
+def _registered(name: str, state_dict: Mapping[str, torch.Tensor], img_size: Optional[int]) -> VisionMamba:
+    head = state_dict.get('head.weight')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the original's names are deprecated ones
+        model = create_model(name, num_classes=0 if head is None else len(head), img_size=img_size)
+    if not isinstance(model, VisionMamba):
+        raise CheckpointError(f'{name} is not a Vim')
+    return model
+
+
+def find_architecture(model: VisionMamba) -> str:
+    """The name of the registered model that computes the same, but for its number of classes; '' if there is none."""
+    for name in list_models(module='vision_mamba'):
+        other = create_model(name, num_classes=model.num_classes, device='meta')
+        assert isinstance(other, VisionMamba)
+        if _signature(other) == _signature(model):
+            return _architecture(other)
+    return ''
+
+
+def _architecture(model: VisionMamba) -> str:
+    """The full name of a registered model, where it was made by a short or deprecated one."""
+    return getattr(model, 'pretrained_cfg')['architecture']  # noqa: B009  timm sets it after construction
+
+
+def _signature(model: VisionMamba) -> tuple[Any, ...]:
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    rope = (model.rope, model.rope and model.rope_residual)
+    scales = [module.scale for module in model.modules() if isinstance(module, BiMamba)]
+    return shapes, model.patch_embed.stride, model.global_pool, model.middle_token, rope, scales
+
+
 def write_safetensors(state_dict: Mapping[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write tensors to a safetensors file that appears whole or not at all."""
+    """Write tensors to a safetensors file that appears whole or not at all.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+    """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f'no folder {path.parent} to write {path.name} into')
+        raise FileNotFoundError(f'there is no folder {path.parent} to write {path.name} into')
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.convert-') as folder:
         temporary = Path(folder) / 'weights'
         save_file({name: value.contiguous() for name, value in state_dict.items()}, temporary, metadata)
@@ -328,6 +360,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
     args = parser.parse_args(argv)
     try:
+        if not args.destination.endswith('.safetensors'):
+            raise ValueError(f'{args.destination} must end in .safetensors')
         model = convert(args.source, args.destination, args.model, args.use_ema)
     except (OSError, ValueError, RuntimeError) as error:
         print(f'convert: error: {(str(error) or repr(error)).splitlines()[0]}', file=sys.stderr)
