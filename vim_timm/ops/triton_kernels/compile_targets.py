@@ -32,7 +32,7 @@ class Launcher:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self.compile
 
-    def compile(self, *args: Any, num_warps: int = 4, **constants: Any) -> None:
+    def compile(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -55,11 +55,11 @@ class Launcher:
                 signature[name] = 'i32'
                 if special and value % 16 == 0:
                     attributes[(i,)] = [['tt.divisibility', 16]]
-        key = (self.name, self.capability, num_warps, str(signature), str(constexprs), str(attributes))
+        key = (self.name, self.capability, num_warps, num_stages, str(signature), str(constexprs), str(attributes))
         if key not in self.seen:
             source = ASTSource(self.kernel, signature, constexprs, attributes)
             self.seen[key] = triton.compile(
-                source, target=GPUTarget('cuda', self.capability, 32), options={'num_warps': num_warps})
+                source, target=GPUTarget('cuda', self.capability, 32), options={'num_warps': num_warps, 'num_stages': num_stages})
 
 
 def resources(cubin: bytes) -> str:

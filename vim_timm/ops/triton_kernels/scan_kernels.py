@@ -5,22 +5,24 @@ Scan order: step s visits token s in the forward direction and token L - 1 - s i
 registers. Chunks of a sequence run in parallel: states from zero (`MODE` LOCAL), `carry`, then outputs from the true
 states. Everything is computed in float32; A is held times log2(e), so a decay is one exp2.
 
-The layout of the state tensor decides the speed. Triton lays it out for the load of A: with strides it knows nothing
-about (`do_not_specialize`) each lane gets whole channels with all N states in registers, so that sums over N need no
-shuffles. Steps are taken four at a time, all loads first, because a load cannot pass an earlier store.
+The layout of the state tensor decides the speed: each lane must hold whole channels with all N states in registers, so
+that sums over N need no shuffles. Triton lays it out for its loads and stores, in vectors as wide as alignment allows;
+strides and offsets that it knows nothing about (`do_not_specialize`, `zero`) leave one channel a lane. Steps are taken
+four at a time, all loads first, because a load cannot pass an earlier store.
 """
 import triton
 import triton.language as tl
 
 from .math import LN2, LOG2E, exp2, sigmoid, softplus
 
-RUNTIME = ['length', 'chunk', 'num_chunks', 'A_sd', 'A_sn', 'H_sn']
+RUNTIME = ['length', 'chunk', 'num_chunks', 'A_sd', 'A_sn', 'zero']
 
 
 @triton.jit
 def load_decay(A, A_sd, A_sn, channels, states, mask, A_IS_LOG: tl.constexpr):
     """A * log2(e) as (N, BD); 0 (no decay) where masked."""
-    a = tl.load(A + channels[None, :] * A_sd + states[:, None] * A_sn, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(A + channels[:, None] * A_sd + states[None, :] * A_sn, mask=tl.trans(mask), other=0.0)
+    a = tl.trans(a).to(tl.float32)
     if A_IS_LOG:
         a = tl.where(mask, -tl.exp(a), 0.0)
     return a * LOG2E
@@ -50,7 +52,7 @@ def advance(h, d, u, b, a, FAST: tl.constexpr):
 def scan_forward(
         u_f, u_b, delta_f, delta_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, bias_f, bias_b,
         H, S, Y, BOUNDS,
-        batch, length, chunk, num_chunks, u_sb, u_sl, delta_sb, delta_sl, X_sb, X_sl, A_sd, A_sn, H_sn,
+        batch, length, chunk, num_chunks, u_sb, u_sl, delta_sb, delta_sl, X_sb, X_sl, A_sd, A_sn, zero,
         DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr,
         LOCAL: tl.constexpr, CARRY: tl.constexpr, KEEP: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
         SOFTPLUS: tl.constexpr, A_IS_LOG: tl.constexpr, FAST: tl.constexpr,
@@ -93,7 +95,7 @@ def scan_forward(
     delta_step = sign * delta_sl
     X_step = sign * X_sl
     Y_step = sign * DIM
-    state = channels[None, :] + states[:, None] * H_sn
+    state = zero + channels[None, :] + states[:, None] * DIM
     H += (cell.to(tl.int64) * num_chunks + j) * N * DIM
     BOUNDS += (cell.to(tl.int64) * tl.cdiv(length, 4) + begin // 4) * N * DIM
 
@@ -117,12 +119,12 @@ def scan_forward(
         d1 = tl.load(delta + i1 * delta_step + channels, mask=in_dim, other=0.0)
         d2 = tl.load(delta + i2 * delta_step + channels, mask=in_dim, other=0.0)
         d3 = tl.load(delta + i3 * delta_step + channels, mask=in_dim, other=0.0)
-        b0 = load_row(B, 0, states, in_state, ALIGN)
+        b0 = load_row(B, zero, states, in_state, ALIGN)
         b1 = load_row(B, i1 * X_step, states, in_state, ALIGN)
         b2 = load_row(B, i2 * X_step, states, in_state, ALIGN)
         b3 = load_row(B, i3 * X_step, states, in_state, ALIGN)
         if not LOCAL:
-            c0 = load_row(C, 0, states, in_state, ALIGN)
+            c0 = load_row(C, zero, states, in_state, ALIGN)
             c1 = load_row(C, i1 * X_step, states, in_state, ALIGN)
             c2 = load_row(C, i2 * X_step, states, in_state, ALIGN)
             c3 = load_row(C, i3 * X_step, states, in_state, ALIGN)
@@ -167,7 +169,7 @@ def scan_forward(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def carry(
-        A_f, A_b, H_in, H_out, S, batch, num_chunks, A_sd, A_sn, H_sn,
+        A_f, A_b, H_in, H_out, S, batch, num_chunks, A_sd, A_sn, zero,
         DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
         A_IS_LOG: tl.constexpr, FAST: tl.constexpr,
 ):
@@ -183,7 +185,7 @@ def carry(
     else:
         A = A_f
     a = load_decay(A, A_sd, A_sn, channels, states, mask, A_IS_LOG)
-    state = channels[None, :] + states[:, None] * H_sn
+    state = zero + channels[None, :] + states[:, None] * DIM
     row = cell.to(tl.int64) * num_chunks
     step = 1
     if REVERSE:
@@ -248,7 +250,7 @@ def gate_backward(
 @triton.jit(do_not_specialize=RUNTIME)
 def grad_states(
         delta_f, delta_b, A_f, A_b, C_f, C_b, bias_f, bias_b, GRAD_Y, Q,
-        batch, length, chunk, num_chunks, scale, delta_sb, delta_sl, X_sb, X_sl, A_sd, A_sn, H_sn,
+        batch, length, chunk, num_chunks, scale, delta_sb, delta_sl, X_sb, X_sl, A_sd, A_sn, zero,
         DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr,
         HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, A_IS_LOG: tl.constexpr, FAST: tl.constexpr,
 ):
@@ -281,43 +283,45 @@ def grad_states(
     for _ in range(begin, end):
         grad = tl.load(GRAD_Y + channels, mask=in_dim, other=0.0).to(tl.float32) * scale
         d = step_size(tl.load(delta + channels, mask=in_dim, other=0.0).to(tl.float32), bias, True, SOFTPLUS, FAST)
-        c = load_row(C, 0, states, in_state, ALIGN)
+        c = load_row(C, zero, states, in_state, ALIGN)
         q = exp2(d[None, :] * a, FAST) * (grad[None, :] * c[:, None] + q)
         delta -= sign * delta_sl
         C -= sign * X_sl
         GRAD_Y -= sign * DIM
-    state = channels[None, :] + states[:, None] * H_sn
+    state = zero + channels[None, :] + states[:, None] * DIM
     tl.store(Q + (cell.to(tl.int64) * num_chunks + j) * N * DIM + state, q, mask=mask)
 
 
 @triton.jit
-def sum_channels(p, NP: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr):
-    """Sum of p (NP, BD) over channels, as (NP, 16) equal columns when the matrix unit does it, else (NP,)."""
+def store_sums(P, step, p0, p1, p2, p3, left, states, in_state,
+               N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr):
+    """Sums over channels of four steps' (NP, BD) products to P[step * i + state]; with DOT as one bfloat16 product with
+    ones on the matrix unit, else by shuffles in float32."""
     if DOT:
-        return tl.dot(p.to(tl.bfloat16), tl.full([BD, 16], 1.0, tl.bfloat16))
+        # Triton's interpreter multiplies the bits of bfloat16 numbers, not their values.
+        kind: tl.constexpr = tl.bfloat16 if FAST else tl.float32
+        stack = tl.join(tl.join(p0, p2), tl.join(p1, p3)).to(kind)  # (NP, BD, i // 2, i % 2)
+        stack = tl.reshape(tl.permute(stack, (2, 3, 0, 1)), (4 * NP, BD))
+        sums = tl.max(tl.dot(stack, tl.full([BD, 8], 1.0, tl.float32).to(kind)), 1)
+        row = tl.arange(0, 4 * NP)
+        i = row // NP
+        state = row % NP
+        tl.store(P + i * step + state, sums, mask=(state < N) & (i < left))
     else:
-        return tl.sum(p, 1)
-
-
-@triton.jit
-def store_row(P, r, states, mask, DOT: tl.constexpr):
-    if DOT:
-        column = tl.arange(0, 16)
-        tl.store(P + states[:, None] + 0 * column[None, :], r, mask=mask[:, None] & (column == 0)[None, :])
-    else:
-        tl.store(P + states, r, mask=mask)
+        tl.store(P + states, tl.sum(p0, 1), mask=in_state)
+        tl.store(P + step + states, tl.sum(p1, 1), mask=in_state & (1 < left))
+        tl.store(P + 2 * step + states, tl.sum(p2, 1), mask=in_state & (2 < left))
+        tl.store(P + 3 * step + states, tl.sum(p3, 1), mask=in_state & (3 < left))
 
 
 @triton.jit
 def step_backward(
-        q, h, e, d, v, u, b, c, grad, skip, grad_A, grad_bias, grad_skip, a, ok, in_dim, channels, states, in_state,
-        GRAD_U, GRAD_DELTA, GRAD_B, GRAD_C, h_after,
-        NP: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, SOFTPLUS: tl.constexpr, FAST: tl.constexpr,
+        q, h, e, d, v, u, b, c, grad, skip, grad_A, grad_bias, grad_skip, a, ok, mask, GRAD_U, GRAD_DELTA,
+        SOFTPLUS: tl.constexpr, FAST: tl.constexpr,
 ):
-    """One step against time. h, h_after: the state before and after it; q: the gradient of h_after from later steps."""
-    store_row(GRAD_C, sum_channels(h_after * grad[None, :], NP, BD, DOT), states, in_state & ok, DOT)
+    """One step against time. h: the state before it; q: the gradient of the state after it from later steps. Returns q
+    for the step before, the product whose sum over channels is B's gradient, and the running sums."""
     grad_h = grad[None, :] * c[:, None] + q
-    store_row(GRAD_B, sum_channels(grad_h * (d * u)[None, :], NP, BD, DOT), states, in_state & ok, DOT)
     grad_x = tl.sum(grad_h * b[:, None], 0)
     q = e * grad_h
     w = q * h
@@ -328,9 +332,9 @@ def step_backward(
     grad_d = tl.where(ok, grad_d, 0.0)
     grad_bias += grad_d
     grad_skip += grad * u
-    tl.store(GRAD_U + channels, (d * grad_x + grad * skip).to(GRAD_U.dtype.element_ty), mask=in_dim & ok)
-    tl.store(GRAD_DELTA + channels, grad_d.to(GRAD_DELTA.dtype.element_ty), mask=in_dim & ok)
-    return q, grad_A, grad_bias, grad_skip
+    tl.store(GRAD_U, (d * grad_x + grad * skip).to(GRAD_U.dtype.element_ty), mask=mask)
+    tl.store(GRAD_DELTA, grad_d.to(GRAD_DELTA.dtype.element_ty), mask=mask)
+    return q, grad_h * (d * u)[None, :], grad_A, grad_bias, grad_skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -338,15 +342,15 @@ def scan_backward(
         u_f, u_b, delta_f, delta_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, bias_f, bias_b,
         GRAD_Y, BOUNDS, Q, GRAD_U, GRAD_DELTA, PART_X, PART_A, PART_V,
         batch, cells, length, chunk, num_chunks, scale,
-        u_sb, u_sl, delta_sb, delta_sl, X_sb, X_sl, A_sd, A_sn, H_sn,
+        u_sb, u_sl, delta_sb, delta_sl, X_sb, X_sl, A_sd, A_sn, zero,
         DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr,
         CARRY: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
         A_IS_LOG: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr,
 ):
     """Gradients from GRAD_Y (batch, L, DIM) times scale, four steps at a time against time: the states of a group are
     computed again from BOUNDS, and their decays serve both recurrences.
-    GRAD_U, GRAD_DELTA (cells, L, DIM); partial sums, added outside in a fixed order: PART_X (channel blocks, cells, 2,
-    L, N) for B and C, PART_A (cells, chunks, DIM, N), PART_V (cells, chunks, 2, DIM) for D and the bias."""
+    GRAD_U, GRAD_DELTA (cells, L, DIM); partial sums, added outside in a fixed order: PART_X (channel blocks, cells,
+    L, 2, N) for B and C, PART_A (cells, chunks, DIM, N), PART_V (cells, chunks, 2, DIM) for D and the bias."""
     block = tl.program_id(0)
     channels = block * BD + tl.arange(0, BD)
     j = tl.program_id(1)
@@ -383,14 +387,13 @@ def scan_backward(
     GRAD_Y += (entry * length + first) * DIM
     GRAD_U += (wide * length + first) * DIM
     GRAD_DELTA += (wide * length + first) * DIM
-    GRAD_B = PART_X + (((block.to(tl.int64) * cells + cell) * 2) * length + first) * N
-    GRAD_C = GRAD_B + length.to(tl.int64) * N
+    PART_X += ((block.to(tl.int64) * cells + cell) * length + first) * 2 * N
     u_step = sign * u_sl
     delta_step = sign * delta_sl
     X_step = sign * X_sl
     D_step = sign * DIM
-    N_step = sign * N
-    state = channels[None, :] + states[:, None] * H_sn
+    X_part = sign * 2 * N
+    state = zero + channels[None, :] + states[:, None] * DIM
     BOUNDS += (wide * tl.cdiv(length, 4) + start // 4) * N * DIM
 
     if CARRY:
@@ -421,11 +424,11 @@ def scan_backward(
         g1 = tl.load(GRAD_Y + i1 * D_step + channels, mask=in_dim & ok1, other=0.0).to(tl.float32) * scale
         g2 = tl.load(GRAD_Y + i2 * D_step + channels, mask=in_dim & ok2, other=0.0).to(tl.float32) * scale
         g3 = tl.load(GRAD_Y + i3 * D_step + channels, mask=in_dim & ok3, other=0.0).to(tl.float32) * scale
-        b0 = load_row(B, 0, states, in_state, ALIGN)
+        b0 = load_row(B, zero, states, in_state, ALIGN)
         b1 = load_row(B, i1 * X_step, states, in_state, ALIGN)
         b2 = load_row(B, i2 * X_step, states, in_state, ALIGN)
         b3 = load_row(B, i3 * X_step, states, in_state, ALIGN)
-        c0 = load_row(C, 0, states, in_state, ALIGN)
+        c0 = load_row(C, zero, states, in_state, ALIGN)
         c1 = load_row(C, i1 * X_step, states, in_state, ALIGN)
         c2 = load_row(C, i2 * X_step, states, in_state, ALIGN)
         c3 = load_row(C, i3 * X_step, states, in_state, ALIGN)
@@ -441,21 +444,22 @@ def scan_backward(
         h2 = e1 * h1 + (d1 * u1)[None, :] * b1[:, None]
         h3 = e2 * h2 + (d2 * u2)[None, :] * b2[:, None]
         h4 = e3 * h3 + (d3 * u3)[None, :] * b3[:, None]
-        q, grad_A, grad_bias, grad_skip = step_backward(
-            q, h3, e3, d3, v3, u3, b3, c3, g3, skip, grad_A, grad_bias, grad_skip, a, ok3, in_dim, channels, states,
-            in_state, GRAD_U + i3 * D_step, GRAD_DELTA + i3 * D_step, GRAD_B + i3 * N_step, GRAD_C + i3 * N_step, h4,
-            NP, BD, DOT, SOFTPLUS, FAST)
-        q, grad_A, grad_bias, grad_skip = step_backward(
-            q, h2, e2, d2, v2, u2, b2, c2, g2, skip, grad_A, grad_bias, grad_skip, a, ok2, in_dim, channels, states,
-            in_state, GRAD_U + i2 * D_step, GRAD_DELTA + i2 * D_step, GRAD_B + i2 * N_step, GRAD_C + i2 * N_step, h3,
-            NP, BD, DOT, SOFTPLUS, FAST)
-        q, grad_A, grad_bias, grad_skip = step_backward(
-            q, h1, e1, d1, v1, u1, b1, c1, g1, skip, grad_A, grad_bias, grad_skip, a, ok1, in_dim, channels, states,
-            in_state, GRAD_U + i1 * D_step, GRAD_DELTA + i1 * D_step, GRAD_B + i1 * N_step, GRAD_C + i1 * N_step, h2,
-            NP, BD, DOT, SOFTPLUS, FAST)
-        q, grad_A, grad_bias, grad_skip = step_backward(
-            q, h0, e0, d0, v0, u0, b0, c0, g0, skip, grad_A, grad_bias, grad_skip, a, True, in_dim, channels, states,
-            in_state, GRAD_U, GRAD_DELTA, GRAD_B, GRAD_C, h1, NP, BD, DOT, SOFTPLUS, FAST)
+        store_sums(
+            PART_X + N, X_part, h1 * g0[None, :], h2 * g1[None, :], h3 * g2[None, :], h4 * g3[None, :],
+            end - s, states, in_state, N, NP, BD, DOT, FAST)
+        q, p3, grad_A, grad_bias, grad_skip = step_backward(
+            q, h3, e3, d3, v3, u3, b3, c3, g3, skip, grad_A, grad_bias, grad_skip, a, ok3, in_dim & ok3,
+            GRAD_U + i3 * D_step + channels, GRAD_DELTA + i3 * D_step + channels, SOFTPLUS, FAST)
+        q, p2, grad_A, grad_bias, grad_skip = step_backward(
+            q, h2, e2, d2, v2, u2, b2, c2, g2, skip, grad_A, grad_bias, grad_skip, a, ok2, in_dim & ok2,
+            GRAD_U + i2 * D_step + channels, GRAD_DELTA + i2 * D_step + channels, SOFTPLUS, FAST)
+        q, p1, grad_A, grad_bias, grad_skip = step_backward(
+            q, h1, e1, d1, v1, u1, b1, c1, g1, skip, grad_A, grad_bias, grad_skip, a, ok1, in_dim & ok1,
+            GRAD_U + i1 * D_step + channels, GRAD_DELTA + i1 * D_step + channels, SOFTPLUS, FAST)
+        q, p0, grad_A, grad_bias, grad_skip = step_backward(
+            q, h0, e0, d0, v0, u0, b0, c0, g0, skip, grad_A, grad_bias, grad_skip, a, True, in_dim,
+            GRAD_U + channels, GRAD_DELTA + channels, SOFTPLUS, FAST)
+        store_sums(PART_X, X_part, p0, p1, p2, p3, end - s, states, in_state, N, NP, BD, DOT, FAST)
         u -= 4 * u_step
         delta -= 4 * delta_step
         B -= 4 * X_step
@@ -463,8 +467,7 @@ def scan_backward(
         GRAD_Y -= 4 * D_step
         GRAD_U -= 4 * D_step
         GRAD_DELTA -= 4 * D_step
-        GRAD_B -= 4 * N_step
-        GRAD_C -= 4 * N_step
+        PART_X -= 4 * X_part
         BOUNDS -= N * DIM
     if A_IS_LOG:
         grad_A *= a * LN2

@@ -17,6 +17,7 @@ OPERANDS = (
     'Tensor? u_b, Tensor? delta_b, Tensor? A_b, Tensor? B_b, Tensor? C_b, Tensor? D_b, Tensor? delta_bias_b, '
     'Tensor? z, float scale, bool delta_softplus, bool A_is_log'
 )
+STAGES = 2
 GROUP = 4  # steps a program takes at once; the backward pass computes states again from each group's first
 
 
@@ -73,8 +74,8 @@ class Scan:
         return [self.length, cut.chunk, cut.chunks]
 
     def strides(self) -> List[int]:
-        """Rows of delta, rows of B and C, then A (channel, state) and the state's rows."""
-        return [*self.delta.stride()[:2], *self.B.stride()[:2], self.state, 1, self.dim]
+        """Rows of delta, rows of B and C, A (channel, state), and the zero that hides alignment."""
+        return [*self.delta.stride()[:2], *self.B.stride()[:2], self.state, 1, 0]
 
     def forward(self, H: Tensor, S: Tensor, Y: Tensor, bounds: Optional[Tensor], local: bool) -> None:
         cut = self.cut
@@ -88,7 +89,7 @@ class Scan:
         cut = self.cut
         states = torch.empty_like(contributions)
         self.kernels.carry[self.blocks(cut), self.cells](
-            self.A, self.A_b, contributions, states, S, self.batch, cut.chunks, self.state, 1, self.dim,
+            self.A, self.A_b, contributions, states, S, self.batch, cut.chunks, self.state, 1, 0,
             BD=cut.block, REVERSE=reverse, A_IS_LOG=self.step['A_IS_LOG'], **self.sizes, num_warps=cut.warps)
         return states
 
@@ -126,21 +127,21 @@ class Scan:
         return self.carry(local, S, reverse=True)
 
     def backward(self, grad_y: Tensor, scale: float, bounds: Tensor, Q: Tensor, cut: Plan) -> List[Tensor]:
-        """Gradients of u, delta (directions, B, L, D), of B and C (directions, B, 2, L, N), of A (directions, D, N), and
+        """Gradients of u, delta (directions, B, L, D), of B and C (directions, B, L, 2, N), of A (directions, D, N), and
         of D and delta_bias (directions, 2, D)."""
         blocks, directions, batch = self.blocks(cut), self.directions, self.batch
         grad_u = self.empty(directions, batch, self.length, self.dim, dtype=self.u.dtype)
         grad_delta = torch.empty_like(grad_u, dtype=self.delta.dtype)
-        part_X = self.empty(blocks, directions, batch, 2, self.length, self.state)
+        part_X = self.empty(blocks, directions, batch, self.length, 2, self.state)
         part_A = self.empty(directions, batch * cut.chunks, self.dim, self.state)
         part_V = self.empty(directions, batch * cut.chunks, 2, self.dim)
         # The matrix unit adds bfloat16 products; float32 gradients need float32 sums.
-        dot = self.B.dtype != torch.float32 and cut.warps == 1 and self.sizes['NP'] >= 16
+        dot = self.B.dtype != torch.float32
         self.kernels.scan_backward[blocks, cut.chunks, self.cells](
             *self.operands(), grad_y, bounds, Q, grad_u, grad_delta, part_X, part_A, part_V,
             self.batch, self.cells, *self.lengths(cut), scale, *self.u.stride()[:2], *self.strides(),
             BD=cut.block, CARRY=cut.chunks > 1, DOT=dot, **self.sizes, **self.skip, **self.step, **self.rows,
-            num_warps=cut.warps)
+            num_warps=cut.warps, num_stages=STAGES)
         grad_X = torch.empty_like(part_X[0], dtype=self.B.dtype)
         self.kernels.sum_parts[math.ceil(grad_X.numel() / 1024),](
             part_X, grad_X, grad_X.numel(), PARTS_COUNT=blocks, BLOCK=1024)
@@ -204,7 +205,7 @@ def _(grad: Tensor, H: Tensor, S: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
     return (
         empty((directions, batch, length, dim), u.dtype),
         empty((directions, batch, length, dim), delta.dtype),
-        empty((directions, batch, 2, length, state), B.dtype),
+        empty((directions, batch, length, 2, state), B.dtype),
         empty((directions, dim, state), torch.float32),
         empty((directions, 2, dim), torch.float32),
         empty((0,), torch.float32) if z is None else empty((batch, length, dim), z.dtype),
@@ -222,7 +223,7 @@ def backward(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
     grad_u, grad_delta, grad_X, grad_A, grad_V, grad_z = triton_scan_backward(grad, H, S, *operands, *ctx.flags)
     grads: List[Optional[Tensor]] = []
     for i in range(grad_u.shape[0]):
-        grads += [grad_u[i], grad_delta[i], grad_A[i], grad_X[i, :, 0], grad_X[i, :, 1], grad_V[i, 0], grad_V[i, 1]]
+        grads += [grad_u[i], grad_delta[i], grad_A[i], grad_X[i, :, :, 0], grad_X[i, :, :, 1], grad_V[i, 0], grad_V[i, 1]]
     grads += [None] * (14 - len(grads)) + [grad_z]
     return (*(None if x is None or g is None else g.to(x.dtype) for x, g in zip(operands, grads)), None, None, None)
 
