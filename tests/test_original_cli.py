@@ -39,33 +39,33 @@ GUIDES = {
         f'--model {TINY} --batch-size 128 --epochs 300 --lr 5e-4 --data-path /path/to/imagenet_data '
         '--output_dir ./output/vim_tiny --num_workers 8 --no_amp',
         1,
-        dict(model=TINY, batch_size=128, data_dir='/path/to/imagenet_data', output='./output', experiment='vim_tiny',
-             workers=8),
+        dict(model='vim_tiny_patch16_224', batch_size=128, data_dir='/path/to/imagenet_data', output='./output',
+             experiment='vim_tiny', workers=8),
     ),
     'one small GPU': (
         f'--model {TINY} --batch-size 64 --epochs 100 --lr 1e-4 --weight-decay 0.05 --warmup-epochs 5 '
         f'--data-path {IMAGENET} --output_dir ./output/vim_tiny_optimized --num_workers 4 --no_amp --drop-path 0.1',
         1,
-        dict(model=TINY, epochs=100, lr_base=1e-4, data_dir=IMAGENET, output='./output',
+        dict(model='vim_tiny_patch16_224', epochs=100, lr_base=1e-4, data_dir=IMAGENET, output='./output',
              experiment='vim_tiny_optimized', workers=4),
     ),
     'eight GPUs': (
         f'--model {TINY} --batch-size 128 --epochs 300 --lr 5e-4 --data-path {IMAGENET} '
         '--output_dir ./output/vim_tiny_distributed --no_amp',
         8,
-        dict(model=TINY, batch_size=128, data_dir=IMAGENET, output='./output', experiment='vim_tiny_distributed',
-             aug_repeats=3),
+        dict(model='vim_tiny_patch16_224', batch_size=128, data_dir=IMAGENET, output='./output',
+             experiment='vim_tiny_distributed', aug_repeats=3),
     ),
     'evaluation': (
         f'--eval --model {TINY} --resume /path/to/checkpoint.pth --data-path {IMAGENET} --batch-size 256',
         1,
-        dict(model=TINY, checkpoint='/path/to/checkpoint.pth', data_dir=IMAGENET, batch_size=256),
+        dict(model='vim_tiny_patch16_224', checkpoint='/path/to/checkpoint.pth', data_dir=IMAGENET, batch_size=256),
     ),
     'evaluation at 384': (
         f'--eval --model vim_tiny_patch16_384_{MIDCLS} --input-size 384 --resume /path/to/checkpoint.pth '
         f'--data-path {IMAGENET}',
         1,
-        dict(model=f'vim_tiny_patch16_384_{MIDCLS}', checkpoint='/path/to/checkpoint.pth', data_dir=IMAGENET,
+        dict(model='vim_tiny_patch16_384', checkpoint='/path/to/checkpoint.pth', data_dir=IMAGENET,
              img_size=384),
     ),
     'memory': (
@@ -77,30 +77,30 @@ GUIDES = {
     'memory, more': (
         f'--model {TINY} --batch-size 32 --use-checkpoint --no_amp',
         1,
-        dict(model=TINY, batch_size=32, grad_checkpointing=True),
+        dict(model='vim_tiny_patch16_224', batch_size=32, grad_checkpointing=True),
     ),
     'accuracy': (
         f'--model {TINY} --model-ema --smoothing 0.1 --mixup 0.8 --cutmix 1.0',
         1,
-        dict(model=TINY),
+        dict(model='vim_tiny_patch16_224'),
     ),
     'stability': (
         f'--model {TINY} --lr 1e-4 --warmup-epochs 10 --weight-decay 0.01',
         1,
-        dict(model=TINY, lr_base=1e-4, warmup_epochs=10, weight_decay=0.01),
+        dict(model='vim_tiny_patch16_224', lr_base=1e-4, warmup_epochs=10, weight_decay=0.01),
     ),
     'debug': (
         f'--model {TINY} --batch-size 4 --epochs 1 --lr 1e-4 --data-path {IMAGENET} --output_dir ./output/debug '
         '--num_workers 1 --no_amp --warmup-epochs 0',
         1,
-        dict(model=TINY, batch_size=4, epochs=1, lr_base=1e-4, data_dir=IMAGENET, output='./output',
+        dict(model='vim_tiny_patch16_224', batch_size=4, epochs=1, lr_base=1e-4, data_dir=IMAGENET, output='./output',
              experiment='debug', workers=1, warmup_epochs=0),
     ),
     'CIFAR fork': (
         '--data-set CIFAR --model vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual '
         '--data-path ./data --epochs 200 --lr 5e-4 --batch-size 640 --gpu 6',
         1,
-        dict(model='vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual',
+        dict(model='vim_tiny_patch16_rope_ape_gap_224',
              dataset='torch/cifar100', val_split='validation', num_classes=100, data_dir='./data', epochs=200,
              batch_size=640),
     ),
@@ -196,6 +196,13 @@ def test_printed_line_is_a_command(capsys):
     words = shlex.split(out.splitlines()[-1])
     assert words[:3] == ['python', '-m', 'vim_timm.train']
     assert parse('train', TRAIN, words[3:])[0].data_dir == 'my data'
+
+
+def test_image_folders_of_other_than_1000_classes_get_a_head_of_their_size(tmp_path, capsys):
+    for name in ('a', 'b', 'c'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+    _, out, _ = run(f'--dry-run --model vim_tiny --data-path {tmp_path}', capsys)
+    assert 'has 3 classes' in out and '--num-classes 3 ' in out
 
 
 def test_distributed_lines_are_for_torchrun(capsys, monkeypatch):

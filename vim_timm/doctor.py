@@ -7,13 +7,17 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from vim_timm import ops
+from vim_timm import __version__, ops
 
-_PACKAGES = ('vim-timm', 'torch', 'torchvision', 'timm', 'triton', 'mamba-ssm', 'causal-conv1d')
+_PACKAGES = ('torchvision', 'timm', 'triton', 'mamba-ssm', 'causal-conv1d')
 
 
 def _versions() -> list[str]:
-    lines = [f'python {platform.python_version()} on {platform.platform()}']
+    lines = [
+        f'python {platform.python_version()} on {platform.platform()}',
+        f'vim-timm {__version__}',
+        f'torch {torch.__version__}',
+    ]
     for package in _PACKAGES:
         try:
             lines.append(f'{package} {version(package)}')

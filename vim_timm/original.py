@@ -17,6 +17,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Optional, Sequence
 
+from timm.models._registry import get_deprecated_models
+
 from vim_timm.engine.errors import UserError, explain, run
 
 PROGRAM = 'python -m vim_timm.original'
@@ -72,7 +74,7 @@ FLAGS: dict[str, Flag] = {
     '--epochs': _value(int, 300, '--epochs'),
     '--bce-loss': _on(),
     '--unscale-lr': _on(),
-    '--model': _value(str, 'deit_base_patch16_224', '--model', '--model'),
+    '--model': _value(str, 'deit_base_patch16_224'),
     '--input-size': _value(int, 224, '--img-size', '--img-size'),
     '--drop': _value(float, 0.0),
     '--drop-path': _value(float, 0.1, '--drop-path'),
@@ -201,6 +203,8 @@ def translate(args: argparse.Namespace, given: set[str], world_size: int = 1) ->
     """
     script = 'validate' if args.eval else 'train'
     result = Translation(script)
+    args.model = get_deprecated_models().get(args.model) or args.model
+    result.arguments += ['--model', args.model]
     for name, flag in FLAGS.items():
         value = getattr(args, flag.options.get('dest', name.lstrip('-').replace('-', '_')))
         if flag.refusal and value != flag.options['default'] and script == 'train':
@@ -225,7 +229,7 @@ def _data(args: argparse.Namespace, script: str, notes: list[str]) -> list[str]:
     crop = ['--crop-pct', str(args.eval_crop_ratio if args.input_size > 32 else 1.0), '--interpolation', 'bicubic']
     if args.data_set == 'IMNET':
         splits = ['--train-split', 'train', '--val-split', 'val'] if script == 'train' else ['--split', 'val']
-        return [*splits, '--num-classes', '1000', *crop]
+        return [*splits, '--num-classes', str(_image_folder_classes(args.data_path, splits[1], notes)), *crop]
     if args.data_set == 'CIFAR':
         notes.append(
             '--data-set CIFAR is CIFAR-100 in the original; for CIFAR-10, run the line below with '
@@ -233,6 +237,16 @@ def _data(args: argparse.Namespace, script: str, notes: list[str]) -> list[str]:
         )
         return ['--dataset', 'torch/cifar100', '--num-classes', '100', *crop]
     raise Refusal(f'--data-set {args.data_set}: the 2018 and 2019 iNaturalist index files are not supported')
+
+
+def _image_folder_classes(folder: str, split: str, notes: list[str]) -> int:
+    """1000 as in the original, which gives every image folder an ImageNet head, unless this one has other classes."""
+    split_folder = os.path.join(folder, split)
+    found = sum(entry.is_dir() for entry in os.scandir(split_folder)) if os.path.isdir(split_folder) else 0
+    if found in (0, 1000):
+        return 1000
+    notes.append(f'{split_folder} has {found} classes, so the model has {found} outputs; the original always has 1000')
+    return found
 
 
 def _model_kwargs(args: argparse.Namespace, notes: list[str]) -> list[str]:
@@ -245,7 +259,7 @@ def _model_kwargs(args: argparse.Namespace, notes: list[str]) -> list[str]:
     if args.if_random_token_rank:
         kwargs.append('random_token_order=True')
     if args.if_random_cls_token_position:
-        if args.model.endswith(('rope_ape_224', 'with_cls_token')):
+        if args.model.endswith('rope_ape_224'):
             kwargs.append('random_class_position=True')
         else:
             notes.append('--if_random_cls_token_position changes nothing: it moves leading class tokens only')
