@@ -1,4 +1,5 @@
 """nn.Modules made of `vim_timm.ops`."""
+
 from vim_timm.layers.mamba import BiMamba
 from vim_timm.layers.norm import LayerNorm, RmsNorm, get_norm_layer
 from vim_timm.layers.patch_embed import PatchEmbed

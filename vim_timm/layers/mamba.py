@@ -3,6 +3,7 @@
 Source: Vision Mamba, arXiv 2401.09417, algorithm 1; Mamba, arXiv 2312.00752, section 3.4.
 Shape suffixes: B batch, L tokens, C width (embed_dim), D channels (expand * C), N state (d_state), R dt_rank.
 """
+
 import math
 from typing import Final, Literal, Optional, Tuple, Union
 
@@ -31,23 +32,24 @@ class BiMamba(nn.Module):
     projections and state matrix (the `_b` parameters); 'shared' (v1) only its own state matrix, on the reversed tokens
     of the one convolution; 'forward' has no backward direction.
     """
+
     bidirectional: Final[bool]
     shared: Final[bool]
 
     def __init__(
-            self,
-            dim: int,
-            d_state: int = 16,
-            d_conv: int = 4,
-            expand: int = 2,
-            dt_rank: Union[int, Literal['auto']] = 'auto',
-            conv_bias: bool = True,
-            proj_bias: bool = False,
-            scan: ScanType = 'bidirectional',
-            halve: bool = True,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: Union[int, Literal['auto']] = 'auto',
+        conv_bias: bool = True,
+        proj_bias: bool = False,
+        scan: ScanType = 'bidirectional',
+        halve: bool = True,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         """
         Args:
@@ -109,7 +111,7 @@ class BiMamba(nn.Module):
         with torch.no_grad():
             self.A_log.copy_(torch.log(states).expand_as(self.A_log))
             self.D.fill_(1.0)
-            nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
+            nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
             dt = torch.rand_like(self.dt_proj.bias, dtype=torch.float32)
             dt = torch.exp(dt * math.log(_DT_MAX / _DT_MIN) + math.log(_DT_MIN)).clamp(min=_DT_FLOOR)
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
@@ -143,29 +145,72 @@ class BiMamba(nn.Module):
         weight_DW, bias_D = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if self.bidirectional:
             u_BLD, u_b_BLD = bidirectional_conv(
-                x_BLD, weight_DW, bias_D, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias)
+                x_BLD, weight_DW, bias_D, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias
+            )
             dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLD).split(split, dim=-1)
             dt_b_BLR, B_b_BLN, C_b_BLN = self.x_proj_b(u_b_BLD).split(split, dim=-1)
             delta_BLD, delta_bias_D = self._step_sizes(dt_BLR)
             delta_b_BLD, delta_bias_b_D = self._step_sizes_b(dt_b_BLR)
             y_BLD = bidirectional_scan(
-                u_BLD, delta_BLD, self.A_log, B_BLN, C_BLN, self.D, delta_bias_D,
-                u_b_BLD, delta_b_BLD, self.A_b_log, B_b_BLN, C_b_BLN, self.D_b, delta_bias_b_D,
-                z_BLD, self.scale)
+                u_BLD,
+                delta_BLD,
+                self.A_log,
+                B_BLN,
+                C_BLN,
+                self.D,
+                delta_bias_D,
+                u_b_BLD,
+                delta_b_BLD,
+                self.A_b_log,
+                B_b_BLN,
+                C_b_BLN,
+                self.D_b,
+                delta_bias_b_D,
+                z_BLD,
+                self.scale,
+            )
         else:
             u_BLD = causal_conv(x_BLD, weight_DW, bias_D)
             dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLD).split(split, dim=-1)
             delta_BLD, delta_bias_D = self._step_sizes(dt_BLR)
             if self.shared:
                 y_BLD = bidirectional_scan(
-                    u_BLD, delta_BLD, self.A_log, B_BLN, C_BLN, self.D, delta_bias_D,
-                    u_BLD, delta_BLD, self.A_b_log, B_BLN, C_BLN, self.D, delta_bias_D,
-                    z_BLD, self.scale)
+                    u_BLD,
+                    delta_BLD,
+                    self.A_log,
+                    B_BLN,
+                    C_BLN,
+                    self.D,
+                    delta_bias_D,
+                    u_BLD,
+                    delta_BLD,
+                    self.A_b_log,
+                    B_BLN,
+                    C_BLN,
+                    self.D,
+                    delta_bias_D,
+                    z_BLD,
+                    self.scale,
+                )
             else:
                 y_BLD = bidirectional_scan(
-                    u_BLD, delta_BLD, self.A_log, B_BLN, C_BLN, self.D, delta_bias_D,
-                    None, None, None, None, None, None, None,
-                    z_BLD, self.scale)
+                    u_BLD,
+                    delta_BLD,
+                    self.A_log,
+                    B_BLN,
+                    C_BLN,
+                    self.D,
+                    delta_bias_D,
+                    None,
+                    None,
+                    None,
+                    None,
+                    None,
+                    None,
+                    None,
+                    z_BLD,
+                    self.scale,
+                )
         return self.proj_drop(self.out_proj(y_BLD))
 
 

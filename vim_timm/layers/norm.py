@@ -1,4 +1,5 @@
 """Norms of a residual stream that is float32 whatever the parameters are."""
+
 from typing import Callable, Dict, Type
 
 import torch
@@ -46,5 +47,5 @@ def get_norm_layer(name: str) -> Callable[..., nn.Module]:
         ValueError: another name.
     """
     if name not in NORM_LAYERS:
-        raise ValueError(f"norm_layer must be one of {', '.join(NORM_LAYERS)}, not {name!r}")
+        raise ValueError(f'norm_layer must be one of {", ".join(NORM_LAYERS)}, not {name!r}')
     return NORM_LAYERS[name]

@@ -1,4 +1,5 @@
 """Image to tokens: a convolution whose stride may be smaller than its patch."""
+
 from typing import Final, Optional, Tuple, Union
 
 import torch
@@ -21,7 +22,8 @@ def check_matches(height: int, width: int, img_size: Tuple[int, int]) -> None:
     if height != img_size[0] or width != img_size[1]:
         raise ValueError(
             f'input of {height} x {width} does not match the model of {img_size[0]} x {img_size[1]}: '
-            f'set img_size, or create the model with dynamic_img_size=True')
+            f'set img_size, or create the model with dynamic_img_size=True'
+        )
 
 
 @register_notrace_function
@@ -31,29 +33,31 @@ def check_tiled(size: int, patch: int, stride: int) -> None:
         below = max(patch, (size - patch) // stride * stride + patch)
         raise ValueError(
             f'image size {size} cannot be tiled by patches of {patch} with stride {stride}: use {below} or '
-            f'{below + stride}, or dynamic_img_pad=True to pad')
+            f'{below + stride}, or dynamic_img_pad=True to pad'
+        )
 
 
 class PatchEmbed(nn.Module):
     """(B, C, H, W) -> (B, M, D) with M tokens in row-major order; timm's `PatchEmbed` with a stride.
 
-    The grid is ((H - patch) // stride + 1, (W - patch) // stride + 1). An image fits when its sides are multiples of the
-    patch, or when steps of the stride end exactly at its border.
+    The grid is ((H - patch) // stride + 1, (W - patch) // stride + 1). An image fits when its sides are multiples of
+    the patch, or when steps of the stride end exactly at its border.
     """
+
     dynamic_img_pad: Final[bool]
     strict_img_size: Final[bool]
 
     def __init__(
-            self,
-            img_size: Size = 224,
-            patch_size: Size = 16,
-            stride: Optional[Size] = None,
-            in_chans: int = 3,
-            embed_dim: int = 768,
-            strict_img_size: bool = True,
-            dynamic_img_pad: bool = False,
-            device=None,
-            dtype=None,
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        stride: Optional[Size] = None,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        strict_img_size: bool = True,
+        dynamic_img_pad: bool = False,
+        device=None,
+        dtype=None,
     ) -> None:
         """
         Args:
@@ -92,8 +96,13 @@ class PatchEmbed(nn.Module):
             self.patch_size = patch_size
             old = self.proj
             self.proj = nn.Conv2d(
-                old.in_channels, old.out_channels, patch_size, self.stride,
-                device=old.weight.device, dtype=old.weight.dtype)
+                old.in_channels,
+                old.out_channels,
+                patch_size,
+                self.stride,
+                device=old.weight.device,
+                dtype=old.weight.dtype,
+            )
             with torch.no_grad():
                 self.proj.weight.copy_(resample_patch_embed(old.weight, list(patch_size)))
                 self.proj.bias.copy_(old.bias)
@@ -125,7 +134,13 @@ class PatchEmbed(nn.Module):
             check_tiled(height, self.patch_size[0], self.stride[0])
             check_tiled(width, self.patch_size[1], self.stride[1])
         if self.dynamic_img_pad:
-            x = F.pad(x, [
-                0, padding(width, self.patch_size[1], self.stride[1]),
-                0, padding(height, self.patch_size[0], self.stride[0])])
+            x = F.pad(
+                x,
+                [
+                    0,
+                    padding(width, self.patch_size[1], self.stride[1]),
+                    0,
+                    padding(height, self.patch_size[0], self.stride[0]),
+                ],
+            )
         return self.proj(x).flatten(2).transpose(1, 2)

@@ -1,4 +1,5 @@
 """Two-dimensional rotary position embedding of whole tokens, as in Vision Mamba's first release."""
+
 from typing import Tuple
 
 import torch
@@ -8,12 +9,12 @@ from timm.layers import register_notrace_function
 
 @register_notrace_function
 def rope_tables(
-        grid_size: Tuple[int, int],
-        dim: int,
-        pretrained_grid: int,
-        num_before: int,
-        num_tokens: int,
-        device: torch.device,
+    grid_size: Tuple[int, int],
+    dim: int,
+    pretrained_grid: int,
+    num_before: int,
+    num_tokens: int,
+    device: torch.device,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines (num_tokens, dim), float32.
 
@@ -28,10 +29,13 @@ def rope_tables(
     columns = torch.arange(width, device=device) / width * pretrained_grid
     row_angles = torch.outer(rows, frequencies).repeat_interleave(2, dim=1)
     column_angles = torch.outer(columns, frequencies).repeat_interleave(2, dim=1)
-    patches = torch.cat([
-        row_angles.unsqueeze(1).expand(height, width, half),
-        column_angles.unsqueeze(0).expand(height, width, half),
-    ], dim=-1).flatten(0, 1)
+    patches = torch.cat(
+        [
+            row_angles.unsqueeze(1).expand(height, width, half),
+            column_angles.unsqueeze(0).expand(height, width, half),
+        ],
+        dim=-1,
+    ).flatten(0, 1)
     angles = F.pad(patches, [0, 0, num_before, num_tokens - num_before - height * width])
     return angles.cos(), angles.sin()
 

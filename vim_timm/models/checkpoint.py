@@ -1,4 +1,5 @@
 """Reading checkpoint files of any origin without executing anything in them."""
+
 import argparse
 import re
 from pathlib import Path
@@ -34,7 +35,8 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
             content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         if 'weights_only' in str(e) or 'Unsupported' in str(e):
-            raise CheckpointError(f'{path} holds more than weights and was not loaded, since that would run code') from e
+            message = f'{path} holds more than weights and was not loaded, as that could run code'
+            raise CheckpointError(message) from e
         raise CheckpointError(f'{path} is truncated or no checkpoint ({type(e).__name__})') from e
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a dictionary of weights')
@@ -100,7 +102,8 @@ def check_names(names: Set[str], own: Set[str]) -> None:
         what = f'brings {foreign[0]}, for which it has no place' if foreign else f'lacks its {missing[0]}'
         raise CheckpointError(
             f'the checkpoint is of {describe_family(names)} and does not fit this model, {describe_family(own)}: '
-            f'it {what}')
+            f'it {what}'
+        )
 
 
 def check_shape(name: str, value: torch.Tensor, own: torch.Tensor) -> None:
@@ -110,4 +113,5 @@ def check_shape(name: str, value: torch.Tensor, own: torch.Tensor) -> None:
     if value.shape != own.shape:
         raise CheckpointError(
             f'{name} is {tuple(value.shape)} in the checkpoint and {tuple(own.shape)} in the model: '
-            f'it was saved from a model of another size')
+            f'it was saved from a model of another size'
+        )

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2401.09417. Original code and weights: https://github.com/
 At its surface the model keeps its tokens as every timm model does, class token first, then patches in row-major order.
 Only between the first and the last block do they stand in scan order, where the class token is in the middle.
 """
+
 import math
 import re
 from typing import Any, Dict, Final, List, Literal, Optional, Set, Tuple, Union
@@ -49,22 +50,22 @@ class Block(nn.Module):
     """x + drop_path(scale(mixer(norm(x)))), (B, L, C) -> (B, L, C); x is the float32 residual stream."""
 
     def __init__(
-            self,
-            dim: int,
-            norm_layer: str = 'rmsnorm',
-            norm_eps: float = 1e-5,
-            init_values: Optional[float] = None,
-            drop_path: float = 0.,
-            device=None,
-            dtype=None,
-            **mixer_args: Any,
+        self,
+        dim: int,
+        norm_layer: str = 'rmsnorm',
+        norm_eps: float = 1e-5,
+        init_values: Optional[float] = None,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+        **mixer_args: Any,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.norm = get_norm_layer(norm_layer)(dim, eps=norm_eps, **dd)
         self.mixer = BiMamba(dim, **mixer_args, **dd)
         self.ls = nn.Identity() if init_values is None else LayerScale(dim, init_values=init_values, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.drop_path(self.ls(self.mixer(self.norm(x))))
@@ -72,6 +73,7 @@ class Block(nn.Module):
 
 class VisionMamba(nn.Module):
     """Vision Mamba with timm's model interface."""
+
     dynamic_img_size: Final[bool]
     middle_token: Final[bool]
     double_token: Final[bool]
@@ -79,45 +81,45 @@ class VisionMamba(nn.Module):
     rope_residual: Final[bool]
 
     def __init__(
-            self,
-            img_size: Size = 224,
-            patch_size: Size = 16,
-            stride: Optional[Size] = None,
-            in_chans: int = 3,
-            num_classes: int = 1000,
-            global_pool: Literal['', 'token', 'avg', 'max', 'last'] = 'token',
-            embed_dim: int = 192,
-            depth: int = 24,
-            class_token: ClassToken = 'middle',
-            pos_embed: bool = True,
-            rope: bool = False,
-            rope_residual: bool = True,
-            rope_pretrained_grid: int = 14,
-            scan: ScanType = 'bidirectional',
-            halve: bool = True,
-            d_state: int = 16,
-            d_conv: int = 4,
-            expand: int = 2,
-            dt_rank: Union[int, Literal['auto']] = 'auto',
-            conv_bias: bool = True,
-            proj_bias: bool = False,
-            norm_layer: Literal['rmsnorm', 'layernorm'] = 'rmsnorm',
-            norm_eps: float = 1e-5,
-            residual_in_fp32: bool = True,
-            init_values: Optional[float] = None,
-            fc_norm: bool = False,
-            dynamic_img_size: bool = False,
-            dynamic_img_pad: bool = False,
-            random_token_order: bool = False,
-            random_class_position: bool = False,
-            decay_state: bool = False,
-            drop_rate: float = 0.,
-            pos_drop_rate: float = 0.,
-            proj_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            weight_init: Literal['', 'early', 'skip'] = '',
-            device=None,
-            dtype=None,
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        stride: Optional[Size] = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Literal['', 'token', 'avg', 'max', 'last'] = 'token',
+        embed_dim: int = 192,
+        depth: int = 24,
+        class_token: ClassToken = 'middle',
+        pos_embed: bool = True,
+        rope: bool = False,
+        rope_residual: bool = True,
+        rope_pretrained_grid: int = 14,
+        scan: ScanType = 'bidirectional',
+        halve: bool = True,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: Union[int, Literal['auto']] = 'auto',
+        conv_bias: bool = True,
+        proj_bias: bool = False,
+        norm_layer: Literal['rmsnorm', 'layernorm'] = 'rmsnorm',
+        norm_eps: float = 1e-5,
+        residual_in_fp32: bool = True,
+        init_values: Optional[float] = None,
+        fc_norm: bool = False,
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
+        random_token_order: bool = False,
+        random_class_position: bool = False,
+        decay_state: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        weight_init: Literal['', 'early', 'skip'] = '',
+        device=None,
+        dtype=None,
     ) -> None:
         """
         Args:
@@ -194,37 +196,48 @@ class VisionMamba(nn.Module):
         self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbed(
-            img_size, patch_size, stride, in_chans, embed_dim,
-            strict_img_size=not dynamic_img_size, dynamic_img_pad=dynamic_img_pad, **dd)
+            img_size,
+            patch_size,
+            stride,
+            in_chans,
+            embed_dim,
+            strict_img_size=not dynamic_img_size,
+            dynamic_img_pad=dynamic_img_pad,
+            **dd,
+        )
         num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         self.cls_token = (
-            nn.Parameter(torch.empty(1, self.num_prefix_tokens, embed_dim, **dd)) if self.has_class_token else None)
+            nn.Parameter(torch.empty(1, self.num_prefix_tokens, embed_dim, **dd)) if self.has_class_token else None
+        )
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim, **dd)) if pos_embed else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.Sequential(*[
-            Block(
-                embed_dim,
-                norm_layer=norm_layer,
-                norm_eps=norm_eps,
-                init_values=init_values,
-                drop_path=drop_path_rates[i],
-                d_state=d_state,
-                d_conv=d_conv,
-                expand=expand,
-                dt_rank=dt_rank,
-                conv_bias=conv_bias,
-                proj_bias=proj_bias,
-                scan=scan,
-                halve=halve,
-                proj_drop=proj_drop_rate,
-                **dd,
-            )
-            for i in range(depth)])
+        self.blocks = nn.Sequential(
+            *[
+                Block(
+                    embed_dim,
+                    norm_layer=norm_layer,
+                    norm_eps=norm_eps,
+                    init_values=init_values,
+                    drop_path=drop_path_rates[i],
+                    d_state=d_state,
+                    d_conv=d_conv,
+                    expand=expand,
+                    dt_rank=dt_rank,
+                    conv_bias=conv_bias,
+                    proj_bias=proj_bias,
+                    scan=scan,
+                    halve=halve,
+                    proj_drop=proj_drop_rate,
+                    **dd,
+                )
+                for i in range(depth)
+            ]
+        )
         self.feature_info = [
-            dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=self.patch_embed.feat_ratio())
-            for i in range(depth)]
+            dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=self.patch_embed.feat_ratio()) for i in range(depth)
+        ]
         self.norm = get_norm_layer(norm_layer)(embed_dim, eps=norm_eps, **dd)
         self.fc_norm = get_norm_layer(norm_layer)(embed_dim, eps=norm_eps, **dd) if fc_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
@@ -250,19 +263,19 @@ class VisionMamba(nn.Module):
         early = self.weight_init == 'early'
         # the original's truncation at +-2 is absolute, which at these deviations cuts nothing
         if self.pos_embed is not None:
-            nn.init.trunc_normal_(self.pos_embed, std=.02)
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             if early:
                 nn.init.zeros_(self.cls_token)
             else:
-                nn.init.trunc_normal_(self.cls_token, std=.02)
+                nn.init.trunc_normal_(self.cls_token, std=0.02)
         if not early:
             _lecun_normal_(self.patch_embed.proj.weight)
             nn.init.zeros_(self.patch_embed.proj.bias)
         for block in self.blocks:
             self._init_mixer(block.mixer, early)
         if isinstance(self.head, nn.Linear):
-            nn.init.trunc_normal_(self.head.weight, std=.02)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
     def _init_mixer(self, mixer: BiMamba, early: bool) -> None:
@@ -270,7 +283,7 @@ class VisionMamba(nn.Module):
             if not isinstance(linear, nn.Linear):
                 continue
             if early:
-                nn.init.trunc_normal_(linear.weight, std=.02)
+                nn.init.trunc_normal_(linear.weight, std=0.02)
             if linear.bias is not None and (early or name != 'dt_proj'):
                 nn.init.zeros_(linear.bias)
         nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
@@ -287,12 +300,11 @@ class VisionMamba(nn.Module):
             CheckpointError: the file cannot be read, or is not this model's.
         """
         cfg = dict(self.pretrained_cfg, state_dict=load_weights(checkpoint_path), custom_load=False)
-        load_pretrained(
-            self, cfg, num_classes=self.num_classes, in_chans=self.in_chans, filter_fn=checkpoint_filter_fn)
+        load_pretrained(self, cfg, num_classes=self.num_classes, in_chans=self.in_chans, filter_fn=checkpoint_filter_fn)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Names of the parameters that weight decay must leave alone: embeddings, and unless decay_state A_log and D."""
+        """Parameters that weight decay must leave alone: embeddings and, unless `decay_state`, every A_log and D."""
         names = {'pos_embed', 'cls_token'}
         if not self.decay_state:
             state = {'A_log', 'A_b_log', 'D', 'D_b'}
@@ -337,12 +349,15 @@ class VisionMamba(nn.Module):
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
         if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
-            self.pos_embed = nn.Parameter(resample_abs_pos_embed(
-                self.pos_embed,
-                new_size=list(self.patch_embed.grid_size),
-                old_size=list(old_grid),
-                num_prefix_tokens=self.num_prefix_tokens,
-            ), requires_grad=self.pos_embed.requires_grad)
+            self.pos_embed = nn.Parameter(
+                resample_abs_pos_embed(
+                    self.pos_embed,
+                    new_size=list(self.patch_embed.grid_size),
+                    old_size=list(old_grid),
+                    num_prefix_tokens=self.num_prefix_tokens,
+                ),
+                requires_grad=self.pos_embed.requires_grad,
+            )
         for info in self.feature_info:
             info['reduction'] = self.patch_embed.feat_ratio()
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
@@ -362,7 +377,8 @@ class VisionMamba(nn.Module):
                     pos_embed,
                     new_size=[grid_size[0], grid_size[1]],
                     old_size=[self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]],
-                    num_prefix_tokens=self.num_prefix_tokens)
+                    num_prefix_tokens=self.num_prefix_tokens,
+                )
             x = x + pos_embed
         x = self.pos_drop(x)
         if self.residual_in_fp32:
@@ -373,7 +389,7 @@ class VisionMamba(nn.Module):
         """[cls, patches] -> the order in which tokens are scanned."""
         if self.middle_token:
             middle = (x.shape[1] - 1) // 2
-            x = torch.cat([x[:, 1:middle + 1], x[:, :1], x[:, middle + 1:]], dim=1)
+            x = torch.cat([x[:, 1 : middle + 1], x[:, :1], x[:, middle + 1 :]], dim=1)
         elif self.double_token:
             x = torch.cat([x[:, :1], x[:, 2:], x[:, 1:2]], dim=1)
         return x
@@ -382,7 +398,7 @@ class VisionMamba(nn.Module):
         """The inverse of `_to_scan_order`."""
         if self.middle_token:
             middle = (x.shape[1] - 1) // 2
-            x = torch.cat([x[:, middle:middle + 1], x[:, :middle], x[:, middle + 1:]], dim=1)
+            x = torch.cat([x[:, middle : middle + 1], x[:, :middle], x[:, middle + 1 :]], dim=1)
         elif self.double_token:
             x = torch.cat([x[:, :1], x[:, -1:], x[:, 1:-1]], dim=1)
         return x
@@ -393,15 +409,19 @@ class VisionMamba(nn.Module):
         order = torch.arange(num_tokens, device=device)
         if self.random_class_position:
             middle = (num_tokens - 1) // 2 if self.middle_token else 0
-            patches = torch.cat([order[:middle], order[middle + 1:]])
+            patches = torch.cat([order[:middle], order[middle + 1 :]])
             position = int(torch.randint(num_tokens, ()))
-            order = torch.cat([patches[:position], order[middle:middle + 1], patches[position:]])
+            order = torch.cat([patches[:position], order[middle : middle + 1], patches[position:]])
         if self.random_token_order:
             order = order[torch.randperm(num_tokens, device=device)]
         return order
 
     def _run_blocks(
-            self, x: torch.Tensor, grid_size: Tuple[int, int], take_indices: List[int], stop_index: int,
+        self,
+        x: torch.Tensor,
+        grid_size: Tuple[int, int],
+        take_indices: List[int],
+        stop_index: int,
     ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         """Tokens through the blocks up to stop_index -> tokens and copies after the blocks in take_indices.
 
@@ -417,8 +437,13 @@ class VisionMamba(nn.Module):
         if self.rope:
             # an embedded class token counts as one before all patches, in the middle too, as in the original
             cos, sin = rope_tables(
-                grid_size, self.embed_dim, self.rope_pretrained_grid,
-                min(self.num_prefix_tokens, 1), x.shape[1], x.device)
+                grid_size,
+                self.embed_dim,
+                self.rope_pretrained_grid,
+                min(self.num_prefix_tokens, 1),
+                x.shape[1],
+                x.device,
+            )
         intermediates: List[torch.Tensor] = []
         before = x
         for i, block in enumerate(self.blocks):
@@ -440,15 +465,15 @@ class VisionMamba(nn.Module):
         return self._to_prefix_order(x), intermediates
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            return_prefix_tokens: bool = False,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-            output_dict: bool = False,
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        output_dict: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
         """Forward features that also returns the residual stream after chosen blocks, in the input's dtype.
 
@@ -470,15 +495,17 @@ class VisionMamba(nn.Module):
         dtype = x.dtype
         x, (height, width) = self._embed(x)
         x, outputs = self._run_blocks(
-            x, (height, width), take_indices, max_index if stop_early else len(self.blocks) - 1)
+            x, (height, width), take_indices, max_index if stop_early else len(self.blocks) - 1
+        )
         if norm:
             outputs = [self.norm(y) for y in outputs]
         outputs = [y.to(dtype) for y in outputs]
-        prefix_tokens = [y[:, :self.num_prefix_tokens] for y in outputs]
-        intermediates = [y[:, self.num_prefix_tokens:] for y in outputs]
+        prefix_tokens = [y[:, : self.num_prefix_tokens] for y in outputs]
+        intermediates = [y[:, self.num_prefix_tokens :] for y in outputs]
         if output_fmt == 'NCHW':
             intermediates = [
-                y.transpose(1, 2).reshape(y.shape[0], -1, height, width).contiguous() for y in intermediates]
+                y.transpose(1, 2).reshape(y.shape[0], -1, height, width).contiguous() for y in intermediates
+            ]
 
         if output_dict:
             result: Dict[str, Any] = {'image_intermediates': intermediates}
@@ -495,10 +522,10 @@ class VisionMamba(nn.Module):
 
     @torch.jit.ignore
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
     ) -> List[int]:
         """Drop the blocks after the last wanted one, and norm and head if asked for.
 
@@ -506,7 +533,7 @@ class VisionMamba(nn.Module):
             Absolute indices of the wanted blocks.
         """
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[:max_index + 1]
+        self.blocks = self.blocks[: max_index + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -542,7 +569,7 @@ class VisionMamba(nn.Module):
 def _lecun_normal_(weight: torch.Tensor) -> None:
     """timm 0.4.12's lecun_normal_: a normal of variance 1 / fan_in widened for a truncation that never bites."""
     fan_in = weight[0].numel()
-    nn.init.trunc_normal_(weight, std=math.sqrt(1. / fan_in) / .87962566103423978)
+    nn.init.trunc_normal_(weight, std=math.sqrt(1.0 / fan_in) / 0.87962566103423978)
 
 
 def _from_original(state_dict: Dict[str, torch.Tensor], model: VisionMamba) -> Dict[str, torch.Tensor]:
@@ -561,7 +588,7 @@ def _from_original(state_dict: Dict[str, torch.Tensor], model: VisionMamba) -> D
         rows = out['pos_embed']
         if model.middle_token:
             middle = (rows.shape[1] - 1) // 2
-            out['pos_embed'] = torch.cat([rows[:, middle:middle + 1], rows[:, :middle], rows[:, middle + 1:]], dim=1)
+            out['pos_embed'] = torch.cat([rows[:, middle : middle + 1], rows[:, :middle], rows[:, middle + 1 :]], dim=1)
         elif model.double_token:
             out['pos_embed'] = torch.cat([rows[:, :1], rows[:, -1:], rows[:, 1:-1]], dim=1)
     return out
@@ -576,7 +603,8 @@ def _source_grid(model: VisionMamba, patch_weight: Optional[torch.Tensor], num_p
     if side * side != num_patches:
         raise CheckpointError(
             f'the position embedding of {num_patches} patches is not square and its grid is not recorded: '
-            f'create the model at the image size it was trained with')
+            f'create the model at the image size it was trained with'
+        )
     return side, side
 
 
@@ -609,7 +637,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: VisionMamba) -> Dict
                     value,
                     new_size=grid,
                     old_size=list(_source_grid(model, state_dict.get('patch_embed.proj.weight'), num_patches)),
-                    num_prefix_tokens=model.num_prefix_tokens)
+                    num_prefix_tokens=model.num_prefix_tokens,
+                )
         check_shape(name, value, own[name])
         out[name] = value
     return out
@@ -621,7 +650,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
         'input_size': (3, 224, 224),
         'fixed_input_size': True,
         'pool_size': None,
-        'crop_pct': .875,
+        'crop_pct': 0.875,
         'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN,
         'std': IMAGENET_DEFAULT_STD,
@@ -643,29 +672,31 @@ def _hustvl(size: str, filename: str) -> Dict[str, Any]:
 
 
 def _small_cfg() -> Dict[str, Any]:
-    return _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.)
+    return _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0)
 
 
-default_cfgs = generate_default_cfgs({
-    'vim_tiny_patch16_224.hustvl_in1k': _hustvl('tiny', 'vim_t_midclstok_76p1acc.pth'),
-    'vim_small_patch16_224.hustvl_in1k': _hustvl('small', 'vim_s_midclstok_80p5acc.pth'),
-    'vim_base_patch16_224.hustvl_in1k': _hustvl('base', 'vim_b_midclstok_81p9acc.pth'),
-    'vim_tiny_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.),
-    'vim_small_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.),
-    'vim_base_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.),
-    'vim_tiny_patch16_stride8_224.hustvl_in1k_ft_in1k': _hustvl('tiny', 'vim_t_midclstok_ft_78p3acc.pth'),
-    'vim_small_patch16_stride8_224.hustvl_in1k_ft_in1k': _hustvl('small', 'vim_s_midclstok_ft_81p6acc.pth'),
-    'vim_tiny_patch16_rope_ape_gap_224.untrained': _cfg(),
-    'vim_small_patch16_rope_ape_gap_224.untrained': _cfg(),
-    'vim_base_patch16_rope_ape_gap_224.untrained': _cfg(),
-    'vim_tiny_patch8_rope_ape_gap_224.untrained': _cfg(),
-    'vim_tiny_patch16_rope_ape_224.untrained': _cfg(),
-    'vim_tiny_patch8_rope_ape_224.untrained': _cfg(),
-    'vim_nano_patch4_32.untrained': _small_cfg(),
-    'vim_tiny_patch4_32.untrained': _small_cfg(),
-    'vim_small_patch4_32.untrained': _small_cfg(),
-    'test_vim.untrained': _cfg(input_size=(3, 160, 160), fixed_input_size=False, crop_pct=.95),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        'vim_tiny_patch16_224.hustvl_in1k': _hustvl('tiny', 'vim_t_midclstok_76p1acc.pth'),
+        'vim_small_patch16_224.hustvl_in1k': _hustvl('small', 'vim_s_midclstok_80p5acc.pth'),
+        'vim_base_patch16_224.hustvl_in1k': _hustvl('base', 'vim_b_midclstok_81p9acc.pth'),
+        'vim_tiny_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+        'vim_small_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+        'vim_base_patch16_384.untrained': _cfg(input_size=(3, 384, 384), crop_pct=1.0),
+        'vim_tiny_patch16_stride8_224.hustvl_in1k_ft_in1k': _hustvl('tiny', 'vim_t_midclstok_ft_78p3acc.pth'),
+        'vim_small_patch16_stride8_224.hustvl_in1k_ft_in1k': _hustvl('small', 'vim_s_midclstok_ft_81p6acc.pth'),
+        'vim_tiny_patch16_rope_ape_gap_224.untrained': _cfg(),
+        'vim_small_patch16_rope_ape_gap_224.untrained': _cfg(),
+        'vim_base_patch16_rope_ape_gap_224.untrained': _cfg(),
+        'vim_tiny_patch8_rope_ape_gap_224.untrained': _cfg(),
+        'vim_tiny_patch16_rope_ape_224.untrained': _cfg(),
+        'vim_tiny_patch8_rope_ape_224.untrained': _cfg(),
+        'vim_nano_patch4_32.untrained': _small_cfg(),
+        'vim_tiny_patch4_32.untrained': _small_cfg(),
+        'vim_small_patch4_32.untrained': _small_cfg(),
+        'test_vim.untrained': _cfg(input_size=(3, 160, 160), fixed_input_size=False, crop_pct=0.95),
+    }
+)
 
 
 def _create_vision_mamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionMamba:
@@ -744,21 +775,27 @@ def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> Vi
 def vim_tiny_patch16_rope_ape_gap_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
     """Vim-Ti of the first release: rotary positions, mean of the patches."""
     model_args = dict(embed_dim=192, depth=24, **_EARLY_GAP)
-    return _create_vision_mamba('vim_tiny_patch16_rope_ape_gap_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_vision_mamba(
+        'vim_tiny_patch16_rope_ape_gap_224', pretrained=pretrained, **dict(model_args, **kwargs)
+    )
 
 
 @register_model
 def vim_small_patch16_rope_ape_gap_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
     """Vim-S of the first release: rotary positions, mean of the patches."""
     model_args = dict(embed_dim=384, depth=24, **_EARLY_GAP)
-    return _create_vision_mamba('vim_small_patch16_rope_ape_gap_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_vision_mamba(
+        'vim_small_patch16_rope_ape_gap_224', pretrained=pretrained, **dict(model_args, **kwargs)
+    )
 
 
 @register_model
 def vim_base_patch16_rope_ape_gap_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
     """Vim-B of the first release: rotary positions, mean of the patches."""
     model_args = dict(embed_dim=768, depth=24, **_EARLY_GAP)
-    return _create_vision_mamba('vim_base_patch16_rope_ape_gap_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_vision_mamba(
+        'vim_base_patch16_rope_ape_gap_224', pretrained=pretrained, **dict(model_args, **kwargs)
+    )
 
 
 @register_model
@@ -831,18 +868,21 @@ def vim_base(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
 _MIDDLE = 'bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2'
 _ROPE = 'bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual'
 
-register_model_deprecations(__name__, {
-    f'vim_tiny_patch16_224_{_MIDDLE}': 'vim_tiny_patch16_224',
-    f'vim_small_patch16_224_{_MIDDLE}': 'vim_small_patch16_224',
-    'vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2': 'vim_base_patch16_224',
-    f'vim_tiny_patch16_stride8_224_{_MIDDLE}': 'vim_tiny_patch16_stride8_224',
-    f'vim_small_patch16_stride8_224_{_MIDDLE}': 'vim_small_patch16_stride8_224',
-    f'vim_tiny_patch16_384_{_MIDDLE}': 'vim_tiny_patch16_384',
-    f'vim_small_patch16_384_{_MIDDLE}': 'vim_small_patch16_384',
-    f'vim_tiny_patch16_224_{_ROPE}': 'vim_tiny_patch16_rope_ape_gap_224',
-    f'vim_small_patch16_224_{_ROPE}': 'vim_small_patch16_rope_ape_gap_224',
-    f'vim_base_patch16_224_{_ROPE}': 'vim_base_patch16_rope_ape_gap_224',
-    f'vim_tiny_patch8_224_{_ROPE}': 'vim_tiny_patch8_rope_ape_gap_224',
-    f'vim_tiny_patch16_224_{_ROPE}_with_cls_token': 'vim_tiny_patch16_rope_ape_224',
-    f'vim_tiny_patch8_224_{_ROPE}_with_cls_token': 'vim_tiny_patch8_rope_ape_224',
-})
+register_model_deprecations(
+    __name__,
+    {
+        f'vim_tiny_patch16_224_{_MIDDLE}': 'vim_tiny_patch16_224',
+        f'vim_small_patch16_224_{_MIDDLE}': 'vim_small_patch16_224',
+        'vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2': 'vim_base_patch16_224',
+        f'vim_tiny_patch16_stride8_224_{_MIDDLE}': 'vim_tiny_patch16_stride8_224',
+        f'vim_small_patch16_stride8_224_{_MIDDLE}': 'vim_small_patch16_stride8_224',
+        f'vim_tiny_patch16_384_{_MIDDLE}': 'vim_tiny_patch16_384',
+        f'vim_small_patch16_384_{_MIDDLE}': 'vim_small_patch16_384',
+        f'vim_tiny_patch16_224_{_ROPE}': 'vim_tiny_patch16_rope_ape_gap_224',
+        f'vim_small_patch16_224_{_ROPE}': 'vim_small_patch16_rope_ape_gap_224',
+        f'vim_base_patch16_224_{_ROPE}': 'vim_base_patch16_rope_ape_gap_224',
+        f'vim_tiny_patch8_224_{_ROPE}': 'vim_tiny_patch8_rope_ape_gap_224',
+        f'vim_tiny_patch16_224_{_ROPE}_with_cls_token': 'vim_tiny_patch16_rope_ape_224',
+        f'vim_tiny_patch8_224_{_ROPE}_with_cls_token': 'vim_tiny_patch8_rope_ape_224',
+    },
+)

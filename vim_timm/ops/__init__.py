@@ -1,4 +1,5 @@
 """Selective scan and causal convolution: functions on tensors, on whichever backend runs best where they are."""
+
 from vim_timm.ops.dispatch import (
     BACKENDS,
     BackendStatus,
@@ -12,6 +13,17 @@ from vim_timm.ops.dispatch import (
 from vim_timm.ops.functional import bidirectional_conv, bidirectional_scan, causal_conv, causal_conv1d, selective_scan
 
 __all__ = [
-    'BACKENDS', 'BackendStatus', 'auto_backend', 'bidirectional_conv', 'bidirectional_scan', 'causal_conv', 'causal_conv1d',
-    'explain', 'get_scan_backend', 'probe_backends', 'selective_scan', 'set_scan_backend', 'use_scan_backend',
+    'BACKENDS',
+    'BackendStatus',
+    'auto_backend',
+    'bidirectional_conv',
+    'bidirectional_scan',
+    'causal_conv',
+    'causal_conv1d',
+    'explain',
+    'get_scan_backend',
+    'probe_backends',
+    'selective_scan',
+    'set_scan_backend',
+    'use_scan_backend',
 ]

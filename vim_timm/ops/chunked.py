@@ -8,6 +8,7 @@ a time, so that training costs a few activations and a workspace of fixed size.
 
 Shapes: B batch, L tokens, K chunks, T tokens a chunk, D channels, N state.
 """
+
 import functools
 import math
 from typing import Iterator, Optional, Tuple
@@ -19,8 +20,8 @@ from vim_timm.ops import reference
 from vim_timm.ops.reference import compute_dtype, step_size
 
 # elements of one (B, L, D, N) workspace: about the last-level cache on a CPU, 256 MiB of float32 on an accelerator
-_WORKSPACE_CPU = 2 ** 21
-_WORKSPACE_DEVICE = 2 ** 26
+_WORKSPACE_CPU = 2**21
+_WORKSPACE_DEVICE = 2**26
 
 
 def unavailable() -> str:
@@ -55,7 +56,7 @@ def _chunk_counts(length: int) -> Tuple[int, int]:
 
 
 def _recur(decay: torch.Tensor, x: torch.Tensor, chunk_decay: torch.Tensor, reverse: bool) -> None:
-    """h_t = decay_t h_{t-1} + x_t along (K, T) of (B, K, T, D, N), written into x; `reverse` runs from the last token."""
+    """h_t = decay_t h_{t-1} + x_t along (K, T) of (B, K, T, D, N), written into x; `reverse` starts at the last token."""
     chunks, size = x.shape[1:3]
     steps = range(size - 1, -1, -1) if reverse else range(size)
     end = torch.zeros_like(chunk_decay)
@@ -87,7 +88,11 @@ def _recur_adjoint(decay: torch.Tensor, g: torch.Tensor, chunk_decay: torch.Tens
 
 
 def _states(
-        u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, reverse: bool,
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    reverse: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Chunked tokens -> decay, states, chunk decay: (B, K, T, D, N) twice and (B, K, D, N)."""
     decay = torch.exp(dt.unsqueeze(-1) * A)
@@ -118,7 +123,8 @@ class _Scan(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the selective scan's `torch` backend has no second derivative (create_graph=True): "
-                "use set_scan_backend('reference')")
+                "use set_scan_backend('reference')"
+            )
         u, dt, A, B, C = ctx.saved_tensors
         reverse, length = ctx.reverse, u.shape[1]
         chunks, size = _chunk_counts(length)
@@ -126,7 +132,8 @@ class _Scan(torch.autograd.Function):
         grad_A, grad_B, grad_C = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
         for b, d in _slices(*u.shape, A.shape[1], u.device):
             u_, dt_, B_, C_, gy = (
-                _chunk(x, chunks, size) for x in (u[b, :, d], dt[b, :, d], B[b], C[b], grad_y[b, :, d]))
+                _chunk(x, chunks, size) for x in (u[b, :, d], dt[b, :, d], B[b], C[b], grad_y[b, :, d])
+            )
             decay, h, chunk_decay = _states(u_, dt_, A[d], B_, reverse)
             grad_C[b] += torch.matmul(gy.unsqueeze(-2), h).squeeze(-2).flatten(1, 2)[:, :length]
             gh = gy.unsqueeze(-1) * C_.unsqueeze(-2)
@@ -149,9 +156,16 @@ class _Scan(torch.autograd.Function):
 
 
 def _one_direction(
-        u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
-        D: Optional[torch.Tensor], delta_bias: Optional[torch.Tensor],
-        delta_softplus: bool, A_is_log: bool, reverse: bool,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: Optional[torch.Tensor],
+    delta_bias: Optional[torch.Tensor],
+    delta_softplus: bool,
+    A_is_log: bool,
+    reverse: bool,
 ) -> torch.Tensor:
     dtype = compute_dtype(u)
     u, dt, A = u.to(dtype), step_size(delta.to(dtype), delta_bias, delta_softplus), A.to(dtype)

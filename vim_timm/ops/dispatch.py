@@ -4,6 +4,7 @@
 export, scripting and on meta tensors `export`, and under torch.compile `export` where `torch` would run eagerly.
 The environment variable VIM_TIMM_SCAN or `set_scan_backend` forces one by name.
 """
+
 import contextlib
 import logging
 import os
@@ -139,42 +140,58 @@ def _autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def dispatch_scan(
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: Optional[torch.Tensor] = None,
-        delta_bias: Optional[torch.Tensor] = None,
-        u_b: Optional[torch.Tensor] = None,
-        delta_b: Optional[torch.Tensor] = None,
-        A_b: Optional[torch.Tensor] = None,
-        B_b: Optional[torch.Tensor] = None,
-        C_b: Optional[torch.Tensor] = None,
-        D_b: Optional[torch.Tensor] = None,
-        delta_bias_b: Optional[torch.Tensor] = None,
-        z: Optional[torch.Tensor] = None,
-        scale: float = 1.0,
-        delta_softplus: bool = True,
-        A_is_log: bool = False,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: Optional[torch.Tensor] = None,
+    delta_bias: Optional[torch.Tensor] = None,
+    u_b: Optional[torch.Tensor] = None,
+    delta_b: Optional[torch.Tensor] = None,
+    A_b: Optional[torch.Tensor] = None,
+    B_b: Optional[torch.Tensor] = None,
+    C_b: Optional[torch.Tensor] = None,
+    D_b: Optional[torch.Tensor] = None,
+    delta_bias_b: Optional[torch.Tensor] = None,
+    z: Optional[torch.Tensor] = None,
+    scale: float = 1.0,
+    delta_softplus: bool = True,
+    A_is_log: bool = False,
 ) -> torch.Tensor:
     """`reference.scan` on the chosen backend."""
     name = choose(u, A)
     _announce(name, u, A)
     with _autocast_off(u):
         return BACKENDS[name].scan(
-            u, delta, A, B, C, D, delta_bias,
-            u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b,
-            z, scale, delta_softplus, A_is_log)
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            delta_bias,
+            u_b,
+            delta_b,
+            A_b,
+            B_b,
+            C_b,
+            D_b,
+            delta_bias_b,
+            z,
+            scale,
+            delta_softplus,
+            A_is_log,
+        )
 
 
 def dispatch_conv(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        weight_b: Optional[torch.Tensor],
-        bias_b: Optional[torch.Tensor],
-        silu: bool,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    weight_b: Optional[torch.Tensor],
+    bias_b: Optional[torch.Tensor],
+    silu: bool,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """`reference.conv` on the chosen backend."""
     name = choose(x, weight)

@@ -4,6 +4,7 @@ and torch.compile where no kernel runs.
 The same chunks as `chunked.py`, without autograd.Function, slices or writes in place: about 3 sqrt(L) steps a direction
 in the graph, any batch size at run time, gradients by autograd.
 """
+
 import math
 from typing import List, Optional
 
@@ -23,22 +24,22 @@ def unsupported(u: torch.Tensor, A: torch.Tensor) -> str:
 
 
 def scan_one_direction(
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: Optional[torch.Tensor],
-        delta_bias: Optional[torch.Tensor],
-        delta_softplus: bool,
-        A_is_log: bool,
-        reverse: bool,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: Optional[torch.Tensor],
+    delta_bias: Optional[torch.Tensor],
+    delta_softplus: bool,
+    A_is_log: bool,
+    reverse: bool,
 ) -> torch.Tensor:
     """As `reference.scan_one_direction`, in chunks."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     u, dt, B, C = u.to(dtype), step_size(delta.to(dtype), delta_bias, delta_softplus), B.to(dtype), C.to(dtype)
     A = -torch.exp(A.to(dtype)) if A_is_log else A.to(dtype)
-    length = u.shape[1]
+    length = int(u.shape[1])  # a tensor under torch.jit.trace
     size = max(1, int(math.sqrt(float(length))))
     chunks = (length + size - 1) // size
     pad = [0, 0, 0, chunks * size - length]
@@ -76,24 +77,24 @@ def scan_one_direction(
 
 
 def scan(
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: Optional[torch.Tensor],
-        delta_bias: Optional[torch.Tensor],
-        u_b: Optional[torch.Tensor],
-        delta_b: Optional[torch.Tensor],
-        A_b: Optional[torch.Tensor],
-        B_b: Optional[torch.Tensor],
-        C_b: Optional[torch.Tensor],
-        D_b: Optional[torch.Tensor],
-        delta_bias_b: Optional[torch.Tensor],
-        z: Optional[torch.Tensor],
-        scale: float,
-        delta_softplus: bool,
-        A_is_log: bool,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: Optional[torch.Tensor],
+    delta_bias: Optional[torch.Tensor],
+    u_b: Optional[torch.Tensor],
+    delta_b: Optional[torch.Tensor],
+    A_b: Optional[torch.Tensor],
+    B_b: Optional[torch.Tensor],
+    C_b: Optional[torch.Tensor],
+    D_b: Optional[torch.Tensor],
+    delta_bias_b: Optional[torch.Tensor],
+    z: Optional[torch.Tensor],
+    scale: float,
+    delta_softplus: bool,
+    A_is_log: bool,
 ) -> torch.Tensor:
     """The same function as `reference.scan`."""
     y = scan_one_direction(u, delta, A, B, C, D, delta_bias, delta_softplus, A_is_log, False)

@@ -2,6 +2,7 @@
 
 Shapes: B batch, L tokens, D channels (d_inner), N state (d_state), W convolution width, G groups.
 """
+
 from typing import Optional, Tuple, Union
 
 import torch
@@ -13,22 +14,22 @@ from vim_timm.ops.reference import compute_dtype, step_size
 
 
 def bidirectional_scan(
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A_log: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: Optional[torch.Tensor],
-        delta_bias: Optional[torch.Tensor],
-        u_b: Optional[torch.Tensor],
-        delta_b: Optional[torch.Tensor],
-        A_b_log: Optional[torch.Tensor],
-        B_b: Optional[torch.Tensor],
-        C_b: Optional[torch.Tensor],
-        D_b: Optional[torch.Tensor],
-        delta_bias_b: Optional[torch.Tensor],
-        z: Optional[torch.Tensor],
-        scale: float,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A_log: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: Optional[torch.Tensor],
+    delta_bias: Optional[torch.Tensor],
+    u_b: Optional[torch.Tensor],
+    delta_b: Optional[torch.Tensor],
+    A_b_log: Optional[torch.Tensor],
+    B_b: Optional[torch.Tensor],
+    C_b: Optional[torch.Tensor],
+    D_b: Optional[torch.Tensor],
+    delta_bias_b: Optional[torch.Tensor],
+    z: Optional[torch.Tensor],
+    scale: float,
 ) -> torch.Tensor:
     """Gated sum of a forward and a backward selective scan (Vision Mamba, arXiv 2401.09417, algorithm 1).
 
@@ -56,21 +57,55 @@ def bidirectional_scan(
     """
     if torch.jit.is_scripting():
         out = export.scan(
-            u, delta, A_log, B, C, D, delta_bias,
-            u_b, delta_b, A_b_log, B_b, C_b, D_b, delta_bias_b, z, scale, True, True)
+            u,
+            delta,
+            A_log,
+            B,
+            C,
+            D,
+            delta_bias,
+            u_b,
+            delta_b,
+            A_b_log,
+            B_b,
+            C_b,
+            D_b,
+            delta_bias_b,
+            z,
+            scale,
+            True,
+            True,
+        )
     else:
         out = dispatch_scan(
-            u, delta, A_log, B, C, D, delta_bias,
-            u_b, delta_b, A_b_log, B_b, C_b, D_b, delta_bias_b, z, scale, True, True)
+            u,
+            delta,
+            A_log,
+            B,
+            C,
+            D,
+            delta_bias,
+            u_b,
+            delta_b,
+            A_b_log,
+            B_b,
+            C_b,
+            D_b,
+            delta_bias_b,
+            z,
+            scale,
+            True,
+            True,
+        )
     return out
 
 
 def bidirectional_conv(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        weight_b: torch.Tensor,
-        bias_b: Optional[torch.Tensor],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    weight_b: torch.Tensor,
+    bias_b: Optional[torch.Tensor],
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """SiLU of x's depthwise causal convolution, from the first token forward and from the last token backward.
 
@@ -102,16 +137,16 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tens
 
 
 def selective_scan(
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: Optional[torch.Tensor] = None,
-        z: Optional[torch.Tensor] = None,
-        delta_bias: Optional[torch.Tensor] = None,
-        delta_softplus: bool = False,
-        return_last_state: bool = False,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: Optional[torch.Tensor] = None,
+    z: Optional[torch.Tensor] = None,
+    delta_bias: Optional[torch.Tensor] = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
 ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
     """Drop-in for mamba-ssm's `selective_scan_fn` with real A (Mamba, arXiv 2312.00752, algorithm 2), on any backend.
 
@@ -136,11 +171,19 @@ def selective_scan(
     """
     _check_scan_shapes(u, delta, A, B, C, D, z, delta_bias)
     u_BLD, delta_BLD = u.transpose(1, 2), delta.transpose(1, 2)
+    B, C = (x.squeeze(1) if x.ndim == 4 and x.shape[1] == 1 else x for x in (B, C))
     if B.ndim == 3 and C.ndim == 3:
         y_BLD = dispatch_scan(
-            _channels_last(u_BLD), _channels_last(delta_BLD), A,
-            _channels_last(B.transpose(1, 2)), _channels_last(C.transpose(1, 2)), D, delta_bias,
-            z=None if z is None else _channels_last(z.transpose(1, 2)), delta_softplus=delta_softplus)
+            _channels_last(u_BLD),
+            _channels_last(delta_BLD),
+            A,
+            _channels_last(B.transpose(1, 2)),
+            _channels_last(C.transpose(1, 2)),
+            D,
+            delta_bias,
+            z=None if z is None else _channels_last(z.transpose(1, 2)),
+            delta_softplus=delta_softplus,
+        )
     else:
         y_BLD = _scan_channel_per_state(u_BLD, delta_BLD, A, B, C, D, z, delta_bias, delta_softplus)
     out = y_BLD.transpose(1, 2).contiguous()
@@ -150,10 +193,10 @@ def selective_scan(
 
 
 def causal_conv1d(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor] = None,
-        activation: Optional[str] = None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
+    activation: Optional[str] = None,
 ) -> torch.Tensor:
     """Drop-in for causal-conv1d's `causal_conv1d_fn` without its sequence arguments, on any backend.
 
@@ -200,11 +243,16 @@ def _check_scan_shapes(u, delta, A, B, C, D, z, delta_bias) -> None:
         fits = (
             x.shape == (channels, state)
             or x.shape == (batch, state, length)
-            or x.ndim == 4 and x.shape[0] == batch and x.shape[2:] == (state, length) and channels % x.shape[1] == 0)
+            or x.ndim == 4
+            and x.shape[0] == batch
+            and x.shape[2:] == (state, length)
+            and channels % x.shape[1] == 0
+        )
         if not fits:
             raise ValueError(
                 f'{name} must be (B, N, L) = {(batch, state, length)}, (B, G, N, L) with G dividing {channels}, '
-                f'or (D, N) = {(channels, state)}, not {tuple(x.shape)}')
+                f'or (D, N) = {(channels, state)}, not {tuple(x.shape)}'
+            )
 
 
 def _per_channel(x: torch.Tensor, channels: int) -> torch.Tensor:
@@ -223,13 +271,15 @@ def _scan_channel_per_state(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     state = A.shape[1]
     dt = step_size(delta.to(dtype), delta_bias, delta_softplus)
     x = u.to(dtype).unsqueeze(-1) * _per_channel(B, channels).to(dtype)
+    every = (batch, length, channels, state)
     h = dispatch_scan(
-        x.expand(batch, length, channels, state).reshape(batch, length, channels * state),
-        dt.unsqueeze(-1).expand(-1, -1, -1, state).reshape(batch, length, channels * state),
+        _channels_last(x.expand(every).flatten(2)),
+        _channels_last(dt.unsqueeze(-1).expand(every).flatten(2)),
         A.reshape(channels * state, 1),
         *(torch.ones(batch, length, 1, dtype=dtype, device=u.device) for _ in 'BC'),
-        delta_softplus=False)
-    y = (h.unflatten(2, (channels, state)) * _per_channel(C, channels).to(dtype)).sum(-1)
+        delta_softplus=False,
+    )
+    y = (h.view(every) * _per_channel(C, channels).to(dtype)).sum(-1)
     if D is not None:
         y = y + D.to(dtype) * u
     if z is not None:

@@ -3,6 +3,7 @@
 Only the public functions `selective_scan_fn` and `causal_conv1d_fn` are called, after a look at their signatures. The
 layout changes between (B, L, D) and (B, D, L) and the flips of the backward direction that they need are paid here.
 """
+
 import inspect
 from functools import partial
 from typing import Callable, NamedTuple, Optional, Tuple
@@ -37,11 +38,13 @@ def _import_functions() -> _Functions:
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except (ImportError, OSError) as e:
-        return _Functions(None, None, f"mamba-ssm does not import ({type(e).__name__}: {e}); pip install 'vim-timm[cuda]'")
+        why = f"mamba-ssm does not import ({type(e).__name__}: {e}); pip install 'vim-timm[cuda]'"
+        return _Functions(None, None, why)
     if list(inspect.signature(selective_scan_fn).parameters) != _SCAN_ARGUMENTS:
         return _Functions(None, None, "this mamba-ssm's selective_scan_fn takes other arguments: install mamba-ssm 2.x")
     try:
         from causal_conv1d import causal_conv1d_fn
+
         if not set(_CONV_ARGUMENTS) <= set(inspect.signature(causal_conv1d_fn).parameters):
             causal_conv1d_fn = None
     except (ImportError, OSError):
@@ -73,9 +76,16 @@ def _one_direction(u, delta, A, B, C, D, delta_bias, delta_softplus, A_is_log, r
     assert scan_fn is not None
     A = -torch.exp(A.float()) if A_is_log else A.float()
     y = scan_fn(
-        to_BDL(u), to_BDL(delta), A, to_BDL(B), to_BDL(C),
+        to_BDL(u),
+        to_BDL(delta),
+        A,
+        to_BDL(B),
+        to_BDL(C),
         None if D is None else D.float(),
-        None, None if delta_bias is None else delta_bias.float(), delta_softplus).transpose(1, 2)
+        None,
+        None if delta_bias is None else delta_bias.float(),
+        delta_softplus,
+    ).transpose(1, 2)
     return (y.flip(1) if reverse else y).float()
 
 
@@ -83,14 +93,15 @@ scan = partial(reference.scan, one_direction=_one_direction)
 
 
 def conv(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        weight_b: Optional[torch.Tensor],
-        bias_b: Optional[torch.Tensor],
-        silu: bool,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    weight_b: Optional[torch.Tensor],
+    bias_b: Optional[torch.Tensor],
+    silu: bool,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """The same function as `reference.conv`; widths other than 2 to 4 are torch's."""
+
     def one_direction(weight: torch.Tensor, bias: Optional[torch.Tensor], reverse: bool) -> torch.Tensor:
         x_BDL = (x.flip(1) if reverse else x).transpose(1, 2)
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

@@ -4,6 +4,7 @@ Every other backend is compared with this file. It takes every dtype and device 
 
 Shapes: B batch, L tokens, D channels (d_inner), N state (d_state), W convolution width (d_conv).
 """
+
 from typing import Callable, List, Optional, Tuple
 
 import torch
@@ -31,16 +32,16 @@ def step_size(delta: torch.Tensor, delta_bias: Optional[torch.Tensor], softplus:
 
 
 def scan_one_direction(
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: Optional[torch.Tensor],
-        delta_bias: Optional[torch.Tensor],
-        delta_softplus: bool,
-        A_is_log: bool,
-        reverse: bool,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: Optional[torch.Tensor],
+    delta_bias: Optional[torch.Tensor],
+    delta_softplus: bool,
+    A_is_log: bool,
+    reverse: bool,
 ) -> torch.Tensor:
     """y_t = C_t h_t + D u_t with h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t (Mamba, arXiv 2312.00752, eq. 2 and 4)."""
     dtype = compute_dtype(u)
@@ -61,25 +62,25 @@ def scan_one_direction(
 
 
 def scan(
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        D: Optional[torch.Tensor],
-        delta_bias: Optional[torch.Tensor],
-        u_b: Optional[torch.Tensor],
-        delta_b: Optional[torch.Tensor],
-        A_b: Optional[torch.Tensor],
-        B_b: Optional[torch.Tensor],
-        C_b: Optional[torch.Tensor],
-        D_b: Optional[torch.Tensor],
-        delta_bias_b: Optional[torch.Tensor],
-        z: Optional[torch.Tensor],
-        scale: float,
-        delta_softplus: bool,
-        A_is_log: bool,
-        one_direction: Callable[..., torch.Tensor] = scan_one_direction,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: Optional[torch.Tensor],
+    delta_bias: Optional[torch.Tensor],
+    u_b: Optional[torch.Tensor],
+    delta_b: Optional[torch.Tensor],
+    A_b: Optional[torch.Tensor],
+    B_b: Optional[torch.Tensor],
+    C_b: Optional[torch.Tensor],
+    D_b: Optional[torch.Tensor],
+    delta_bias_b: Optional[torch.Tensor],
+    z: Optional[torch.Tensor],
+    scale: float,
+    delta_softplus: bool,
+    A_is_log: bool,
+    one_direction: Callable[..., torch.Tensor] = scan_one_direction,
 ) -> torch.Tensor:
     """scale * SiLU(z) * (forward scan + backward scan), in u's dtype. See `dispatch.bidirectional_scan`."""
     y = one_direction(u, delta, A, B, C, D, delta_bias, delta_softplus, A_is_log, False)
@@ -93,11 +94,11 @@ def scan(
 
 
 def conv_one_direction(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        silu: bool,
-        reverse: bool,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    silu: bool,
+    reverse: bool,
 ) -> torch.Tensor:
     """Depthwise causal convolution: weight[:, -1] meets the current token, W - 1 zeros stand before the first."""
     dtype = compute_dtype(x)
@@ -108,19 +109,19 @@ def conv_one_direction(
     y = torch.zeros_like(x)
     for k in range(width):
         tap = weight[:, width - 1 - k] if reverse else weight[:, k]
-        y = y + padded[:, k:k + length] * tap
+        y = y + padded[:, k : k + length] * tap
     if bias is not None:
         y = y + bias.to(dtype)
     return F.silu(y) if silu else y
 
 
 def conv(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        weight_b: Optional[torch.Tensor],
-        bias_b: Optional[torch.Tensor],
-        silu: bool,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    weight_b: Optional[torch.Tensor],
+    bias_b: Optional[torch.Tensor],
+    silu: bool,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """Both directions' convolutions of the same tokens, in x's dtype. See `dispatch.bidirectional_conv`."""
     y = conv_one_direction(x, weight, bias, silu, False).to(x.dtype)
