@@ -144,9 +144,7 @@ class TestConvert:
             metadata = file.metadata()
         assert metadata['architecture'] == 'vim_tiny_patch16_224'
         assert metadata['weights'] == ('model_ema' if use_ema else 'model')
-        model = timm.create_model(
-            'vim_tiny_patch16_224', pretrained=True, pretrained_cfg_overlay=dict(file=str(path), custom_load=False)
-        )
+        model = timm.create_model('vim_tiny_patch16_224', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
         original = original_weights(seed=2 if use_ema else 1)
         assert torch.equal(model.head.weight, original['head.weight'])
         assert torch.equal(model.pos_embed[:, 0], original['pos_embed'][:, 98])  # the class token's row
