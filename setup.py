@@ -55,9 +55,9 @@ class BuildKernel(build_ext):
         try:
             self.compile_and_link(ext)
         except Exception as error:
-            # Whatever the compiler does wrong, vim-timm runs without it: setuptools warns, since the extension is optional.
+            # Whatever goes wrong, vim-timm runs without it: setuptools warns, since the extension is optional.
             raise CompileError(
-                f'the native CPU kernel was not built ({error}); vim-timm falls back to its slower torch backend on CPUs'
+                f'the native CPU kernel was not built ({error}): CPUs take the slower torch backend'
             ) from error
 
     def compile_and_link(self, ext):

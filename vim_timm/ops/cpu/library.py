@@ -1,7 +1,7 @@
 """Finds and opens the compiled kernel, and calls it.
 
 Environment:
-    VIM_TIMM_CPU_ISA: forces one build of the kernel (avx512, avx2, baseline, neon); by default the best this machine runs.
+    VIM_TIMM_CPU_ISA: forces one build of the kernel (avx512, avx2, baseline, neon); else the best one that runs.
 """
 
 import ctypes
@@ -95,7 +95,7 @@ def _open() -> ctypes.CDLL:
 
 
 def _share_threads(library: ctypes.CDLL) -> None:
-    """Let the kernel run on the threads of the OpenMP runtime that torch has loaded: two teams would fight for the cores.
+    """Let the kernel run on the threads of torch's own OpenMP runtime: two teams would fight for the cores.
 
     A forked child must not touch its parent's team, which is gone: it starts threads of its own.
     """

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vim_timm.ops.cpu import library
 from vim_timm.ops.cpu.tensors import (
-    ABSENT,
     address,
     checked,
     gradient,
@@ -54,7 +53,7 @@ def _direction(
     batch, length, channels = shape
     shapes = (shape, shape, (channels, state), (batch, length, state), (batch, length, state), (channels,), (channels,))
     taken: list[Optional[Tensor]] = []
-    for i, (name, x, expected) in enumerate(zip(_NAMES, inputs, shapes)):
+    for name, x, expected in zip(_NAMES, inputs, shapes):
         if len(expected) == 3:
             if x is None:
                 raise ValueError(f'{name}{suffix} is missing: a direction needs u, delta, A, B and C')
@@ -92,13 +91,15 @@ def _fake(*arguments):
 
 
 def _run(*arguments):
-    """Result (B, L, D) in u's dtype, and for each direction the states before each chunk of tokens, if they are kept."""
+    """Result (B, L, D) in u's dtype, and each direction's states before every chunk of tokens, if they are kept."""
     u, A, z = arguments[0], arguments[2], arguments[_Z]
     scale, softplus, log_A, keep = arguments[_Z + 1 :]
     directions = _directions(arguments[:_Z])
     z = None if z is None else checked('z', z, u.shape)
     out = torch.empty(u.shape)
-    states = [torch.empty(_states_shape(u, A) if keep and i < len(directions) else (0,)) for i in range(2)]
+    # Narrow vectors leave some of the padding alone: two runs must still return equal tensors.
+    new = torch.zeros if u.shape[2] % _PADDING else torch.empty
+    states = [new(_states_shape(u, A) if keep and i < len(directions) else (0,)) for i in range(2)]
     if out.numel():
         fields: list[int] = []
         for direction, kept in zip(directions, states):
