@@ -90,26 +90,27 @@ class PatchEmbed(nn.Module):
         A stride equal to the patch follows it; another stride stays.
         """
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            patch_size = to_2tuple(patch_size)
-            if self.stride == self.patch_size:
-                self.stride = patch_size
-            self.patch_size = patch_size
-            old = self.proj
-            self.proj = nn.Conv2d(
-                old.in_channels,
-                old.out_channels,
-                patch_size,
-                self.stride,
-                device=old.weight.device,
-                dtype=old.weight.dtype,
-            )
-            with torch.no_grad():
-                self.proj.weight.copy_(resample_patch_embed(old.weight, list(patch_size)))
-                self.proj.bias.copy_(old.bias)
-            self.proj.weight.requires_grad_(old.weight.requires_grad)
-            self.proj.bias.requires_grad_(old.bias.requires_grad)
-            self.proj.train(old.training)
+            self._resample_patches(to_2tuple(patch_size))
         self._set_img_size(self.img_size if img_size is None else img_size)
+
+    def _resample_patches(self, patch_size: Tuple[int, int]) -> None:
+        if self.stride == self.patch_size:
+            self.stride = patch_size
+        self.patch_size = patch_size
+        old = self.proj
+        self.proj = nn.Conv2d(
+            old.in_channels,
+            old.out_channels,
+            patch_size,
+            self.stride,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+        self.proj.weight = nn.Parameter(
+            resample_patch_embed(old.weight.detach(), list(patch_size)), requires_grad=old.weight.requires_grad
+        )
+        self.proj.bias = old.bias
+        self.proj.train(old.training)
 
     def feat_ratio(self) -> int:
         """Pixels between neighbouring tokens."""

@@ -212,7 +212,7 @@ class VisionMamba(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim, **dd)) if pos_embed else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depth)
+        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.Sequential(
             *[
                 Block(
@@ -258,8 +258,9 @@ class VisionMamba(nn.Module):
         """
         if needs_reset:
             for module in self.modules():
-                if hasattr(module, 'reset_parameters'):
-                    module.reset_parameters()
+                reset = getattr(module, 'reset_parameters', None)
+                if reset is not None:
+                    reset()
         early = self.weight_init == 'early'
         # the original's truncation at +-2 is absolute, which at these deviations cuts nothing
         if self.pos_embed is not None:
@@ -271,9 +272,10 @@ class VisionMamba(nn.Module):
                 nn.init.trunc_normal_(self.cls_token, std=0.02)
         if not early:
             _lecun_normal_(self.patch_embed.proj.weight)
-            nn.init.zeros_(self.patch_embed.proj.bias)
-        for block in self.blocks:
-            self._init_mixer(block.mixer, early)
+            nn.init.constant_(self.patch_embed.get_parameter('proj.bias'), 0.0)
+        for mixer in self.modules():
+            if isinstance(mixer, BiMamba):
+                self._init_mixer(mixer, early)
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
@@ -299,7 +301,9 @@ class VisionMamba(nn.Module):
         Raises:
             CheckpointError: the file cannot be read, or is not this model's.
         """
-        cfg = dict(self.pretrained_cfg, state_dict=load_weights(checkpoint_path), custom_load=False)
+        cfg: Any = dict(
+            getattr(self, 'pretrained_cfg', {}), state_dict=load_weights(checkpoint_path), custom_load=False
+        )
         load_pretrained(self, cfg, num_classes=self.num_classes, in_chans=self.in_chans, filter_fn=checkpoint_filter_fn)
 
     @torch.jit.ignore
@@ -334,7 +338,7 @@ class VisionMamba(nn.Module):
         """
         if global_pool is not None:
             self._check_pool(global_pool)
-            self.global_pool = global_pool
+            self.global_pool = global_pool  # type: ignore[assignment]
             update_model_args(self, fc_norm=not isinstance(self.fc_norm, nn.Identity))
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes, **get_device_dtype(self)) if num_classes else nn.Identity()
@@ -515,7 +519,7 @@ class VisionMamba(nn.Module):
                 result['image_features'] = self.norm(x)
             return result
         if not torch.jit.is_scripting() and return_prefix_tokens and self.num_prefix_tokens:
-            intermediates = list(zip(intermediates, prefix_tokens))
+            intermediates = list(zip(intermediates, prefix_tokens))  # type: ignore[arg-type]
         if intermediates_only:
             return intermediates
         return self.norm(x), intermediates
@@ -866,6 +870,7 @@ def vim_base(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
 
 
 _MIDDLE = 'bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2'
+_MIDDLE_BASE = 'bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2'
 _ROPE = 'bimambav2_final_pool_mean_abs_pos_embed_rope_also_residual'
 
 register_model_deprecations(
@@ -873,7 +878,7 @@ register_model_deprecations(
     {
         f'vim_tiny_patch16_224_{_MIDDLE}': 'vim_tiny_patch16_224',
         f'vim_small_patch16_224_{_MIDDLE}': 'vim_small_patch16_224',
-        'vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2': 'vim_base_patch16_224',
+        f'vim_base_patch16_224_{_MIDDLE_BASE}': 'vim_base_patch16_224',
         f'vim_tiny_patch16_stride8_224_{_MIDDLE}': 'vim_tiny_patch16_stride8_224',
         f'vim_small_patch16_stride8_224_{_MIDDLE}': 'vim_small_patch16_stride8_224',
         f'vim_tiny_patch16_384_{_MIDDLE}': 'vim_tiny_patch16_384',

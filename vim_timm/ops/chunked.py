@@ -56,7 +56,7 @@ def _chunk_counts(length: int) -> Tuple[int, int]:
 
 
 def _recur(decay: torch.Tensor, x: torch.Tensor, chunk_decay: torch.Tensor, reverse: bool) -> None:
-    """h_t = decay_t h_{t-1} + x_t along (K, T) of (B, K, T, D, N), written into x; `reverse` starts at the last token."""
+    """h_t = decay_t h_{t-1} + x_t along (K, T) of (B, K, T, D, N), written into x; `reverse` starts at the end."""
     chunks, size = x.shape[1:3]
     steps = range(size - 1, -1, -1) if reverse else range(size)
     end = torch.zeros_like(chunk_decay)

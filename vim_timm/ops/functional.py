@@ -272,11 +272,13 @@ def _scan_channel_per_state(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     dt = step_size(delta.to(dtype), delta_bias, delta_softplus)
     x = u.to(dtype).unsqueeze(-1) * _per_channel(B, channels).to(dtype)
     every = (batch, length, channels, state)
+    ones = torch.ones(batch, length, 1, dtype=dtype, device=u.device)
     h = dispatch_scan(
         _channels_last(x.expand(every).flatten(2)),
         _channels_last(dt.unsqueeze(-1).expand(every).flatten(2)),
         A.reshape(channels * state, 1),
-        *(torch.ones(batch, length, 1, dtype=dtype, device=u.device) for _ in 'BC'),
+        ones,
+        ones,
         delta_softplus=False,
     )
     y = (h.view(every) * _per_channel(C, channels).to(dtype)).sum(-1)
