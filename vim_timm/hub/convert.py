@@ -31,6 +31,7 @@ _SCANS: dict[str, Any] = {'v2': 'bidirectional', 'v1': 'shared', 'none': 'forwar
 
 def from_original(
     state_dict: Mapping[str, torch.Tensor],
+    *,
     img_size: int | tuple[int, int] = 224,
     patch_size: int = 16,
     stride: int = 16,
