@@ -24,7 +24,7 @@ def convolve(X, weight, bias, t, channels, length, X_sl, in_dim,
     if HAS_BIAS:
         y += tl.load(bias + channels, mask=in_dim, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(W):
-        shift: tl.constexpr = W - 1 - k if REVERSE else k + 1 - W
+        shift = W - 1 - k if REVERSE else k + 1 - W
         tap = tl.load(weight + channels * W + k, mask=in_dim, other=0.0).to(tl.float32)
         y += load_tile(X, t + shift, channels, length, X_sl, in_dim) * tap[None, :]
     return y
@@ -77,14 +77,14 @@ def conv_backward_direction(X, weight, bias, GRAD, PART, grad_x, t, channels, le
                             SILU: tl.constexpr, FAST: tl.constexpr):
     """Adds this direction's share of the input's gradient to grad_x and stores the sums of its weight and bias."""
     for k in tl.static_range(W):
-        shift: tl.constexpr = k + 1 - W if REVERSE else W - 1 - k
+        shift = k + 1 - W if REVERSE else W - 1 - k
         tap = tl.load(weight + channels * W + k, mask=in_dim, other=0.0).to(tl.float32)
         grad = grad_before_silu(X, weight, bias, GRAD, t + shift, channels, length, X_sl, GRAD_sl, in_dim,
                                 W, REVERSE, HAS_BIAS, SILU, FAST)
         grad_x += grad * tap[None, :]
     # Tap W - 1 came last and has shift 0, so `grad` is now the gradient at the tokens themselves.
     for k in tl.static_range(W):
-        shift: tl.constexpr = W - 1 - k if REVERSE else k + 1 - W
+        shift = W - 1 - k if REVERSE else k + 1 - W
         x = load_tile(X, t + shift, channels, length, X_sl, in_dim)
         tl.store(PART + k * DIM + channels, tl.sum(grad * x, 0), mask=in_dim)
     tl.store(PART + W * DIM + channels, tl.sum(grad, 0), mask=in_dim)

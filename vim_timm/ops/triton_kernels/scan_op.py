@@ -17,7 +17,7 @@ OPERANDS = (
     'Tensor? u_b, Tensor? delta_b, Tensor? A_b, Tensor? B_b, Tensor? C_b, Tensor? D_b, Tensor? delta_bias_b, '
     'Tensor? z, float scale, bool delta_softplus, bool A_is_log'
 )
-STAGES = 2
+STAGES = 1
 GROUP = 4  # steps a program takes at once; the backward pass computes states again from each group's first
 
 
