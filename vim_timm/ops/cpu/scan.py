@@ -5,7 +5,7 @@ delta (B, L, D), A (D, N), B (B, L, N), C (B, L, N), D (D) or None, delta_bias (
 """
 
 import struct
-from typing import Iterator, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ def _direction(
 
 def _directions(inputs: Sequence[Optional[Tensor]]) -> list[list[Optional[Tensor]]]:
     u, A = inputs[0], inputs[2]
+    assert u is not None and A is not None
     if u.dim() != 3 or A.dim() != 2:
         raise ValueError(f'u must be (B, L, D) and A (D, N), not {tuple(u.shape)} and {tuple(A.shape)}')
     forward = _direction(inputs[:_PER_DIRECTION], '', u.shape, A.shape[1])
@@ -101,7 +102,7 @@ def _run(*arguments):
     new = torch.zeros if u.shape[2] % _PADDING else torch.empty
     states = [new(_states_shape(u, A) if keep and i < len(directions) else (0,)) for i in range(2)]
     if out.numel():
-        fields: list[int] = []
+        fields = []
         for direction, kept in zip(directions, states):
             fields += _fields(direction, kept if keep else None) + _NO_GRADIENTS
         library.call('scan_forward', _pack(fields, directions, u, A, z, out, None, scale, softplus, log_A))
@@ -131,7 +132,7 @@ def _run_backward(grad, *arguments):
         return [torch.zeros_like(x) for x in present(*inputs)]
     directions = _directions(inputs[:_Z])
     gradients = [None if x is None else torch.empty(x.shape) for x in inputs]
-    fields: list[int] = []
+    fields = []
     for i, (direction, kept) in enumerate(zip(directions, (states, states_b))):
         own = gradients[i * _PER_DIRECTION : (i + 1) * _PER_DIRECTION]
         grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias = own
@@ -156,7 +157,7 @@ def _differentiate(ctx, grad, *states_grads):
     *inputs, states, states_b = ctx.saved_tensors
     if grad is None:
         return (None,) * (len(inputs) + len(ctx.flags) + 1)
-    found: Iterator[Tensor] = iter(torch.ops.vim_timm.cpu_scan_backward(grad, *inputs, *ctx.flags, states, states_b))
+    found = iter(torch.ops.vim_timm.cpu_scan_backward(grad, *inputs, *ctx.flags, states, states_b))
     return *(None if x is None else next(found) for x in inputs), *(None for _ in ctx.flags), None
 
 

@@ -1,0 +1,100 @@
+/* Calls every entry point of kernel.c with random sizes and strides on buffers that end exactly where a tensor does, so
+   that AddressSanitizer sees a read or write one float too far. Compiled and run by run.sh. */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "../../vim_timm/ops/cpu/kernel.c"
+
+#define NAME_(x) #x
+#define NAME(x) NAME_(x)
+
+static uint64_t random_state = 1;
+static uint64_t random_bits(void) {
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return random_state;
+}
+static int64_t pick(int64_t low, int64_t high) { return low + (int64_t)(random_bits() % (uint64_t)(high - low + 1)); }
+static float draw(void) { return (float)(random_bits() % 20001) / 10000.0f - 1.0f; }
+
+static void *buffers[64];
+static int used;
+
+static float *fresh(int64_t floats) {
+    float *p = malloc(sizeof(float) * (size_t)most(floats, 1));
+    for (int64_t i = 0; i < floats; i++) p[i] = draw();
+    return buffers[used++] = p;
+}
+static void release(void) {
+    while (used) free(buffers[--used]);
+}
+
+/* (batch, length, width) with gaps between rows and entries, and none after the last element. */
+static Rows rows(int64_t batch, int64_t length, int64_t width) {
+    int64_t token = width + pick(0, 1) * pick(0, 20), entry = length * token + pick(0, 1) * pick(0, 50);
+    return (Rows){fresh((batch - 1) * entry + (length - 1) * token + width), entry, token};
+}
+
+static void fuzz_scan(void) {
+    int64_t batch = pick(1, 3), length = pick(1, 3 * CHUNK), channels = pick(1, 70), state = pick(1, 40);
+    int64_t chunks = (length + CHUNK - 1) / CHUNK;
+    Scan scan = {.directions = pick(1, 2), .batch = batch, .length = length, .channels = channels, .state = state};
+    scan.softplus = pick(0, 1);
+    scan.log_A = pick(0, 1);
+    scan.threads = pick(1, 3);
+    scan.scale = 0.5;
+    for (int i = 0; i < scan.directions; i++) {
+        Direction *d = &scan.direction[i];
+        d->u = rows(batch, length, channels);
+        d->delta = rows(batch, length, channels);
+        d->B = rows(batch, length, state);
+        d->C = rows(batch, length, state);
+        d->A = fresh(channels * state);
+        d->D = pick(0, 1) ? fresh(channels) : NULL;
+        d->bias = pick(0, 1) ? fresh(channels) : NULL;
+        d->states = fresh(batch * chunks * state * round_up(channels, PADDING));
+        d->grad_u = rows(batch, length, channels);
+        d->grad_delta = rows(batch, length, channels);
+        d->grad_B = fresh(batch * length * state);
+        d->grad_C = fresh(batch * length * state);
+        d->grad_A = fresh(channels * state);
+        d->grad_D = d->D ? fresh(channels) : NULL;
+        d->grad_bias = d->bias ? fresh(channels) : NULL;
+    }
+    if (pick(0, 1)) {
+        scan.z = rows(batch, length, channels);
+        scan.grad_z = rows(batch, length, channels);
+    }
+    scan.out = rows(batch, length, channels);
+    if (ENTRY(scan_forward)(&scan) || ENTRY(scan_backward)(&scan)) abort();
+    release();
+}
+
+static void fuzz_conv(void) {
+    int64_t batch = pick(1, 3), length = pick(1, 3 * TILE), channels = pick(1, 70), width = pick(0, 1) ? 4 : pick(1, 10);
+    Convolution conv = {.directions = pick(1, 2), .batch = batch, .length = length, .channels = channels, .width = width};
+    conv.silu = pick(0, 1);
+    conv.threads = pick(1, 3);
+    conv.x = rows(batch, length, channels);
+    conv.grad_x = rows(batch, length, channels);
+    for (int i = 0; i < conv.directions; i++) {
+        conv.y[i] = rows(batch, length, channels);
+        conv.weight[i] = fresh(channels * width);
+        conv.bias[i] = pick(0, 1) ? fresh(channels) : NULL;
+        conv.grad_weight[i] = fresh(channels * width);
+        conv.grad_bias[i] = conv.bias[i] ? fresh(channels) : NULL;
+    }
+    if (ENTRY(conv_forward)(&conv) || ENTRY(conv_backward)(&conv)) abort();
+    release();
+}
+
+int main(int count, char **arguments) {
+    int rounds = count > 1 ? atoi(arguments[1]) : 200;
+    for (int i = 0; i < rounds; i++) {
+        fuzz_scan();
+        fuzz_conv();
+    }
+    printf("%d rounds of " NAME(ISA) " without a finding\n", rounds);
+    return 0;
+}

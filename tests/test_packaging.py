@@ -1,0 +1,112 @@
+"""Installing vim-timm works with and without a C compiler, and one wheel serves every Python."""
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNEL = 'vim_timm/ops/cpu/libvim_timm_cpu.so'
+SOURCES = ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'vim_timm')
+
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / 'setup.py').exists(), reason='no checkout'),
+    pytest.mark.skipif(platform.system() != 'Linux', reason='the file names are those of Linux'),
+]
+needs_compiler = pytest.mark.skipif(shutil.which('cc') is None, reason='no C compiler')
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the sources without built files."""
+    copy = tmp_path / 'checkout'
+    copy.mkdir()
+    ignored = shutil.ignore_patterns('*.so', '__pycache__')
+    for name in SOURCES:
+        source = ROOT / name
+        shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
+    return copy
+
+
+def pip(*arguments, **variables):
+    command = [sys.executable, '-m', 'pip', '--disable-pip-version-check', *map(str, arguments)]
+    run = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def wheel_of(source, target, **variables):
+    pip('wheel', '--no-deps', '--no-build-isolation', '--no-cache-dir', '-w', target, source, **variables)
+    (wheel,) = target.glob('*.whl')
+    return wheel
+
+
+def names(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@needs_compiler
+def test_a_wheel_holds_the_kernel_and_names_no_python(checkout, tmp_path):
+    wheel = wheel_of(checkout, tmp_path / 'out')
+    assert wheel.name.split('-')[2:] == ['py3', 'none', f'linux_{platform.machine()}.whl']
+    assert {KERNEL, 'vim_timm/py.typed', 'vim_timm/ops/cpu/kernel.c'} <= names(wheel)
+    assert not [name for name in names(wheel) if name.startswith(('tests/', 'benchmarks/'))]
+
+
+def test_without_a_compiler_the_install_goes_on(checkout, tmp_path):
+    wheel = wheel_of(checkout, tmp_path / 'out', CC='false')
+    assert wheel.name.split('-')[2:] == ['py3', 'none', 'any.whl']
+    assert KERNEL not in names(wheel)
+    target = tmp_path / 'site'
+    pip('install', '--no-deps', '--no-build-isolation', '--no-cache-dir', '--target', target, checkout, CC='false')
+    code = (
+        'import vim_timm, torch; from vim_timm.ops import cpu, auto_backend; assert cpu.__file__.startswith("site");'
+        'print(auto_backend("cpu"), cpu.unavailable())'
+    ).replace('"site"', repr(str(target)))
+    run = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': str(target)}, cwd=tmp_path,
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    assert run.stdout.startswith('torch ') and 'C compiler' in run.stdout
+
+
+@needs_compiler
+def test_a_source_archive_builds_the_same_wheel(checkout, tmp_path):
+    subprocess.run([sys.executable, 'setup.py', '-q', 'sdist', '-d', tmp_path / 'sdist'], cwd=checkout, check=True)
+    (archive,) = (tmp_path / 'sdist').glob('*.tar.gz')
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / 'unpacked', filter='data')
+    (unpacked,) = (tmp_path / 'unpacked').iterdir()
+    assert names(wheel_of(unpacked, tmp_path / 'a')) == names(wheel_of(checkout, tmp_path / 'b'))
+
+
+@needs_compiler
+def test_an_editable_install_builds_the_kernel_in_place(checkout, tmp_path):
+    pip('install', '--no-deps', '--no-build-isolation', '--no-cache-dir', '--target', tmp_path / 'site', '-e', checkout)
+    assert (checkout / KERNEL).exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize('version', ['3.10', '3.12', '3.13'])
+def test_the_library_loads_in_another_python(version):
+    """It needs no symbol of Python, torch or OpenMP."""
+    if not (ROOT / KERNEL).exists():
+        pytest.skip('not built in place')
+    found = sorted(Path.home().glob(f'.pyenv/versions/{version}.*/bin/python'))
+    python = str(found[0]) if found else shutil.which(f'python{version}')
+    if python is None:
+        pytest.skip(f'no python{version}')
+    code = (
+        'import ctypes, sys; library = ctypes.CDLL(sys.argv[1]); f = library.vim_timm_instruction_sets;'
+        'f.restype = ctypes.c_char_p; print(f().decode())'
+    )
+    run = subprocess.run([python, '-c', code, ROOT / KERNEL], capture_output=True, text=True, check=True)
+    library = ctypes.CDLL(str(ROOT / KERNEL))
+    library.vim_timm_instruction_sets.restype = ctypes.c_char_p
+    assert run.stdout.strip() == library.vim_timm_instruction_sets().decode()
