@@ -64,9 +64,7 @@ def match_classes(args: argparse.Namespace, dataset: Any, split: str) -> None:
 
 def output_folder(args: argparse.Namespace, image_size: int) -> str:
     """Folder of this run, not created yet."""
-    name = args.experiment or '-'.join(
-        [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)]
-    )
+    name = args.experiment or '-'.join([time.strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)])
     return os.path.join(args.output or os.path.join('.', 'output', 'train'), name)
 
 
@@ -115,9 +113,7 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
     task = hooks.task(model, args) if hooks.task else setup.make_task(args, model, hooks.loss)
     optimizer = setup.make_optimizer(args, task)
     if args.model_ema and (args.rank == 0 or not args.model_ema_force_cpu):
-        task.setup_ema(
-            args.model_ema_decay, args.model_ema_warmup, device='cpu' if args.model_ema_force_cpu else None
-        )  # type: ignore[arg-type]
+        task.setup_ema(args.model_ema_decay, args.model_ema_warmup, device='cpu' if args.model_ema_force_cpu else None)  # type: ignore[arg-type]
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.world_size > 1:

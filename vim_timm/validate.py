@@ -98,7 +98,9 @@ def validate(args: argparse.Namespace, metrics: Mapping[str, Metric] | None = No
         if progress.due(step, step == len(loader)):
             counts = evaluator.summary()
             rate = evaluator.num_samples * args.world_size / (time.perf_counter() - start)
-            progress.show(f'[{step}/{len(loader)}]  top-1 {counts["top1"]:.2f} %  {rate:.0f} img/s', step == len(loader))
+            progress.show(
+                f'[{step}/{len(loader)}]  top-1 {counts["top1"]:.2f} %  {rate:.0f} img/s', step == len(loader)
+            )
 
     result = evaluate(model, loader, args, _more_metrics(args, dataset, metrics), show)
     result.update({name: result.pop(f'real_{name}') for name in ('top1', 'top5') if f'real_{name}' in result})
@@ -175,7 +177,9 @@ def validate_with_retry(args: argparse.Namespace) -> dict[str, Any]:
 def candidates(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What to evaluate: a folder of checkpoints, a file with model names, a pattern, or the one model."""
     if os.path.isdir(args.checkpoint):
-        files = [file for ending in ('pth.tar', 'pth', 'safetensors') for file in glob.glob(f'{args.checkpoint}/*.{ending}')]
+        files = [
+            file for ending in ('pth.tar', 'pth', 'safetensors') for file in glob.glob(f'{args.checkpoint}/*.{ending}')
+        ]
         return [dict(checkpoint=file) for file in sorted(files, key=natural_key)]
     if os.path.isfile(args.model):
         with open(args.model) as file:

@@ -16,6 +16,11 @@ RECIPES = importlib.resources.files('vim_timm') / 'recipes'
 _UNSET = object()
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f'{message} (--help lists every flag)')
+
+
 class _Refuse(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         parser.error(f'{option_string} is not supported: {self.help}')
@@ -38,7 +43,8 @@ class _ListRecipes(argparse.Action):
 
 def build_parser(program: str, table: Mapping[str, Sequence[Row]], description: str) -> argparse.ArgumentParser:
     """The parser of a table of flags. Defaults are left out of it: `parse` layers them."""
-    parser = argparse.ArgumentParser(program, description=description, allow_abbrev=False)
+    usage = f'{program} [DIR] [--recipe NAME] [flags]'
+    parser = _Parser(program, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument('data', nargs='?', metavar='DIR', help='the same as --data-dir')
     parser.add_argument('--config', '-c', metavar='FILE', help='YAML file with settings')
     parser.add_argument('--recipe', metavar='NAME', help='settings that come with this package')

@@ -3,6 +3,8 @@
 import glob
 import os
 import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -59,7 +61,8 @@ def read(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise UserError(f'there is no checkpoint {path}')
     try:
-        with explain(f'checkpoint {path}'):
+        with explain(f'checkpoint {path}'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch warns of foreign pickles, which end in a sentence below
             content = _torch_load(path, map_location='cpu', weights_only=True)
     except UserError as error:
         if 'weights_only' in str(error):
@@ -87,23 +90,27 @@ def load_weights(model: torch.nn.Module, path: str, use_ema: bool) -> None:
         state = clean_state_dict(next((content[key] for key in keys if content.get(key) is not None), content))
     with explain(f'checkpoint {path}'):
         own = model.state_dict()
-        foreign, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
-        if foreign or missing:
+        if state.keys() != own.keys():
             # The model's filter may know the file as an original or older layout, or name the family it belongs to.
-            filter_fn = getattr(__import__(type(model).__module__, fromlist=['_']), 'checkpoint_filter_fn', None)
-            if filter_fn is not None:
-                state = filter_fn(state, model)
-                foreign, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
-        if foreign or missing:
-            example = f'it has {foreign[0]!r}' if foreign else f'it lacks {missing[0]!r}'
-            raise UserError(f'checkpoint {path} belongs to another model than {type(model).__name__} ({example})')
-        for key, tensor in state.items():
-            if tensor.shape != own[key].shape:
-                raise UserError(
-                    f'checkpoint {path} does not fit this model: {key} is {tuple(tensor.shape)} there and '
-                    f'{tuple(own[key].shape)} here (other --num-classes, --img-size or --in-chans?)'
-                )
+            filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+            state = filter_fn(state, model) if filter_fn else state
+        check_fit(model, state, path)
         model.load_state_dict(state)
+
+
+def check_fit(model: torch.nn.Module, state: dict[str, Any], path: str) -> None:
+    """Raise a UserError unless the state dict of `path` has the names and shapes of the model's."""
+    own = model.state_dict()
+    foreign, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
+    if foreign or missing:
+        example = f'it has {foreign[0]!r}' if foreign else f'it lacks {missing[0]!r}'
+        raise UserError(f'checkpoint {path} belongs to another model than {type(model).__name__} ({example})')
+    for key, tensor in state.items():
+        if tensor.shape != own[key].shape:
+            raise UserError(
+                f'checkpoint {path} does not fit this model: {key} is {tuple(tensor.shape)} there and '
+                f'{tuple(own[key].shape)} here (other --num-classes, --img-size or --in-chans?)'
+            )
 
 
 def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:

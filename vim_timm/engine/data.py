@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import AugMixDataset, create_dataset, create_transform
+from PIL import Image
+from timm.data import AugMixDataset, auto_augment, create_dataset, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from .digits import Digits
-from .errors import UserError, explain, sentence
+from .errors import TrainingStopped, UserError, explain, sentence
 
 
 def seed_everything(*key: int, device: bool = False) -> None:
@@ -94,8 +95,9 @@ class Samples(Dataset):
     `evaluate.predictions` leaves out.
     """
 
-    def __init__(self, dataset: Any, seed: int, training: bool, limit: int):
-        self.dataset, self.seed, self.training, self.limit = dataset, seed, training, limit
+    def __init__(self, dataset: Any, transform: Any, mode: str, seed: int, training: bool, limit: int):
+        self.dataset, self.transform, self.mode = dataset, transform, mode
+        self.seed, self.training, self.limit = seed, training, limit
         self.unreadable = 0
         if hasattr(dataset, '_max_retries'):  # timm's own replacement neither names nor counts
             dataset._max_retries = 1
@@ -105,14 +107,18 @@ class Samples(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]):
         epoch, position, index = key
+        seed_everything(self.seed, epoch, position)
         for attempt in range(len(self)):
-            seed_everything(self.seed, epoch, position)
             candidate = (index + attempt) % len(self)
             try:
                 image, target = self.dataset[candidate]
-                return image, (target if attempt == 0 or self.training else -1)
+                if self.mode:
+                    image = image.convert(self.mode)
             except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # what PIL and timm raise
                 self._count(candidate, error)
+                continue
+            image = image if self.transform is None else self.transform(image)
+            return image, (target if attempt == 0 or self.training else -1)
         raise UserError('the data set has no readable image')
 
     def _count(self, index: int, error: Exception) -> None:
@@ -122,7 +128,7 @@ class Samples(Dataset):
             name = self.dataset.filename(index, absolute=True)
         print(f'unreadable image {name}, skipped ({sentence(error)})', flush=True)
         if self.unreadable > self.limit:
-            raise UserError(
+            raise TrainingStopped(
                 f'{self.unreadable} unreadable images in one loading process, more than --max-unreadable {self.limit}; '
                 f'the last one is {name}'
             )
@@ -167,14 +173,18 @@ class SeededErasing:
         return self.erasing(images)
 
 
-class ToMode:
-    """Converts PIL images of data sets that do not do so themselves (torch/...)."""
+def keep_posterizing(transform: Any) -> None:
+    """Let timm's posterize have zero bits, a black image: Pillow 12 raises where it drew that before."""
+    for name in ('transforms', 'ops', 'policy'):
+        for part in getattr(transform, name, ()):
+            for step in part if isinstance(part, (list, tuple)) else [part]:
+                keep_posterizing(step)
+    if getattr(transform, 'aug_fn', None) is auto_augment.posterize:
+        transform.aug_fn = _posterize
 
-    def __init__(self, mode: str):
-        self.mode = mode
 
-    def __call__(self, image):
-        return image if image.mode == self.mode else image.convert(self.mode)
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    return auto_augment.posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
@@ -232,24 +242,24 @@ class Loader:
 
     def __init__(self, dataset: Any, transform: Any, args: Any, data_config: dict[str, Any], training: bool):
         mode = getattr(dataset, 'image_mode', '')
-        if mode:
-            first = transform[0] if isinstance(transform, tuple) else transform
-            first.transforms.insert(0, ToMode(mode))
+        for part in transform if isinstance(transform, tuple) else [transform]:
+            keep_posterizing(part)
         self.splits = args.aug_splits if training else 0
         if self.splits > 1:
             dataset = AugMixDataset(dataset, num_splits=self.splits)
-        dataset.transform = transform
+            dataset.transform, transform = transform, None
         self.device, self.dtype, self.prefetch = args.torch_device, args.dtype, not args.no_prefetcher
         self.dataset: Dataset
         options: dict[str, Any] = {}
         size = args.batch_size if training else (args.validation_batch_size or args.batch_size)
         if isinstance(dataset, IterableDataset):
+            dataset.transform = transform  # type: ignore[attr-defined]
             if hasattr(dataset, 'set_loader_cfg'):
                 dataset.set_loader_cfg(num_workers=args.workers)  # type: ignore[attr-defined]
             self.dataset = Stream(dataset, args.seed, args.rank)
             options.update(batch_size=size, drop_last=training)
         else:
-            self.dataset = Samples(dataset, args.seed, training, args.max_unreadable)
+            self.dataset = Samples(dataset, transform, mode, args.seed, training, args.max_unreadable)
             common = len(dataset), size, args.seed, args.rank, args.world_size
             if training and args.aug_repeats:
                 options['batch_sampler'] = RepeatedBatches(*common, repeats=args.aug_repeats)

@@ -4,7 +4,6 @@ E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI Machine L
 """
 
 import importlib.resources
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -30,11 +29,9 @@ class Digits(Dataset):
         self.images = (images[keep].astype(np.float32) * (255 / 16)).round().astype(np.uint8)
         self.labels = labels[keep].tolist()
         self.mode = mode
-        self.transform: Callable | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int):
-        image = Image.fromarray(self.images[index]).convert(self.mode)
-        return (self.transform(image) if self.transform else image), self.labels[index]
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]).convert(self.mode), self.labels[index]

@@ -40,7 +40,8 @@ def sentence(error: BaseException) -> str:
         return type(error).__name__
     if any(line.startswith('Traceback') for line in lines):
         return lines[-1].split(': ', 1)[-1]
-    return lines[0] + (f' {lines[1]}' if lines[0].endswith(':') and len(lines) > 1 else '')
+    text = lines[0] + (f' {lines[1]}' if lines[0].endswith(':') and len(lines) > 1 else '')
+    return text if len(text) <= 400 else f'{text[:400]} ...'
 
 
 @contextlib.contextmanager
@@ -61,33 +62,30 @@ def run(main: Callable[[Sequence[str]], object], program: str, argv: Sequence[st
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
+        return 0
     except UserError as error:
-        cause: UserError | None = error
+        status, text = error.status, sentence(error)
     except OSError as error:
-        cause = TrainingStopped(f'{error.strerror or sentence(error)}{f": {error.filename}" if error.filename else ""}')
+        status, text = STOPPED, f'{error.strerror or sentence(error)}{f": {error.filename}" if error.filename else ""}'
     except RuntimeError as error:
-        cause = _runtime_failure(error)
-        if cause is None:
+        status, text = STOPPED, _runtime_failure(error)
+        if not text:
             raise
     except KeyboardInterrupt:
-        print(f'{program}: interrupted', file=sys.stderr)
-        return 130
-    else:
-        return 0
+        status, text = 130, 'interrupted'
+    # The exception is gone by now, and with it the loaders and their workers that its traceback held.
     rank = os.environ.get('RANK', '0')
-    print(f'{program}: {f"rank {rank}: " if rank != "0" else ""}error: {cause}', file=sys.stderr, flush=True)
-    return cause.status
+    print(f'{program}: {f"rank {rank}: " if rank != "0" else ""}error: {text}', file=sys.stderr, flush=True)
+    return status
 
 
-def _runtime_failure(error: RuntimeError) -> UserError | None:
+def _runtime_failure(error: RuntimeError) -> str:
     """What a RuntimeError inside the loop means, if it is one of those that are nobody's bug."""
     text = str(error)
     if 'out of memory' in text:
-        return TrainingStopped('out of device memory: lower --batch-size, or add --amp or --grad-checkpointing')
+        return 'out of device memory: lower --batch-size, or add --amp or --grad-checkpointing'
     if 'DataLoader worker' in text and ('killed by signal' in text or 'exited unexpectedly' in text):
-        return TrainingStopped(f'a data loading process died (out of memory? lower --workers): {sentence(error)}')
-    if any(word in text for word in ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting')):
-        return TrainingStopped(f'another rank of this run died or hangs: {sentence(error)}')
-    if 'UserError: ' in text:  # raised in a worker, where it arrives as the text of a traceback
-        return TrainingStopped(sentence(error))
-    return None
+        return f'a data loading process died (out of memory? lower --workers): {sentence(error)}'
+    if any(words in text for words in ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting')):
+        return f'another rank of this run died or hangs: {sentence(error)}'
+    return ''

@@ -103,7 +103,12 @@ TRAIN: dict[str, list[Row]] = {
         ('--opt-kwargs', dict, {}, 'arguments of the optimizer, key=value'),
     ],
     'learning rate': [
-        ('--sched', str, 'cosine', 'schedule: cosine, tanh, step, multistep, poly, plateau, wsd, rsqrt, constant, none'),
+        (
+            '--sched',
+            str,
+            'cosine',
+            'schedule: cosine, tanh, step, multistep, poly, plateau, wsd, rsqrt, constant, none',
+        ),
         ('--sched-on-updates', bool, False, 'step the schedule after each update, not after each epoch'),
         ('--lr', float, None, 'learning rate (default: from --lr-base)'),
         ('--lr-base', float, 0.1, 'learning rate at a global batch of --lr-base-size'),

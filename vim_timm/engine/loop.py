@@ -12,7 +12,7 @@ import torch.distributed as dist
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
-from timm.utils import dispatch_clip_grad, distribute_bn
+from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint, log
@@ -27,8 +27,8 @@ class Hooks:
     """Where your own code enters a run.
 
     Attributes:
-        dataset: `dataset(split, training, args)` returns a map-style data set of (PIL image, class index) with an
-            attribute `transform` that it applies, or None for the data set that the flags name.
+        dataset: `dataset(split, training, args)` returns a map-style data set of (PIL image, class index), or None for
+            the data set that the flags name.
         loss: module called with (logits, targets).
         metrics: further metrics by name, each a function of all logits and targets; usable as --eval-metric.
         callback: called with the Trainer after every epoch's row is in `trainer.rows`.
@@ -74,10 +74,11 @@ class Trainer:
                 updates_per_epoch=self.updates,
             )
         self.mixup = self._mixup()
+        known = ('loss', 'top1', 'top5', *hooks.metrics)
+        if args.eval_metric not in known:
+            raise UserError(f'--eval-metric must be one of {", ".join(known)}, not {args.eval_metric!r}')
         self.metric = f'{"ema" if self._evaluates_ema() else "eval"}_{args.eval_metric}'
-        self.saver = checkpoint.Saver(
-            folder, args.checkpoint_hist, args.checkpoint_every, self.metric, self.decreasing
-        )
+        self.saver = checkpoint.Saver(folder, args.checkpoint_hist, args.checkpoint_every, self.metric, self.decreasing)
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.step, self.nonfinite, self.skipped = args.start_epoch or 0, 0, 0, 0
         self.signalled = self.stop = False  # a signal came to this rank; every rank has agreed to stop
@@ -87,7 +88,9 @@ class Trainer:
     def _reset_loss(self, values: Sequence[float] = (0.0, 0.0)) -> None:
         """The epoch's loss so far on this rank: its sum over images, and their number."""
         device = self.args.torch_device
-        self.loss_sum = torch.tensor(values, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
+        self.loss_sum = torch.tensor(
+            values, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64
+        )
 
     def _mixup(self) -> Mixup | None:
         args = self.args
@@ -141,7 +144,9 @@ class Trainer:
             raise UserError(f'{path} is no training checkpoint: start from it with --initial-checkpoint')
         with explain(f'checkpoint {path} does not fit this run'):
             clean = checkpoint.clean_state_dict
-            self.task.load_checkpoint_state(clean(content['state_dict']), content.get('task_state'))
+            weights = clean(content['state_dict'])
+            checkpoint.check_fit(unwrap_model(self.task.get_eval_model()), weights, path)
+            self.task.load_checkpoint_state(weights, content.get('task_state'))
             if self.task.has_ema():
                 average = content.get('state_dict_ema') or content['state_dict']
                 self.task.load_checkpoint_state(clean(average), content.get('task_state_ema'), ema=True)
@@ -160,7 +165,9 @@ class Trainer:
         if self.step:
             size, world = progress['batch']
             if [size, world] != [self.args.batch_size, self.args.world_size]:
-                raise UserError(f'{path} is from the middle of an epoch: resume it with --batch-size {size} on {world} ranks')
+                raise UserError(
+                    f'{path} is from the middle of an epoch: resume it with --batch-size {size} on {world} ranks'
+                )
             self._reset_loss(progress['loss'][self.args.rank])
         self.nonfinite, self.skipped = progress.get('nonfinite', 0), progress.get('skipped', 0)
         if self.primary and self.rows and path == self.saver.path('last'):

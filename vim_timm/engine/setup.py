@@ -52,7 +52,7 @@ def start_process(args: argparse.Namespace, chosen: set[str]) -> None:
         args.torch_device = torch.device(args.device)
         torch.empty(0, device=args.torch_device)
     if args.torch_device.type == 'cuda':
-        torch.cuda.set_device(args.torch_device)
+        torch.cuda.set_device(args.torch_device.index or 0)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     if args.amp and args.model_dtype not in (None, 'float32'):
@@ -152,7 +152,9 @@ def make_task(args: argparse.Namespace, model: torch.nn.Module, loss: torch.nn.M
     weights = dict(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     with explain('knowledge distillation'):
         if args.kd_distill_type == 'feature':
-            dims = dict(student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim)
+            dims = dict(
+                student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim
+            )
             return FeatureDistillationTask(model, args.kd_model_name, criterion, **weights, **dims, **common)
         weights['temperature'] = args.kd_temperature
         if args.kd_distill_type == 'token':
