@@ -25,7 +25,7 @@ TRAINING = dict(
     mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode='batch',
     smoothing=0.1, bce_loss=False, drop=0.0, drop_path=0.1,
     model_ema=True, model_ema_decay=0.99996, model_ema_force_cpu=False, model_ema_warmup=False,
-    amp=False, seed=0, workers=10, pin_mem=True, output='', experiment='', resume='', pretrained=False,
+    amp=False, max_nonfinite=1, seed=0, workers=10, pin_mem=True, output='', experiment='', resume='', pretrained=False,
     grad_checkpointing=False, model_kwargs={'decay_state': True},
 )  # fmt: skip
 EVALUATION = dict(
@@ -139,6 +139,8 @@ def test_learning_rate_scales_with_the_global_batch_unless_told_otherwise():
     ('--no-model-ema', dict(model_ema=False)),
     ('--if_amp', dict(amp=True, amp_dtype='float16')),
     ('--no-pin-mem', dict(pin_mem=False)),
+    ('--if_continue_inf', dict(max_nonfinite=1000000000)),
+    ('--if_amp', dict(max_nonfinite=20)),
     ('--no-repeated-aug', dict(aug_repeats=0)),
     ('--bce-loss', dict(bce_loss=True, bce_target_thresh=0.0)),
     ('--ThreeAugment', dict(aa='3a', reprob=0.0, color_jitter=0.3)),
@@ -161,7 +163,7 @@ def test_flags_are_translated(line, expected):
 
 
 @pytest.mark.parametrize('line', [
-    '--cosub', '--attn-only', '--no-train-mode', '--if_continue_inf', '--if_nan2num', '--distillation-type hard',
+    '--cosub', '--attn-only', '--no-train-mode', '--if_nan2num', '--distillation-type hard',
     '--dist_url tcp://a:1', '--data-set INAT', '--data-set INAT19', '--ThreeAugment --src',
     '--finetune https://a.org/b.pth', '--resume https://a.org/b.pth', '--eval',
 ])  # fmt: skip

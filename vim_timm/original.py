@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Optional, Sequence
 
-from timm.models._registry import get_deprecated_models
+from timm.models import get_deprecated_models, is_model_in_modules
 
 from vim_timm.engine.errors import UserError, explain, run
 
@@ -147,9 +147,9 @@ FLAGS: dict[str, Flag] = {
     '--dist_url': _value(str, 'env://', refusal=_DISTRIBUTED),
     '--if_amp': _on('--amp', '--amp'),
     '--no_amp': _off('if_amp'),
-    '--if_continue_inf': _on(refusal='a non-finite loss is never skipped silently'),
+    '--if_continue_inf': _on(),
     '--no_continue_inf': _off('if_continue_inf'),
-    '--if_nan2num': _on(refusal='a non-finite loss is never replaced silently'),
+    '--if_nan2num': _on(refusal='a loss that is not finite is never replaced by a number'),
     '--no_nan2num': _off('if_nan2num'),
     '--if_random_cls_token_position': _on(),
     '--no_random_cls_token_position': _off('if_random_cls_token_position'),
@@ -251,7 +251,7 @@ def _image_folder_classes(folder: str, split: str, notes: list[str]) -> int:
 
 def _model_kwargs(args: argparse.Namespace, notes: list[str]) -> list[str]:
     """What the original sets inside its Vim, and other models do not know."""
-    if not args.model.startswith('vim_'):
+    if not is_model_in_modules(args.model, ['vision_mamba']):
         return _forward('--drop', args.drop)
     kwargs = ['decay_state=True']  # the original's optimizer decays A_log, for it is a matrix
     if args.drop:
@@ -278,6 +278,10 @@ def _combined_train(args: argparse.Namespace, world_size: int, notes: list[str])
     arguments += _augmentation(args, notes)
     if args.repeated_aug and world_size > 1:
         arguments += ['--aug-repeats', '3']
+    if args.if_continue_inf:
+        arguments += ['--max-nonfinite', '1000000000']
+    elif not args.if_amp:
+        arguments += ['--max-nonfinite', '1']  # the original ends there; under fp16 its loss scaler skips overflows
     if args.bce_loss:
         arguments += ['--bce-loss', '--bce-target-thresh', '0.0']
     if args.finetune:
