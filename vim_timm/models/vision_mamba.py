@@ -257,7 +257,8 @@ class VisionMamba(nn.Module):
             needs_reset: Also call `reset_parameters` of every module; False right after construction.
         """
         if needs_reset:
-            for module in self.modules():
+            # children first, since a mixer overwrites what its projections draw
+            for module in reversed(list(self.modules())):
                 reset = getattr(module, 'reset_parameters', None)
                 if reset is not None:
                     reset()
@@ -309,11 +310,10 @@ class VisionMamba(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Parameters that weight decay must leave alone: embeddings and, unless `decay_state`, every A_log and D."""
-        names = {'pos_embed', 'cls_token'}
+        kept = {'pos_embed', 'cls_token'}
         if not self.decay_state:
-            state = {'A_log', 'A_b_log', 'D', 'D_b'}
-            names |= {name for name, _ in self.named_parameters() if name.rsplit('.', 1)[-1] in state}
-        return names
+            kept |= {'A_log', 'A_b_log', 'D', 'D_b'}
+        return {name for name, _ in self.named_parameters() if name.rsplit('.', 1)[-1] in kept}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -704,6 +704,10 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vision_mamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    overlay = kwargs.get('pretrained_cfg_overlay')
+    if overlay and (overlay.get('file') or overlay.get('url')):
+        # timm takes another source to be in its own format, and would load `model_ema` of a DeiT-style file
+        kwargs['pretrained_cfg_overlay'] = {'custom_load': 'hf', **overlay}
     return build_model_with_cfg(
         VisionMamba,
         variant,
