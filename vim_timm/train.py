@@ -16,11 +16,12 @@ from timm.utils import random_seed
 
 import vim_timm  # noqa: F401  registers the models with timm
 
-from .engine import checkpoint, data, setup
+from . import data
+from .engine import checkpoint, setup
 from .engine.arguments import parse
-from .engine.errors import UserError, run
-from .engine.flags import TRAIN
 from .engine.loop import Hooks, Trainer
+from .errors import UserError, run
+from .flags import TRAIN
 
 PROGRAM = 'train.py'
 DESCRIPTION = """Train an image classifier with timm's library; flags have the names, defaults and meanings of timm's

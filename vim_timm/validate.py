@@ -19,12 +19,13 @@ from timm.utils import check_batch_size_retry, decay_batch_step, natural_key, re
 
 import vim_timm  # noqa: F401  registers the models with timm
 
-from .engine import checkpoint, data, setup
+from . import data
+from .engine import checkpoint, setup
 from .engine.arguments import parse
-from .engine.errors import UserError, explain, run, sentence
 from .engine.evaluate import Metric, evaluate
-from .engine.flags import VALIDATE
 from .engine.log import Progress
+from .errors import UserError, explain, run, sentence
+from .flags import VALIDATE
 from .train import check, match_classes
 
 PROGRAM = 'validate.py'
@@ -36,8 +37,8 @@ _INHERITED = {
     **{
         name: name
         for name in (
-            'data_dir dataset class_map input_img_mode input_key target_key dataset_trust_remote_code model num_classes gp '
-            'img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs amp '
+            'data_dir dataset class_map input_img_mode input_key target_key dataset_trust_remote_code model num_classes '
+            'gp img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs amp '
             'amp_dtype model_dtype'
         ).split()
     },

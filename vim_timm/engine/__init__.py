@@ -3,8 +3,8 @@
 `train(args, hooks)` and `validate(args)` are what the command lines call; `Hooks` is where your own code enters.
 """
 
+from ..errors import UserError
 from .checkpoint import load_weights, write_atomically
-from .errors import UserError
 from .evaluate import evaluate, predictions
 from .loop import Hooks, Trainer
 

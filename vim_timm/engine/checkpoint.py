@@ -12,7 +12,7 @@ import torch
 from timm.models import clean_state_dict, load_state_dict
 from timm.models._helpers import _torch_load
 
-from .errors import UserError, explain
+from ..errors import UserError, explain
 
 EXTENSION = '.pth.tar'
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from timm.task import ClassificationEvaluator
 
-from .data import Loader
+from ..data import Loader
 from .setup import autocast
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float]

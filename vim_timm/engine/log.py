@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from .checkpoint import write_atomically
-from .errors import UserError
 
 
 def duration(seconds: float) -> str:

@@ -15,9 +15,9 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data import Loader, seed_everything
+from ..errors import Preempted, TrainingStopped, UserError, explain
 from . import checkpoint, log
-from .data import Loader, seed_everything
-from .errors import Preempted, TrainingStopped, UserError, explain
 from .evaluate import Metric, evaluate
 from .setup import autocast
 
@@ -351,6 +351,7 @@ class Trainer:
         assert self.eval_data is not None
         model = self.task.get_eval_model(ema=ema)
         model = model.module if isinstance(model, DistributedDataParallel) else model
+        assert model is not None
         result = evaluate(model, self.eval_data, self.args, self.hooks.metrics)
         self.progress.say(
             f'epoch {self.epoch} {prefix}: top-1 {result["top1"]:.2f} %  top-5 {result["top5"]:.2f} %  '

@@ -23,8 +23,8 @@ from timm.task import (
 )
 from timm.utils import is_distributed_env, world_info_from_env
 
+from ..errors import UserError, explain
 from .checkpoint import load_weights
-from .errors import UserError, explain
 
 
 def start_process(args: argparse.Namespace, chosen: set[str]) -> None:
@@ -134,7 +134,7 @@ def make_training_model(args: argparse.Namespace) -> torch.nn.Module:
 
 
 def make_task(args: argparse.Namespace, model: torch.nn.Module, loss: torch.nn.Module | None) -> TrainingTask:
-    """timm's task for the flags: classification, or distillation with --kd-*. `loss(output, target)` replaces theirs."""
+    """timm's task for the flags: classification, or distillation with --kd-*. `loss(output, target)` takes its place."""
     soft = bool(args.mixup or args.cutmix or args.cutmix_minmax)
     kind = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce'
     bce = dict(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
@@ -181,4 +181,4 @@ def make_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim.
     """timm's optimizer for the parameters that the task trains."""
     args.lr = learning_rate(args)
     with explain('optimizer'):
-        return create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        return create_optimizer_v2(task.get_trainable_module() or task, **optimizer_kwargs(cfg=args), **args.opt_kwargs)

@@ -1,0 +1,7 @@
+"""Data sets, samplers and loaders for training and evaluation, on top of timm's."""
+
+from .digits import Digits
+from .loading import Loader, count_classes, eval_loader, make_dataset, train_loader
+from .sampling import seed_everything
+
+__all__ = ['Digits', 'Loader', 'count_classes', 'eval_loader', 'make_dataset', 'seed_everything', 'train_loader']

@@ -1,0 +1,167 @@
+"""Samplers and data sets whose randomness depends on (seed, epoch, position) alone, not on who fetches a sample when.
+
+The sampler hands out keys (epoch, position, index), and the data set seeds every generator from the key before it
+fetches the sample. So a run may stop anywhere and go on from (epoch, step), with any number of workers.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from ..errors import TrainingStopped, UserError, sentence
+
+
+def seed_everything(*key: int, device: bool = False) -> None:
+    """Seed Python's, NumPy's and torch's generators (the device's too, if asked) from a tuple of integers."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    value = int.from_bytes(digest, 'little')
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    if device:
+        torch.manual_seed(value)
+    else:
+        torch.default_generator.manual_seed(value)
+
+
+class EpochBatches:
+    """Batches of keys (epoch, position, index) for one rank; a global batch does not depend on the number of ranks.
+
+    Training shuffles anew each epoch and drops the last partial batch. Evaluation gives every index to exactly one
+    rank, in order. `start` skips batches of a resumed epoch.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int, world: int, training: bool, passes: float):
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world, self.training = rank, world, training
+        self.passes = max(1.0, passes)
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        if self.training:
+            return int(self.size * self.passes) // (self.batch_size * self.world)
+        return math.ceil(len(range(self.rank, self.size, self.world)) / self.batch_size)
+
+    def positions(self) -> list[tuple[int, int]]:
+        """(position, index) pairs of this rank in this epoch."""
+        if not self.training:
+            return [(index, index) for index in range(self.rank, self.size, self.world)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        draws = [torch.randperm(self.size, generator=generator) for _ in range(math.ceil(self.passes))]
+        order = torch.cat(draws)[: int(self.size * self.passes)].tolist()
+        step, offset = self.batch_size * self.world, self.batch_size * self.rank
+        places = (first + offset + i for first in range(0, len(self) * step, step) for i in range(self.batch_size))
+        return [(place, order[place]) for place in places]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        keys = [(self.epoch, position, index) for position, index in self.positions()]
+        for first in range(self.start * self.batch_size, len(keys), self.batch_size):
+            yield keys[first : first + self.batch_size]
+
+
+class RepeatedBatches(EpochBatches):
+    """EpochBatches with repeated augmentation: the copies of an image go to different ranks, or follow each other."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int, world: int, repeats: float):
+        super().__init__(size, batch_size, seed, rank, world, training=True, passes=1)
+        self.sampler = RepeatAugSampler(range(size), num_replicas=world, rank=rank, num_repeats=repeats)
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size
+
+    def positions(self) -> list[tuple[int, int]]:
+        self.sampler.set_epoch(self.seed * 1_000_003 + self.epoch)
+        indices = list(self.sampler)[: len(self) * self.batch_size]
+        return [(self.rank + self.world * i, index) for i, index in enumerate(indices)]
+
+
+class Samples(Dataset):
+    """A data set fetched by key, with each sample's own seed; unreadable images are named, counted and replaced.
+
+    In training the next readable image takes the place of an unreadable one. In evaluation its label becomes -1, which
+    `evaluate.predictions` leaves out.
+    """
+
+    def __init__(self, dataset: Any, transform: Any, mode: str, seed: int, training: bool, limit: int):
+        self.dataset, self.transform, self.mode = dataset, transform, mode
+        self.seed, self.training, self.limit = seed, training, limit
+        self.unreadable = 0
+        if hasattr(dataset, '_max_retries'):  # timm's own replacement neither names nor counts
+            dataset._max_retries = 1
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int, int]):
+        epoch, position, index = key
+        seed_everything(self.seed, epoch, position)
+        for attempt in range(len(self)):
+            candidate = (index + attempt) % len(self)
+            try:
+                image, target = self.dataset[candidate]
+                if self.mode:
+                    image = image.convert(self.mode)
+            except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # what PIL and timm raise
+                self._count(candidate, error)
+                continue
+            image = image if self.transform is None else self.transform(image)
+            return image, (target if attempt == 0 or self.training else -1)
+        raise UserError('the data set has no readable image')
+
+    def _count(self, index: int, error: Exception) -> None:
+        self.unreadable += 1
+        name = str(index)
+        if hasattr(self.dataset, 'filename'):
+            name = self.dataset.filename(index, absolute=True)
+        print(f'unreadable image {name}, skipped ({sentence(error)})', flush=True)
+        if self.unreadable > self.limit:
+            raise TrainingStopped(
+                f'{self.unreadable} unreadable images in one loading process, more than --max-unreadable {self.limit}; '
+                f'the last one is {name}'
+            )
+
+
+class Stream(IterableDataset):
+    """A streamed data set with a seed for each sample, drawn from the epoch, the worker and the sample's place."""
+
+    def __init__(self, dataset: IterableDataset, seed: int, rank: int):
+        self.dataset, self.seed, self.rank = dataset, seed, rank
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+        if hasattr(self.dataset, 'set_epoch'):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self):
+        worker = get_worker_info()
+        source = iter(self.dataset)
+        for place in range(1 << 62):
+            seed_everything(self.seed, int(self.epoch), self.rank, worker.id if worker else 0, place)
+            try:
+                yield next(source)
+            except StopIteration:
+                return
+
+
+class SeededErasing:
+    """Random erasing of whole batches on the device, with a seed for each batch."""
+
+    def __init__(self, erasing: RandomErasing, seed: int, rank: int):
+        self.erasing, self.seed, self.rank = erasing, seed, rank
+        self.epoch = self.step = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        seed_everything(self.seed, self.epoch, self.step, self.rank, 1, device=True)
+        self.step += 1
+        return self.erasing(images)
