@@ -8,7 +8,7 @@ import torch
 
 from vim_timm import original
 from vim_timm.engine.arguments import parse
-from vim_timm.engine.flags import TRAIN, VALIDATE
+from vim_timm.flags import TRAIN, VALIDATE
 
 MIDCLS = 'bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2'
 TINY = f'vim_tiny_patch16_224_{MIDCLS}'

@@ -19,7 +19,7 @@ from typing import Any, Optional, Sequence
 
 from timm.models import get_deprecated_models, is_model_in_modules
 
-from vim_timm.engine.errors import UserError, explain, run
+from vim_timm.errors import UserError, explain, run
 
 PROGRAM = 'python -m vim_timm.original'
 

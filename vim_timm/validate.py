@@ -37,9 +37,9 @@ _INHERITED = {
     **{
         name: name
         for name in (
-            'data_dir dataset class_map input_img_mode input_key target_key dataset_trust_remote_code model num_classes '
-            'gp img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs amp '
-            'amp_dtype model_dtype'
+            'data_dir dataset class_map input_img_mode input_key target_key dataset_trust_remote_code model '
+            'num_classes gp img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs '
+            'amp amp_dtype model_dtype'
         ).split()
     },
     'val_split': 'split',

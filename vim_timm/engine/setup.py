@@ -134,7 +134,7 @@ def make_training_model(args: argparse.Namespace) -> torch.nn.Module:
 
 
 def make_task(args: argparse.Namespace, model: torch.nn.Module, loss: torch.nn.Module | None) -> TrainingTask:
-    """timm's task for the flags: classification, or distillation with --kd-*. `loss(output, target)` takes its place."""
+    """timm's task for the flags: classification, or distillation with --kd-*. `loss(output, target)` replaces it."""
     soft = bool(args.mixup or args.cutmix or args.cutmix_minmax)
     kind = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce'
     bce = dict(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
