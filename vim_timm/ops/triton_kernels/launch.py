@@ -41,6 +41,11 @@ class Plan(NamedTuple):
     chunk: int
     chunks: int
 
+    @property
+    def vec(self) -> int:
+        """Neighbouring channels of a lane."""
+        return max(1, self.block // (32 * self.warps))
+
 
 def plan(cells: int, length: int, dim: int, state: int, sms: int, wide: bool) -> Plan:
     """Cuts a scan so that about WARPS_PER_SM warps run on each multiprocessor.

@@ -3,11 +3,12 @@
 Scan order: step s visits token s in the forward direction and token L - 1 - s in the backward direction. A cell is a
 (direction, batch entry) pair; a program owns BD channels of one chunk of one cell and keeps their states (N, BD) in
 registers. Chunks of a sequence run in parallel: states from zero (`MODE` LOCAL), `carry`, then outputs from the true
-states. Everything is computed in float32; A is held times log2(e), so a decay is one exp2.
+states. Everything is computed in float32.
 
 The layout of the state tensor decides the speed: each lane must hold whole channels with all N states in registers, so
 that sums over N need no shuffles. Triton lays it out for its loads and stores, in vectors as wide as alignment allows;
-strides and offsets that it knows nothing about (`do_not_specialize`, `zero`) leave one channel a lane. Steps are taken
+strides it knows nothing about (`do_not_specialize`) and an offset that is known to be a multiple of VEC only (`zero`)
+leave VEC neighbouring channels to a lane. Steps are taken
 four at a time, all loads first, because a load cannot pass an earlier store.
 """
 import triton
@@ -15,23 +16,46 @@ import triton.language as tl
 
 from .math import LN2, LOG2E, exp2, sigmoid, softplus
 
-RUNTIME = ['length', 'chunk', 'num_chunks', 'A_sd', 'A_sn', 'zero']
+RUNTIME = ['length', 'chunk', 'num_chunks', 'zero']
 
 
 @triton.jit
-def load_decay(A, A_sd, A_sn, channels, states, mask, A_IS_LOG: tl.constexpr):
-    """A * log2(e) as (N, BD); 0 (no decay) where masked."""
-    a = tl.load(A + channels[:, None] * A_sd + states[None, :] * A_sn, mask=tl.trans(mask), other=0.0)
-    a = tl.trans(a).to(tl.float32)
+def decays(
+        A_f, A_b, DECAY, DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, A_IS_LOG: tl.constexpr,
+):
+    """DECAY (directions, N, DIM) = A * log2(e) from A (DIM, N), so that a step's decay is exp2(step * DECAY)."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    reverse = tl.program_id(1) > 0
+    A = A_b if reverse else A_f
+    mask = index < DIM * N
+    a = tl.load(A + index % DIM * N + index // DIM, mask=mask, other=0.0).to(tl.float32)
     if A_IS_LOG:
-        a = tl.where(mask, -tl.exp(a), 0.0)
-    return a * LOG2E
+        a = -tl.exp(a)
+    tl.store(DECAY + tl.program_id(1) * (DIM * N) + index, a * LOG2E, mask=mask)
 
 
 @triton.jit
-def load_row(X, offset, index, mask, ALIGN: tl.constexpr):
-    """One token's vector as float32; ALIGN bytes divide its address (Triton cannot see that through a slice)."""
-    return tl.load(tl.multiple_of(X + offset, ALIGN) + index, mask=mask, other=0.0).to(tl.float32)
+def load_row(X, offset, states, in_state, ALIGN: tl.constexpr, N: tl.constexpr, NP: tl.constexpr):
+    """One token's vector of B or C as float32; ALIGN bytes divide its address (Triton cannot see that in a slice)."""
+    row = tl.multiple_of(X + offset, ALIGN)
+    if X.dtype.element_ty == tl.bfloat16 and ALIGN % 4 == 0 and N == NP:
+        # Two numbers a word: a shift and a mask, where two conversions would take three instructions.
+        half = tl.arange(0, NP // 2)
+        words = tl.load(row.to(tl.pointer_type(tl.int32)) + half)
+        low = (words << 16).to(tl.float32, bitcast=True)
+        high = (words & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(low, high), (NP,))
+    else:
+        return tl.load(row + states, mask=in_state, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """index < SIZE, as a constant where the blocks fill SIZE."""
+    if SIZE % BLOCK == 0:
+        return tl.full([BLOCK], 1, tl.int1)
+    else:
+        return index < SIZE
 
 
 @triton.jit
@@ -50,12 +74,12 @@ def advance(h, d, u, b, a, FAST: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def scan_forward(
-        u_f, u_b, delta_f, delta_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, bias_f, bias_b,
+        u_f, u_b, delta_f, delta_b, DECAY, B_f, B_b, C_f, C_b, D_f, D_b, bias_f, bias_b,
         H, S, Y, BOUNDS,
-        batch, length, chunk, num_chunks, u_sb, u_sl, delta_sb, delta_sl, X_sb, X_sl, A_sd, A_sn, zero,
-        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr,
+        batch, length, chunk, num_chunks, u_sb, u_sl, delta_sb, delta_sl, X_sb, X_sl, zero,
+        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
         LOCAL: tl.constexpr, CARRY: tl.constexpr, KEEP: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-        SOFTPLUS: tl.constexpr, A_IS_LOG: tl.constexpr, FAST: tl.constexpr,
+        SOFTPLUS: tl.constexpr, FAST: tl.constexpr,
 ):
     """LOCAL: the state at the end of each chunk from a zero start (H) and the chunk's sum of steps (S).
     Otherwise y of each direction before the gate (Y), from the states in H when CARRY; with KEEP also the state before
@@ -65,16 +89,17 @@ def scan_forward(
     j = tl.program_id(1)
     cell = tl.program_id(2)
     states = tl.arange(0, NP)
-    in_dim = channels < DIM
-    in_state = states < N
+    in_dim = within(channels, DIM, BD)
+    in_state = within(states, N, NP)
     mask = in_state[:, None] & in_dim[None, :]
     reverse = cell >= batch
     entry = (cell % batch).to(tl.int64)
     if reverse:
-        u, delta, A, B, C, D, bias_p = u_b, delta_b, A_b, B_b, C_b, D_b, bias_b
+        u, delta, B, C, D, bias_p = u_b, delta_b, B_b, C_b, D_b, bias_b
     else:
-        u, delta, A, B, C, D, bias_p = u_f, delta_f, A_f, B_f, C_f, D_f, bias_f
-    a = load_decay(A, A_sd, A_sn, channels, states, mask, A_IS_LOG)
+        u, delta, B, C, D, bias_p = u_f, delta_f, B_f, C_f, D_f, bias_f
+    state = zero * VEC + channels[None, :] + states[:, None] * DIM
+    a = tl.load(DECAY + reverse.to(tl.int32) * (N * DIM) + state, mask=mask, other=0.0)
     bias = tl.zeros([BD], tl.float32)
     skip = tl.zeros([BD], tl.float32)
     if HAS_BIAS:
@@ -95,7 +120,6 @@ def scan_forward(
     delta_step = sign * delta_sl
     X_step = sign * X_sl
     Y_step = sign * DIM
-    state = zero + channels[None, :] + states[:, None] * DIM
     H += (cell.to(tl.int64) * num_chunks + j) * N * DIM
     BOUNDS += (cell.to(tl.int64) * tl.cdiv(length, 4) + begin // 4) * N * DIM
 
@@ -119,15 +143,15 @@ def scan_forward(
         d1 = tl.load(delta + i1 * delta_step + channels, mask=in_dim, other=0.0)
         d2 = tl.load(delta + i2 * delta_step + channels, mask=in_dim, other=0.0)
         d3 = tl.load(delta + i3 * delta_step + channels, mask=in_dim, other=0.0)
-        b0 = load_row(B, zero, states, in_state, ALIGN)
-        b1 = load_row(B, i1 * X_step, states, in_state, ALIGN)
-        b2 = load_row(B, i2 * X_step, states, in_state, ALIGN)
-        b3 = load_row(B, i3 * X_step, states, in_state, ALIGN)
+        b0 = load_row(B, zero, states, in_state, ALIGN, N, NP)
+        b1 = load_row(B, i1 * X_step, states, in_state, ALIGN, N, NP)
+        b2 = load_row(B, i2 * X_step, states, in_state, ALIGN, N, NP)
+        b3 = load_row(B, i3 * X_step, states, in_state, ALIGN, N, NP)
         if not LOCAL:
-            c0 = load_row(C, zero, states, in_state, ALIGN)
-            c1 = load_row(C, i1 * X_step, states, in_state, ALIGN)
-            c2 = load_row(C, i2 * X_step, states, in_state, ALIGN)
-            c3 = load_row(C, i3 * X_step, states, in_state, ALIGN)
+            c0 = load_row(C, zero, states, in_state, ALIGN, N, NP)
+            c1 = load_row(C, i1 * X_step, states, in_state, ALIGN, N, NP)
+            c2 = load_row(C, i2 * X_step, states, in_state, ALIGN, N, NP)
+            c3 = load_row(C, i3 * X_step, states, in_state, ALIGN, N, NP)
             if KEEP:
                 tl.store(BOUNDS + state, h, mask=mask)
                 BOUNDS += N * DIM
@@ -169,23 +193,21 @@ def scan_forward(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def carry(
-        A_f, A_b, H_in, H_out, S, batch, num_chunks, A_sd, A_sn, zero,
-        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
-        A_IS_LOG: tl.constexpr, FAST: tl.constexpr,
+        DECAY, H_in, H_out, S, batch, num_chunks, zero,
+        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr,
+        REVERSE: tl.constexpr,
+        FAST: tl.constexpr,
 ):
     """From each chunk's contribution (H_in) to the state that enters each chunk (H_out). REVERSE: from the last chunk to
     the first, for the gradient of the state."""
     channels = tl.program_id(0) * BD + tl.arange(0, BD)
     cell = tl.program_id(1)
     states = tl.arange(0, NP)
-    in_dim = channels < DIM
-    mask = (states < N)[:, None] & in_dim[None, :]
-    if cell >= batch:
-        A = A_b
-    else:
-        A = A_f
-    a = load_decay(A, A_sd, A_sn, channels, states, mask, A_IS_LOG)
-    state = zero + channels[None, :] + states[:, None] * DIM
+    in_dim = within(channels, DIM, BD)
+    mask = within(states, N, NP)[:, None] & in_dim[None, :]
+    reverse = cell >= batch
+    state = zero * VEC + channels[None, :] + states[:, None] * DIM
+    a = tl.load(DECAY + reverse.to(tl.int32) * (N * DIM) + state, mask=mask, other=0.0)
     row = cell.to(tl.int64) * num_chunks
     step = 1
     if REVERSE:
@@ -249,26 +271,27 @@ def gate_backward(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def grad_states(
-        delta_f, delta_b, A_f, A_b, C_f, C_b, bias_f, bias_b, GRAD_Y, Q,
-        batch, length, chunk, num_chunks, scale, delta_sb, delta_sl, X_sb, X_sl, A_sd, A_sn, zero,
-        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr,
-        HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, A_IS_LOG: tl.constexpr, FAST: tl.constexpr,
+        delta_f, delta_b, DECAY, C_f, C_b, bias_f, bias_b, GRAD_Y, Q,
+        batch, length, chunk, num_chunks, scale, delta_sb, delta_sl, X_sb, X_sl, zero,
+        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
+        HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, FAST: tl.constexpr,
 ):
     """Q (cells, chunks, N, DIM): the gradient of the state that enters each chunk, from zero at the chunk's end."""
     channels = tl.program_id(0) * BD + tl.arange(0, BD)
     j = tl.program_id(1)
     cell = tl.program_id(2)
     states = tl.arange(0, NP)
-    in_dim = channels < DIM
-    in_state = states < N
+    in_dim = within(channels, DIM, BD)
+    in_state = within(states, N, NP)
     mask = in_state[:, None] & in_dim[None, :]
     reverse = cell >= batch
     entry = (cell % batch).to(tl.int64)
     if reverse:
-        delta, A, C, bias_p = delta_b, A_b, C_b, bias_b
+        delta, C, bias_p = delta_b, C_b, bias_b
     else:
-        delta, A, C, bias_p = delta_f, A_f, C_f, bias_f
-    a = load_decay(A, A_sd, A_sn, channels, states, mask, A_IS_LOG)
+        delta, C, bias_p = delta_f, C_f, bias_f
+    state = zero * VEC + channels[None, :] + states[:, None] * DIM
+    a = tl.load(DECAY + reverse.to(tl.int32) * (N * DIM) + state, mask=mask, other=0.0)
     bias = tl.zeros([BD], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_p + channels, mask=in_dim, other=0.0).to(tl.float32)
@@ -283,12 +306,11 @@ def grad_states(
     for _ in range(begin, end):
         grad = tl.load(GRAD_Y + channels, mask=in_dim, other=0.0).to(tl.float32) * scale
         d = step_size(tl.load(delta + channels, mask=in_dim, other=0.0).to(tl.float32), bias, True, SOFTPLUS, FAST)
-        c = load_row(C, zero, states, in_state, ALIGN)
+        c = load_row(C, zero, states, in_state, ALIGN, N, NP)
         q = exp2(d[None, :] * a, FAST) * (grad[None, :] * c[:, None] + q)
         delta -= sign * delta_sl
         C -= sign * X_sl
         GRAD_Y -= sign * DIM
-    state = zero + channels[None, :] + states[:, None] * DIM
     tl.store(Q + (cell.to(tl.int64) * num_chunks + j) * N * DIM + state, q, mask=mask)
 
 
@@ -339,11 +361,11 @@ def step_backward(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def scan_backward(
-        u_f, u_b, delta_f, delta_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, bias_f, bias_b,
+        u_f, u_b, delta_f, delta_b, DECAY, B_f, B_b, C_f, C_b, D_f, D_b, bias_f, bias_b,
         GRAD_Y, BOUNDS, Q, GRAD_U, GRAD_DELTA, PART_X, PART_A, PART_V,
         batch, cells, length, chunk, num_chunks, scale,
-        u_sb, u_sl, delta_sb, delta_sl, X_sb, X_sl, A_sd, A_sn, zero,
-        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr,
+        u_sb, u_sl, delta_sb, delta_sl, X_sb, X_sl, zero,
+        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
         CARRY: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
         A_IS_LOG: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr,
 ):
@@ -356,16 +378,17 @@ def scan_backward(
     j = tl.program_id(1)
     cell = tl.program_id(2)
     states = tl.arange(0, NP)
-    in_dim = channels < DIM
-    in_state = states < N
+    in_dim = within(channels, DIM, BD)
+    in_state = within(states, N, NP)
     mask = in_state[:, None] & in_dim[None, :]
     reverse = cell >= batch
     entry = (cell % batch).to(tl.int64)
     if reverse:
-        u, delta, A, B, C, D, bias_p = u_b, delta_b, A_b, B_b, C_b, D_b, bias_b
+        u, delta, B, C, D, bias_p = u_b, delta_b, B_b, C_b, D_b, bias_b
     else:
-        u, delta, A, B, C, D, bias_p = u_f, delta_f, A_f, B_f, C_f, D_f, bias_f
-    a = load_decay(A, A_sd, A_sn, channels, states, mask, A_IS_LOG)
+        u, delta, B, C, D, bias_p = u_f, delta_f, B_f, C_f, D_f, bias_f
+    state = zero * VEC + channels[None, :] + states[:, None] * DIM
+    a = tl.load(DECAY + reverse.to(tl.int32) * (N * DIM) + state, mask=mask, other=0.0)
     bias = tl.zeros([BD], tl.float32)
     skip = tl.zeros([BD], tl.float32)
     if HAS_BIAS:
@@ -393,7 +416,6 @@ def scan_backward(
     X_step = sign * X_sl
     D_step = sign * DIM
     X_part = sign * 2 * N
-    state = zero + channels[None, :] + states[:, None] * DIM
     BOUNDS += (wide * tl.cdiv(length, 4) + start // 4) * N * DIM
 
     if CARRY:
@@ -424,14 +446,14 @@ def scan_backward(
         g1 = tl.load(GRAD_Y + i1 * D_step + channels, mask=in_dim & ok1, other=0.0).to(tl.float32) * scale
         g2 = tl.load(GRAD_Y + i2 * D_step + channels, mask=in_dim & ok2, other=0.0).to(tl.float32) * scale
         g3 = tl.load(GRAD_Y + i3 * D_step + channels, mask=in_dim & ok3, other=0.0).to(tl.float32) * scale
-        b0 = load_row(B, zero, states, in_state, ALIGN)
-        b1 = load_row(B, i1 * X_step, states, in_state, ALIGN)
-        b2 = load_row(B, i2 * X_step, states, in_state, ALIGN)
-        b3 = load_row(B, i3 * X_step, states, in_state, ALIGN)
-        c0 = load_row(C, zero, states, in_state, ALIGN)
-        c1 = load_row(C, i1 * X_step, states, in_state, ALIGN)
-        c2 = load_row(C, i2 * X_step, states, in_state, ALIGN)
-        c3 = load_row(C, i3 * X_step, states, in_state, ALIGN)
+        b0 = load_row(B, zero, states, in_state, ALIGN, N, NP)
+        b1 = load_row(B, i1 * X_step, states, in_state, ALIGN, N, NP)
+        b2 = load_row(B, i2 * X_step, states, in_state, ALIGN, N, NP)
+        b3 = load_row(B, i3 * X_step, states, in_state, ALIGN, N, NP)
+        c0 = load_row(C, zero, states, in_state, ALIGN, N, NP)
+        c1 = load_row(C, i1 * X_step, states, in_state, ALIGN, N, NP)
+        c2 = load_row(C, i2 * X_step, states, in_state, ALIGN, N, NP)
+        c3 = load_row(C, i3 * X_step, states, in_state, ALIGN, N, NP)
         d0 = step_size(v0, 0.0, True, SOFTPLUS, FAST)
         d1 = step_size(v1, 0.0, ok1, SOFTPLUS, FAST)
         d2 = step_size(v2, 0.0, ok2, SOFTPLUS, FAST)

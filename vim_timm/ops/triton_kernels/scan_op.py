@@ -3,6 +3,7 @@
 Opaque `custom_op`s, not `triton_op`s: how a kernel is launched depends on addresses (the alignment of B's and C's rows),
 the batch size and the device, none of which may become guards of a compiled graph.
 """
+import functools
 import math
 from typing import Any, List, Optional, Tuple
 
@@ -56,7 +57,8 @@ class Scan:
         self.z = None if z is None else common_rows(z)[0]
         self.sizes = {'DIM': self.dim, 'N': self.state, 'NP': padded(self.state), 'FAST': not INTERPRET}
         self.skip = {'HAS_D': D is not None}
-        self.step = {'HAS_BIAS': bias is not None, 'SOFTPLUS': delta_softplus, 'A_IS_LOG': A_is_log}
+        self.step = {'HAS_BIAS': bias is not None, 'SOFTPLUS': delta_softplus}
+        self.A_is_log = A_is_log
         self.rows = {'ALIGN': alignment(self.B, self.C, self.B_b, self.C_b)}
         self.cut = cut_scan(u, A, self.directions == 2, True)
 
@@ -67,30 +69,37 @@ class Scan:
         return math.ceil(self.dim / cut.block)
 
     def operands(self) -> List[Tensor]:
-        return [self.u, self.u_b, self.delta, self.delta_b, self.A, self.A_b, self.B, self.B_b, self.C, self.C_b,
+        return [self.u, self.u_b, self.delta, self.delta_b, self.decay, self.B, self.B_b, self.C, self.C_b,
                 self.D, self.D_b, self.bias, self.bias_b]
 
     def lengths(self, cut: Plan) -> List[int]:
         return [self.length, cut.chunk, cut.chunks]
 
     def strides(self) -> List[int]:
-        """Rows of delta, rows of B and C, A (channel, state), and the zero that hides alignment."""
-        return [*self.delta.stride()[:2], *self.B.stride()[:2], self.state, 1, 0]
+        """Rows of delta, rows of B and C, and the zero that hides alignment."""
+        return [*self.delta.stride()[:2], *self.B.stride()[:2], 0]
+
+    @functools.cached_property
+    def decay(self) -> Tensor:
+        decay = self.empty(self.directions, self.state, self.dim)
+        self.kernels.decays[math.ceil(self.A.numel() / 1024), self.directions](
+            self.A, self.A_b, decay, DIM=self.dim, N=self.state, BLOCK=1024, A_IS_LOG=self.A_is_log)
+        return decay
 
     def forward(self, H: Tensor, S: Tensor, Y: Tensor, bounds: Optional[Tensor], local: bool) -> None:
         cut = self.cut
         self.kernels.scan_forward[self.blocks(cut), cut.chunks, self.cells](
             *self.operands(), H, S, Y, or_else(bounds, H), self.batch, *self.lengths(cut),
             *self.u.stride()[:2], *self.strides(),
-            BD=cut.block, LOCAL=local, CARRY=cut.chunks > 1, KEEP=bounds is not None,
+            BD=cut.block, VEC=cut.vec, LOCAL=local, CARRY=cut.chunks > 1, KEEP=bounds is not None,
             **self.sizes, **self.skip, **self.step, **self.rows, num_warps=cut.warps)
 
     def carry(self, contributions: Tensor, S: Tensor, reverse: bool) -> Tensor:
         cut = self.cut
         states = torch.empty_like(contributions)
         self.kernels.carry[self.blocks(cut), self.cells](
-            self.A, self.A_b, contributions, states, S, self.batch, cut.chunks, self.state, 1, 0,
-            BD=cut.block, REVERSE=reverse, A_IS_LOG=self.step['A_IS_LOG'], **self.sizes, num_warps=cut.warps)
+            self.decay, contributions, states, S, self.batch, cut.chunks, 0,
+            BD=cut.block, VEC=cut.vec, REVERSE=reverse, **self.sizes, num_warps=cut.warps)
         return states
 
     def first_states(self) -> Tuple[Tensor, Tensor]:
@@ -121,9 +130,9 @@ class Scan:
         cut = self.cut
         local = self.empty(self.cells, cut.chunks, self.state, self.dim)
         self.kernels.grad_states[self.blocks(cut), cut.chunks, self.cells](
-            self.delta, self.delta_b, self.A, self.A_b, self.C, self.C_b, self.bias, self.bias_b, grad_y, local,
+            self.delta, self.delta_b, self.decay, self.C, self.C_b, self.bias, self.bias_b, grad_y, local,
             self.batch, *self.lengths(cut), scale, *self.strides(),
-            BD=cut.block, **self.sizes, **self.step, **self.rows, num_warps=cut.warps)
+            BD=cut.block, VEC=cut.vec, **self.sizes, **self.step, **self.rows, num_warps=cut.warps)
         return self.carry(local, S, reverse=True)
 
     def backward(self, grad_y: Tensor, scale: float, bounds: Tensor, Q: Tensor, cut: Plan) -> List[Tensor]:
@@ -140,7 +149,7 @@ class Scan:
         self.kernels.scan_backward[blocks, cut.chunks, self.cells](
             *self.operands(), grad_y, bounds, Q, grad_u, grad_delta, part_X, part_A, part_V,
             self.batch, self.cells, *self.lengths(cut), scale, *self.u.stride()[:2], *self.strides(),
-            BD=cut.block, CARRY=cut.chunks > 1, DOT=dot, **self.sizes, **self.skip, **self.step, **self.rows,
+            BD=cut.block, VEC=cut.vec, CARRY=cut.chunks > 1, A_IS_LOG=self.A_is_log, DOT=dot, **self.sizes, **self.skip, **self.step, **self.rows,
             num_warps=cut.warps, num_stages=STAGES)
         grad_X = torch.empty_like(part_X[0], dtype=self.B.dtype)
         self.kernels.sum_parts[math.ceil(grad_X.numel() / 1024),](
