@@ -33,18 +33,12 @@ DESCRIPTION = """Evaluate an image classifier with timm's library; flags have th
 validate.py. Settings that a checkpoint of train.py carries (model, data, size, precision) need not be repeated."""
 
 # What a training checkpoint says about its own evaluation, by the names that it has here.
-_INHERITED = {
-    **{
-        name: name
-        for name in (
-            'data_dir dataset class_map input_img_mode input_key target_key dataset_trust_remote_code model '
-            'num_classes gp img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs '
-            'amp amp_dtype model_dtype'
-        ).split()
-    },
-    'val_split': 'split',
-    'val_num_samples': 'num_samples',
-}
+_SAME = (
+    'data_dir dataset class_map input_img_mode input_key target_key dataset_trust_remote_code model num_classes gp '
+    'img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs amp amp_dtype '
+    'model_dtype'
+)
+_INHERITED = {**{name: name for name in _SAME.split()}, 'val_split': 'split', 'val_num_samples': 'num_samples'}
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

@@ -69,12 +69,13 @@ def count_classes(dataset: Any) -> int | None:
 
 
 def _worker_init(_: int) -> None:
-    # The parent's handlers only set a flag; a worker must end when it is told to. Ctrl-C is the parent's to handle.
+    # A signal is the training process's to handle: torchrun and terminals send theirs to the whole process group, and a
+    # worker that died of it would take the run down before its state is saved. Workers end when their parent does.
     for name in ('SIGTERM', 'SIGUSR1'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    if hasattr(os, 'setpgid'):
+        os.setpgid(0, 0)
 
 
 class Loader:
@@ -160,17 +161,18 @@ class Loader:
 def train_loader(args: Any, dataset: Any, data_config: dict[str, Any]) -> Loader:
     """Loader of the training split with timm's augmentation flags."""
     splits = max(args.aug_splits, 0)
-    transform = create_transform(
-        data_config['input_size'], is_training=True, no_aug=args.no_aug, train_crop_mode=args.train_crop_mode,
-        scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob, grayscale_prob=args.grayscale_prob or 0.0,
-        gaussian_blur_prob=args.gaussian_blur_prob or 0.0, auto_augment=args.aa,
-        interpolation=data_config['interpolation'] if args.no_aug or not args.train_interpolation
-        else args.train_interpolation,
-        mean=data_config['mean'], std=data_config['std'], crop_pct=data_config['crop_pct'], re_prob=args.reprob,
-        re_mode=args.remode, re_count=args.recount, re_num_splits=(splits or 2) if args.resplit else 0,
-        use_prefetcher=not args.no_prefetcher, separate=splits > 0,
-    )  # fmt: skip
+    with explain('augmentation'):
+        transform = create_transform(
+            data_config['input_size'], is_training=True, no_aug=args.no_aug, train_crop_mode=args.train_crop_mode,
+            scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
+            color_jitter_prob=args.color_jitter_prob, grayscale_prob=args.grayscale_prob or 0.0,
+            gaussian_blur_prob=args.gaussian_blur_prob or 0.0, auto_augment=args.aa,
+            interpolation=data_config['interpolation'] if args.no_aug or not args.train_interpolation
+            else args.train_interpolation,
+            mean=data_config['mean'], std=data_config['std'], crop_pct=data_config['crop_pct'], re_prob=args.reprob,
+            re_mode=args.remode, re_count=args.recount, re_num_splits=(splits or 2) if args.resplit else 0,
+            use_prefetcher=not args.no_prefetcher, separate=splits > 0,
+        )  # fmt: skip
     return Loader(dataset, transform, args, data_config, training=True)
 
 

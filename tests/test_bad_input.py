@@ -1,0 +1,244 @@
+"""A mistake on the command line ends in one sentence and a status other than 0; nothing is written, nothing executed."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from vim_timm import train, validate
+
+BASE = (
+    '--dataset digits --model test_vit --img-size 32 --in-chans 1 --workers 0 --batch-size 64 --epochs 1 --device cpu'
+)
+
+
+class RunsCode:
+    """A pickle that would leave a file behind when it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Run a command line and return the sentence it was refused with."""
+
+    def check(arguments, program=train):
+        output = tmp_path / 'output'
+        extra = ['--output', str(output)] if program is train else []
+        assert program.main([*arguments, *extra]) not in (0, None)
+        lines = capsys.readouterr().err.strip().splitlines()
+        sentences = [line for line in lines if 'error:' in line]
+        assert len(sentences) == 1 and 'Traceback' not in ' '.join(lines)
+        assert not output.exists()
+        return sentences[0]
+
+    return check
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An image folder of 2 classes."""
+    for split in ('train', 'validation'):
+        for name in ('cat', 'dog'):
+            (tmp_path / 'images' / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new('RGB', (32, 32), (i, 2 * i, 3 * i)).save(tmp_path / 'images' / split / name / f'{i}.png')
+    return str(tmp_path / 'images')
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        ('--model vim_nono_patch4_32', ['vim_nono_patch4_32', 'vim_nano_patch4_32']),
+        ('--model-kwargs depht=3', ['depht']),
+        ('--model-kwargs depth', ['--model-kwargs', 'depth']),
+        ('--num-classes 7', ['7', '10 classes']),
+        ('--model vim_nano_patch4_32 --img-size 30', ['30', '28', '32']),
+        ('--epochs -1', ['--epochs', '-1']),
+        ('--epochs 0', ['--epochs']),
+        ('--epochs many', ['--epochs', 'many']),
+        ('--batch-size 0', ['--batch-size', '0']),
+        ('--batch-size 100000', ['batch']),
+        ('--opt adamv', ['adamv']),
+        ('--sched cosin', ['cosin']),
+        ('--lr -1', ['--lr']),
+        ('--eval-metric top3', ['top3', 'top1']),
+        ('--mixup 0.5 --batch-size 63', ['even', '63']),
+        ('--aug-splits 1', ['--aug-splits']),
+        ('--aa rand-q9', ['augmentation', 'RandAugment']),
+        ('--resume auto', ['--experiment']),
+        ('--resume nowhere.pth.tar', ['nowhere.pth.tar']),
+        ('--initial-checkpoint nowhere.pth', ['nowhere.pth']),
+        ('--pretrained --pretrained-path nowhere.pth', ['nowhere.pth']),
+        ('--recipe nothing', ['nothing', 'digits']),
+        ('--config nowhere.yaml', ['nowhere.yaml']),
+        ('--device tpu', ['tpu']),
+        ('--amp --model-dtype bfloat16', ['bfloat16']),
+        ('--torchscript', ['--torchscript']),
+    ],
+)
+def test_train_refuses(flags, words, refused):
+    message = refused([*BASE.split(), *flags.split()])
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')
+def test_cuda_asked_for_and_absent(refused):
+    assert 'CUDA' in refused([*BASE.split(), '--device', 'cuda'])
+
+
+def test_missing_data_folder(refused, tmp_path):
+    path = str(tmp_path / 'nowhere')
+    assert path in refused(['--data-dir', path, '--model', 'test_vit'])
+    assert path in refused(['--data-dir', path, '--model', 'test_vit', '--pretrained'], validate)
+
+
+def test_empty_data_folder(refused, tmp_path):
+    (tmp_path / 'train').mkdir()
+    assert str(tmp_path) in refused(['--data-dir', str(tmp_path), '--model', 'test_vit'])
+
+
+def test_class_count_of_a_folder(refused, folder):
+    message = refused(['--data-dir', folder, '--model', 'test_vit', '--img-size', '32', '--num-classes', '10'])
+    assert '10' in message and '2 classes' in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='Triton can run here')
+def test_forced_scan_backend_that_cannot_run(tmp_path):
+    command = [
+        sys.executable,
+        '-m',
+        'vim_timm.train',
+        *BASE.split(),
+        '--model',
+        'test_vim',
+        '--output',
+        str(tmp_path / 'o'),
+    ]
+    result = subprocess.run(command, env={**os.environ, 'VIM_TIMM_SCAN': 'triton'}, capture_output=True, text=True)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert 'triton' in result.stderr.splitlines()[-1].lower()
+    assert not (tmp_path / 'o').exists()
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A checkpoint of timm's test_vit."""
+    import timm
+
+    path = tmp_path / 'vit.pth'
+    torch.save(timm.create_model('test_vit', in_chans=1, img_size=32, num_classes=10).state_dict(), path)
+    return path
+
+
+LOADS = [
+    (train, '--initial-checkpoint'),
+    (train, '--resume'),
+    (validate, '--checkpoint'),
+]
+COMMON = '--dataset digits --img-size 32 --in-chans 1 --workers 0 --device cpu'.split()
+
+
+@pytest.mark.parametrize(('program', 'flag'), LOADS)
+def test_truncated_checkpoint(program, flag, refused, weights):
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    assert 'truncated' in refused([*COMMON, '--model', 'test_vit', flag, str(weights)], program)
+
+
+@pytest.mark.parametrize(('program', 'flag'), LOADS)
+@pytest.mark.parametrize('legacy', [False, True])
+def test_pickle_that_would_run_code(program, flag, legacy, refused, tmp_path):
+    trace, path = tmp_path / 'trace', tmp_path / 'evil.pth'
+    if legacy:
+        path.write_bytes(pickle.dumps({'state_dict': RunsCode(trace)}))
+    else:
+        torch.save({'state_dict': RunsCode(trace)}, path)
+    assert 'would run code' in refused([*COMMON, '--model', 'test_vit', flag, str(path)], program)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(('program', 'flag'), [LOADS[0], LOADS[2]])
+def test_checkpoint_of_another_family(program, flag, refused, weights):
+    message = refused([*COMMON, '--model', 'vim_nano_patch4_32', flag, str(weights)], program)
+    assert 'vision transformer' in message
+
+
+@pytest.mark.parametrize(('program', 'flag'), [LOADS[0], LOADS[2]])
+def test_checkpoint_with_other_classes(program, flag, refused, tmp_path):
+    import timm
+
+    path = tmp_path / 'hundred.pth'
+    torch.save(timm.create_model('test_vit', in_chans=1, img_size=32, num_classes=100).state_dict(), path)
+    message = refused([*COMMON, '--model', 'test_vit', flag, str(path)], program)
+    assert 'head.weight' in message or 'head.bias' in message
+
+
+def test_validate_wants_weights(refused):
+    assert '--checkpoint' in refused(['--model', 'test_vit'], validate)
+    assert '--checkpoint' in refused([], validate)
+    assert '--checkpoint' in refused(['--dataset', 'digits'], validate)
+
+
+def test_unreadable_images_are_named_counted_and_limited(folder, tmp_path, capfd):
+    broken = os.path.join(folder, 'train', 'cat', '0.png')
+    with open(broken, 'r+b') as file:
+        file.truncate(60)
+    flags = ['--data-dir', folder, '--model', 'test_vit', '--img-size', '32', '--workers', '1', '--batch-size', '4']
+    flags += [
+        '--device',
+        'cpu',
+        '--epochs',
+        '1',
+        '--lr',
+        '0.01',
+        '--output',
+        str(tmp_path / 'out'),
+        '--experiment',
+        'a',
+    ]
+    assert train.main([*flags, '--max-unreadable', '5']) == 0
+    assert broken in capfd.readouterr().out
+    assert train.main([*flags, '--max-unreadable', '0']) == 3
+    captured = capfd.readouterr()
+    assert broken in captured.err and 'Traceback' not in captured.err
+
+
+def test_unreadable_evaluation_image_is_not_counted(folder, tmp_path, capsys):
+    import json
+
+    with open(os.path.join(folder, 'validation', 'dog', '1.png'), 'r+b') as file:
+        file.truncate(60)
+    path = tmp_path / 'result.json'
+    flags = ['--data-dir', folder, '--model', 'test_vit', '--img-size', '32', '--workers', '0', '--device', 'cpu']
+    import timm
+
+    torch.save(timm.create_model('test_vit', img_size=32, num_classes=2).state_dict(), tmp_path / 'w.pth')
+    flags += ['--checkpoint', str(tmp_path / 'w.pth'), '--results-file', str(path), '--results-format', 'json']
+    assert validate.main(flags) == 0
+    assert json.loads(path.read_text())['count'] == 7
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
+    from vim_timm.engine import checkpoint
+
+    path = str(tmp_path / 'last.pth.tar')
+    checkpoint.write_atomically(path, lambda file: file.write(b'good'))
+
+    def fails(file):
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+
+    with pytest.raises(OSError, match='No space'):
+        checkpoint.write_atomically(path, fails)
+    assert os.listdir(tmp_path) == ['last.pth.tar']
+    assert open(path, 'rb').read() == b'good'
