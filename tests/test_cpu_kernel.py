@@ -95,26 +95,36 @@ def gradients(outputs, inputs, seed=1):
     return torch.autograd.grad(outputs, [x for x in inputs if x is not None], weights)
 
 
-def assert_close(got, expected, relative=RELATIVE):
-    for i, (x, y) in enumerate(zip(got, expected, strict=True)):
-        scale = y.abs().max().item()
-        error = (x.double() - y).abs().max().item()
-        assert error <= relative * max(scale, 1e-6), f'tensor {i}: {error} of {scale}'
+def excess(got, expected):
+    """How many times the allowed error each tensor is off."""
+    return [
+        (x.double() - y).abs().max().item() / (RELATIVE * max(y.abs().max().item(), 1e-6))
+        for x, y in zip(got, expected, strict=True)
+    ]
+
+
+def compare(function, exact_function, inputs):
+    """Outputs and all gradients are within 1e-5 of float64; where a sum cancels so far that the reference in float32 is
+    itself off, within four times its error."""
+
+    def results(function, dtype):
+        leaves = in_dtype(inputs, dtype)
+        outputs = [y for y in function(*leaves) if y is not None]
+        return [*outputs, *gradients(outputs, leaves)]
+
+    expected = results(exact_function, torch.float64)
+    off = excess(results(function, torch.float32), expected)
+    if max(off) > 1:
+        rounding = excess(results(exact_function, torch.float32), expected)
+        assert all(x <= max(1, 4 * y) for x, y in zip(off, rounding)), (off, rounding)
 
 
 def compare_scan(inputs, *flags):
-    exact, single = in_dtype(inputs, torch.float64), in_dtype(inputs, torch.float32)
-    expected, got = reference.scan(*exact, *flags), cpu.scan(*single, *flags)
-    with torch.no_grad():
-        assert torch.equal(got, cpu.scan(*single, *flags))
-    assert_close([got, *gradients([got], single)], [expected, *gradients([expected], exact)])
+    compare(lambda *x: [cpu.scan(*x, *flags)], lambda *x: [reference.scan(*x, *flags)], inputs)
 
 
 def compare_conv(inputs, silu):
-    exact, single = in_dtype(inputs, torch.float64), in_dtype(inputs, torch.float32)
-    expected, got = reference.conv(*exact, silu), cpu.conv(*single, silu)
-    got_all = [y for y in got if y is not None] + list(gradients(got, single))
-    assert_close(got_all, [y for y in expected if y is not None] + list(gradients(expected, exact)))
+    compare(lambda *x: cpu.conv(*x, silu), lambda *x: reference.conv(*x, silu), inputs)
 
 
 @pytest.mark.parametrize('shape', [(2, 197, 384, 16), (1, 1, 1, 1), (1, 1000, 20, 4), (3, 32, 16, 64), (1, 33, 200, 7)])
@@ -177,11 +187,17 @@ def test_not_a_number_is_not_lost(build):
 
 
 def test_shared_inputs_add_their_gradients(build):
-    direction, z = in_dtype(scan_inputs(1, 40, 20, 4)[:7], torch.float64), None
-    single = in_dtype(direction, torch.float32)
-    expected = reference.scan(*direction, *direction, z, 1.0, True, True)
-    got = cpu.scan(*single, *single, z, 1.0, True, True)
-    assert_close([got, *gradients([got], single)], [expected, *gradients([expected], direction)])
+    def twice(scan):
+        return lambda *direction: [scan(*direction, *direction, None, 1.0, True, True)]
+
+    compare(twice(cpu.scan), twice(reference.scan), scan_inputs(1, 40, 20, 4)[:7])
+
+
+def test_inference_gives_the_same_bits_as_training(build):
+    inputs = in_dtype(scan_inputs(2, 70, 37, 6), torch.float32)
+    out = cpu.scan(*inputs, 0.5, True, True)
+    with torch.inference_mode():
+        assert torch.equal(out, cpu.scan(*inputs, 0.5, True, True))
 
 
 @pytest.mark.parametrize('shape', [(1, 197, 384, 16), (8, 65, 96, 16), (3, 40, 50, 5)])
