@@ -1,0 +1,190 @@
+"""Nothing is lost on a crash: a run that is killed and resumed is bit for bit the run that never was.
+
+`VIM_TIMM_KILLS` sets how many times the run is killed (20 in a thorough test).
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from vim_timm import train
+
+KILLS = int(os.environ.get('VIM_TIMM_KILLS', '3'))
+BASE = '--dataset digits --model test_vit --img-size 16 --in-chans 1 --device cpu --batch-size 64 --log-interval 100'
+# Every source of randomness, and accumulation, average and clipping with it.
+HARD = (
+    '--opt adamw --lr 1e-3 --warmup-epochs 1 --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 '
+    '--drop-path 0.1 --model-ema --model-ema-decay 0.9 --grad-accum-steps 2 --clip-grad 1.0 --recovery-interval 4'
+)
+EASY = '--opt sgd --lr 0.05 --no-aug --smoothing 0 --warmup-epochs 0 --workers 0'
+
+
+def run(folder, name, *flags, launcher=(), wait=True, **options):
+    """Start `train.py` in a process of its own."""
+    command = [sys.executable, *launcher, '-m', 'vim_timm.train', *BASE.split(), *flags]
+    command += ['--output', str(folder), '--experiment', name]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, **options,
+    )  # fmt: skip
+    if wait:
+        process.output = process.communicate(timeout=600)[0]
+    return process
+
+
+def torchrun(ranks):
+    return ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks))
+
+
+def load(folder, name, file='last'):
+    return torch.load(folder / name / f'{file}.pth.tar', weights_only=True)
+
+
+def assert_same_run(folder, one, other):
+    first, second = load(folder, one), load(folder, other)
+    for key in ('state_dict', 'state_dict_ema'):
+        assert first.get(key, {}).keys() == second.get(key, {}).keys()
+        for name, tensor in first.get(key, {}).items():
+            assert torch.equal(tensor, second[key][name]), f'{key} {name}'
+    for log in ('summary.csv', 'summary.json'):
+        assert (folder / one / log).read_text() == (folder / other / log).read_text()
+    checkpoints = sorted(os.listdir(folder / one))
+    assert checkpoints == sorted(os.listdir(folder / other))
+
+
+def test_killed_and_resumed_run_is_the_run_never_killed(tmp_path):
+    flags = [*HARD.split(), '--workers', '2', '--epochs', '3', '--checkpoint-hist', '2', '--checkpoint-every', '2']
+    started = time.time()
+    assert run(tmp_path, 'whole', *flags).returncode == 0
+    longest = time.time() - started
+    dice = random.Random(0)
+    for _ in range(KILLS):
+        process = run(tmp_path, 'cut', *flags, '--resume', 'auto', wait=False)
+        time.sleep(dice.uniform(0.4, 0.9) * longest)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert run(tmp_path, 'cut', *flags, '--resume', 'auto').returncode == 0
+    assert_same_run(tmp_path, 'whole', 'cut')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+def test_preempted_run_saves_and_says_so(number, tmp_path):
+    flags = [*HARD.split(), '--workers', '2', '--epochs', '3']
+    process = run(tmp_path, 'cut', *flags, wait=False)
+    while not (tmp_path / 'cut' / 'last.pth.tar').exists():
+        time.sleep(0.1)
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == 75, output
+    assert '--resume' in output and any(name.startswith('recovery') for name in os.listdir(tmp_path / 'cut'))
+    assert run(tmp_path, 'cut', *flags, '--resume', 'auto').returncode == 0
+    assert run(tmp_path, 'whole', *flags).returncode == 0
+    assert_same_run(tmp_path, 'whole', 'cut')
+
+
+def test_signal_to_torchrun_saves_once(tmp_path):
+    flags = [*EASY.split(), '--workers', '1', '--epochs', '50', '--batch-size', '32']
+    process = run(tmp_path, 'cut', *flags, launcher=torchrun(2), wait=False)
+    while not (tmp_path / 'cut' / 'last.pth.tar').exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert 'saved' in output
+    assert sum(name.startswith('recovery') for name in os.listdir(tmp_path / 'cut')) == 1
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_workers_do_not_change_the_run(workers, tmp_path):
+    flags = [*BASE.split(), *HARD.split(), '--epochs', '1', '--output', str(tmp_path)]
+    assert train.main([*flags, '--workers', '1', '--experiment', 'one']) == 0
+    assert train.main([*flags, '--workers', workers, '--experiment', 'other']) == 0
+    assert_same_run(tmp_path, 'one', 'other')
+
+
+def test_log_is_cut_back_to_the_checkpoint(tmp_path):
+    flags = [*BASE.split(), *EASY.split(), '--output', str(tmp_path), '--experiment', 'a', '--epochs', '3']
+    assert train.main(flags) == 0
+    whole = (tmp_path / 'a' / 'summary.csv').read_text()
+    path = str(tmp_path / 'a' / 'checkpoint-0.pth.tar')
+    assert train.main([*flags, '--resume', path]) == 0
+    assert (tmp_path / 'a' / 'summary.csv').read_text() == whole
+
+
+def test_plateau_schedule_and_early_stop_survive_a_resume(tmp_path):
+    flags = [
+        *BASE.split(),
+        *EASY.split(),
+        '--output',
+        str(tmp_path),
+        '--epochs',
+        '6',
+        '--lr',
+        '1e-9',
+        '--sched',
+        'plateau',
+    ]
+    flags += ['--patience-epochs', '0', '--early-stop-patience', '3']
+    assert train.main([*flags, '--experiment', 'whole']) == 0
+    assert (
+        train.main([*flags, '--experiment', 'cut', '--resume', str(tmp_path / 'whole' / 'checkpoint-1.pth.tar')]) == 0
+    )
+    first, second = load(tmp_path, 'whole')['history'], load(tmp_path, 'cut')['history']
+    assert first == second and len(first) == 4  # one evaluation, and three without a better one
+
+
+def test_finished_run_resumes_to_nothing(tmp_path, capsys):
+    flags = [*BASE.split(), *EASY.split(), '--output', str(tmp_path), '--experiment', 'a', '--epochs', '1']
+    assert train.main([*flags, '--resume', 'auto']) == 0  # nothing there yet: a fresh run
+    before = (tmp_path / 'a' / 'last.pth.tar').read_bytes()
+    assert train.main([*flags, '--resume', 'auto']) == 0
+    assert (tmp_path / 'a' / 'last.pth.tar').read_bytes() == before
+    assert 'are done' in capsys.readouterr().out
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """Ten steps of SGD with momentum, weights to 1e-6; AdamW, losses to 1e-4; deterministic reruns are bit-equal."""
+    steps = ['--epoch-repeats', '0', '--epochs', '1']
+    for opt, lr in (('sgd', '0.01'), ('adamw', '1e-3')):
+        flags = [*EASY.split(), *steps, '--opt', opt, '--lr', lr]
+        one = run(tmp_path, f'{opt}-1', *flags, '--batch-size', '140')
+        two = run(tmp_path, f'{opt}-2', *flags, '--batch-size', '70', launcher=torchrun(2))
+        assert one.returncode == two.returncode == 0, one.output + two.output
+        first, second = load(tmp_path, f'{opt}-1'), load(tmp_path, f'{opt}-2')
+        assert abs(first['history'][0]['train_loss'] - second['history'][0]['train_loss']) < 1e-4
+        if opt == 'sgd':
+            for name, tensor in first['state_dict'].items():
+                torch.testing.assert_close(tensor, second['state_dict'][name], rtol=0, atol=1e-6)
+    assert run(tmp_path, 'again', *flags, '--batch-size', '70', launcher=torchrun(2)).returncode == 0
+    assert_same_run(tmp_path, 'adamw-2', 'again')
+
+
+def test_evaluation_counts_every_image_once(tmp_path):
+    """359 images do not divide by 2 or 3; the counts agree to the image."""
+    assert run(tmp_path, 'a', *EASY.split(), '--epochs', '1').returncode == 0
+    results = []
+    for ranks in (1, 2, 3):
+        command = [sys.executable, *torchrun(ranks), '-m', 'vim_timm.validate', '--device', 'cpu', '--workers', '0']
+        command += ['--checkpoint', str(tmp_path / 'a' / 'last.pth.tar'), '--batch-size', '50']
+        output = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert output.returncode == 0, output.stderr
+        results.append([line for line in output.stdout.splitlines() if '"top' in line or '"count' in line])
+    assert results[0] == results[1] == results[2]
+    assert '359' in results[0][-1]
+
+
+def test_dead_rank_ends_the_run(tmp_path):
+    flags = [*EASY.split(), '--workers', '1', '--epochs', '200', '--batch-size', '32', '--dist-timeout', '20']
+    process = run(tmp_path, 'a', *flags, launcher=torchrun(2), wait=False, start_new_session=True)
+    while not (tmp_path / 'a' / 'last.pth.tar').exists():
+        time.sleep(0.1)
+    ranks = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    load(tmp_path, 'a')  # whole
