@@ -1,0 +1,242 @@
+"""Vision Mamba on an NVIDIA GPU beside timm's DeiT, and its scan beside mamba-ssm's.
+
+    python -m benchmarks.gpu                     every table of docs/benchmarks.md, about fifteen minutes on an H200
+    python -m benchmarks.gpu --tables ops infer --models tiny --sizes 224 1248
+
+Inference and training run under bfloat16 autocast. Three ways to run a model: eager, torch.compile, and torch.compile
+with CUDA graphs. The mamba_ssm rows appear where that package is installed. Writes gpu.json and gpu.png to --output.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import timm
+import torch
+import torch.nn.functional as F
+
+import vim_timm
+from vim_timm.ops import mamba_ssm_adapter, triton_kernels, use_scan_backend
+
+# channels, tokens and batch of Vim tiny at 224, small at 224, tiny at 448, tiny at 896, tiny at 1248
+SCANS = [(128, 384, 197), (128, 768, 197), (32, 384, 785), (8, 384, 3137), (4, 384, 6085)]
+BATCHES = {224: 128, 384: 64, 512: 32, 768: 16, 1024: 8, 1248: 8}
+COMPILED = {'compile': 'default', 'graph': 'reduce-overhead'}
+
+
+def median_ms(run: Callable[[], Any], milliseconds: int) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=milliseconds // 4, rep=milliseconds, return_mode='median')
+
+
+def exponentials_ms(batch: int, dim: int, length: int, state: int = 16) -> float:
+    """What the exponentials of both directions cost alone: 16 a clock on each multiprocessor."""
+    properties = torch.cuda.get_device_properties(0)
+    return 2 * batch * length * dim * state / (16 * properties.multi_processor_count * properties.clock_rate)
+
+
+def scan_operands(batch: int, dim: int, length: int, state: int = 16) -> list[torch.Tensor]:
+    """Both directions' operands and z, bfloat16 with float32 parameters, laid out as in a model."""
+    operands = []
+    rank = dim // 32
+    for _ in range(2):
+        rows = torch.randn(batch, length, rank + 2 * state, device='cuda', dtype=torch.bfloat16)
+        u, delta = torch.randn(2, batch, length, dim, device='cuda', dtype=torch.bfloat16)
+        A_log = torch.arange(1.0, state + 1, device='cuda').log().repeat(dim, 1)
+        D, bias = torch.randn(dim, device='cuda'), torch.randn(dim, device='cuda') - 3
+        operands += [u, delta, A_log, rows[..., rank:rank + state], rows[..., rank + state:], D, bias]
+    z = torch.randn(batch, length, 2 * dim, device='cuda', dtype=torch.bfloat16)[..., dim:]
+    return [x.detach().requires_grad_() for x in (*operands, z)]
+
+
+def mamba_ssm_operands(operands: list[torch.Tensor]) -> list[torch.Tensor]:
+    """One direction in mamba-ssm's layout: u, delta, A, B, C, D, z, delta_bias."""
+    u, delta, A_log, B, C, D, bias = (x.detach() for x in operands[:7])
+    u, delta, B, C, z = (x.transpose(1, 2).contiguous() for x in (u, delta, B, C, operands[-1].detach()))
+    return [x.requires_grad_() for x in (u, delta, -A_log.exp(), B[:, None], C[:, None], D, z, bias)]
+
+
+def measure_ops() -> list[dict]:
+    """Scan of both directions, forward and forward + backward, and convolution."""
+    rows = []
+    for batch, dim, length in SCANS:
+        operands = scan_operands(batch, dim, length)
+        grad = torch.randn(batch, length, dim, device='cuda', dtype=torch.bfloat16)
+        plain = [x.detach() for x in operands]
+        weight, bias = torch.randn(dim, 4, device='cuda'), torch.randn(dim, device='cuda')
+
+        def both() -> None:
+            torch.autograd.grad(triton_kernels.scan(*operands, 0.5, True, True), operands, grad)
+
+        row = {
+            'batch': batch, 'dim': dim, 'length': length,
+            'exponentials': exponentials_ms(batch, dim, length),
+            'forward': median_ms(lambda: triton_kernels.scan(*plain, 0.5, True, True), 50),
+            'forward_backward': median_ms(both, 50),
+            'conv': median_ms(lambda: triton_kernels.conv(plain[-1], weight, bias, weight, bias, True), 50),
+        }
+        if not mamba_ssm_adapter.unavailable():
+            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+            theirs = mamba_ssm_operands(operands)
+            transposed = grad.transpose(1, 2).contiguous()
+
+            def twice() -> None:
+                for _ in range(2):
+                    torch.autograd.grad(selective_scan_fn(*theirs, True), theirs, transposed)
+
+            with torch.no_grad():
+                row['mamba_ssm_forward'] = median_ms(lambda: [selective_scan_fn(*theirs, True) for _ in range(2)], 50)
+            row['mamba_ssm_forward_backward'] = median_ms(twice, 50)
+        print(' '.join(f'{k} {v:.4g}' for k, v in row.items()), flush=True)
+        rows.append(row)
+    return rows
+
+
+def build(name: str, size: int, way: str, train: bool) -> Callable[[], None]:
+    """One inference, or one training step with AdamW, on fixed random images."""
+    # DeiT and MambaOut have no argument in common for other sizes
+    arguments = {} if name.startswith('mambaout') else {'img_size': size}
+    model = timm.create_model(name, **arguments).cuda().train(train)
+    images = torch.randn(BATCHES[size], 3, size, size, device='cuda')
+    labels = torch.randint(1000, (len(images),), device='cuda')
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    call = torch.compile(model, mode=COMPILED[way], fullgraph=True) if way in COMPILED else model
+
+    def infer() -> None:
+        with torch.no_grad(), torch.autocast('cuda', torch.bfloat16):
+            call(images)
+
+    def step() -> None:
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = F.cross_entropy(call(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step if train else infer
+
+
+def measure_model(name: str, size: int, way: str, train: bool, backend: str = 'auto') -> Optional[dict]:
+    """Images a second, peak GiB and seconds to the first result; None where memory or the compiler gives up."""
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    row = {'model': name, 'backend': backend, 'way': way, 'size': size, 'batch': BATCHES[size], 'train': train}
+    try:
+        with use_scan_backend(backend):
+            start = time.perf_counter()
+            run = build(name, size, way, train)
+            run()
+            torch.cuda.synchronize()
+            row['first'] = time.perf_counter() - start
+            run()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            row['peak_gib'] = torch.cuda.max_memory_allocated() / 2**30
+            row['images_per_second'] = BATCHES[size] / median_ms(run, 400) * 1000
+    except Exception as error:  # a benchmark goes on and says what failed
+        print(f'{name} {size} {way}: {type(error).__name__} {str(error)[:300]}', flush=True)
+        return None
+    print(
+        f'{name:24} {backend:9} {size:4} batch {row["batch"]:3} {"train" if train else "infer"} {way:8}'
+        f'{row["images_per_second"]:9.0f} img/s {row["peak_gib"]:6.2f} GiB, first after {row["first"]:.1f} s',
+        flush=True,
+    )
+    return row
+
+
+def measure_models(options: argparse.Namespace, train: bool) -> list[dict]:
+    sizes = [size for size in options.sizes if size == 224] if train else options.sizes
+    rows = []
+    for size, model in itertools.product(sizes, options.models):
+        names = [f'vim_{model}_patch16_224', f'deit_{model}_patch16_224']
+        names += ['mambaout_femto'] if model == 'tiny' and size == 224 else []
+        for name, way in itertools.product(names, options.ways):
+            rows.append(measure_model(name, size, way, train))
+        if not mamba_ssm_adapter.unavailable() and 'eager' in options.ways:
+            rows.append(measure_model(names[0], size, 'eager', train, 'mamba_ssm'))
+    return [row for row in rows if row is not None]
+
+
+def ratios(rows: list[dict]) -> list[dict]:
+    """Vim over DeiT for each size, mode and model: the fastest way of each, and eager against eager."""
+    found = []
+    for size, train, model in sorted({(r['size'], r['train'], r['model'].split('_')[1]) for r in rows}):
+        group = [r for r in rows if (r['size'], r['train']) == (size, train) and r['backend'] == 'auto']
+        vim, deit = ([r for r in group if r['model'].startswith(f'{k}_{model}')] for k in ('vim', 'deit'))
+        if not vim or not deit:
+            continue
+        eager = [[r['images_per_second'] for r in rs if r['way'] == 'eager'] for rs in (vim, deit)]
+        best = [max(rs, key=lambda r: r['images_per_second']) for rs in (vim, deit)]
+        row = {'model': model, 'size': size, 'train': train, 'ways': [r['way'] for r in best]}
+        row['fastest'] = best[0]['images_per_second'] / best[1]['images_per_second']
+        row['memory'] = min(r['peak_gib'] for r in vim) / min(r['peak_gib'] for r in deit)
+        if all(eager):
+            row['eager'] = eager[0][0] / eager[1][0]
+        print(row, flush=True)
+        found.append(row)
+    return found
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """Images a second over the image size, the fastest way of each model."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    shown = [r for r in rows if not r['train'] and r['backend'] == 'auto' and r['model'][:4] in ('vim_', 'deit')]
+    for name in sorted({r['model'] for r in shown}):
+        best: dict[int, float] = {}
+        for r in shown:
+            if r['model'] == name:
+                best[r['size']] = max(best.get(r['size'], 0), r['images_per_second'])
+        axes.plot(*zip(*sorted(best.items())), marker='o', label=name)
+    axes.set(xlabel='image side (pixels)', ylabel='images per second', yscale='log', title=torch.cuda.get_device_name())
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = ['ops', 'infer', 'train']
+    parser.add_argument('--tables', nargs='+', default=tables, choices=tables)
+    parser.add_argument('--models', nargs='+', default=['tiny', 'small', 'base'], choices=['tiny', 'small', 'base'])
+    parser.add_argument('--sizes', nargs='+', type=int, default=list(BATCHES), choices=list(BATCHES), metavar='PX')
+    ways = ['eager', *COMPILED]
+    parser.add_argument('--ways', nargs='+', default=ways, choices=ways)
+    parser.add_argument('--output', type=Path, default=Path('output/benchmarks'))
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit('no GPU to measure: torch.cuda.is_available() is False')
+    options.output.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        'gpu': torch.cuda.get_device_name(),
+        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'vim_timm': vim_timm.__version__},
+    }
+    parts = {
+        'ops': measure_ops,
+        'infer': partial(measure_models, options, False),
+        'train': partial(measure_models, options, True),
+    }
+    for table in options.tables:
+        report[table] = parts[table]()
+        (options.output / 'gpu.json').write_text(json.dumps(report, indent=1))
+    models = report.get('infer', []) + report.get('train', [])
+    report['ratios'] = ratios(models)
+    (options.output / 'gpu.json').write_text(json.dumps(report, indent=1))
+    if models:
+        plot(models, options.output / 'gpu.png')
+    print(f'wrote {options.output}/gpu.json')
+
+
+if __name__ == '__main__':
+    main()

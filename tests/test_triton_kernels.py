@@ -1,0 +1,279 @@
+"""The Triton kernels agree with the reference in float64: in small in Triton's interpreter, in full on a GPU (`-m gpu`).
+
+The interpreter must be chosen before Triton is imported: a run without a GPU starts another one with TRITON_INTERPRET=1.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vim_timm.ops import reference, triton_kernels
+
+sys.path.insert(0, str(Path(__file__).parent))
+from golden_data import cases, load  # noqa: E402
+
+INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
+GPU = torch.cuda.is_available() and not INTERPRETER
+DEVICE = 'cuda' if GPU else 'cpu'
+RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+kernels = pytest.mark.skipif(not (GPU or INTERPRETER), reason='needs an NVIDIA GPU or TRITON_INTERPRET=1')
+
+
+def only_gpu(function):
+    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason='needs an NVIDIA GPU')(function))
+
+
+def scan_operands(batch, length, dim, state, dtype=torch.float32, two=True, skip=True, bias=True, gate=True, log=True):
+    """Fresh random operands, laid out as the layers lay them out: B, C and z are slices."""
+
+    def draw(*shape):
+        return torch.randn(*shape, device=DEVICE)
+
+    def direction():
+        rows = draw(batch, length, 12 + 2 * state).to(dtype)
+        A = draw(dim, state) * 0.5
+        return [
+            draw(batch, length, dim).to(dtype),
+            draw(batch, length, dim).to(dtype),
+            A if log else -A.exp(),
+            rows[..., 12 : 12 + state],
+            rows[..., 12 + state :],
+            draw(dim) if skip else None,
+            draw(dim) - 1 if bias else None,
+        ]
+
+    z = draw(batch, length, 2 * dim).to(dtype)[..., dim:] if gate else None
+    return [*direction(), *(direction() if two else [None] * 7), z]
+
+
+def relative_error(found, wanted):
+    """Norm of the difference over the norm; an absolute error where nothing is wanted."""
+    error = (found.detach().double() - wanted.detach().double()).norm()
+    return float(error / wanted.detach().norm().clamp_min(1e-30)) if wanted.norm() > 0 else float(error)
+
+
+def run_with_gradients(function, operands, flags, dtype=None):
+    """Outputs and all gradients of a weighted sum of the outputs."""
+    leaves = [x if x is None else (x.detach() if dtype is None else x.detach().to(dtype)) for x in operands]
+    leaves = [x if x is None else x.requires_grad_() for x in leaves]
+    outputs = function(*leaves, *flags)
+    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(y.shape, generator=generator).to(y.device, operands[0].dtype).to(y.dtype) for y in outputs]
+    gradients = torch.autograd.grad(outputs, [x for x in leaves if x is not None], weights)
+    return [*outputs, *gradients]
+
+
+def assert_close_to_reference(name, operands, flags, tolerance):
+    found = run_with_gradients(getattr(triton_kernels, name), operands, flags)
+    wanted = run_with_gradients(getattr(reference, name), operands, flags, torch.float64)
+    errors = [relative_error(f, w) for f, w in zip(found, wanted)]
+    assert max(errors) < tolerance, [f'{error:.1e}' for error in errors]
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Whatever a kernel leaves unwritten is NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, 'empty', lambda *a, **k: empty(*a, **k).fill_(float('nan')))
+    monkeypatch.setattr(torch, 'empty_like', lambda *a, **k: empty_like(*a, **k).fill_(float('nan')))
+
+
+@pytest.mark.skipif(GPU or INTERPRETER, reason='this run has the kernels itself')
+def test_all_of_this_in_the_interpreter():
+    pytest.importorskip('triton')
+    environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+SMALL_SCANS = [
+    dict(batch=2, length=9, dim=20, state=3),
+    dict(batch=1, length=5, dim=33, state=16, skip=False, bias=False, gate=False, log=False),
+    dict(batch=1, length=7, dim=8, state=16, dtype=torch.bfloat16),
+    dict(batch=1, length=6, dim=8, state=16, dtype=torch.float16, log=False),
+    dict(batch=1, length=1, dim=4, state=1),
+    dict(batch=2, length=4, dim=8, state=5, two=False),
+    dict(batch=1, length=3, dim=32, state=64),
+    dict(batch=1, length=67, dim=4, state=4),  # in three chunks
+]
+
+
+@kernels
+@pytest.mark.parametrize('case', SMALL_SCANS, ids=str)
+def test_scan_agrees_with_the_reference(case, poison):
+    operands = scan_operands(**case)
+    assert_close_to_reference('scan', operands, (0.5, True, case.get('log', True)), RELATIVE[operands[0].dtype])
+
+
+@only_gpu
+@pytest.mark.parametrize('dtype', RELATIVE, ids=str)
+@pytest.mark.parametrize(
+    'batch, length, dim, state',
+    [(2, 1, 96, 16), (3, 7, 200, 5), (2, 63, 384, 16), (64, 197, 384, 16), (140, 197, 768, 16), (2, 785, 384, 16)]
+    + [(1, 1025, 192, 8), (1, 4100, 64, 16), (1, 17, 32, 256), (2, 65, 64, 33)],
+)
+def test_scan_agrees_with_the_reference_at_full_size(batch, length, dim, state, dtype, poison):
+    operands = scan_operands(batch, length, dim, state, dtype)
+    assert_close_to_reference('scan', operands, (0.5, True, True), RELATIVE[dtype])
+
+
+@kernels
+@pytest.mark.parametrize('path', [p for p in cases('selective_scan') if 'layout' not in p.name], ids=lambda p: p.stem)
+def test_scan_agrees_with_the_original(path):
+    arrays, meta = load(path)
+    if INTERPRETER and arrays['u'].shape[2] > 20 and 'extreme' not in path.name:
+        pytest.skip('long for the interpreter')
+    rows = {k: torch.from_numpy(v).to(DEVICE) for k, v in arrays.items()}
+
+    def tokens_first(name):
+        return rows[name].transpose(1, 2).contiguous() if name in rows else None
+
+    found = triton_kernels.scan(
+        tokens_first('u'), tokens_first('delta'), rows['A'], tokens_first('B'), tokens_first('C'), rows.get('D'),
+        rows.get('delta_bias'), *[None] * 7, tokens_first('z'), 1.0, meta['delta_softplus'], False,
+    )  # fmt: skip
+    wanted = rows['out'].transpose(1, 2)
+    assert torch.isfinite(found).all()
+    # float32 underflows to zero where float64 keeps 1e-80
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm() + 1e-30
+
+
+CONVOLUTIONS = [
+    dict(batch=2, length=19, dim=20, width=4),
+    dict(batch=1, length=1, dim=8, width=3, silu=False),
+    dict(batch=2, length=33, dim=70, width=2, bias=False),
+    dict(batch=2, length=5, dim=8, width=4, two=False),
+    dict(batch=2, length=17, dim=16, width=4, dtype=torch.bfloat16),
+]
+LARGE_CONVOLUTIONS = [
+    pytest.param(dict(batch=64, length=197, dim=384, width=4, dtype=dtype), marks=pytest.mark.gpu) for dtype in RELATIVE
+]
+
+
+@kernels
+@pytest.mark.parametrize('case', CONVOLUTIONS + (LARGE_CONVOLUTIONS if GPU else []), ids=str)
+def test_convolution_agrees_with_the_reference(case, poison):
+    case = dict(dict(dtype=torch.float32, two=True, bias=True, silu=True), **case)
+    dim, two, bias = case['dim'], case['two'], case['bias']
+    x = torch.randn(case['batch'], case['length'], 2 * dim, device=DEVICE).to(case['dtype'])[..., :dim]
+    weights = [torch.randn(dim, case['width'], device=DEVICE) for _ in range(2)]
+    biases = [torch.randn(dim, device=DEVICE) if bias else None for _ in range(2)]
+    operands = [x, weights[0], biases[0], weights[1] if two else None, biases[1] if two else None]
+    assert_close_to_reference('conv', operands, (case['silu'],), RELATIVE[x.dtype])
+
+
+@kernels
+def test_two_runs_are_bit_equal():
+    operands = scan_operands(1, 9, 16, 4) if INTERPRETER else scan_operands(64, 197, 384, 16, torch.bfloat16)
+    first, second = (run_with_gradients(triton_kernels.scan, operands, (0.5, True, True)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@kernels
+def test_ops_pass_opcheck():
+    from vim_timm.ops.triton_kernels.conv_op import triton_conv
+    from vim_timm.ops.triton_kernels.scan_op import triton_scan
+
+    tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
+    operands = [x if x is None else x.detach().requires_grad_() for x in scan_operands(1, 5, 8, 4)]
+    torch.library.opcheck(triton_scan, (*operands, 0.5, True, True), test_utils=tests)
+    x, weight, bias = (t.requires_grad_() for t in (torch.randn(1, 5, 8), torch.randn(8, 4), torch.randn(8)))
+    args = [t.detach().to(DEVICE).requires_grad_() for t in (x, weight, bias, weight, bias)]
+    torch.library.opcheck(triton_conv, (*args, True), test_utils=tests)
+
+
+@kernels
+def test_fake_outputs_match_those_of_a_scan_in_chunks():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from vim_timm.ops.triton_kernels.scan_op import triton_scan
+
+    operands = scan_operands(1, 80, 8, 4)
+    found = triton_scan(*operands, 0.5, True, True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [x if x is None else mode.from_tensor(x) for x in operands]
+        fake = triton_scan(*fakes, 0.5, True, True)
+    assert [(f.shape, f.dtype, f.stride()) for f in fake] == [(f.shape, f.dtype, f.stride()) for f in found]
+
+
+@kernels
+def test_double_backward_names_the_reference():
+    operands = [x if x is None else x.requires_grad_() for x in scan_operands(1, 3, 4, 2, skip=False, gate=False)]
+    leaves = [x for x in operands if x is not None and x.is_leaf]
+    out = triton_kernels.scan(*operands, 1.0, True, True)
+    first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match='reference'):
+        torch.autograd.grad(first[0].sum(), leaves)
+
+
+@kernels
+def test_flops_grow_with_the_state():
+    counts = []
+    for state in (4, 8):
+        with FlopCounterMode(display=False) as counter:
+            triton_kernels.scan(*scan_operands(1, 3, 4, state), 1.0, True, True)
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 3 * 4 * (9 * state + 5) for state in (4, 8)]
+
+
+def test_limits_are_named_before_any_launch():
+    u, A = torch.empty(1, 3, 4, device='meta'), torch.empty(4, 300, device='meta')
+    assert 'cuda' in triton_kernels.unsupported(u, A).lower() or INTERPRETER
+    if INTERPRETER:
+        assert '256' in triton_kernels.unsupported(u, A)
+        assert 'float64' in triton_kernels.unsupported(u.double(), A[:, :16])
+        assert triton_kernels.unsupported(u, A[:, :16]) == ''
+
+
+def test_kernels_are_not_loaded_before_a_gpu_needs_them():
+    code = 'import sys, vim_timm; vim_timm.ops.triton_kernels.unavailable(); print([m for m in sys.modules if "_kernels" in m])'
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert 'triton_kernels' in result.stdout and 'scan_kernels' not in result.stdout
+
+
+@only_gpu
+def test_compiled_and_captured_scans_equal_eager_ones():
+    operands = [x.detach() for x in scan_operands(8, 197, 384, 16, torch.bfloat16)]
+
+    def double(*tensors):
+        return 2 * triton_kernels.scan(*tensors, 0.5, True, True)
+
+    eager = double(*operands)
+    assert torch.equal(torch.compile(double, fullgraph=True)(*operands), eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = double(*operands)
+    captured.fill_(float('nan'))
+    graph.replay()
+    assert torch.equal(captured, eager)
+
+
+@only_gpu
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_three_hundred_steps_of_vim_tiny_stay_finite(dtype):
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model('vim_tiny_patch16_224').cuda().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    # a scaler that neither grows nor skips: what is not finite is the model's
+    scaler = torch.amp.GradScaler('cuda', 2.0**10, growth_interval=10**6, enabled=dtype == torch.float16)
+    images, labels = torch.randn(64, 3, 224, 224, device='cuda'), torch.randint(1000, (64,), device='cuda')
+    for _ in range(300):
+        with torch.autocast('cuda', dtype):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        scaler.scale(loss).backward()
+        total = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        assert torch.isfinite(loss) and torch.isfinite(total)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert loss < 6.9
