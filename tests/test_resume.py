@@ -3,6 +3,7 @@
 `VIM_TIMM_KILLS` sets how many times the run is killed (20 in a thorough test).
 """
 
+import json
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ import time
 import pytest
 import torch
 
-from vim_timm import train
+from vim_timm import train, validate
 
 KILLS = int(os.environ.get('VIM_TIMM_KILLS', '3'))
 BASE = '--dataset digits --model test_vit --img-size 16 --in-chans 1 --device cpu --batch-size 64 --log-interval 100'
@@ -152,9 +153,10 @@ def test_two_processes_train_like_one(tmp_path):
     steps = ['--epoch-repeats', '0', '--epochs', '1']
     for opt, lr in (('sgd', '0.01'), ('adamw', '1e-3')):
         flags = [*EASY.split(), *steps, '--opt', opt, '--lr', lr]
-        one = run(tmp_path, f'{opt}-1', *flags, '--batch-size', '140')
+        here = [*BASE.split(), *flags, '--batch-size', '140', '--output', str(tmp_path)]
+        assert train.main([*here, '--experiment', f'{opt}-1']) == 0
         two = run(tmp_path, f'{opt}-2', *flags, '--batch-size', '70', launcher=torchrun(2))
-        assert one.returncode == two.returncode == 0, one.output + two.output
+        assert two.returncode == 0, two.output
         first, second = load(tmp_path, f'{opt}-1'), load(tmp_path, f'{opt}-2')
         assert abs(first['history'][0]['train_loss'] - second['history'][0]['train_loss']) < 1e-4
         if opt == 'sgd':
@@ -166,16 +168,26 @@ def test_two_processes_train_like_one(tmp_path):
 
 def test_evaluation_counts_every_image_once(tmp_path):
     """359 images do not divide by 2 or 3; the counts agree to the image."""
-    assert run(tmp_path, 'a', *EASY.split(), '--epochs', '1').returncode == 0
-    results = []
-    for ranks in (1, 2, 3):
-        command = [sys.executable, *torchrun(ranks), '-m', 'vim_timm.validate', '--device', 'cpu', '--workers', '0']
-        command += ['--checkpoint', str(tmp_path / 'a' / 'last.pth.tar'), '--batch-size', '50']
-        output = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert output.returncode == 0, output.stderr
-        results.append([line for line in output.stdout.splitlines() if '"top' in line or '"count' in line])
-    assert results[0] == results[1] == results[2]
-    assert '359' in results[0][-1]
+    assert (
+        train.main([*BASE.split(), *EASY.split(), '--epochs', '1', '--output', str(tmp_path), '--experiment', 'a']) == 0
+    )
+    flags = [
+        '--checkpoint',
+        str(tmp_path / 'a' / 'last.pth.tar'),
+        '--batch-size',
+        '50',
+        '--device',
+        'cpu',
+        '--workers',
+        '0',
+    ]
+    flags += ['--results-format', 'json', '--results-file']
+    assert validate.main([*flags, str(tmp_path / '1.json')]) == 0
+    command = [sys.executable, *torchrun(3), '-m', 'vim_timm.validate', *flags, str(tmp_path / '3.json')]
+    assert subprocess.run(command, timeout=300).returncode == 0
+    one, three = (json.loads((tmp_path / f'{ranks}.json').read_text()) for ranks in (1, 3))
+    assert one['count'] == three['count'] == 359
+    assert (one['top1'], one['top5']) == (three['top1'], three['top5'])
 
 
 def test_dead_rank_ends_the_run(tmp_path):

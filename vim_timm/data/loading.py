@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import AugMixDataset, auto_augment, create_dataset, create_transform
+from timm.data import auto_augment, create_dataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
@@ -89,9 +89,6 @@ class Loader:
         for part in transform if isinstance(transform, tuple) else [transform]:
             keep_posterizing(part)
         self.splits = args.aug_splits if training else 0
-        if self.splits > 1:
-            dataset = AugMixDataset(dataset, num_splits=self.splits)
-            dataset.transform, transform = transform, None
         self.device, self.dtype, self.prefetch = args.torch_device, args.dtype, not args.no_prefetcher
         self.dataset: Dataset
         options: dict[str, Any] = {}
@@ -103,7 +100,7 @@ class Loader:
             self.dataset = Stream(dataset, args.seed, args.rank)
             options.update(batch_size=size, drop_last=training)
         else:
-            self.dataset = Samples(dataset, transform, mode, args.seed, training, args.max_unreadable)
+            self.dataset = Samples(dataset, transform, mode, args.seed, training, args.max_unreadable, self.splits)
             common = len(dataset), size, args.seed, args.rank, args.world_size
             if training and args.aug_repeats:
                 options['batch_sampler'] = RepeatedBatches(*common, repeats=args.aug_repeats)

@@ -89,9 +89,9 @@ class Samples(Dataset):
     `evaluate.predictions` leaves out.
     """
 
-    def __init__(self, dataset: Any, transform: Any, mode: str, seed: int, training: bool, limit: int):
+    def __init__(self, dataset: Any, transform: Any, mode: str, seed: int, training: bool, limit: int, splits: int):
         self.dataset, self.transform, self.mode = dataset, transform, mode
-        self.seed, self.training, self.limit = seed, training, limit
+        self.seed, self.training, self.limit, self.splits = seed, training, limit, splits
         self.unreadable = 0
         if hasattr(dataset, '_max_retries'):  # timm's own replacement neither names nor counts
             dataset._max_retries = 1
@@ -111,9 +111,15 @@ class Samples(Dataset):
             except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # what PIL and timm raise
                 self._count(candidate, error)
                 continue
-            image = image if self.transform is None else self.transform(image)
-            return image, (target if attempt == 0 or self.training else -1)
+            return self._augment(image), (target if attempt == 0 or self.training else -1)
         raise UserError('the data set has no readable image')
+
+    def _augment(self, image: Any) -> Any:
+        if self.splits < 2:
+            return self.transform(image)
+        base, augment, normalize = self.transform
+        image = base(image)
+        return tuple(normalize(view) for view in (image, *(augment(image) for _ in range(self.splits - 1))))
 
     def _count(self, index: int, error: Exception) -> None:
         self.unreadable += 1

@@ -1,0 +1,312 @@
+"""What train.py and validate.py do when nothing goes wrong."""
+
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from vim_timm import train, validate
+from vim_timm.data import Digits
+from vim_timm.engine import Hooks
+from vim_timm.engine.checkpoint import Saver
+from vim_timm.errors import TrainingStopped
+
+BASE = '--device cpu --workers 0 --batch-size 64 --log-interval 100 --opt adamw --lr 1e-3 --epochs 1'
+DIGITS = f'{BASE} --dataset digits --model test_vit --img-size 16 --in-chans 1'
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Train here and return (folder of the run, rows of its log)."""
+
+    def start(flags, *more, name='a'):
+        arguments = [*flags.split(), *more, '--output', str(tmp_path), '--experiment', name]
+        assert train.main(arguments) == 0
+        return tmp_path / name, json.loads((tmp_path / name / 'summary.json').read_text())
+
+    return start
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """Evaluate and return the result row."""
+
+    def start(*flags):
+        path = tmp_path / 'result.json'
+        results = ['--results-file', str(path), '--results-format', 'json']
+        assert validate.main([*map(str, flags), '--workers', '0', '--device', 'cpu', *results]) == 0
+        return json.loads(path.read_text())
+
+    return start
+
+
+def make_images(root, classes=2, count=8, mode='RGB', size=32):
+    """An image folder whose classes differ in brightness."""
+    rng = np.random.default_rng(0)
+    for split in ('train', 'validation'):
+        for label in range(classes):
+            folder = root / split / f'class{label}'
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (size, size, 3)) + 150 * label / (classes - 1)
+                Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(folder / f'{i}.png')
+    return root
+
+
+def test_digits_are_split_by_class():
+    held_out, kept = Digits(train=False), Digits(train=True)
+    assert len(held_out) + len(kept) == 1797
+    share = [
+        held_out.labels.count(digit) / (held_out.labels.count(digit) + kept.labels.count(digit)) for digit in range(10)
+    ]
+    assert min(share) > 0.19 and max(share) < 0.21
+    image, label = kept[0]
+    assert image.size == (8, 8) and image.mode == 'L' and 0 <= label < 10
+
+
+@pytest.mark.parametrize('flags', ['', '--amp --amp-dtype bfloat16', '--no-prefetcher', '--channels-last'])
+def test_validate_prints_what_training_saw(flags, run, evaluate):
+    folder, rows = run(DIGITS, *flags.split())
+    result = evaluate('--checkpoint', folder / 'last.pth.tar')
+    assert result['top1'] == pytest.approx(rows[-1]['eval_top1'], abs=0.01)
+    assert result['count'] == 359
+    spelled = '--model test_vit --dataset digits --img-size 16 --in-chans 1 --num-classes 10'.split()
+    assert evaluate(*spelled, '--checkpoint', folder / 'last.pth.tar', *flags.split())['top1'] == result['top1']
+
+
+def test_validate_takes_the_average_when_asked(run, evaluate):
+    folder, rows = run(DIGITS, *'--epochs 2 --model-ema --model-ema-decay 0.9'.split())
+    assert evaluate('--checkpoint', folder / 'last.pth.tar')['top1'] == pytest.approx(rows[-1]['eval_top1'], abs=0.01)
+    averaged = evaluate('--checkpoint', folder / 'last.pth.tar', '--use-ema')
+    assert averaged['top1'] == pytest.approx(rows[-1]['ema_top1'], abs=0.01)
+
+
+def test_files_of_a_run(run):
+    folder, rows = run(
+        DIGITS, *'--epochs 3 --checkpoint-hist 1 --checkpoint-every 2 --tensorboard --save-images'.split()
+    )
+    best = max(range(3), key=lambda i: (rows[i]['eval_top1'], -i))
+    names = {name for name in os.listdir(folder) if not name.startswith('train-batch')}
+    weights = {'last', 'model_best', f'checkpoint-{best}', 'milestone-2'}
+    logs = {'summary.csv', 'summary.json', 'args.yaml', 'tensorboard'}
+    assert names == {f'{name}.pth.tar' for name in weights} | logs
+    assert torch.load(folder / 'model_best.pth.tar', weights_only=True)['epoch'] == best
+    with open(folder / 'summary.csv') as file:
+        table = list(csv.DictReader(file))
+    assert [float(row['eval_top1']) for row in table] == [row['eval_top1'] for row in rows]
+
+
+def test_checkpoint_loads_in_timm(run):
+    folder, _ = run(DIGITS)
+    model = timm.create_model('test_vit', in_chans=1, img_size=16, num_classes=10)
+    timm.models.load_checkpoint(model, str(folder / 'last.pth.tar'))
+
+
+@pytest.mark.parametrize('model', ['test_vim', 'vim_nano_patch4_32'])
+def test_vim_trains(model, run, evaluate):
+    folder, rows = run(DIGITS, *f'--model {model} --img-size 16 --epochs 1 --batch-size 256 --drop-path 0.1'.split())
+    assert np.isfinite(rows[0]['train_loss'])
+    assert evaluate('--checkpoint', folder / 'last.pth.tar')['top1'] == pytest.approx(rows[0]['eval_top1'], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        '--amp',
+        '--model-dtype bfloat16',
+        '--layer-decay 0.8 --grad-checkpointing',
+        '--torchcompile eager',
+        '--aug-splits 2 --jsd-loss --aa rand-m9',
+        '--aug-splits 3 --split-bn --model test_resnet --in-chans 3',
+        '--bce-loss --bce-sum --bce-target-thresh 0.2 --bce-pos-weight 2',
+        '--mixup 0.2 --cutmix 0.5 --mixup-mode pair --bce-loss',
+        '--mixup 0.5 --cutmix-minmax 0.2 0.8 --mixup-mode elem',
+        '--no-prefetcher --reprob 0.5 --recount 2 --remode rand',
+        '--aug-repeats 3',
+        '--epoch-repeats 1.5',
+        '--sched-on-updates --lr-noise 0.1 0.9',
+        '--sched wsd --decay-epochs 1 --epochs 2 --warmup-epochs 1',
+        '--clip-grad 0.1 --clip-mode agc',
+        '--opt lookahead_adam --opt-eps 1e-6 --opt-betas 0.9 0.99',
+        '--model-ema --model-ema-force-cpu --model-ema-warmup',
+        '--head-init-scale 0.001 --head-init-bias -4 --gp avg',
+    ],
+)
+def test_flags_of_timm_train(flags, run):
+    _, rows = run(DIGITS, *flags.split())
+    assert np.isfinite(rows[-1]['train_loss'])
+
+
+def test_loss_falls(run):
+    _, rows = run(DIGITS, *'--epochs 3 --no-aug --smoothing 0 --warmup-epochs 0'.split())
+    assert rows[2]['train_loss'] < 0.8 * rows[0]['train_loss']
+    assert rows[2]['eval_top1'] > 50
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(run):
+    flags = '--opt sgd --no-aug --smoothing 0 --warmup-epochs 0 --lr 0.01'
+    large, _ = run(DIGITS, *flags.split(), '--batch-size', '718', name='large')
+    small, _ = run(DIGITS, *flags.split(), '--batch-size', '359', '--grad-accum-steps', '2', name='small')
+    one, other = (torch.load(folder / 'last.pth.tar', weights_only=True)['state_dict'] for folder in (large, small))
+    assert max((one[name] - other[name]).abs().max() for name in one) < 1e-5
+
+
+def test_mnist_of_28_by_28_pixels_and_one_channel(tmp_path, run, evaluate):
+    raw = tmp_path / 'data' / 'MNIST' / 'raw'
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 64), ('t10k', 32)):
+        images, labels = rng.integers(0, 255, (count, 28, 28)), rng.integers(0, 10, count)
+        for kind, header, values in (
+            ('images-idx3', [2051, count, 28, 28], images),
+            ('labels-idx1', [2049, count], labels),
+        ):
+            content = np.array(header, '>i4').tobytes() + values.astype(np.uint8).tobytes()
+            (raw / f'{split}-{kind}-ubyte').write_bytes(content)
+            (raw / f'{split}-{kind}-ubyte.gz').write_bytes(gzip.compress(content))
+    data = ['--dataset', 'torch/mnist', '--data-dir', str(tmp_path / 'data')]
+    folder, rows = run(BASE, *data, *'--model vim_nano_patch4_32 --img-size 28 --in-chans 1 --batch-size 32'.split())
+    result = evaluate('--checkpoint', folder / 'last.pth.tar')
+    assert result['count'] == 32 and result['img_size'] == 28
+    assert result['top1'] == pytest.approx(rows[-1]['eval_top1'], abs=0.01)
+    run(BASE, *data, *'--model test_vit --img-size 32 --batch-size 32'.split(), name='rgb')  # grey images, RGB model
+
+
+def test_image_folder_and_tar(tmp_path, run, evaluate):
+    root = make_images(tmp_path / 'images')
+    flags = f'{BASE} --model test_vit --img-size 32 --batch-size 4'
+    folder, rows = run(flags, str(root))
+    assert torch.load(folder / 'last.pth.tar', weights_only=True)['state_dict']['head.weight'].shape[0] == 2
+    assert evaluate('--checkpoint', folder / 'last.pth.tar')['count'] == 16
+    archive = tmp_path / 'validation.tar'
+    with tarfile.open(archive, 'w') as file:
+        file.add(root / 'validation', '.')
+    assert evaluate('--checkpoint', folder / 'last.pth.tar', '--data-dir', archive)['top1'] == pytest.approx(
+        rows[-1]['eval_top1'], abs=0.01
+    )
+
+
+def test_valid_labels_and_metrics(tmp_path, run, evaluate):
+    folder, _ = run(DIGITS)
+    (tmp_path / 'labels.txt').write_text('\n'.join(map(str, range(10))))
+    flags = [
+        '--checkpoint',
+        folder / 'last.pth.tar',
+        '--valid-labels',
+        tmp_path / 'labels.txt',
+        '--metrics-avg',
+        'macro',
+    ]
+    result = evaluate(*flags)
+    assert 0 <= result['macro_f1_score'] <= 100
+    assert evaluate(*flags, '--metrics-avg', 'micro')['micro_recall'] == pytest.approx(result['top1'], abs=0.01)
+
+
+def test_folder_of_checkpoints(run, evaluate):
+    folder, rows = run(DIGITS, '--epochs', '2')
+    results = evaluate(
+        '--checkpoint', folder, '--model', 'test_vit', '--dataset', 'digits', '--img-size', '16', '--in-chans', '1'
+    )
+    assert len(results) == 4 and results[0]['top1'] == pytest.approx(max(row['eval_top1'] for row in rows), abs=0.01)
+
+
+def test_fine_tuning_from_a_checkpoint(tmp_path, run):
+    folder, _ = run(DIGITS, '--epochs', '2')
+    root = make_images(tmp_path / 'images', mode='L')
+    for flag in ('--pretrained --pretrained-path',):
+        run(f'{BASE} --model test_vit --img-size 16 --in-chans 1 --batch-size 4 --data-dir {root} {flag}',
+            str(folder / 'last.pth.tar'), name='tuned')  # fmt: skip
+
+
+def test_early_stop(run):
+    _, rows = run(
+        DIGITS, *'--epochs 9 --lr 1e-9 --warmup-epochs 0 --early-stop-patience 2 --early-stop-min-delta 50'.split()
+    )
+    assert len(rows) == 3
+
+
+def test_distillation_from_a_teacher(tmp_path, run):
+    teacher = timm.create_model('test_vit', num_classes=10, img_size=16)
+    timm.models.save_for_hf(teacher, tmp_path / 'teacher', safe_serialization=False)
+    for kind in ('logit', 'feature'):
+        _, rows = run(
+            DIGITS, '--in-chans', '3', '--kd-model-name', f'local-dir:{tmp_path / "teacher"}', '--kd-distill-type', kind
+        )
+        assert np.isfinite(rows[-1]['train_loss'])
+
+
+class Counted(torch.nn.Module):
+    """Cross-entropy that is not a number for some calls."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.calls, self.bad = 0, bad
+
+    def forward(self, output, target):
+        self.calls += 1
+        loss = torch.nn.functional.cross_entropy(output, target)
+        return loss * float('nan') if self.calls in self.bad else loss
+
+
+@pytest.mark.parametrize('precision', ['', '--amp --amp-dtype bfloat16', '--amp'])
+def test_updates_with_a_loss_that_is_not_finite_are_skipped(precision, tmp_path):
+    flags = [*DIGITS.split(), *precision.split(), '--output', str(tmp_path)]
+    trainer = train.train(train.parse_args([*flags, '--experiment', 'a']), Hooks(loss=Counted({3, 4, 9})))
+    assert trainer.rows[0]['skipped'] == 3 and np.isfinite(trainer.rows[0]['train_loss'])
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.task.parameters())
+    with pytest.raises(TrainingStopped, match='2 updates in a row'):
+        arguments = train.parse_args([*flags, '--experiment', 'b', '--max-nonfinite', '2'])
+        train.train(arguments, Hooks(loss=Counted({3, 5, 6})))
+
+
+def test_hooks(tmp_path):
+    """Your own data set, loss, metric and callback."""
+
+    class Squares(torch.utils.data.Dataset):
+        classes = ['dark', 'bright']
+
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            return Image.new('RGB', (32, 32), (200 * (index % 2),) * 3), index % 2
+
+    seen = []
+    hooks = Hooks(
+        dataset=lambda split, training, args: Squares(),
+        loss=torch.nn.CrossEntropyLoss(),
+        metrics={'errors': lambda logits, targets: (logits.argmax(1) != targets).sum()},
+        callback=lambda trainer: seen.append(trainer.rows[-1]['eval_errors']),
+    )
+    flags = [*BASE.split(), '--model', 'test_vit', '--img-size', '32', '--epochs', '2', '--eval-metric', 'errors']
+    trainer = train.train(train.parse_args([*flags, '--data-dir', 'mine', '--output', str(tmp_path)]), hooks)
+    assert len(seen) == 2 and trainer.args.num_classes == 2
+
+
+def test_ranking_prefers_the_earlier_epoch():
+    rows = [dict(epoch=i, eval_top1=value) for i, value in enumerate([1, 3, 3, None, 2])]
+    assert Saver('', 3, 0, 'eval_top1', decreasing=False).ranking(rows) == [1, 2, 4, 0]
+    assert Saver('', 3, 0, 'eval_top1', decreasing=True).ranking(rows) == [0, 4, 1, 2]
+
+
+def test_run_registers_models_for_a_script(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text('import sys, timm\nprint(timm.is_model("vim_tiny_patch16_224"), sys.argv[1:], __name__)\n')
+    command = [sys.executable, '-m', 'vim_timm.run', str(script), '--flag', '1']
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output.strip().endswith("True ['--flag', '1'] __main__")
+
+
+def test_recipes_are_listed_and_taken(capsys):
+    with pytest.raises(SystemExit):
+        train.main(['--list-recipes'])
+    assert 'digits' in capsys.readouterr().out
