@@ -184,7 +184,7 @@ static void copy_padded(const float *in, float *out, int64_t channels, int64_t p
 
 /* Tokens to a chunk. In training the state before each chunk is kept, and the backward pass recomputes the rest. */
 #ifndef CHUNK
-#define CHUNK 32
+#define CHUNK 64
 #endif
 /* States held in registers at once. */
 #ifndef FORWARD_STATES

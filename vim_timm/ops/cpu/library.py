@@ -84,6 +84,7 @@ def _prepare() -> str:
     except ValueError as error:
         return f'VIM_TIMM_CPU_ISA asks for what cannot be had: {error}'
     _share_threads(library)
+    _keep_freed_pages()
     return ''
 
 
@@ -104,3 +105,13 @@ def _share_threads(library: ctypes.CDLL) -> None:
     library.vim_timm_set_team(ctypes.cast(parallel, ctypes.c_void_p) if parallel is not None else None)
     if hasattr(os, 'register_at_fork'):
         os.register_at_fork(after_in_child=lambda: library.vim_timm_set_team(None))
+
+
+def _keep_freed_pages() -> None:
+    """Teach glibc that this process frees and reuses large blocks.
+
+    Its allocator hands freed memory back to the system at a threshold that adapts to the largest block freed so far. A
+    block of Vision Mamba frees some ten megabytes, and getting them back page by page takes longer than its scan. Freeing
+    one large, untouched block sets the threshold to 60 MiB; other allocators do not mind.
+    """
+    torch.empty(30 << 20, dtype=torch.uint8)

@@ -23,7 +23,7 @@ from vim_timm.ops.cpu.tensors import (
     threads,
 )
 
-_CHUNK = 32  # CHUNK in kernel.c: tokens between two kept states
+_CHUNK = 64  # CHUNK in kernel.c: tokens between two kept states
 _PADDING = 16  # PADDING in kernel.c: the kept states' channels are padded to a multiple of it
 _NAMES = ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
 _PER_DIRECTION = len(_NAMES)
