@@ -8,6 +8,7 @@ from torch import nn
 
 from vim_timm import use_scan_backend
 from vim_timm.layers import BiMamba, get_norm_layer, rope_tables, rotate
+from vim_timm.models.vision_mamba import VisionMamba, checkpoint_filter_fn
 
 SCANS = {'v2': 'bidirectional', 'v1': 'shared', 'none': 'forward'}
 NORMS = {'rms': 'rmsnorm', 'ln': 'layernorm'}
@@ -103,3 +104,23 @@ def test_rotary_tables_and_rotation(case):
         close(sin[num_before:], arrays['freqs_sin'], 1e-6)
         if f'{name}_x' in arrays:
             close(rotate(double(arrays[f'{name}_x']), cos, sin), arrays[f'{name}_out'], 1e-6)
+
+
+POS_EMBED = golden_data.groups('pos_embed_interpolation.npz')
+
+
+@pytest.mark.parametrize('case', POS_EMBED)
+def test_position_embedding_of_another_grid(case):
+    arrays, meta = POS_EMBED[case]
+    model = VisionMamba(
+        img_size=meta['new_grid'] * 4,
+        patch_size=4,
+        embed_dim=meta['dim'],
+        depth=1,
+        num_classes=0,
+        class_token='head' if meta['num_extra_tokens'] else 'none',
+        global_pool='',
+        dtype=torch.float64,
+    )
+    state_dict = model.state_dict() | {'pos_embed': torch.from_numpy(arrays['pos_embed']).double()}
+    close(checkpoint_filter_fn(state_dict, model)['pos_embed'], arrays['out'])

@@ -20,7 +20,6 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     global_pool_nlc,
-    resample_abs_pos_embed,
     resample_patch_embed,
 )
 from timm.models import (
@@ -38,6 +37,7 @@ from vim_timm.layers import BiMamba, PatchEmbed, get_norm_layer, rope_tables, ro
 from vim_timm.layers.mamba import ScanType
 from vim_timm.layers.norm import at_least_float32
 from vim_timm.layers.patch_embed import Size
+from vim_timm.layers.pos_embed import resample_pos_embed
 from vim_timm.models.checkpoint import CheckpointError, check_names, check_shape, load_weights
 
 __all__ = ['VisionMamba']
@@ -354,7 +354,7 @@ class VisionMamba(nn.Module):
         self.patch_embed.set_input_size(img_size, patch_size)
         if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
             self.pos_embed = nn.Parameter(
-                resample_abs_pos_embed(
+                resample_pos_embed(
                     self.pos_embed,
                     new_size=list(self.patch_embed.grid_size),
                     old_size=list(old_grid),
@@ -377,7 +377,7 @@ class VisionMamba(nn.Module):
         if self.pos_embed is not None:
             pos_embed = self.pos_embed
             if self.dynamic_img_size:
-                pos_embed = resample_abs_pos_embed(
+                pos_embed = resample_pos_embed(
                     pos_embed,
                     new_size=[grid_size[0], grid_size[1]],
                     old_size=[self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]],
@@ -637,7 +637,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: VisionMamba) -> Dict
             grid = list(model.patch_embed.grid_size)
             square = math.isqrt(max(num_patches, 0)) ** 2 == num_patches
             if value.shape != own[name].shape or (square and grid[0] != grid[1]):
-                value = resample_abs_pos_embed(
+                value = resample_pos_embed(
                     value,
                     new_size=grid,
                     old_size=list(_source_grid(model, state_dict.get('patch_embed.proj.weight'), num_patches)),
