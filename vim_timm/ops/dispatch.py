@@ -111,7 +111,8 @@ def choose(u: torch.Tensor, A: torch.Tensor) -> str:
         if limit:
             raise RuntimeError(f"scan backend '{_forced}' cannot run this call: {limit}")
         return _forced
-    if u.is_meta or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    # Dynamo answers torch.compiler.is_exporting() with True under torch.compile too in torch 2.11; the flag is exact.
+    if u.is_meta or getattr(torch.compiler, '_is_exporting_flag', False) or torch.jit.is_tracing():
         return 'export'
     kernel = _KERNEL_OF_DEVICE.get(u.device.type)
     if kernel is not None and not _unavailable(kernel) and not BACKENDS[kernel].unsupported(u, A):
