@@ -1,4 +1,4 @@
-"""A mistake on the command line ends in one sentence and a status other than 0; nothing is written, nothing executed."""
+"""A mistake on the command line ends in one sentence and a status other than 0; nothing is written or executed."""
 
 import os
 import pickle

@@ -67,20 +67,20 @@ def run(main: Callable[[Sequence[str]], object], program: str, argv: Sequence[st
         status, text = error.status, sentence(error)
     except OSError as error:
         status, text = STOPPED, f'{error.strerror or sentence(error)}{f": {error.filename}" if error.filename else ""}'
-    except RuntimeError as error:
-        status, text = STOPPED, _runtime_failure(error)
-        if not text:
-            raise
     except KeyboardInterrupt:
         status, text = 130, 'interrupted'
+    except Exception as error:
+        status, text = STOPPED, _failure(error)
+        if not text:
+            raise
     # The exception is gone by now, and with it the loaders and their workers that its traceback held.
     rank = os.environ.get('RANK', '0')
     print(f'{program}: {f"rank {rank}: " if rank != "0" else ""}error: {text}', file=sys.stderr, flush=True)
     return status
 
 
-def _runtime_failure(error: RuntimeError) -> str:
-    """What a RuntimeError inside the loop means, if it is one of those that are nobody's bug."""
+def _failure(error: Exception) -> str:
+    """What an error inside the loop means, if it is one of those that are nobody's bug."""
     text = str(error)
     if 'out of memory' in text:
         return 'out of device memory: lower --batch-size, or add --amp or --grad-checkpointing'
@@ -88,4 +88,6 @@ def _runtime_failure(error: RuntimeError) -> str:
         return f'a data loading process died (out of memory? lower --workers): {sentence(error)}'
     if any(words in text for words in ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting')):
         return f'another rank of this run died or hangs: {sentence(error)}'
+    if 'in DataLoader worker process' in text:
+        return f'an image cannot be loaded or augmented ({sentence(error)}); --workers 0 shows where'
     return ''

@@ -1,5 +1,6 @@
 """Data sets and loaders from flags."""
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -10,10 +11,13 @@ from PIL import Image
 from timm.data import auto_augment, create_dataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torchvision.transforms import PILToTensor
 
 from ..errors import UserError, explain
+from .device_augment import Augmentation
 from .digits import Digits
-from .sampling import EpochBatches, RepeatedBatches, Samples, SeededErasing, Stream
+from .in_memory import InMemory, make_augmentation
+from .sampling import EpochBatches, EvaluationShards, RepeatedBatches, Samples, SeededErasing, Stream
 
 
 def keep_posterizing(transform: Any) -> None:
@@ -84,19 +88,27 @@ class Loader:
     images (B, C, H, W) are normalized, in the model's dtype; targets (B,) are int64.
     """
 
-    def __init__(self, dataset: Any, transform: Any, args: Any, data_config: dict[str, Any], training: bool):
+    def __init__(
+        self, dataset: Any, transform: Any, args: Any, data_config: dict[str, Any], training: bool,
+        augment: Augmentation | None = None,
+    ):  # fmt: skip
         mode = getattr(dataset, 'image_mode', '')
         for part in transform if isinstance(transform, tuple) else [transform]:
             keep_posterizing(part)
-        self.splits = args.aug_splits if training else 0
+        self.training, self.splits = training, args.aug_splits if training else 0
         self.device, self.dtype, self.prefetch = args.torch_device, args.dtype, not args.no_prefetcher
         self.dataset: Dataset
         options: dict[str, Any] = {}
+        self.seed, self.generator = args.seed, torch.Generator()  # of the workers' own seeds
         size = args.batch_size if training else (args.validation_batch_size or args.batch_size)
         if isinstance(dataset, IterableDataset):
             dataset.transform = transform  # type: ignore[attr-defined]
             if hasattr(dataset, 'set_loader_cfg'):
                 dataset.set_loader_cfg(num_workers=args.workers)  # type: ignore[attr-defined]
+            if not training and args.dataset.startswith('wds/'):
+                reader = dataset.reader  # type: ignore[attr-defined]
+                reader.dist_rank, reader.dist_num_replicas = 0, 1
+                reader._split_by_node_and_worker = EvaluationShards(args.rank, args.world_size)
             self.dataset = Stream(dataset, args.seed, args.rank)
             options.update(batch_size=size, drop_last=training)
         else:
@@ -111,17 +123,26 @@ class Loader:
             num_workers=args.workers,
             pin_memory=args.pin_mem,
             collate_fn=fast_collate if self.prefetch else default_collate,
-            persistent_workers=args.workers > 0,
+            # the readers of streams keep state from epoch to epoch, which a resumed run would not have
+            persistent_workers=args.workers > 0 and not isinstance(self.dataset, Stream),
+            generator=self.generator,
             worker_init_fn=_worker_init,
             **options,
         )
         self.sampler = options.get('batch_sampler')
-        self.loader = self._prefetching(loader, args, data_config, training) if self.prefetch else loader
+        erasing = args.reprob if training and not args.no_aug else 0.0
+        if args.data_in_memory:
+            if not isinstance(self.dataset, Samples) or self.sampler is None:
+                raise UserError(f'--data-in-memory needs images with an index, not the stream {args.dataset}')
+            if args.no_prefetcher:
+                raise UserError('--data-in-memory cannot do --no-prefetcher: leave one of the two out')
+            self.loader: Any = InMemory(self.dataset, self.sampler, args, data_config, augment, erasing)
+        else:
+            self.loader = self._prefetching(loader, args, data_config, erasing) if self.prefetch else loader
         if training and len(self) == 0:
             raise UserError(f'{len(dataset)} training images do not fill one batch of {size} on each of the ranks')
 
-    def _prefetching(self, loader: DataLoader, args: Any, data_config: dict[str, Any], training: bool) -> Any:
-        erasing = args.reprob if training and not args.no_aug else 0.0
+    def _prefetching(self, loader: DataLoader, args: Any, data_config: dict[str, Any], erasing: float) -> Any:
         prefetching = PrefetchLoader(
             loader, mean=data_config['mean'], std=data_config['std'], channels=data_config['input_size'][0],
             device=self.device, img_dtype=self.dtype, re_prob=erasing, re_mode=getattr(args, 'remode', 'const'),
@@ -143,10 +164,12 @@ class Loader:
             self.sampler.epoch, self.sampler.start = epoch, start
         elif isinstance(self.dataset, Stream):
             self.dataset.set_epoch(epoch)
+            self.generator.manual_seed(self.seed * 1_000_003 + epoch)
         erasing = getattr(self.loader, 'random_erasing', None)
         if erasing is not None:
             erasing.epoch, erasing.step = epoch, start if self.sampler is not None else 0
-        for step, (images, targets) in enumerate(self.loader):
+        # A stream that is split unevenly may go on for longer on one rank: training must not, evaluation must.
+        for step, (images, targets) in enumerate(itertools.islice(self.loader, len(self) if self.training else None)):
             if self.sampler is None and step < start:  # a stream has no index: replay it
                 continue
             if not self.prefetch:
@@ -170,7 +193,8 @@ def train_loader(args: Any, dataset: Any, data_config: dict[str, Any]) -> Loader
             re_mode=args.remode, re_count=args.recount, re_num_splits=(splits or 2) if args.resplit else 0,
             use_prefetcher=not args.no_prefetcher, separate=splits > 0,
         )  # fmt: skip
-    return Loader(dataset, transform, args, data_config, training=True)
+    augment = make_augmentation(args, data_config) if args.data_in_memory and not args.no_aug else None
+    return Loader(dataset, PILToTensor() if augment else transform, args, data_config, training=True, augment=augment)
 
 
 def eval_loader(args: Any, dataset: Any, data_config: dict[str, Any]) -> Loader:

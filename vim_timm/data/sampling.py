@@ -5,9 +5,10 @@ fetches the sample. So a run may stop anywhere and go on from (epoch, step), wit
 """
 
 import hashlib
+import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,18 @@ class Stream(IterableDataset):
                 yield next(source)
             except StopIteration:
                 return
+
+
+class EvaluationShards:
+    """Deals the shards of a web data set to all workers of all ranks, once each, where timm evens ranks out instead."""
+
+    def __init__(self, rank: int, world: int):
+        self.rank, self.world = rank, world
+
+    def __call__(self, shards: Iterable[Any]) -> Iterator[Any]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        return itertools.islice(shards, self.rank * count + number, None, self.world * count)
 
 
 class SeededErasing:

@@ -1,0 +1,134 @@
+"""--data-in-memory: decode once to uint8, keep the images on the device, and augment them there in batches."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.data.loader import adapt_to_chs
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import DataLoader
+
+from ..errors import UserError
+from .device_augment import DRAWS, Augmentation
+from .sampling import EpochBatches, Samples, SeededErasing, seed_everything
+
+
+def make_augmentation(args: Any, data_config: dict[str, Any]) -> Augmentation:
+    """The augmentation that the training flags ask for.
+
+    Raises:
+        UserError: a flag asks for what the device cannot do; it is named.
+    """
+    interpolation = args.train_interpolation or data_config['interpolation']
+    for flag, unwanted in (
+        ('--aa', args.aa),
+        ('--color-jitter-prob', args.color_jitter_prob is not None),
+        ('--grayscale-prob', args.grayscale_prob),
+        ('--gaussian-blur-prob', args.gaussian_blur_prob),
+        ('--aug-splits', args.aug_splits),
+        ('--train-crop-mode', args.train_crop_mode not in (None, 'rrc')),
+        ('--train-interpolation', interpolation not in ('random', 'bilinear', 'bicubic')),
+    ):
+        if unwanted:
+            raise UserError(
+                f'--data-in-memory cannot do {flag} {getattr(args, flag[2:].replace("-", "_")) or interpolation}: '
+                'leave one of the two out'
+            )
+    return Augmentation(
+        data_config['input_size'][1:], args.scale, args.ratio, args.hflip, args.vflip, args.color_jitter, interpolation
+    )
+
+
+def _stack(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    images = [image for image, _ in batch]
+    _check_sizes(images)
+    return torch.stack(images), torch.tensor([target for _, target in batch], dtype=torch.int64)
+
+
+def _check_sizes(images: Sequence[torch.Tensor]) -> None:
+    shapes = sorted({tuple(image.shape[-3:]) for image in images})
+    if len(shapes) > 1:
+        raise UserError(
+            f'--data-in-memory needs images of one size, and these have {shapes[0][1:]}, {shapes[1][1:]} (height, '
+            'width): resize them first, or leave it out'
+        )
+
+
+def _check_memory(needed: int, device: torch.device) -> None:
+    if device.type == 'cuda':
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == 'cpu' and hasattr(os, 'sysconf') and 'SC_AVPHYS_PAGES' in os.sysconf_names:
+        free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    else:
+        return
+    if needed > 0.8 * free:
+        raise UserError(
+            f'--data-in-memory needs {needed / 2**30:.1f} GiB for the images, and {device} has {free / 2**30:.1f} GiB '
+            'free: leave it out'
+        )
+
+
+class InMemory:
+    """Batches of a data set that is decoded once: images (B, C, H, W) normalized in `dtype`, targets (B,) int64.
+
+    The augmentation of a sample is a function of (seed, epoch, position in the epoch), so a run resumes anywhere, and
+    does not depend on how many processes share a batch. Erasing is a function of (seed, epoch, step), as elsewhere.
+
+    Args:
+        samples: what to decode; its transform ends in uint8 tensors (C, H, W).
+        sampler: batches of keys (epoch, position, index).
+        augment: applied to each batch; without it the images must have their final size.
+        erasing: probability of random erasing.
+    """
+
+    def __init__(
+        self, samples: Samples, sampler: EpochBatches, args: Any, data_config: dict[str, Any],
+        augment: Augmentation | None, erasing: float,
+    ):  # fmt: skip
+        self.sampler, self.augment = sampler, augment
+        self.device, self.dtype = args.torch_device, args.dtype
+        channels = data_config['input_size'][0]
+        self.mean, self.std = (
+            torch.tensor([255 * value for value in adapt_to_chs(data_config[name], channels)], device=self.device)
+            .to(self.dtype)
+            .view(1, channels, 1, 1)
+            for name in ('mean', 'std')
+        )
+        self.random_erasing: SeededErasing | None = None
+        if erasing > 0:
+            eraser = RandomErasing(erasing, mode=args.remode, max_count=args.recount, device=self.device)
+            self.random_erasing = SeededErasing(eraser, args.seed, args.rank)
+        self.images, self.targets = self._decode(samples, args.workers)
+
+    def _decode(self, samples: Samples, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+        batches = EpochBatches(len(samples), 256, samples.seed, rank=0, world=1, training=False, passes=1)
+        loader = DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=_stack)
+        images: list[torch.Tensor] = []
+        targets: list[torch.Tensor] = []
+        for part, labels in loader:
+            if not images:
+                _check_memory(part[0].numel() * len(samples), self.device)
+            images.append(part)
+            targets.append(labels)
+        _check_sizes(images)
+        return torch.cat(images).to(self.device), torch.cat(targets).to(self.device)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        sampler = self.sampler
+        keys = torch.tensor([key for batch in sampler for key in batch], dtype=torch.int64).to(self.device).view(-1, 3)
+        uniform = None
+        if self.augment:
+            seed_everything(sampler.seed, sampler.epoch)
+            uniform = torch.rand(len(sampler) * sampler.batch_size * sampler.world, DRAWS).to(self.device)
+        for rows in keys.split(sampler.batch_size):
+            images = self.images[rows[:, 2]]
+            if self.augment and uniform is not None:
+                images = self.augment(images, uniform[rows[:, 1]])
+            images = images.to(self.dtype).sub_(self.mean).div_(self.std)
+            if self.random_erasing:
+                images = self.random_erasing(images)
+            yield images, self.targets[rows[:, 2]]

@@ -1,0 +1,39 @@
+"""ImageNet ReaL: L. Beyer et al., Are we done with ImageNet?, 2020 (arXiv:2006.07159)."""
+
+from typing import Any
+
+import torch
+from timm.data import RealLabelsImagenet
+
+from ..errors import UserError, explain
+
+
+def read_real_labels(path: str, dataset: Any) -> RealLabelsImagenet:
+    """ReaL labels from a JSON file, for the images of ImageNet's validation split, which are known by their names.
+
+    Raises:
+        UserError: the file cannot be read, or the images are others.
+    """
+    if not hasattr(dataset, 'filenames'):
+        raise UserError('--real-labels goes by file names: give the images as a folder or tar in --data-dir')
+    names = dataset.filenames(basename=True)
+    with explain(f'--real-labels {path}'):
+        try:
+            real = RealLabelsImagenet(names, real_json=path)
+        except AssertionError as error:
+            raise UserError(
+                f'it has labels for another number of images than the {len(names)} of the data set'
+            ) from error
+        if not set(names) <= set(real.real_labels):
+            raise UserError('it has labels for the images ILSVRC2012_val_*.JPEG only, and the data set has others')
+    return real
+
+
+def real_accuracy(real: RealLabelsImagenet, logits: torch.Tensor, places: torch.Tensor) -> dict[str, float]:
+    """Top-1 and top-5 in percent, from logits (N, classes) and places in the data set (N,).
+
+    Images without a ReaL label do not count.
+    """
+    real.filenames = [real.filenames[place] for place in places.tolist()]
+    real.add_result(logits)
+    return {f'top{k}': real.get_accuracy(k=k) for k in (1, 5)}
