@@ -9,6 +9,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from .. import reference
 from .launch import INTERPRET, MAX_STATE
 
 __all__ = ['conv', 'scan', 'unavailable', 'unsupported', 'warmup']
@@ -86,9 +87,11 @@ def conv(
         bias_b: Optional[Tensor],
         silu: bool,
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """`reference.conv` in x's dtype: (B, L, D) contiguous each."""
-    from .conv_op import triton_conv
+    """`reference.conv` in x's dtype: (B, L, D) contiguous each. Widths over 4 run as plain aten operations."""
+    from .conv_op import MAX_WIDTH, triton_conv
 
+    if weight.shape[1] > MAX_WIDTH:
+        return reference.conv(x, weight, bias, weight_b, bias_b, silu)
     y, y_b = triton_conv(x, weight, bias, weight_b, bias_b, silu)
     return y, None if weight_b is None else y_b
 

@@ -1,33 +1,40 @@
 """Compiles every kernel for every supported GPU, without one: `python -m vim_timm.ops.triton_kernels.compile_targets`.
 
-Prints registers, spills and shared memory, and fails where a kernel asks for more shared memory than the target has.
+Prints registers, spilled bytes and shared memory, and fails where a kernel asks for more shared memory than the target
+has. Needs the assembler and cuobjdump that Triton's package carries, and no TRITON_INTERPRET.
 """
+
 import argparse
+import math
 import re
 import subprocess
+import sys
 import tempfile
 from types import ModuleType
 from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block's limit, CUDA C++ Programming Guide
+from .launch import Plan
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a block; CUDA C++ Programming Guide
 TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
+Compiled = Dict[Tuple[Any, ...], Any]
 
 
 class Recorder:
-    """Stands in for a module of kernels: a launch compiles for the target instead."""
+    """Stands in for a module of kernels: a launch compiles the kernel for a target instead."""
 
-    def __init__(self, kernels: ModuleType, capability: int, seen: Dict[Tuple[Any, ...], Any]) -> None:
-        self.kernels, self.capability, self.seen = kernels, capability, seen
+    def __init__(self, kernels: ModuleType, capability: int, compiled: Compiled) -> None:
+        self.kernels, self.capability, self.compiled = kernels, capability, compiled
 
     def __getattr__(self, name: str) -> 'Launcher':
-        return Launcher(getattr(self.kernels, name), name, self.capability, self.seen)
+        return Launcher(getattr(self.kernels, name), name, self.capability, self.compiled)
 
 
 class Launcher:
-    def __init__(self, kernel: Any, name: str, capability: int, seen: Dict[Tuple[Any, ...], Any]) -> None:
-        self.kernel, self.name, self.capability, self.seen = kernel, name, capability, seen
+    def __init__(self, kernel: Any, name: str, capability: int, compiled: Compiled) -> None:
+        self.kernel, self.name, self.capability, self.compiled = kernel, name, capability, compiled
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self.compile
@@ -38,67 +45,120 @@ class Launcher:
         from triton.compiler import ASTSource
 
         named = dict(zip(self.kernel.arg_names, args), **constants)
-        signature, constexprs, attributes = {}, {}, {}
-        for i, (name, parameter) in enumerate(zip(self.kernel.arg_names, self.kernel.params)):
-            value = named[name]
+        signature: Dict[str, str] = {}
+        constexprs: Dict[Tuple[int], Any] = {}
+        attributes: Dict[Tuple[int], Any] = {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = named[parameter.name]
             special = not parameter.do_not_specialize
             if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
-                signature[name] = 'constexpr'
-                constexprs[(i,)] = value
-            elif isinstance(value, torch.Tensor):
-                signature[name] = TYPES[value.dtype]
-                if value.storage_offset() * value.element_size() % 16 == 0:
-                    attributes[(i,)] = [['tt.divisibility', 16]]
-            elif isinstance(value, float):
-                signature[name] = 'fp32'
+                signature[parameter.name], constexprs[(i,)] = 'constexpr', value
+                continue
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = TYPES[value.dtype]
+                aligned = value.storage_offset() * value.element_size() % 16 == 0
             else:
-                signature[name] = 'i32'
-                if special and value % 16 == 0:
-                    attributes[(i,)] = [['tt.divisibility', 16]]
-        key = (self.name, self.capability, num_warps, num_stages, str(signature), str(constexprs), str(attributes))
-        if key not in self.seen:
+                signature[parameter.name] = 'fp32' if isinstance(value, float) else 'i32'
+                aligned = isinstance(value, int) and special and value % 16 == 0
+            if aligned:
+                attributes[(i,)] = [['tt.divisibility', 16]]
+        options = {'num_warps': num_warps, 'num_stages': num_stages}
+        key = (self.name, self.capability, str(signature), str(constexprs), str(attributes), str(options))
+        if key not in self.compiled:
             source = ASTSource(self.kernel, signature, constexprs, attributes)
-            self.seen[key] = triton.compile(
-                source, target=GPUTarget('cuda', self.capability, 32), options={'num_warps': num_warps, 'num_stages': num_stages})
+            self.compiled[key] = triton.compile(source, target=GPUTarget('cuda', self.capability, 32), options=options)
 
 
-def resources(cubin: bytes) -> str:
-    """Registers and stack bytes (spills) that the assembler reports."""
+def compile_scan(capability: int, compiled: Compiled, dim: int, state: int, dtype: torch.dtype) -> None:
+    """Every kernel of a scan, whole and in chunks, forward and backward."""
+    from . import scan_kernels
+    from .scan_op import Scan, cut_scan
+
+    length, rank = 512, dim // 32
+    rows = torch.empty([2, length, rank + 2 * state], dtype=dtype, device='meta')
+    u = torch.empty([2, length, dim], dtype=dtype, device='meta')
+    z = torch.empty([2, length, 2 * dim], dtype=dtype, device='meta')[..., dim:]
+    A, D = torch.empty([dim, state], device='meta'), torch.empty([dim], device='meta')
+    direction = (u, u, A, rows[..., rank : rank + state], rows[..., rank + state :], D, D)
+    scan: Any = Scan(*direction, *direction, z, 0.5, True, True)
+    scan.kernels = Recorder(scan_kernels, capability, compiled)
+    scan.rows = {'ALIGN': math.gcd(16, rank * dtype.itemsize, rows.stride(1) * dtype.itemsize)}
+    block, warps = cut_scan(u, A, True)[:2]
+    for cut in (Plan(block, warps, length, 1), Plan(block, warps, length // 4, 4)):
+        scan.cut = cut
+        H, S = scan.first_states() if cut.chunks > 1 else (scan.empty(0), scan.empty(0))
+        Y = scan.empty(scan.cells, length, dim, dtype=dtype)
+        bounds = scan.empty(scan.cells, length // 4, state, dim)
+        for kept in (None, bounds):
+            scan.forward(H, S, Y, kept, local=False)
+        scan.gate(Y)
+        grad_y, _ = scan.gate_backward(u, Y, scan.z)
+        Q = scan.last_gradients(grad_y, 1.0, S) if cut.chunks > 1 else H
+        scan.backward(grad_y, 1.0, bounds, Q, scan.cut._replace(block=32))
+
+
+def compile_conv(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
+    from . import conv_kernels
+    from .conv_op import Conv
+
+    x = torch.empty([2, 512, 2 * dim], dtype=dtype, device='meta')[..., :dim]
+    weight, bias = torch.empty([dim, 4], device='meta'), torch.empty([dim], device='meta')
+    conv: Any = Conv(x, weight, bias, weight, bias, True)
+    conv.kernels = Recorder(conv_kernels, capability, compiled)
+    y, y_b = conv.forward()
+    conv.backward(y, y_b)
+
+
+def registers_and_stack(cubin: bytes) -> Tuple[int, int]:
+    """What the assembler reports: registers of a thread and bytes of its stack (spills)."""
     import triton
 
-    path = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([path, '-res-usage', file.name], capture_output=True, text=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, '-res-usage', file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r'REG:(\d+) STACK:(\d+)', text)
-    return f'{found[1]} registers, {found[2]} bytes of stack' if found else ''
+    if found is None:
+        raise RuntimeError(f'cuobjdump reports no registers: {text[:200]}')
+    return int(found[1]), int(found[2])
 
 
-def launches(capability: int, seen: Dict[Tuple[Any, ...], Any], dims: List[int], states: List[int]) -> None:
-    """Every kernel, as a bfloat16 and a float32 model of these sizes launches it."""
-    from . import conv_kernels, scan_kernels
-    from .conv_op import BACKWARD_TILE, Conv, backward_launch, forward_launch
-    from .launch import Plan
-    from .scan_op import Scan
+def check(capability: int, dim: int, state: int, dtype: torch.dtype) -> bool:
+    """Compiles and reports one size; False where shared memory does not fit."""
+    compiled: Compiled = {}
+    compile_scan(capability, compiled, dim, state, dtype)
+    compile_conv(capability, compiled, dim, dtype)
+    fits = True
+    for key, kernel in compiled.items():
+        registers, stack = registers_and_stack(kernel.asm['cubin'])
+        shared = kernel.metadata.shared
+        fits = fits and shared <= SHARED_KIB[capability] * 1024
+        print(
+            f'sm_{capability} D {dim} N {state} {str(dtype)[6:]:8} {key[0]:14} {registers:3} registers, '
+            f'{stack:4} bytes spilled, {shared:6} bytes of shared memory',
+            flush=True,
+        )
+    return fits
 
-    length = 512
-    for dtype in (torch.bfloat16, torch.float32):
-        for dim in dims:
-            for state in states:
-                rank = dim // 32
-                xz = torch.empty([2, length, 2 * dim], dtype=dtype, device='meta')
-                x, z = xz[..., :dim], xz[..., dim:]
-                row = torch.empty([2, length, rank + 2 * state], dtype=dtype, device='meta')
-                B, C = row[..., rank:rank + state], row[..., rank + state:]
-                u = torch.empty([2, length, dim], dtype=dtype, device='meta')
-                A, D = torch.empty([dim, state], device='meta'), torch.empty([dim], device='meta')
-                one = (u, u, A, B, C, D, D)
-                scan: Any = Scan(*one, *one, z, 0.5, True, True)
-                scan.kernels = Recorder(scan_kernels, capability, seen)
-                print()
-    del Conv, Plan, BACKWARD_TILE, conv_kernels, backward_launch, forward_launch
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--targets', nargs='+', type=int, default=list(SHARED_KIB), choices=list(SHARED_KIB))
+    parser.add_argument('--dims', nargs='+', type=int, default=[384, 768, 1536], help='channels, D')
+    parser.add_argument('--states', nargs='+', type=int, default=[16], help='d_state, N')
+    parser.add_argument('--dtypes', nargs='+', default=['bfloat16'], choices=[str(t)[6:] for t in TYPES])
+    options = parser.parse_args()
+    results = [
+        check(target, dim, state, getattr(torch, dtype))
+        for target in options.targets
+        for dim in options.dims
+        for state in options.states
+        for dtype in options.dtypes
+    ]
+    if not all(results):
+        sys.exit('a kernel needs more shared memory than its target has')
 
 
 if __name__ == '__main__':
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    main()

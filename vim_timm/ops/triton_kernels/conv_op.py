@@ -6,47 +6,83 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .launch import INTERPRET, common_rows, or_else
+from .launch import INTERPRET, common_rows, multiprocessors, or_else
 
 OPERANDS = 'Tensor x, Tensor weight, Tensor? bias, Tensor? weight_b, Tensor? bias_b, bool silu'
-FORWARD_TILE = (16, 64, 4)  # tokens, channels, warps
-BACKWARD_TILE = (16, 64, 4)
+MAX_WIDTH = 4
+BLOCK = 128  # channels of a program, four to a lane of its one warp
+FORWARD_WARPS, BACKWARD_WARPS = 20, 12  # on each multiprocessor, as many as registers allow
 
 
 class Conv:
-    """The operands as the kernels take them."""
+    """The operands as the kernels take them, and the launches of one call."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], weight_b: Optional[Tensor],
-                 bias_b: Optional[Tensor], silu: bool) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        weight_b: Optional[Tensor],
+        bias_b: Optional[Tensor],
+        silu: bool,
+    ) -> None:
         from . import conv_kernels
 
         self.kernels = conv_kernels
-        self.x, = common_rows(x)
-        self.two = weight_b is not None
+        (self.x,) = common_rows(x)
+        self.directions = 1 if weight_b is None else 2
+        self.width = weight.shape[1]
         weights = common_rows(weight.contiguous(), or_else(weight_b, weight))
         first = or_else(bias, weight).contiguous()
         self.operands = (self.x, *weights, *common_rows(first, or_else(bias_b, first)))
-        self.flags = {
-            'DIM': x.shape[2], 'W': weight.shape[1], 'TWO': self.two, 'HAS_BIAS': bias is not None, 'SILU': silu,
-            'FAST': not INTERPRET}
+        self.constants = {
+            'DIM': x.shape[2],
+            'W': self.width,
+            'BD': BLOCK,
+            'TWO': self.directions == 2,
+            'HAS_BIAS': bias is not None,
+            'SILU': silu,
+            'FAST': not INTERPRET,
+            'num_warps': 1,
+        }
 
-    def grid(self, tile: Tuple[int, int, int]) -> Tuple[int, int, int]:
+    def cut(self, warps_per_sm: int) -> Tuple[Tuple[int, int, int], int]:
+        """The grid and the tokens of a program."""
         batch, length, dim = self.x.shape
-        return math.ceil(dim / tile[1]), math.ceil(length / tile[0]), batch
+        blocks = math.ceil(dim / BLOCK)
+        chunks = max(1, warps_per_sm * multiprocessors(self.x.device) // (batch * blocks))
+        chunk = max(16, math.ceil(length / chunks))  # shorter ones would mostly load their neighbours' rows
+        return (blocks, math.ceil(length / chunk), batch), chunk
+
+    def forward(self) -> Tuple[Tensor, Tensor]:
+        x = self.x
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y_b = torch.empty(x.shape if self.directions == 2 else (0,), dtype=x.dtype, device=x.device)
+        grid, chunk = self.cut(FORWARD_WARPS)
+        self.kernels.conv_forward[grid](
+            *self.operands, y, y_b, x.shape[1], chunk, *x.stride()[:2], **self.constants
+        )  # fmt: skip
+        return y, y_b
+
+    def backward(self, grad: Tensor, grad_b: Tensor) -> Tuple[Tensor, Tensor]:
+        x = self.x
+        grid, chunk = self.cut(BACKWARD_WARPS)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        shape = (grid[1] * grid[2], self.directions, self.width + 1, x.shape[2])
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+        self.kernels.conv_backward[grid](
+            *self.operands, grad, grad_b, grad_x, parts, x.shape[1], chunk, *x.stride()[:2], *grad.stride()[:2],
+            **self.constants,
+        )  # fmt: skip
+        return grad_x, parts.sum(0)
 
 
 @torch.library.custom_op('vim_timm::triton_conv', mutates_args=(), schema=f'({OPERANDS}) -> (Tensor, Tensor)')
 def triton_conv(*operands: Any) -> Tuple[Tensor, Tensor]:
     """Both directions' outputs (the second empty for one direction)."""
     conv = Conv(*operands)
-    x, tile = conv.x, FORWARD_TILE
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    y_b = torch.empty(x.shape if conv.two else (0,), dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        conv.kernels.conv_forward[conv.grid(tile)](
-            *conv.operands, y, y_b, x.shape[1], *x.stride()[:2],
-            ROWS=tile[0], BD=tile[1], **conv.flags, num_warps=tile[2])
-    return y, y_b
+    with torch.cuda.device_of(conv.x):
+        return conv.forward()
 
 
 @triton_conv.register_fake
@@ -61,18 +97,9 @@ def _(x: Tensor, weight: Tensor, bias: Optional[Tensor], weight_b: Optional[Tens
 def triton_conv_backward(grad: Tensor, grad_b: Optional[Tensor], *operands: Any) -> Tuple[Tensor, Tensor]:
     """The gradients of x and of every tap and bias: (directions, W + 1, D) float32."""
     conv = Conv(*operands)
-    x, tile = conv.x, BACKWARD_TILE
-    batch, length, dim = x.shape
     grad, grad_b = common_rows(grad, or_else(grad_b, grad))
-    grid = conv.grid(tile)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    parts = torch.empty(
-        [batch * grid[1], 2 if conv.two else 1, conv.flags['W'] + 1, dim], dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        conv.kernels.conv_backward[grid](
-            *conv.operands, grad, grad_b, grad_x, parts, length, *x.stride()[:2], *grad.stride()[:2],
-            ROWS=tile[0], BD=tile[1], **conv.flags, num_warps=tile[2])
-    return grad_x, parts.sum(0)
+    with torch.cuda.device_of(conv.x):
+        return conv.backward(grad, grad_b)
 
 
 @triton_conv_backward.register_fake

@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 
 MAX_STATE = 256
-WARPS_PER_SM = 16
+WARPS_PER_SM = 12
 MIN_CHUNK = 32
 INTERPRET = os.environ.get('TRITON_INTERPRET', '0') == '1'
 
@@ -47,27 +47,23 @@ class Plan(NamedTuple):
         return max(1, self.block // (32 * self.warps))
 
 
-def plan(cells: int, length: int, dim: int, state: int, sms: int, wide: bool) -> Plan:
-    """Cuts a scan so that about WARPS_PER_SM warps run on each multiprocessor.
+def plan(cells: int, length: int, dim: int, state: int, sms: int) -> Plan:
+    """Cuts a scan so that WARPS_PER_SM warps run on each multiprocessor.
 
-    A scan in chunks computes its decays twice, so sequences stay whole as soon as half of those warps exist without.
+    A scan in chunks computes its decays twice, so sequences stay whole as soon as a third of those warps exist without.
 
     Args:
         cells: Directions times batch entries, each with its own states.
         state: d_state rounded up to a power of two.
         sms: Multiprocessors of the device.
-        wide: Two channels a lane where enough programs remain.
     """
     warps = max(1, state // 32)
-    block = 32
-    programs = cells * math.ceil(dim / block)
+    block = 64 if state <= 16 and dim % 64 == 0 else 32
+    programs = cells * math.ceil(dim / block) * warps
     wanted = WARPS_PER_SM * sms
-    if wide and warps == 1 and dim % 64 == 0 and programs >= 2 * wanted:
-        block, programs = 64, programs // 2
-    if 2 * programs * warps >= wanted or length < 2 * MIN_CHUNK:
+    if 3 * programs >= wanted or length < 2 * MIN_CHUNK:
         return Plan(block, warps, length, 1)
-    chunks = math.ceil(wanted / (programs * warps))
-    chunk = max(MIN_CHUNK, 16 * math.ceil(length / chunks / 16))
+    chunk = max(MIN_CHUNK, 16 * math.ceil(length / (wanted // programs) / 16))
     return Plan(block, warps, chunk, math.ceil(length / chunk))
 
 

@@ -18,7 +18,6 @@ OPERANDS = (
     'Tensor? u_b, Tensor? delta_b, Tensor? A_b, Tensor? B_b, Tensor? C_b, Tensor? D_b, Tensor? delta_bias_b, '
     'Tensor? z, float scale, bool delta_softplus, bool A_is_log'
 )
-STAGES = 1
 GROUP = 4  # steps a program takes at once; the backward pass computes states again from each group's first
 
 
@@ -26,9 +25,9 @@ def padded(state: int) -> int:
     return max(2, 1 << (state - 1).bit_length())
 
 
-def cut_scan(u: Tensor, A: Tensor, two: bool, wide: bool) -> Plan:
+def cut_scan(u: Tensor, A: Tensor, two: bool) -> Plan:
     batch, length, dim = u.shape
-    return plan((2 if two else 1) * batch, length, dim, padded(A.shape[1]), multiprocessors(u.device), wide)
+    return plan((2 if two else 1) * batch, length, dim, padded(A.shape[1]), multiprocessors(u.device))
 
 
 class Scan:
@@ -60,7 +59,7 @@ class Scan:
         self.step = {'HAS_BIAS': bias is not None, 'SOFTPLUS': delta_softplus}
         self.A_is_log = A_is_log
         self.rows = {'ALIGN': alignment(self.B, self.C, self.B_b, self.C_b)}
-        self.cut = cut_scan(u, A, self.directions == 2, True)
+        self.cut = cut_scan(u, A, self.directions == 2)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.u.device)
@@ -150,7 +149,7 @@ class Scan:
             *self.operands(), grad_y, bounds, Q, grad_u, grad_delta, part_X, part_A, part_V,
             self.batch, self.cells, *self.lengths(cut), scale, *self.u.stride()[:2], *self.strides(),
             BD=cut.block, VEC=cut.vec, CARRY=cut.chunks > 1, A_IS_LOG=self.A_is_log, DOT=dot, **self.sizes, **self.skip, **self.step, **self.rows,
-            num_warps=cut.warps, num_stages=STAGES)
+            num_warps=cut.warps, num_stages=1)
         grad_X = torch.empty_like(part_X[0], dtype=self.B.dtype)
         self.kernels.sum_parts[math.ceil(grad_X.numel() / 1024),](
             part_X, grad_X, grad_X.numel(), PARTS_COUNT=blocks, BLOCK=1024)
@@ -174,7 +173,7 @@ def triton_scan(*operands: Any) -> Tuple[Tensor, Tensor, Tensor]:
 @triton_scan.register_fake
 def _(*operands: Any) -> Tuple[Tensor, Tensor, Tensor]:
     u, A, u_b = operands[0], operands[2], operands[7]
-    cut = cut_scan(u, A, u_b is not None, True)
+    cut = cut_scan(u, A, u_b is not None)
     cells = (1 if u_b is None else 2) * u.shape[0]
     shape = (cells, cut.chunks, A.shape[1], u.shape[2]) if cut.chunks > 1 else (0,)
     H = u.new_empty(shape, dtype=torch.float32)
