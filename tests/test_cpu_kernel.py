@@ -167,6 +167,17 @@ def test_conv_matches_the_reference_at_any_size(name, batch, length, channels, w
     compare_conv(conv_inputs(batch, length, channels, width, both=both, bias=bias), silu)
 
 
+@pytest.mark.parametrize('shape', [(2, 50, 37), (8, 197, 192), (1, 1, 3), (5, 16)])
+def test_norm_matches_aten(build, shape):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).double(), torch.randn(shape[-1], generator=generator).double()]
+    compare(
+        lambda x, weight: [cpu.rms_norm(x, weight, 1e-5)],
+        lambda x, weight: [torch.nn.functional.rms_norm(x, shape[-1:], weight, 1e-5)],
+        inputs,
+    )
+
+
 def test_steep_decay_and_growth_stay_exact(build):
     """Exponents far beyond float32's range take the wide exponential."""
     inputs = scan_inputs(1, 40, 20, 4, log=False)
@@ -286,6 +297,7 @@ def test_operators_pass_opcheck():
     conv = in_dtype(conv_inputs(1, 10, 20, 4), torch.float32)
     torch.library.opcheck(torch.ops.vim_timm.cpu_conv, (*conv, True))
     torch.library.opcheck(torch.ops.vim_timm.cpu_conv, (*conv[:3], None, None, False))
+    torch.library.opcheck(torch.ops.vim_timm.cpu_rms_norm, (inputs[0], inputs[5], 1e-5))
 
 
 def test_one_graph_under_compile():

@@ -89,11 +89,21 @@ static void fuzz_conv(void) {
     release();
 }
 
+static void fuzz_norm(void) {
+    int64_t count = pick(1, 100), width = pick(1, 70);
+    Norm norm = {fresh(count * width), fresh(width), fresh(count * width), fresh(count * width), fresh(width), count, width};
+    norm.threads = pick(1, 3);
+    norm.eps = 1e-5;
+    if (ENTRY(norm_forward)(&norm) || ENTRY(norm_backward)(&norm)) abort();
+    release();
+}
+
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 200;
     for (int i = 0; i < rounds; i++) {
         fuzz_scan();
         fuzz_conv();
+        fuzz_norm();
     }
     printf("%d rounds of " NAME(ISA) " without a finding\n", rounds);
     return 0;

@@ -7,6 +7,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 
+from vim_timm.ops import rms_norm
+
+# which norm runs is decided outside an FX graph
+register_notrace_function(rms_norm)
+
 
 @register_notrace_function
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -22,7 +27,8 @@ class RmsNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = at_least_float32(x)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+        assert self.eps is not None  # nn.RMSNorm allows it
+        return rms_norm(x, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -11,6 +11,7 @@ from vim_timm.ops.dispatch import (
     use_scan_backend,
 )
 from vim_timm.ops.functional import bidirectional_conv, bidirectional_scan, causal_conv, causal_conv1d, selective_scan
+from vim_timm.ops.norm import rms_norm
 
 __all__ = [
     'BACKENDS',
@@ -23,6 +24,7 @@ __all__ = [
     'explain',
     'get_scan_backend',
     'probe_backends',
+    'rms_norm',
     'selective_scan',
     'set_scan_backend',
     'use_scan_backend',

@@ -110,8 +110,8 @@ def _share_threads(library: ctypes.CDLL) -> None:
 def _keep_freed_pages() -> None:
     """Teach glibc that this process frees and reuses large blocks.
 
-    Its allocator hands freed memory back to the system at a threshold that adapts to the largest block freed so far. A
-    block of Vision Mamba frees some ten megabytes, and getting them back page by page takes longer than its scan. Freeing
-    one large, untouched block sets the threshold to 60 MiB; other allocators do not mind.
+    Its allocator hands freed memory back to the system at a threshold that adapts to the largest block freed so far.
+    A block of Vision Mamba frees some ten megabytes, and getting them back page by page takes longer than its scan.
+    Freeing one large, untouched block sets the threshold to 60 MiB; other allocators do not mind.
     """
     torch.empty(30 << 20, dtype=torch.uint8)

@@ -1,0 +1,65 @@
+"""The root mean square norm as a torch operator, `vim_timm::cpu_rms_norm`: one pass over memory where aten takes five.
+
+Shapes: (..., C) with weight (C).
+"""
+
+import struct
+
+import torch
+from torch import Tensor
+
+from vim_timm.ops.cpu import library
+from vim_timm.ops.cpu.tensors import address, checked, refuse_second_derivative, threads
+
+# The C structure Norm: five pointers, three integers, one double.
+_STRUCT = struct.Struct('@8qd')
+
+_definitions = torch.library.Library('vim_timm', 'FRAGMENT')
+_definitions.define('cpu_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor')
+_definitions.define('cpu_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)')
+
+
+def _call(function, x, weight, grad, y, grad_weight, eps) -> None:
+    x, weight = checked('x', x.contiguous(), x.shape), checked('weight', weight.contiguous(), x.shape[-1:])
+    rows, width = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+    if rows:
+        tensors = (address(t) for t in (x, weight, grad, y, grad_weight))
+        library.call(function, _STRUCT.pack(*tensors, rows, width, threads(x.numel()), eps))
+
+
+def _run(x, weight, eps):
+    y = torch.empty(x.shape)
+    _call('norm_forward', x, weight, None, y, None, eps)
+    return y.to(x.dtype)
+
+
+def _run_backward(grad, x, weight, eps):
+    grad_x, grad_weight = torch.empty(x.shape), torch.zeros(weight.shape)
+    _call('norm_backward', x, weight, grad.float().contiguous(), grad_x, grad_weight, eps)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate(ctx, grad):
+    return *torch.ops.vim_timm.cpu_rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+_definitions.impl('cpu_rms_norm', _run, 'CompositeExplicitAutograd')
+_definitions.impl('cpu_rms_norm_backward', _run_backward, 'CompositeExplicitAutograd')
+torch.library.register_fake('vim_timm::cpu_rms_norm', lambda x, weight, eps: x.new_empty(x.shape), lib=_definitions)
+torch.library.register_fake(
+    'vim_timm::cpu_rms_norm_backward',
+    lambda grad, x, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    lib=_definitions,
+)
+torch.library.register_autograd('vim_timm::cpu_rms_norm', _differentiate, setup_context=_save, lib=_definitions)
+torch.library.register_autograd('vim_timm::cpu_rms_norm_backward', refuse_second_derivative, lib=_definitions)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467), in x's dtype, computed in float32."""
+    return torch.ops.vim_timm.cpu_rms_norm(x, weight, eps)
