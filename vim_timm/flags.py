@@ -18,6 +18,7 @@ DATA: list[Row] = [
     ('--data-dir', str, None, 'folder of the data set'),
     ('--dataset', str, '', "'' (image folder or tar), digits, torch/NAME, hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME"),
     ('--dataset-download', bool, False, 'let torch/ and tfds/ data sets download themselves'),
+    ('--data-in-memory', bool, False, 'decode once, keep the images on the device and augment them there'),
     ('--class-map', str, '', 'file with the class names in the order of their labels'),
     ('--input-img-mode', str, None, 'PIL mode of the images (default: L for one channel, else RGB)'),
     ('--input-key', str, None, 'key of the image in a sample'),
@@ -249,6 +250,7 @@ VALIDATE: dict[str, list[Row]] = {
     'device': [*DEVICE, ('--num-gpu', refused, 1, 'start one process a GPU with torchrun')],
     'run': [
         ('--log-freq', int, 10, 'steps between two lines of the log'),
+        ('--report', str, '', 'write report.html, tables and pictures into this folder'),
         ('--results-file', str, '', 'write the results to this file'),
         ('--results-format', ('csv', 'json'), 'csv', 'its format'),
         ('--retry', bool, False, 'halve the batch size and try again when memory runs out'),

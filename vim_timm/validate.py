@@ -7,25 +7,31 @@ import io
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
-from timm.data import RealLabelsImagenet, resolve_input_data_config
+from timm.data import resolve_input_data_config
 from timm.layers import apply_test_time_pool
+from timm.models import safe_model_name
 from timm.utils import check_batch_size_retry, decay_batch_step, natural_key, reparameterize_model
 
 import vim_timm  # noqa: F401  registers the models with timm
 
 from . import data
+from .data.real_labels import read_real_labels, real_accuracy
 from .engine import checkpoint, setup
 from .engine.arguments import parse
-from .engine.evaluate import Metric, evaluate
+from .engine.evaluate import Batch, Metric, evaluate
 from .engine.log import Progress
 from .errors import UserError, explain, run, sentence
 from .flags import VALIDATE
+from .report.evaluation import Evaluation, open_folder, write_report
+from .report.extras import require
+from .report.facts import Stopwatch, facts
+from .report.metrics import measure
+from .report.names import class_names
 from .train import check, match_classes
 
 PROGRAM = 'validate.py'
@@ -66,39 +72,34 @@ def validate(args: argparse.Namespace, metrics: Mapping[str, Metric] | None = No
     Raises:
         UserError: the settings, data or files are wrong.
     """
+    if args.report:
+        require()
+        open_folder(args.report)
     channels = args.in_chans or (args.input_size or [3])[0]
     dataset = data.make_dataset(args, args.split, False, channels)
     labels = _valid_labels(args)
     if labels is None:
         match_classes(args, dataset, args.split)
-    model = setup.make_model(args)
-    if args.checkpoint:
-        checkpoint.load_weights(model, args.checkpoint, args.use_ema)
-    if args.reparam:
-        model = reparameterize_model(model)
-    data_config = resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if args.test_pool:
-        model, pooled = apply_test_time_pool(model, data_config)
-        data_config['crop_pct'] = 1.0 if pooled else data_config['crop_pct']
-    model = setup.place_model(args, model, data_config['input_size'])
-    if labels is not None:
-        model = torch.nn.Sequential(model, _Select(labels))
-    if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)  # type: ignore[assignment]
+    real = read_real_labels(args.real_labels, dataset) if args.real_labels else None
+    model, parameters, data_config = _ready_model(args, labels)
     loader = data.eval_loader(args, dataset, data_config)
-    progress, start = Progress(args.rank == 0, args.log_freq), time.perf_counter()
+    progress, watch = Progress(args.rank == 0, args.log_freq), Stopwatch(args)
+    outputs: list[Batch] = []
 
     def show(step: int, evaluator: Any) -> None:
+        watch.batch(evaluator.num_samples)
         if progress.due(step, step == len(loader)):
             counts = evaluator.summary()
-            rate = evaluator.num_samples * args.world_size / (time.perf_counter() - start)
+            rate = watch.rate(evaluator.num_samples)
             progress.show(
                 f'[{step}/{len(loader)}]  top-1 {counts["top1"]:.2f} %  {rate:.0f} img/s', step == len(loader)
             )
 
-    result = evaluate(model, loader, args, _more_metrics(args, dataset, metrics), show)
-    result.update({name: result.pop(f'real_{name}') for name in ('top1', 'top5') if f'real_{name}' in result})
+    on_all = outputs.append if args.report or real else None
+    result = evaluate(model, loader, args, _more_metrics(args, metrics), show, on_all)
+    rate = watch.rate(result['count'] // args.world_size)
+    if real:
+        result.update(real_accuracy(real, outputs[0][0], outputs[0][2]))
     row: dict[str, Any] = {'model': args.model}
     for name in ('top1', 'top5'):
         row.update({name: round(result[name], 4), f'{name}_err': round(100 - result[name], 4)})
@@ -106,7 +107,42 @@ def validate(args: argparse.Namespace, metrics: Mapping[str, Metric] | None = No
     row.update(count=result['count'], param_count=round(parameters / 1e6, 2), img_size=data_config['input_size'][-1])
     row.update(crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'])
     progress.say(f' * Acc@1 {row["top1"]:.3f} ({row["top1_err"]:.3f}) Acc@5 {row["top5"]:.3f} ({row["top5_err"]:.3f})')
+    if args.report and args.rank == 0:
+        scores = measure(*outputs[0], _class_names(dataset, labels))
+        write_report(args.report, Evaluation(row, facts(args, rate), scores, dataset))
+        progress.say(f'report: {os.path.join(args.report, "report.html")}')
     return row
+
+
+def _ready_model(args: argparse.Namespace, labels: list[int] | None) -> tuple[torch.nn.Module, int, dict[str, Any]]:
+    """The model with its weights on its device, the number of its parameters, and its data settings."""
+    model: Any = setup.make_model(args)
+    if args.checkpoint:
+        checkpoint.load_weights(model, args.checkpoint, args.use_ema)
+    if args.reparam:
+        model = reparameterize_model(model)
+    data_config = resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if args.test_pool:
+        if not model.default_cfg.get('pool_size'):
+            raise UserError(
+                f'--test-pool averages over a map of features, and {args.model} is a token model without one: leave it '
+                'out; --img-size evaluates at another size'
+            )
+        model, pooled = apply_test_time_pool(model, data_config)
+        data_config['crop_pct'] = 1.0 if pooled else data_config['crop_pct']
+    model = setup.place_model(args, model, data_config['input_size'])
+    if labels is not None:
+        model = torch.nn.Sequential(model, _Select(labels))
+    if args.torchcompile:
+        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+    return model, parameters, data_config
+
+
+def _class_names(dataset: Any, labels: list[int] | None) -> list[str]:
+    """Names of the data set's classes; of the model's valid ones, where the data set only has a few of those."""
+    names = class_names(dataset)
+    return names if labels is None or len(names) <= len(labels) else [names[label] for label in labels]
 
 
 class _Select(torch.nn.Module):
@@ -127,8 +163,8 @@ def _valid_labels(args: argparse.Namespace) -> list[int] | None:
         return [int(line) for line in file if line.strip()]
 
 
-def _more_metrics(args: argparse.Namespace, dataset: Any, metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
-    """The caller's metrics, --metrics-avg's and --real-labels'."""
+def _more_metrics(args: argparse.Namespace, metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
+    """The caller's metrics and --metrics-avg's."""
     more = dict(metrics or {})
     if args.metrics_avg:
         with explain('--metrics-avg needs `pip install scikit-learn`'):
@@ -142,17 +178,6 @@ def _more_metrics(args: argparse.Namespace, dataset: Any, metrics: Mapping[str, 
                 return 100 * scores[place]
 
             more[f'{args.metrics_avg}_{name}'] = metric
-    if args.real_labels:
-        if args.world_size > 1:
-            raise UserError('--real-labels needs the images in order: run it in one process')
-        with explain('--real-labels'):
-            real = RealLabelsImagenet(dataset.filenames(basename=True), real_json=args.real_labels)
-
-        def top1(logits, targets):
-            real.add_result(logits)
-            return real.get_accuracy(k=1)
-
-        more.update(real_top1=top1, real_top5=lambda logits, targets: real.get_accuracy(k=5))
     return more
 
 
@@ -185,6 +210,16 @@ def candidates(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{}]
 
 
+def _evaluate_choice(args: argparse.Namespace, choice: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+    """The result row of one of the candidates; each of several has its own folder in that of --report."""
+    report = args.report
+    if report and not alone:
+        name = os.path.basename(choice.get('checkpoint', '')).partition('.')[0] or safe_model_name(choice['model'])
+        report = os.path.join(report, name)
+    row = validate_with_retry(argparse.Namespace(**{**vars(args), **choice, 'report': report}))
+    return {**row, **({'checkpoint': choice['checkpoint']} if 'checkpoint' in choice else {})}
+
+
 def write_results(path: str, rows: list[dict[str, Any]], kind: str) -> None:
     """Write result rows as CSV or JSON."""
     if kind == 'json':
@@ -209,15 +244,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             choices = candidates(args)
             if not choices:
                 raise UserError(f'nothing matches --model {args.model!r} --checkpoint {args.checkpoint!r}')
-            rows = []
+            rows, failures = [], []
             for choice in choices:
-                row = validate_with_retry(argparse.Namespace(**{**vars(args), **choice}))
-                rows.append({**row, **({'checkpoint': choice['checkpoint']} if 'checkpoint' in choice else {})})
-            rows.sort(key=lambda row: row['top1'], reverse=True)
-            if args.rank == 0:
-                if args.results_file:
+                try:
+                    rows.append(_evaluate_choice(args, choice, alone=len(choices) == 1))
+                except UserError as error:  # the others may do; those done are not lost
+                    failures.append(f'{choice.get("checkpoint") or choice.get("model") or args.model}: {error}')
+                    if len(choices) > 1 and args.rank == 0:
+                        print(failures[-1], flush=True)
+                rows.sort(key=lambda row: row['top1'], reverse=True)
+                if rows and args.rank == 0 and args.results_file:
                     write_results(args.results_file, rows, args.results_format)
-                print(f'--result\n{json.dumps(rows if len(rows) > 1 else rows[0], indent=4)}')
+            if rows and args.rank == 0:
+                print(f'--result\n{json.dumps(rows if len(choices) > 1 else rows[0], indent=4)}')
+            if failures:
+                raise UserError(failures[0] if len(choices) == 1 else f'{len(failures)} of {len(choices)} failed')
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()

@@ -1,7 +1,7 @@
 """Evaluation that counts every image exactly once, on any number of ranks."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,23 +12,38 @@ from ..data import Loader
 from .setup import autocast
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float]
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # logits, targets, places in the data set
 
 
-def predictions(
-    model: torch.nn.Module, loader: Loader, args: argparse.Namespace
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits (B, classes) in float32 and targets (B,) of this rank's images, batch by batch, in order.
+def predictions(model: torch.nn.Module, loader: Loader, args: argparse.Namespace) -> Iterator[Batch]:
+    """Logits (B, classes) in float32, targets (B,) and places in the data set (B,) of this rank's images, in order.
 
     Images that could not be read have target -1 and are left out.
     """
     model.eval()
+    seen = 0
     for images, targets in loader.epoch(0):
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), autocast(args):
             logits = model(images)
         known = targets >= 0
-        yield logits.float()[known], targets[known]
+        places = args.rank + args.world_size * torch.arange(seen, seen + len(targets), device=targets.device)
+        seen += len(targets)
+        yield logits.float()[known], targets[known], places[known]
+
+
+def _gather(parts: Sequence[Batch], world_size: int) -> Batch:
+    """Logits, targets and places of all ranks on the CPU, in the data set's order."""
+    mine = tuple(torch.cat(tensors) for tensors in zip(*parts))
+    everything: list[Any] = [mine]
+    if world_size > 1:
+        everything = [None] * world_size
+        dist.all_gather_object(everything, mine)
+    shares = filter(None, everything)  # a rank may have no image
+    logits, targets, places = (torch.cat(tensors) for tensors in zip(*shares))
+    order = places.argsort()
+    return logits[order], targets[order], places[order]
 
 
 def evaluate(
@@ -37,20 +52,22 @@ def evaluate(
     args: argparse.Namespace,
     metrics: Mapping[str, Metric] | None = None,
     on_batch: Callable[[int, ClassificationEvaluator], Any] | None = None,
+    on_all: Callable[[Batch], Any] | None = None,
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 (percent) and the number of images over the whole split, the same on every rank.
 
     Args:
         metrics: further ones, each a function of all logits (N, classes) and targets (N,) on the CPU.
         on_batch: called with the number of batches so far and the counts of this rank.
+        on_all: called once on every rank with all logits (N, classes), targets (N,) and places (N,) on the CPU, in the
+            data set's order.
     """
     evaluator = ClassificationEvaluator(args.torch_device)
-    outputs, labels = [], []
-    for step, (logits, targets) in enumerate(predictions(model, loader, args), 1):
+    parts = []
+    for step, (logits, targets, places) in enumerate(predictions(model, loader, args), 1):
         evaluator.update(logits, targets)
-        if metrics:
-            outputs.append(logits.cpu())
-            labels.append(targets.cpu())
+        if metrics or on_all:
+            parts.append((logits.cpu(), targets.cpu(), places.cpu()))
         if on_batch:
             on_batch(step, evaluator)
     distributed = args.world_size > 1
@@ -59,11 +76,9 @@ def evaluate(
     if distributed:
         dist.all_reduce(count)
     result['count'] = int(count)
-    if metrics:
-        everything: list[Any] = [(torch.cat(outputs), torch.cat(labels))]
-        if distributed:
-            everything = [None] * args.world_size
-            dist.all_gather_object(everything, (torch.cat(outputs), torch.cat(labels)))
-        logits, targets = (torch.cat([part[i] for part in everything]) for i in range(2))
-        result.update({name: float(metric(logits, targets)) for name, metric in metrics.items()})
+    if metrics or on_all:
+        logits, targets, places = _gather(parts, args.world_size)
+        if on_all:
+            on_all((logits, targets, places))
+        result.update({name: float(metric(logits, targets)) for name, metric in (metrics or {}).items()})
     return result
