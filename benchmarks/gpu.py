@@ -50,7 +50,7 @@ def scan_operands(batch: int, dim: int, length: int, state: int = 16) -> list[to
         u, delta = torch.randn(2, batch, length, dim, device='cuda', dtype=torch.bfloat16)
         A_log = torch.arange(1.0, state + 1, device='cuda').log().repeat(dim, 1)
         D, bias = torch.randn(dim, device='cuda'), torch.randn(dim, device='cuda') - 3
-        operands += [u, delta, A_log, rows[..., rank:rank + state], rows[..., rank + state:], D, bias]
+        operands += [u, delta, A_log, rows[..., rank : rank + state], rows[..., rank + state :], D, bias]
     z = torch.randn(batch, length, 2 * dim, device='cuda', dtype=torch.bfloat16)[..., dim:]
     return [x.detach().requires_grad_() for x in (*operands, z)]
 
@@ -62,41 +62,40 @@ def mamba_ssm_operands(operands: list[torch.Tensor]) -> list[torch.Tensor]:
     return [x.requires_grad_() for x in (u, delta, -A_log.exp(), B[:, None], C[:, None], D, z, bias)]
 
 
-def measure_ops() -> list[dict]:
-    """Scan of both directions, forward and forward + backward, and convolution."""
-    rows = []
-    for batch, dim, length in SCANS:
-        operands = scan_operands(batch, dim, length)
-        grad = torch.randn(batch, length, dim, device='cuda', dtype=torch.bfloat16)
-        plain = [x.detach() for x in operands]
-        weight, bias = torch.randn(dim, 4, device='cuda'), torch.randn(dim, device='cuda')
+def measure_op(batch: int, dim: int, length: int) -> dict:
+    """Milliseconds of a scan in both directions, forward and forward + backward, and of the convolution."""
+    operands = scan_operands(batch, dim, length)
+    grad = torch.randn(batch, length, dim, device='cuda', dtype=torch.bfloat16)
+    plain = [x.detach() for x in operands]
+    weight, bias = torch.randn(dim, 4, device='cuda'), torch.randn(dim, device='cuda')
 
-        def both() -> None:
-            torch.autograd.grad(triton_kernels.scan(*operands, 0.5, True, True), operands, grad)
+    def both() -> None:
+        torch.autograd.grad(triton_kernels.scan(*operands, 0.5, True, True), operands, grad)
 
-        row = {
-            'batch': batch, 'dim': dim, 'length': length,
-            'exponentials': exponentials_ms(batch, dim, length),
-            'forward': median_ms(lambda: triton_kernels.scan(*plain, 0.5, True, True), 50),
-            'forward_backward': median_ms(both, 50),
-            'conv': median_ms(lambda: triton_kernels.conv(plain[-1], weight, bias, weight, bias, True), 50),
-        }
-        if not mamba_ssm_adapter.unavailable():
-            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    row: dict[str, Any] = {'batch': batch, 'dim': dim, 'length': length}
+    row['exponentials'] = exponentials_ms(batch, dim, length)
+    row['forward'] = median_ms(lambda: triton_kernels.scan(*plain, 0.5, True, True), 50)
+    row['forward_backward'] = median_ms(both, 50)
+    row['conv'] = median_ms(lambda: triton_kernels.conv(plain[-1], weight, bias, weight, bias, True), 50)
+    if not mamba_ssm_adapter.unavailable():
+        row |= measure_mamba_ssm(operands, grad)
+    print(' '.join(f'{k} {v:.4g}' for k, v in row.items()), flush=True)
+    return row
 
-            theirs = mamba_ssm_operands(operands)
-            transposed = grad.transpose(1, 2).contiguous()
 
-            def twice() -> None:
-                for _ in range(2):
-                    torch.autograd.grad(selective_scan_fn(*theirs, True), theirs, transposed)
+def measure_mamba_ssm(operands: list[torch.Tensor], grad: torch.Tensor) -> dict[str, float]:
+    """The same two scans by mamba-ssm, without the flips and the sum that a bidirectional model adds."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-            with torch.no_grad():
-                row['mamba_ssm_forward'] = median_ms(lambda: [selective_scan_fn(*theirs, True) for _ in range(2)], 50)
-            row['mamba_ssm_forward_backward'] = median_ms(twice, 50)
-        print(' '.join(f'{k} {v:.4g}' for k, v in row.items()), flush=True)
-        rows.append(row)
-    return rows
+    theirs, grad = mamba_ssm_operands(operands), grad.transpose(1, 2).contiguous()
+
+    def both() -> None:
+        for _ in range(2):
+            torch.autograd.grad(selective_scan_fn(*theirs, True), theirs, grad)
+
+    with torch.no_grad():
+        forward = median_ms(lambda: [selective_scan_fn(*theirs, True) for _ in range(2)], 50)
+    return {'mamba_ssm_forward': forward, 'mamba_ssm_forward_backward': median_ms(both, 50)}
 
 
 def build(name: str, size: int, way: str, train: bool) -> Callable[[], None]:
@@ -223,7 +222,7 @@ def main() -> None:
         'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'vim_timm': vim_timm.__version__},
     }
     parts = {
-        'ops': measure_ops,
+        'ops': lambda: [measure_op(*shape) for shape in SCANS],
         'infer': partial(measure_models, options, False),
         'train': partial(measure_models, options, True),
     }

@@ -1,8 +1,9 @@
 """Fused GPU kernels in Triton: the bidirectional selective scan and the bidirectional causal convolution.
 
-`scan` and `conv` compute what `ops.reference` defines, on NVIDIA GPUs; Triton is imported at the first call. The kernels
-were measured on compute capability 9.0 only; they compile for 8.0 to 12.0 (`compile_targets`).
+`scan` and `conv` compute what `ops.reference` defines, on NVIDIA GPUs; Triton is imported at the first call.
+The kernels were measured on compute capability 9.0 only; they compile for 8.0 to 12.0 (`compile_targets`).
 """
+
 import importlib.util
 from typing import Optional, Tuple
 
@@ -52,40 +53,57 @@ def unsupported(u: Tensor, A: Tensor) -> str:
 
 
 def scan(
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Optional[Tensor],
-        delta_bias: Optional[Tensor],
-        u_b: Optional[Tensor],
-        delta_b: Optional[Tensor],
-        A_b: Optional[Tensor],
-        B_b: Optional[Tensor],
-        C_b: Optional[Tensor],
-        D_b: Optional[Tensor],
-        delta_bias_b: Optional[Tensor],
-        z: Optional[Tensor],
-        scale: float,
-        delta_softplus: bool,
-        A_is_log: bool,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    delta_bias: Optional[Tensor],
+    u_b: Optional[Tensor],
+    delta_b: Optional[Tensor],
+    A_b: Optional[Tensor],
+    B_b: Optional[Tensor],
+    C_b: Optional[Tensor],
+    D_b: Optional[Tensor],
+    delta_bias_b: Optional[Tensor],
+    z: Optional[Tensor],
+    scale: float,
+    delta_softplus: bool,
+    A_is_log: bool,
 ) -> Tensor:
     """`reference.scan` with float32 states, in u's dtype: (B, L, D) contiguous."""
     from .scan_op import triton_scan
 
     return triton_scan(
-        u, delta, A, B, C, D, delta_bias, u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b, z, scale, delta_softplus,
-        A_is_log)[0]
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        u_b,
+        delta_b,
+        A_b,
+        B_b,
+        C_b,
+        D_b,
+        delta_bias_b,
+        z,
+        scale,
+        delta_softplus,
+        A_is_log,
+    )[0]
 
 
 def conv(
-        x: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        weight_b: Optional[Tensor],
-        bias_b: Optional[Tensor],
-        silu: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    weight_b: Optional[Tensor],
+    bias_b: Optional[Tensor],
+    silu: bool,
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """`reference.conv` in x's dtype: (B, L, D) contiguous each. Widths over 4 run as plain aten operations."""
     from .conv_op import MAX_WIDTH, triton_conv
@@ -96,7 +114,9 @@ def conv(
     return y, None if weight_b is None else y_b
 
 
-def warmup(model: torch.nn.Module, shape: Tuple[int, ...], dtype: torch.dtype = torch.bfloat16, train: bool = False) -> None:
+def warmup(
+    model: torch.nn.Module, shape: Tuple[int, ...], dtype: torch.dtype = torch.bfloat16, train: bool = False
+) -> None:
     """Compiles the kernels that a model needs by one pass over zeros.
 
     Args:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from types import ModuleType
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import torch
 

@@ -1,4 +1,5 @@
-"""The bidirectional causal convolution as dispatcher ops over the Triton kernels (opaque for the reasons in `scan_op`)."""
+"""The bidirectional causal convolution as dispatcher ops over the Triton kernels (opaque as in `scan_op`)."""
+
 import math
 from typing import Any, Optional, Tuple
 
@@ -86,14 +87,17 @@ def triton_conv(*operands: Any) -> Tuple[Tensor, Tensor]:
 
 
 @triton_conv.register_fake
-def _(x: Tensor, weight: Tensor, bias: Optional[Tensor], weight_b: Optional[Tensor], bias_b: Optional[Tensor],
-      silu: bool) -> Tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], weight_b: Optional[Tensor], bias_b: Optional[Tensor], silu: bool
+) -> Tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape if weight_b is not None else (0,))
 
 
 @torch.library.custom_op(
-    'vim_timm::triton_conv_backward', mutates_args=(),
-    schema=f'(Tensor grad, Tensor? grad_b, {OPERANDS}) -> (Tensor, Tensor)')
+    'vim_timm::triton_conv_backward',
+    mutates_args=(),
+    schema=f'(Tensor grad, Tensor? grad_b, {OPERANDS}) -> (Tensor, Tensor)',
+)
 def triton_conv_backward(grad: Tensor, grad_b: Optional[Tensor], *operands: Any) -> Tuple[Tensor, Tensor]:
     """The gradients of x and of every tap and bias: (directions, W + 1, D) float32."""
     conv = Conv(*operands)
@@ -103,8 +107,16 @@ def triton_conv_backward(grad: Tensor, grad_b: Optional[Tensor], *operands: Any)
 
 
 @triton_conv_backward.register_fake
-def _(grad: Tensor, grad_b: Optional[Tensor], x: Tensor, weight: Tensor, bias: Optional[Tensor],
-      weight_b: Optional[Tensor], bias_b: Optional[Tensor], silu: bool) -> Tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor,
+    grad_b: Optional[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    weight_b: Optional[Tensor],
+    bias_b: Optional[Tensor],
+    silu: bool,
+) -> Tuple[Tensor, Tensor]:
     shape = (1 if weight_b is None else 2, weight.shape[1] + 1, x.shape[2])
     return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
 
@@ -117,8 +129,7 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tenso
 def backward(ctx: Any, grad: Tensor, grad_b: Tensor) -> Tuple[Optional[Tensor], ...]:
     x, weight, bias, weight_b, bias_b = ctx.saved_tensors
     two = weight_b is not None
-    grad_x, sums = triton_conv_backward(
-        grad, grad_b if two else None, x, weight, bias, weight_b, bias_b, ctx.silu)
+    grad_x, sums = triton_conv_backward(grad, grad_b if two else None, x, weight, bias, weight_b, bias_b, ctx.silu)
     grads = [grad_x, sums[0, :-1].t(), sums[0, -1], sums[-1, :-1].t(), sums[-1, -1]]
     return (*(None if t is None else g.to(t.dtype) for t, g in zip(ctx.saved_tensors, grads)), None)
 
@@ -126,7 +137,8 @@ def backward(ctx: Any, grad: Tensor, grad_b: Tensor) -> Tuple[Optional[Tensor], 
 def no_double_backward(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
         'The triton backend has no second derivative; use the reference backend '
-        "(vim_timm.ops.set_backend('reference') or VIM_TIMM_SCAN=reference) for double backward.")
+        "(vim_timm.ops.set_backend('reference') or VIM_TIMM_SCAN=reference) for double backward."
+    )
 
 
 triton_conv.register_autograd(backward, setup_context=save_operands)

@@ -1,4 +1,5 @@
 """What the launches share: the device's size, tensors with common strides, and the shape of a grid."""
+
 import functools
 import math
 import os
@@ -36,6 +37,7 @@ def alignment(*tensors: torch.Tensor) -> int:
 
 class Plan(NamedTuple):
     """How a scan is cut: channels of a program, its warps, tokens of a chunk, chunks of a sequence."""
+
     block: int
     warps: int
     chunk: int

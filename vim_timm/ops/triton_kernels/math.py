@@ -3,6 +3,7 @@
 The `.approx.ftz` forms are one instruction each; `tl.exp2` and `1 / x` would add a rescue of denormals that a scan does
 not need. `FAST` is false in Triton's interpreter, which knows no assembly.
 """
+
 import triton
 import triton.language as tl
 
@@ -14,7 +15,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 def exp2(x, FAST: tl.constexpr):
     if FAST:
         return tl.inline_asm_elementwise(
-            'ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+            'ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.exp2(x)
 
@@ -23,7 +25,8 @@ def exp2(x, FAST: tl.constexpr):
 def log2(x, FAST: tl.constexpr):
     if FAST:
         return tl.inline_asm_elementwise(
-            'lg2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+            'lg2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.log2(x)
 
@@ -32,7 +35,8 @@ def log2(x, FAST: tl.constexpr):
 def reciprocal(x, FAST: tl.constexpr):
     if FAST:
         return tl.inline_asm_elementwise(
-            'rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+            'rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return 1.0 / x
 

@@ -11,6 +11,7 @@ strides it knows nothing about (`do_not_specialize`) and an offset that is known
 leave VEC neighbouring channels to a lane. Steps are taken
 four at a time, all loads first, because a load cannot pass an earlier store.
 """
+
 import triton
 import triton.language as tl
 
@@ -21,8 +22,9 @@ RUNTIME = ['length', 'chunk', 'num_chunks', 'zero']
 
 @triton.jit
 def decays(
-        A_f, A_b, DECAY, DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, A_IS_LOG: tl.constexpr,
-):
+    A_f, A_b, DECAY,
+    DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, A_IS_LOG: tl.constexpr,
+):  # fmt: skip
     """DECAY (directions, N, DIM) = A * log2(e) from A (DIM, N), so that a step's decay is exp2(step * DECAY)."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     reverse = tl.program_id(1) > 0
@@ -74,13 +76,12 @@ def advance(h, d, u, b, a, FAST: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def scan_forward(
-        u_f, u_b, delta_f, delta_b, DECAY, B_f, B_b, C_f, C_b, D_f, D_b, bias_f, bias_b,
-        H, S, Y, BOUNDS,
-        batch, length, chunk, num_chunks, u_sb, u_sl, delta_sb, delta_sl, X_sb, X_sl, zero,
-        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
-        LOCAL: tl.constexpr, CARRY: tl.constexpr, KEEP: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-        SOFTPLUS: tl.constexpr, FAST: tl.constexpr,
-):
+    u_f, u_b, delta_f, delta_b, DECAY, B_f, B_b, C_f, C_b, D_f, D_b, bias_f, bias_b, H, S, Y, BOUNDS, batch, length,
+    chunk, num_chunks, u_sb, u_sl, delta_sb, delta_sl, X_sb, X_sl, zero,
+    DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
+    LOCAL: tl.constexpr, CARRY: tl.constexpr, KEEP: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """LOCAL: the state at the end of each chunk from a zero start (H) and the chunk's sum of steps (S).
     Otherwise y of each direction before the gate (Y), from the states in H when CARRY; with KEEP also the state before
     every fourth step (BOUNDS), from which the backward pass starts again.
@@ -193,13 +194,13 @@ def scan_forward(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def carry(
-        DECAY, H_in, H_out, S, batch, num_chunks, zero,
-        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr,
-        REVERSE: tl.constexpr,
-        FAST: tl.constexpr,
-):
-    """From each chunk's contribution (H_in) to the state that enters each chunk (H_out). REVERSE: from the last chunk to
-    the first, for the gradient of the state."""
+    DECAY, H_in, H_out, S, batch, num_chunks, zero,
+    DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, REVERSE: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """From each chunk's contribution (H_in) to the state that enters each chunk (H_out).
+
+    REVERSE: from the last chunk to the first, for the gradient of the state."""
     channels = tl.program_id(0) * BD + tl.arange(0, BD)
     cell = tl.program_id(1)
     states = tl.arange(0, NP)
@@ -229,9 +230,9 @@ def carry(
 
 @triton.jit
 def gate_forward(
-        Y, Z, OUT, rows, length, scale, Z_sb, Z_sl,
-        DIM: tl.constexpr, BLOCK: tl.constexpr, TWO: tl.constexpr, HAS_Z: tl.constexpr, FAST: tl.constexpr,
-):
+    Y, Z, OUT, rows, length, scale, Z_sb, Z_sl,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, TWO: tl.constexpr, HAS_Z: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """OUT = scale * SiLU(Z) * (Y of both directions); Y (cells, L, DIM), Z (batch, L, DIM) of any row stride."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = rows.to(tl.int64) * DIM
@@ -250,9 +251,9 @@ def gate_forward(
 
 @triton.jit
 def gate_backward(
-        GRAD, Y, Z, GRAD_Y, GRAD_Z, rows, length, scale, Z_sb, Z_sl,
-        DIM: tl.constexpr, BLOCK: tl.constexpr, TWO: tl.constexpr, FAST: tl.constexpr,
-):
+    GRAD, Y, Z, GRAD_Y, GRAD_Z, rows, length, scale, Z_sb, Z_sl,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, TWO: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """GRAD_Y = GRAD * scale * SiLU(Z), GRAD_Z = GRAD * scale * (Y of both directions) * SiLU'(Z)."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = rows.to(tl.int64) * DIM
@@ -271,11 +272,11 @@ def gate_backward(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def grad_states(
-        delta_f, delta_b, DECAY, C_f, C_b, bias_f, bias_b, GRAD_Y, Q,
-        batch, length, chunk, num_chunks, scale, delta_sb, delta_sl, X_sb, X_sl, zero,
-        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
-        HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, FAST: tl.constexpr,
-):
+    delta_f, delta_b, DECAY, C_f, C_b, bias_f, bias_b, GRAD_Y, Q, batch, length, chunk, num_chunks, scale, delta_sb,
+    delta_sl, X_sb, X_sl, zero,
+    DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """Q (cells, chunks, N, DIM): the gradient of the state that enters each chunk, from zero at the chunk's end."""
     channels = tl.program_id(0) * BD + tl.arange(0, BD)
     j = tl.program_id(1)
@@ -315,8 +316,10 @@ def grad_states(
 
 
 @triton.jit
-def store_sums(P, step, p0, p1, p2, p3, left, states, in_state,
-               N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr):
+def store_sums(
+    P, step, p0, p1, p2, p3, left, states, in_state,
+    N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """Sums over channels of four steps' (NP, BD) products to P[step * i + state]; with DOT as one bfloat16 product with
     ones on the matrix unit, else by shuffles in float32."""
     if DOT:
@@ -338,9 +341,9 @@ def store_sums(P, step, p0, p1, p2, p3, left, states, in_state,
 
 @triton.jit
 def step_backward(
-        q, h, e, d, v, u, b, c, grad, skip, grad_A, grad_bias, grad_skip, a, ok, mask, GRAD_U, GRAD_DELTA,
-        SOFTPLUS: tl.constexpr, FAST: tl.constexpr,
-):
+    q, h, e, d, v, u, b, c, grad, skip, grad_A, grad_bias, grad_skip, a, ok, mask, GRAD_U, GRAD_DELTA,
+    SOFTPLUS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """One step against time. h: the state before it; q: the gradient of the state after it from later steps. Returns q
     for the step before, the product whose sum over channels is B's gradient, and the running sums."""
     grad_h = grad[None, :] * c[:, None] + q
@@ -361,14 +364,13 @@ def step_backward(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def scan_backward(
-        u_f, u_b, delta_f, delta_b, DECAY, B_f, B_b, C_f, C_b, D_f, D_b, bias_f, bias_b,
-        GRAD_Y, BOUNDS, Q, GRAD_U, GRAD_DELTA, PART_X, PART_A, PART_V,
-        batch, cells, length, chunk, num_chunks, scale,
-        u_sb, u_sl, delta_sb, delta_sl, X_sb, X_sl, zero,
-        DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
-        CARRY: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-        A_IS_LOG: tl.constexpr, DOT: tl.constexpr, FAST: tl.constexpr,
-):
+    u_f, u_b, delta_f, delta_b, DECAY, B_f, B_b, C_f, C_b, D_f, D_b, bias_f, bias_b, GRAD_Y, BOUNDS, Q, GRAD_U,
+    GRAD_DELTA, PART_X, PART_A, PART_V, batch, cells, length, chunk, num_chunks, scale, u_sb, u_sl, delta_sb, delta_sl,
+    X_sb, X_sl, zero,
+    DIM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
+    CARRY: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, A_IS_LOG: tl.constexpr,
+    DOT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """Gradients from GRAD_Y (batch, L, DIM) times scale, four steps at a time against time: the states of a group are
     computed again from BOUNDS, and their decays serve both recurrences.
     GRAD_U, GRAD_DELTA (cells, L, DIM); partial sums, added outside in a fixed order: PART_X (channel blocks, cells,
@@ -467,20 +469,109 @@ def scan_backward(
         h3 = e2 * h2 + (d2 * u2)[None, :] * b2[:, None]
         h4 = e3 * h3 + (d3 * u3)[None, :] * b3[:, None]
         store_sums(
-            PART_X + N, X_part, h1 * g0[None, :], h2 * g1[None, :], h3 * g2[None, :], h4 * g3[None, :],
-            end - s, states, in_state, N, NP, BD, DOT, FAST)
+            PART_X + N,
+            X_part,
+            h1 * g0[None, :],
+            h2 * g1[None, :],
+            h3 * g2[None, :],
+            h4 * g3[None, :],
+            end - s,
+            states,
+            in_state,
+            N,
+            NP,
+            BD,
+            DOT,
+            FAST,
+        )
         q, p3, grad_A, grad_bias, grad_skip = step_backward(
-            q, h3, e3, d3, v3, u3, b3, c3, g3, skip, grad_A, grad_bias, grad_skip, a, ok3, in_dim & ok3,
-            GRAD_U + i3 * D_step + channels, GRAD_DELTA + i3 * D_step + channels, SOFTPLUS, FAST)
+            q,
+            h3,
+            e3,
+            d3,
+            v3,
+            u3,
+            b3,
+            c3,
+            g3,
+            skip,
+            grad_A,
+            grad_bias,
+            grad_skip,
+            a,
+            ok3,
+            in_dim & ok3,
+            GRAD_U + i3 * D_step + channels,
+            GRAD_DELTA + i3 * D_step + channels,
+            SOFTPLUS,
+            FAST,
+        )
         q, p2, grad_A, grad_bias, grad_skip = step_backward(
-            q, h2, e2, d2, v2, u2, b2, c2, g2, skip, grad_A, grad_bias, grad_skip, a, ok2, in_dim & ok2,
-            GRAD_U + i2 * D_step + channels, GRAD_DELTA + i2 * D_step + channels, SOFTPLUS, FAST)
+            q,
+            h2,
+            e2,
+            d2,
+            v2,
+            u2,
+            b2,
+            c2,
+            g2,
+            skip,
+            grad_A,
+            grad_bias,
+            grad_skip,
+            a,
+            ok2,
+            in_dim & ok2,
+            GRAD_U + i2 * D_step + channels,
+            GRAD_DELTA + i2 * D_step + channels,
+            SOFTPLUS,
+            FAST,
+        )
         q, p1, grad_A, grad_bias, grad_skip = step_backward(
-            q, h1, e1, d1, v1, u1, b1, c1, g1, skip, grad_A, grad_bias, grad_skip, a, ok1, in_dim & ok1,
-            GRAD_U + i1 * D_step + channels, GRAD_DELTA + i1 * D_step + channels, SOFTPLUS, FAST)
+            q,
+            h1,
+            e1,
+            d1,
+            v1,
+            u1,
+            b1,
+            c1,
+            g1,
+            skip,
+            grad_A,
+            grad_bias,
+            grad_skip,
+            a,
+            ok1,
+            in_dim & ok1,
+            GRAD_U + i1 * D_step + channels,
+            GRAD_DELTA + i1 * D_step + channels,
+            SOFTPLUS,
+            FAST,
+        )
         q, p0, grad_A, grad_bias, grad_skip = step_backward(
-            q, h0, e0, d0, v0, u0, b0, c0, g0, skip, grad_A, grad_bias, grad_skip, a, True, in_dim,
-            GRAD_U + channels, GRAD_DELTA + channels, SOFTPLUS, FAST)
+            q,
+            h0,
+            e0,
+            d0,
+            v0,
+            u0,
+            b0,
+            c0,
+            g0,
+            skip,
+            grad_A,
+            grad_bias,
+            grad_skip,
+            a,
+            True,
+            in_dim,
+            GRAD_U + channels,
+            GRAD_DELTA + channels,
+            SOFTPLUS,
+            FAST,
+        )
         store_sums(PART_X, X_part, p0, p1, p2, p3, end - s, states, in_state, N, NP, BD, DOT, FAST)
         u -= 4 * u_step
         delta -= 4 * delta_step

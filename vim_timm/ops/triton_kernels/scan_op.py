@@ -1,8 +1,9 @@
 """The bidirectional selective scan as dispatcher ops over the Triton kernels.
 
-Opaque `custom_op`s, not `triton_op`s: how a kernel is launched depends on addresses (the alignment of B's and C's rows),
-the batch size and the device, none of which may become guards of a compiled graph.
+Opaque `custom_op`s, not `triton_op`s: how a kernel is launched depends on addresses (the alignment of B's and C's
+rows), the batch size and the device, none of which may become guards of a compiled graph.
 """
+
 import functools
 import math
 from typing import Any, List, Optional, Tuple
@@ -34,11 +35,25 @@ class Scan:
     """The operands as the kernels take them, and the launches of one call."""
 
     def __init__(
-            self,
-            u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], bias: Optional[Tensor],
-            u_b: Optional[Tensor], delta_b: Optional[Tensor], A_b: Optional[Tensor], B_b: Optional[Tensor],
-            C_b: Optional[Tensor], D_b: Optional[Tensor], bias_b: Optional[Tensor], z: Optional[Tensor],
-            scale: float, delta_softplus: bool, A_is_log: bool,
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Optional[Tensor],
+        bias: Optional[Tensor],
+        u_b: Optional[Tensor],
+        delta_b: Optional[Tensor],
+        A_b: Optional[Tensor],
+        B_b: Optional[Tensor],
+        C_b: Optional[Tensor],
+        D_b: Optional[Tensor],
+        bias_b: Optional[Tensor],
+        z: Optional[Tensor],
+        scale: float,
+        delta_softplus: bool,
+        A_is_log: bool,
     ) -> None:
         from . import scan_kernels
 
@@ -68,8 +83,10 @@ class Scan:
         return math.ceil(self.dim / cut.block)
 
     def operands(self) -> List[Tensor]:
-        return [self.u, self.u_b, self.delta, self.delta_b, self.decay, self.B, self.B_b, self.C, self.C_b,
-                self.D, self.D_b, self.bias, self.bias_b]
+        return [
+            self.u, self.u_b, self.delta, self.delta_b, self.decay, self.B, self.B_b, self.C, self.C_b,
+            self.D, self.D_b, self.bias, self.bias_b,
+        ]  # fmt: skip
 
     def lengths(self, cut: Plan) -> List[int]:
         return [self.length, cut.chunk, cut.chunks]
@@ -82,7 +99,8 @@ class Scan:
     def decay(self) -> Tensor:
         decay = self.empty(self.directions, self.state, self.dim)
         self.kernels.decays[math.ceil(self.A.numel() / 1024), self.directions](
-            self.A, self.A_b, decay, DIM=self.dim, N=self.state, BLOCK=1024, A_IS_LOG=self.A_is_log)
+            self.A, self.A_b, decay, DIM=self.dim, N=self.state, BLOCK=1024, A_IS_LOG=self.A_is_log,
+        )  # fmt: skip
         return decay
 
     def forward(self, H: Tensor, S: Tensor, Y: Tensor, bounds: Optional[Tensor], local: bool) -> None:
@@ -91,14 +109,16 @@ class Scan:
             *self.operands(), H, S, Y, or_else(bounds, H), self.batch, *self.lengths(cut),
             *self.u.stride()[:2], *self.strides(),
             BD=cut.block, VEC=cut.vec, LOCAL=local, CARRY=cut.chunks > 1, KEEP=bounds is not None,
-            **self.sizes, **self.skip, **self.step, **self.rows, num_warps=cut.warps)
+            **self.sizes, **self.skip, **self.step, **self.rows, num_warps=cut.warps,
+        )  # fmt: skip
 
     def carry(self, contributions: Tensor, S: Tensor, reverse: bool) -> Tensor:
         cut = self.cut
         states = torch.empty_like(contributions)
         self.kernels.carry[self.blocks(cut), self.cells](
             self.decay, contributions, states, S, self.batch, cut.chunks, 0,
-            BD=cut.block, VEC=cut.vec, REVERSE=reverse, **self.sizes, num_warps=cut.warps)
+            BD=cut.block, VEC=cut.vec, REVERSE=reverse, **self.sizes, num_warps=cut.warps,
+        )  # fmt: skip
         return states
 
     def first_states(self) -> Tuple[Tensor, Tensor]:
@@ -113,7 +133,8 @@ class Scan:
         z = or_else(self.z, out)
         self.kernels.gate_forward[math.ceil(out.numel() / 1024),](
             Y, z, out, self.batch * self.length, self.length, self.scale, *z.stride()[:2],
-            DIM=self.dim, BLOCK=1024, TWO=self.directions == 2, HAS_Z=self.z is not None, FAST=not INTERPRET)
+            DIM=self.dim, BLOCK=1024, TWO=self.directions == 2, HAS_Z=self.z is not None, FAST=not INTERPRET,
+        )  # fmt: skip
         return out
 
     def gate_backward(self, grad: Tensor, Y: Tensor, z: Tensor) -> Tuple[Tensor, Tensor]:
@@ -121,7 +142,8 @@ class Scan:
         grad_z = torch.empty_like(grad_y, dtype=z.dtype)
         self.kernels.gate_backward[math.ceil(grad.numel() / 1024),](
             grad, Y, z, grad_y, grad_z, self.batch * self.length, self.length, self.scale, *z.stride()[:2],
-            DIM=self.dim, BLOCK=1024, TWO=self.directions == 2, FAST=not INTERPRET)
+            DIM=self.dim, BLOCK=1024, TWO=self.directions == 2, FAST=not INTERPRET,
+        )  # fmt: skip
         return grad_y, grad_z
 
     def last_gradients(self, grad_y: Tensor, scale: float, S: Tensor) -> Tensor:
@@ -131,12 +153,13 @@ class Scan:
         self.kernels.grad_states[self.blocks(cut), cut.chunks, self.cells](
             self.delta, self.delta_b, self.decay, self.C, self.C_b, self.bias, self.bias_b, grad_y, local,
             self.batch, *self.lengths(cut), scale, *self.strides(),
-            BD=cut.block, VEC=cut.vec, **self.sizes, **self.step, **self.rows, num_warps=cut.warps)
+            BD=cut.block, VEC=cut.vec, **self.sizes, **self.step, **self.rows, num_warps=cut.warps,
+        )  # fmt: skip
         return self.carry(local, S, reverse=True)
 
     def backward(self, grad_y: Tensor, scale: float, bounds: Tensor, Q: Tensor, cut: Plan) -> List[Tensor]:
-        """Gradients of u, delta (directions, B, L, D), of B and C (directions, B, L, 2, N), of A (directions, D, N), and
-        of D and delta_bias (directions, 2, D)."""
+        """Gradients of u, delta (directions, B, L, D), of B and C (directions, B, L, 2, N), of A (directions, D, N), of
+        D and delta_bias (directions, 2, D)."""
         blocks, directions, batch = self.blocks(cut), self.directions, self.batch
         grad_u = self.empty(directions, batch, self.length, self.dim, dtype=self.u.dtype)
         grad_delta = torch.empty_like(grad_u, dtype=self.delta.dtype)
@@ -148,16 +171,17 @@ class Scan:
         self.kernels.scan_backward[blocks, cut.chunks, self.cells](
             *self.operands(), grad_y, bounds, Q, grad_u, grad_delta, part_X, part_A, part_V,
             self.batch, self.cells, *self.lengths(cut), scale, *self.u.stride()[:2], *self.strides(),
-            BD=cut.block, VEC=cut.vec, CARRY=cut.chunks > 1, A_IS_LOG=self.A_is_log, DOT=dot, **self.sizes, **self.skip, **self.step, **self.rows,
-            num_warps=cut.warps, num_stages=1)
+            BD=cut.block, VEC=cut.vec, CARRY=cut.chunks > 1, A_IS_LOG=self.A_is_log, DOT=dot,
+            **self.sizes, **self.skip, **self.step, **self.rows, num_warps=cut.warps, num_stages=1,
+        )  # fmt: skip
         grad_X = torch.empty_like(part_X[0], dtype=self.B.dtype)
         self.kernels.sum_parts[math.ceil(grad_X.numel() / 1024),](
-            part_X, grad_X, grad_X.numel(), PARTS_COUNT=blocks, BLOCK=1024)
+            part_X, grad_X, grad_X.numel(), PARTS_COUNT=blocks, BLOCK=1024,
+        )  # fmt: skip
         return [grad_u, grad_delta, grad_X, part_A.sum(1), part_V.sum(1)]
 
 
-@torch.library.custom_op(
-    'vim_timm::triton_scan', mutates_args=(), schema=f'({OPERANDS}) -> (Tensor, Tensor, Tensor)')
+@torch.library.custom_op('vim_timm::triton_scan', mutates_args=(), schema=f'({OPERANDS}) -> (Tensor, Tensor, Tensor)')
 def triton_scan(*operands: Any) -> Tuple[Tensor, Tensor, Tensor]:
     """The output and, of a scan in chunks, each chunk's first state and sum of steps for the backward pass."""
     scan = Scan(*operands)
@@ -182,8 +206,10 @@ def _(*operands: Any) -> Tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op(
-    'vim_timm::triton_scan_backward', mutates_args=(),
-    schema=f'(Tensor grad, Tensor H, Tensor S, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+    'vim_timm::triton_scan_backward',
+    mutates_args=(),
+    schema=f'(Tensor grad, Tensor H, Tensor S, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+)
 def triton_scan_backward(grad: Tensor, H: Tensor, S: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
     """The five gradients of `Scan.backward` and that of z (empty without z)."""
     scan = Scan(*operands)
@@ -231,7 +257,9 @@ def backward(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
     grad_u, grad_delta, grad_X, grad_A, grad_V, grad_z = triton_scan_backward(grad, H, S, *operands, *ctx.flags)
     grads: List[Optional[Tensor]] = []
     for i in range(grad_u.shape[0]):
-        grads += [grad_u[i], grad_delta[i], grad_A[i], grad_X[i, :, :, 0], grad_X[i, :, :, 1], grad_V[i, 0], grad_V[i, 1]]
+        grad_B, grad_C = grad_X[i].unbind(2)
+        grad_D, grad_bias = grad_V[i]
+        grads += [grad_u[i], grad_delta[i], grad_A[i], grad_B, grad_C, grad_D, grad_bias]
     grads += [None] * (14 - len(grads)) + [grad_z]
     return (*(None if x is None or g is None else g.to(x.dtype) for x, g in zip(operands, grads)), None, None, None)
 
@@ -239,7 +267,8 @@ def backward(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
 def no_double_backward(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
         'The triton backend has no second derivative; use the reference backend '
-        "(vim_timm.ops.set_backend('reference') or VIM_TIMM_SCAN=reference) for double backward.")
+        "(vim_timm.ops.set_backend('reference') or VIM_TIMM_SCAN=reference) for double backward."
+    )
 
 
 triton_scan.register_autograd(backward, setup_context=save_operands)
@@ -258,7 +287,20 @@ def _(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, u_b: 
 
 
 @register_flop_formula(torch.ops.vim_timm.triton_scan_backward)
-def _(grad: Any, H: Any, S: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, u_b: Any,
-      *args: Any, **kwargs: Any) -> int:
+def _(
+    grad: Any,
+    H: Any,
+    S: Any,
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    delta_bias: Any,
+    u_b: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
     # The states once more, then two operations for each of the forward's.
     return 3 * scan_flop(u, A, u_b is not None)
