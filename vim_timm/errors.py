@@ -38,7 +38,7 @@ def sentence(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    if any(line.startswith('Traceback') for line in lines):
+    if any('Traceback (most recent call last)' in line for line in lines):
         return lines[-1].split(': ', 1)[-1]
     text = lines[0] + (f' {lines[1]}' if lines[0].endswith(':') and len(lines) > 1 else '')
     return text if len(text) <= 400 else f'{text[:400]} ...'

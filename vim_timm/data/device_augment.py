@@ -115,8 +115,8 @@ class Augmentation:
         # a flipped image is one whose weights are
         rows = torch.where((uniform[:, VFLIP] < self.vflip)[:, None, None], rows.flip(1), rows)
         columns = torch.where((uniform[:, HFLIP] < self.hflip)[:, None, None], columns.flip(1), columns)
-        lines = (images.float() @ columns.mT[:, None]).round().clamp(0, 255)  # Pillow rounds between its two passes
-        result = (rows[:, None] @ lines).round().clamp(0, 255)
+        # Pillow rounds and clips between its two passes as well, in an order that depends on its version
+        result = (rows[:, None] @ images.float() @ columns.mT[:, None]).round().clamp(0, 255)
         if self.color_jitter:
             orders = torch.tensor(list(itertools.permutations(range(3))), device=images.device)
             order = orders[(uniform[:, ORDER] * len(orders)).long()]
