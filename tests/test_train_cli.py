@@ -105,6 +105,11 @@ def test_files_of_a_run(run):
     assert [float(row['eval_top1']) for row in table] == [row['eval_top1'] for row in rows]
 
 
+def test_settings_of_a_run_start_another(run):
+    folder, rows = run(DIGITS)
+    assert run(f'--config {folder / "args.yaml"}', name='b')[1] == rows
+
+
 def test_checkpoint_loads_in_timm(run):
     folder, _ = run(DIGITS)
     model = timm.create_model('test_vit', in_chans=1, img_size=16, num_classes=10)

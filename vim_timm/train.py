@@ -24,6 +24,7 @@ from .errors import UserError, run
 from .flags import TRAIN
 
 PROGRAM = 'train.py'
+LAYERS = ('data', 'config', 'recipe')  # where settings came from, which args.yaml need not say
 DESCRIPTION = """Train an image classifier with timm's library; flags have the names, defaults and meanings of timm's
 train.py. Without data, recipe or --config it trains on the embedded digits (the recipe `digits`)."""
 
@@ -131,7 +132,7 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
         return trainer
     if trainer.primary:
         os.makedirs(folder, exist_ok=True)
-        text = yaml.safe_dump(args.settings)
+        text = yaml.safe_dump({name: value for name, value in args.settings.items() if name not in LAYERS})
         checkpoint.write_atomically(os.path.join(folder, 'args.yaml'), lambda file: file.write(text.encode()))
     trainer.run()
     return trainer

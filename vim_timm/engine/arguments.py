@@ -98,7 +98,8 @@ def parse(
     if not given.keys() & {'data_dir', 'dataset', 'recipe', 'config'}:
         given['recipe'] = fallback_recipe
     chosen = {**(layer or {}), **_recipe(given.get('recipe'), actions), **_yaml(given.get('config'), actions), **given}
-    defaults = {row[0].split()[0].lstrip('-').replace('-', '_'): row[2] for rows in table.values() for row in rows}
+    rows = [row for rows in table.values() for row in rows if row[1] is not refused]
+    defaults = {names.split()[0].lstrip('-').replace('-', '_'): default for names, _, default, _ in rows}
     settings = {'data': None, 'config': None, 'recipe': None, **defaults, **chosen}
     return argparse.Namespace(**settings), set(chosen)
 
