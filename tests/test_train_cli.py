@@ -83,6 +83,18 @@ def test_validate_prints_what_training_saw(flags, run, evaluate):
     assert evaluate(*spelled, '--checkpoint', folder / 'last.pth.tar', *flags.split())['top1'] == result['top1']
 
 
+def test_a_deprecated_model_name_stands_for_the_current_one(tmp_path, run, evaluate, capsys):
+    old = 'vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2'
+    root = make_images(tmp_path / 'images', count=2)
+    folder, rows = run(f'{BASE} --model {old} --img-size 32 --batch-size 4', str(root))
+    assert f'{old} is a deprecated name of vim_tiny_patch16_224' in capsys.readouterr().out
+    saved = torch.load(folder / 'last.pth.tar', weights_only=True)
+    assert saved['arch'] == saved['args']['model'] == 'vim_tiny_patch16_224'
+    result = evaluate('--checkpoint', folder / 'last.pth.tar', '--model', old)
+    assert result['model'] == 'vim_tiny_patch16_224'
+    assert result['top1'] == pytest.approx(rows[-1]['eval_top1'], abs=0.01)
+
+
 def test_validate_takes_the_average_when_asked(run, evaluate):
     folder, rows = run(DIGITS, *'--epochs 2 --model-ema --model-ema-decay 0.9'.split())
     assert evaluate('--checkpoint', folder / 'last.pth.tar')['top1'] == pytest.approx(rows[-1]['eval_top1'], abs=0.01)

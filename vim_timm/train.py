@@ -108,6 +108,7 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
     datasets = make_datasets(args, hooks)
     model = setup.make_training_model(args)
     args.num_classes = args.settings['num_classes'] = args.num_classes or model.num_classes
+    args.settings['model'] = args.model
     data_config = resolve_input_data_config(model, vars(args))
     model = setup.place_model(args, model, data_config['input_size'])
     train_data = data.train_loader(args, datasets[0], data_config)

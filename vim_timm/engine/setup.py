@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss
-from timm.models import create_model, resolve_model_input_args
+from timm.models import create_model, get_deprecated_models, resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import (
     ClassificationTask,
@@ -76,6 +76,11 @@ def make_model(args: argparse.Namespace, **kwargs: Any) -> torch.nn.Module:
     Raises:
         UserError: unknown model or argument, a size that does not fit, weights that cannot be had or do not fit.
     """
+    current = get_deprecated_models().get(args.model)
+    if current:  # timm's shim of a deprecated name would build the model without its configuration
+        if args.rank == 0:
+            print(f'warning: --model {args.model} is a deprecated name of {current}, which is used', flush=True)
+        args.model = current
     name = args.model.partition('.')[0]
     if ':' not in args.model and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
