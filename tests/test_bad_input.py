@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -226,6 +228,21 @@ def test_unreadable_evaluation_image_is_not_counted(folder, tmp_path, capsys):
     flags += ['--checkpoint', str(tmp_path / 'w.pth'), '--results-file', str(path), '--results-format', 'json']
     assert validate.main(flags) == 0
     assert json.loads(path.read_text())['count'] == 7
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='POSIX')
+def test_dead_worker_ends_the_run(tmp_path):
+    command = [sys.executable, '-m', 'vim_timm.train', *BASE.split(), '--epochs', '300', '--workers', '2']
+    command += ['--output', str(tmp_path), '--experiment', 'a']
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (tmp_path / 'a' / 'last.pth.tar').exists():
+        time.sleep(0.1)
+    worker = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()[0]
+    os.kill(int(worker), signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 3
+    assert 'data loading process died' in error and 'Traceback' not in error
+    torch.load(tmp_path / 'a' / 'last.pth.tar', weights_only=True)
 
 
 def test_full_disk_keeps_the_last_checkpoint(tmp_path):

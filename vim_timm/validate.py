@@ -44,6 +44,7 @@ _SAME = (
     'img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs amp amp_dtype '
     'model_dtype'
 )
+_DATA = {'data_dir', 'dataset', 'class_map', 'input_img_mode', 'input_key', 'target_key', 'split', 'num_samples'}
 _INHERITED = {**{name: name for name in _SAME.split()}, 'val_split': 'split', 'val_num_samples': 'num_samples'}
 
 
@@ -57,6 +58,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         saved = checkpoint.read(first.checkpoint).get('args')
         if isinstance(saved, dict):
             layer = {ours: saved[theirs] for theirs, ours in _INHERITED.items() if saved.get(theirs) is not None}
+        if chosen & {'data_dir', 'dataset'}:  # other data than it was trained on
+            layer = {name: value for name, value in layer.items() if name not in _DATA}
     args, _ = parse(PROGRAM, VALIDATE, argv, DESCRIPTION, layer=layer)
     args.chosen = chosen
     if not args.data_dir and not args.dataset:
