@@ -53,6 +53,7 @@ DEVICE: list[Row] = [
     ('--pin-mem', bool, False, 'pin host memory for the copy to the device'),
     ('--no-prefetcher', bool, False, 'normalize and erase on the CPU, in the workers'),
     ('--seed', int, 42, 'random seed'),
+    ('--deterministic', bool, False, 'deterministic kernels: two runs on one kind of device are bit-equal'),
     ('--dist-timeout', float, 600.0, 'seconds after which a silent rank ends a distributed run'),
     ('--max-unreadable', int, 10, 'unreadable images to skip, in each worker, before the run ends'),
 ]

@@ -1,6 +1,7 @@
 """The training loop. Its whole state is model, average, optimizer, scaler, the log's rows and (epoch, step)."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
+from timm.models import clean_state_dict
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
@@ -143,13 +145,12 @@ class Trainer:
         if 'state_dict' not in content:
             raise UserError(f'{path} is no training checkpoint: start from it with --initial-checkpoint')
         with explain(f'checkpoint {path} does not fit this run'):
-            clean = checkpoint.clean_state_dict
-            weights = clean(content['state_dict'])
+            weights = clean_state_dict(content['state_dict'])
             checkpoint.check_fit(unwrap_model(self.task.get_eval_model()), weights, path)
             self.task.load_checkpoint_state(weights, content.get('task_state'))
             if self.task.has_ema():
                 average = content.get('state_dict_ema') or content['state_dict']
-                self.task.load_checkpoint_state(clean(average), content.get('task_state_ema'), ema=True)
+                self.task.load_checkpoint_state(clean_state_dict(average), content.get('task_state_ema'), ema=True)
             self.rows = list(content.get('history', []))
             self.epoch, self.step = checkpoint.progress_of(content)
             if self.args.start_epoch is not None:
@@ -259,7 +260,7 @@ class Trainer:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.mixup:
             images, targets = self.mixup(images, targets)
-        with torch.enable_grad() if sync else self.task.no_sync():
+        with contextlib.nullcontext() if sync else self.task.no_sync():
             with autocast(args):
                 loss = self.task(images, targets)['loss']
             self.scaler.scale(loss / group).backward()

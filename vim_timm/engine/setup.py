@@ -51,6 +51,9 @@ def start_process(args: argparse.Namespace, chosen: set[str]) -> None:
     with explain(f'--device {args.device}'):
         args.torch_device = torch.device(args.device)
         torch.empty(0, device=args.torch_device)
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
     if args.torch_device.type == 'cuda':
         torch.cuda.set_device(args.torch_device.index or 0)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
