@@ -59,15 +59,20 @@ def assert_same_run(folder, one, other):
     assert checkpoints == sorted(os.listdir(folder / other))
 
 
+@pytest.mark.timeout(300 + 90 * KILLS)
 def test_killed_and_resumed_run_is_the_run_never_killed(tmp_path):
-    flags = [*HARD.split(), '--workers', '2', '--epochs', '3', '--checkpoint-hist', '2', '--checkpoint-every', '2']
+    flags = [*HARD.split(), '--workers', '2', '--epochs', str(3 + KILLS // 3)]
+    flags += ['--checkpoint-hist', '2', '--checkpoint-every', '2']
     started = time.time()
-    assert run(tmp_path, 'whole', *flags).returncode == 0
-    longest = time.time() - started
+    whole = run(tmp_path, 'whole', *flags, wait=False)
+    while not (tmp_path / 'whole' / 'last.pth.tar').exists():
+        time.sleep(0.05)
+    an_epoch = time.time() - started  # most of it is starting up
+    assert whole.communicate() and whole.returncode == 0
     dice = random.Random(0)
     for _ in range(KILLS):
         process = run(tmp_path, 'cut', *flags, '--resume', 'auto', wait=False)
-        time.sleep(dice.uniform(0.4, 0.9) * longest)
+        time.sleep(dice.uniform(0.6, 1.2) * an_epoch)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert run(tmp_path, 'cut', *flags, '--resume', 'auto').returncode == 0

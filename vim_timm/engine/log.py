@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 import time
 from typing import Any
@@ -47,7 +48,8 @@ class Progress:
     def show(self, text: str, last: bool) -> None:
         """Print a line that the next one may replace."""
         if self.terminal:
-            print(f'\r\x1b[K{text}', end='\n' if last else '', flush=True)
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be rewritten
+            print(f'\r\x1b[K{text if last else text[:width]}', end='\n' if last else '', flush=True)
         else:
             print(text, flush=True)
 
