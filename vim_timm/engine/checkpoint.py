@@ -4,15 +4,13 @@ import glob
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import torch
-from timm.models import clean_state_dict, load_state_dict
-from timm.models._helpers import _torch_load
 
 from ..errors import UserError, explain
+from ..models.checkpoint import has_average, read_checkpoint, select_weights
 
 EXTENSION = '.pth.tar'
 
@@ -53,41 +51,26 @@ def duplicate(source: str, path: str) -> None:
 
 
 def read(path: str) -> dict[str, Any]:
-    """A checkpoint as a dict of tensors and plain values, on the CPU.
+    """What `read_checkpoint` reads.
 
     Raises:
-        UserError: no such file, not a checkpoint, truncated, or a pickle that would run code (nothing of it runs).
+        UserError: what is wrong with the file.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'there is no checkpoint {path}')
-    try:
-        with explain(f'checkpoint {path}'), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch warns of foreign pickles, which end in a sentence below
-            content = _torch_load(path, map_location='cpu', weights_only=True)
-    except UserError as error:
-        if 'weights_only' in str(error):
-            raise UserError(f'checkpoint {path} is refused: it is a pickle that would run code') from error
-        raise UserError(f'checkpoint {path} is truncated or no checkpoint at all') from error
-    if not isinstance(content, dict):
-        raise UserError(f'checkpoint {path} holds no state dict')
-    return content
+    with explain():
+        return read_checkpoint(path)
 
 
 def load_weights(model: torch.nn.Module, path: str, use_ema: bool) -> None:
     """Load a training checkpoint, a state dict or a safetensors file strictly into a model.
 
+    Args:
+        use_ema: take the moving average, where the checkpoint has one.
+
     Raises:
         UserError: as `read`, or the weights belong to another model.
     """
-    if path.endswith('.safetensors'):
-        if not os.path.isfile(path):
-            raise UserError(f'there is no checkpoint {path}')
-        with explain(f'checkpoint {path} cannot be read'):
-            state = load_state_dict(path, device='cpu')
-    else:
-        content = read(path)
-        keys = ['state_dict_ema', 'model_ema'] * use_ema + ['state_dict', 'model']
-        state = clean_state_dict(next((content[key] for key in keys if content.get(key) is not None), content))
+    content = read(path)
+    state = select_weights(content, use_ema and has_average(content))
     with explain(f'checkpoint {path}'):
         own = model.state_dict()
         if state.keys() != own.keys():

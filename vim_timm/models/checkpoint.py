@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import warnings
 from pathlib import Path
 from typing import Any, Dict, Set, Union
 
@@ -31,16 +32,22 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     try:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch warns of foreign pickles, which end in a sentence below
             content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         if 'weights_only' in str(e) or 'Unsupported' in str(e):
-            message = f'{path} holds more than weights and was not loaded, as that could run code'
+            message = f'{path} is refused: it holds more than weights, a pickle that would run code'
             raise CheckpointError(message) from e
         raise CheckpointError(f'{path} is truncated or no checkpoint ({type(e).__name__})') from e
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a dictionary of weights')
     return content
+
+
+def has_average(content: Dict[str, Any]) -> bool:
+    """Whether a training checkpoint holds a moving average of its weights."""
+    return any(content.get(key) is not None for key in _EMA_WEIGHTS)
 
 
 def select_weights(content: Dict[str, Any], use_ema: bool = False) -> Dict[str, torch.Tensor]:
