@@ -205,6 +205,31 @@ def test_fake_outputs_match_those_of_a_scan_in_chunks():
 
 
 @kernels
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_one_graph_holds_a_block_forward_and_backward(dynamic):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def block(x, weight, bias, *operands):
+        u, u_b = triton_kernels.conv(x, weight, bias, weight, bias, True)
+        delta, A, B, C, D, delta_bias = operands
+        one = (delta, A, B, C, D, delta_bias)
+        return triton_kernels.scan(u, *one, u_b, *one, x, 0.5, True, True).sin()
+
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend=counter)
+    for batch in (2, 3):
+        u, *operands = scan_operands(batch, 5, 4, 2, two=False, gate=False)[:7]
+        leaves = [u, torch.randn(4, 4, device=DEVICE), torch.randn(4, device=DEVICE), *operands]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        results = []
+        for function in (block, compiled):
+            y = function(*leaves)
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert counter.frame_count <= (1 if dynamic else 2)
+
+
+@kernels
 def test_double_backward_names_the_reference():
     operands = [x if x is None else x.requires_grad_() for x in scan_operands(1, 3, 4, 2, skip=False, gate=False)]
     leaves = [x for x in operands if x is not None and x.is_leaf]
@@ -237,6 +262,16 @@ def test_kernels_are_not_loaded_before_a_gpu_needs_them():
     code = 'import sys, vim_timm.ops as o; o.triton_kernels.unavailable(); print([*sys.modules])'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert 'triton_kernels' in result.stdout and 'scan_kernels' not in result.stdout
+
+
+@pytest.mark.skipif(INTERPRETER, reason='the interpreter compiles nothing')
+@pytest.mark.parametrize('target', ['80', '86', '89', '90', '100', '120'])
+def test_kernels_compile_within_the_shared_memory_of_every_gpu(target):
+    pytest.importorskip('triton')
+    command = [sys.executable, '-m', 'vim_timm.ops.triton_kernels.compile_targets', '--targets', target]
+    result = subprocess.run([*command, '--dims', '384'], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-2000:]
+    assert 'scan_backward' in result.stdout and 'conv_backward' in result.stdout
 
 
 @only_gpu

@@ -61,12 +61,12 @@ def plan(cells: int, length: int, dim: int, state: int, sms: int) -> Plan:
     """
     warps = max(1, state // 32)
     block = 64 if state <= 16 and dim % 64 == 0 else 32
-    programs = cells * math.ceil(dim / block) * warps
+    programs = cells * -(-dim // block) * warps
     wanted = WARPS_PER_SM * sms
     if 3 * programs >= wanted or length < 2 * MIN_CHUNK:
         return Plan(block, warps, length, 1)
-    chunk = max(MIN_CHUNK, 16 * math.ceil(length / (wanted // programs) / 16))
-    return Plan(block, warps, chunk, math.ceil(length / chunk))
+    chunk = max(MIN_CHUNK, 16 * -(-length // (wanted // programs * 16)))
+    return Plan(block, warps, chunk, -(-length // chunk))
 
 
 def or_else(tensor: Optional[torch.Tensor], other: torch.Tensor) -> torch.Tensor:
