@@ -22,6 +22,7 @@ from .engine.arguments import parse
 from .engine.loop import Hooks, Trainer
 from .errors import UserError, run
 from .flags import TRAIN
+from .report.curves import write_curves
 
 PROGRAM = 'train.py'
 LAYERS = ('data', 'config', 'recipe')  # where settings came from, which args.yaml need not say
@@ -157,15 +158,20 @@ def announce(args: argparse.Namespace, trainer: Trainer, model: torch.nn.Module,
 
 
 def farewell(trainer: Trainer) -> None:
-    """Print the result and what to try next."""
+    """Print the result and what to try next, and draw the curves."""
     ranking = trainer.saver.ranking(trainer.rows)
     if not ranking:
         return
     best = next(row for row in trainer.rows if row['epoch'] == ranking[0])
     trainer.progress.say(f'best {trainer.args.eval_metric}: {best[trainer.metric]:.2f} in epoch {best["epoch"]}')
+    if trainer.primary:
+        try:
+            trainer.progress.say(f'curves: {write_curves(trainer.folder, trainer.rows)}')
+        except UserError as error:  # the run is complete without them
+            trainer.progress.say(f'no curves: {error}')
     path = trainer.saver.path('model_best')
     if os.path.exists(path):
-        trainer.progress.say(f'evaluate it: python validate.py --checkpoint {path}')
+        trainer.progress.say(f'evaluate it: python validate.py --checkpoint {path} --report {trainer.folder}/report')
     if trainer.args.recipe == 'digits':
         trainer.progress.say(
             'next: your own images, one folder a class in FOLDER/train and FOLDER/validation:\n'

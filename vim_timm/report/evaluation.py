@@ -60,7 +60,8 @@ def write_report(folder: str, evaluation: Evaluation) -> None:
     files: dict[str, bytes] = {
         'report.json': _json(_summary(evaluation, pairs, shown)),
         'per_class.csv': _csv(
-            ['class', *scores.per_class], zip(scores.names, *map(_rounded, scores.per_class.values()))
+            ['label', 'class', *scores.per_class],
+            zip(range(len(scores.names)), scores.names, *map(_rounded, scores.per_class.values())),
         ),
         'confusion_matrix.csv': _csv(
             ['true \\ predicted', *scores.names],

@@ -37,6 +37,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .28rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, .text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 thead th { position: sticky; top: 0; background: var(--card); cursor: pointer; }
+tfoot { position: sticky; bottom: 0; background: var(--card); color: var(--soft); }
+tfoot tr:first-child td { border-top: 2px solid var(--line); }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .7rem; }
 .sample { background: var(--card); border: 1px solid var(--line); border-top: 3px solid var(--right); padding: .55rem;
   border-radius: 8px; font-size: .8rem; min-width: 0; }
@@ -83,8 +85,13 @@ def tiles(values: Mapping[str, str]) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]], text: int = 1) -> str:
-    """A table that sorts by a click on its head; the first `text` columns are names, the others numbers."""
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[Any]], text: int = 1, totals: Iterable[Sequence[Any]] = ()
+) -> str:
+    """A table that sorts by a click on its head, but for its totals.
+
+    The first `text` columns are names, the others numbers.
+    """
 
     def cells(tag: str, values: Iterable[Any]) -> str:
         return ''.join(
@@ -92,10 +99,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], text: int = 1) -
             for i, value in enumerate(values)
         )
 
-    body = ''.join(f'<tr>{cells("td", row)}</tr>' for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells("th", header)}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    def lines(tag: str, values: Iterable[Sequence[Any]]) -> str:
+        return f'<{tag}>{"".join("<tr>" + cells("td", row) + "</tr>" for row in values)}</{tag}>'
+
+    head = f'<thead><tr>{cells("th", header)}</tr></thead>'
+    return f'<div class="scroll"><table>{head}{lines("tbody", rows)}{lines("tfoot", totals)}</table></div>'
 
 
 def _number(value: Any) -> str:
@@ -157,14 +165,11 @@ def _headline(row: Mapping[str, Any], facts: Mapping[str, Any], scores: Scores) 
 
 def _classes(scores: Scores, png: bytes) -> str:
     columns = [values.tolist() for values in scores.per_class.values()]
-    rows = list(zip(scores.names, *columns))
+    rows = zip(range(len(scores.names)), scores.names, *columns)
     support = int(scores.per_class['support'].sum())
-    averages = [(f'{name} average', *values.values(), support) for name, values in scores.averages.items()]
-    listing = table(['class', 'precision', 'recall', 'F1', 'images'], rows)
-    means = table(['average', 'precision', 'recall', 'F1', 'images'], averages)
-    return (
-        f'<div class="columns">{figure(png, "precision, recall and F1")}<div class="card">{listing}{means}</div></div>'
-    )
+    averages = [('', f'{name} average', *values.values(), support) for name, values in scores.averages.items()]
+    listing = table(['#', 'class', 'precision', 'recall', 'F1', 'images'], rows, text=2, totals=averages)
+    return f'<div class="columns">{figure(png, "precision, recall and F1")}<div class="card">{listing}</div></div>'
 
 
 def _confusion(scores: Scores, pairs: Sequence[Mapping[str, Any]], pngs: Mapping[str, bytes]) -> list[str]:

@@ -11,14 +11,15 @@ from .metrics import Scores
 
 RIGHT, WRONG, GREY = '#2f6db3', '#d9601a', '#6b7280'
 COLOURS = (RIGHT, WRONG, '#2a9d6f', '#8a5cb8', '#b08a1e', GREY)
+# Up to so many classes a confusion matrix has cells in their true size, every name on its axes, numbers in its cells.
+LARGE, NAMED, WRITTEN = 200, 60, 25
 STYLE: dict[Any, Any] = {
     'font.size': 10, 'axes.titlesize': 11, 'axes.titleweight': 'bold', 'axes.spines.top': False,
     'axes.spines.right': False, 'axes.edgecolor': GREY, 'axes.grid': True, 'grid.color': '#e5e7eb',
     'grid.linewidth': 0.8, 'axes.axisbelow': True, 'xtick.color': '#374151', 'ytick.color': '#374151',
     'axes.labelcolor': '#111827', 'legend.frameon': False, 'text.parse_math': False,
-    'savefig.dpi': 150, 'figure.constrained_layout.use': True,
+    'savefig.dpi': 150, 'savefig.bbox': 'tight', 'figure.constrained_layout.use': True,
 }  # fmt: skip
-NAMED, WRITTEN = 60, 25  # up to so many classes a matrix has names on its axes, and a number in each cell
 
 
 def shorten(name: str, length: int = 24) -> str:
@@ -45,47 +46,76 @@ def _png(figure: Any) -> bytes:
 def confusion_matrix(matrix: np.ndarray, names: Sequence[str], percent: bool) -> bytes:
     """Heat map of a confusion matrix (C, C): of counts, or of each row in percent.
 
-    A small matrix has names and numbers; in a large one every cell is at least two pixels wide, and colour is
-    logarithmic, so that single mistakes are seen.
+    What is right and what is wrong have a colour scale each, so that single mistakes are seen. A small matrix has names
+    and numbers; cells of a very large one are drawn larger than they are.
     """
-    from matplotlib.colors import LogNorm, Normalize
-
     count = len(names)
-    side = 3.2 + (0.42 * count if count <= WRITTEN else 0.2 * count if count <= NAMED else max(7, count * 2 / 150))
-    side = max(5.0, side)
-    with _figure(side + 0.8, side) as figure:
+    matrix = np.nan_to_num(matrix.astype(float))
+    cell = 0.36 if count <= WRITTEN else 0.16 if count <= NAMED else 0
+    side = max(5.0 if count <= NAMED else 8.0, 1.5 + cell * count)
+    with _figure(side + (0.8 if count > WRITTEN else 0), side) as figure:
         axes = figure.add_subplot()
-        top = 100.0 if percent else max(float(np.nanmax(matrix)), 1.0)
-        shown: Any = matrix.astype(float)
-        norm: Any = Normalize(0, top)
-        if count > WRITTEN:
-            lowest = max(float(shown[shown > 0].min(initial=top)), top / 1e4)
-            shown, norm = np.ma.masked_less_equal(np.nan_to_num(shown), 0), LogNorm(min(lowest, top / 2), top)
-        image = axes.imshow(shown, cmap='Blues', norm=norm, interpolation='nearest')
-        bar = figure.colorbar(image, ax=axes, shrink=0.75, pad=0.02, format='%g')
-        bar.set_label('% of the true class' if percent else 'images')
-        bar.outline.set_visible(False)
-        axes.set(xlabel='predicted class', ylabel='true class')
+        axes.set(xlabel='predicted class', ylabel='true class', xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5))
         axes.set_title(f'Confusion matrix, {"percent of each true class" if percent else "counts"}')
+        axes.set_aspect('equal')
         axes.grid(False)
-        if count <= NAMED:
-            size = 10 if count <= WRITTEN else 7
-            labels = [shorten(name, 18) for name in names]
-            straight = all(len(label) <= 2 for label in labels)
-            axes.set_xticks(range(count), labels, fontsize=size, rotation=0 if straight else 90)
-            axes.set_yticks(range(count), labels, fontsize=size)
-            axes.tick_params(length=0)
+        diagonal = np.eye(count, dtype=bool)
+        for part, mask, colours in (('wrong', ~diagonal, 'Oranges'), ('right', diagonal, 'Blues')):
+            drawn = _cells(axes, np.where(mask, matrix, 0.0), colours)
+            if count > WRITTEN and drawn is not None:
+                bar = figure.colorbar(drawn, ax=axes, shrink=0.4, aspect=25, pad=0.02, format='%.3g')
+                bar.set_label(f'{part}, {"% of the true class" if percent else "images"}')
+                bar.outline.set_visible(False)
+        _name_axes(axes, names)
         if count <= WRITTEN:
-            _write_cells(axes, matrix, top, percent)
+            _write_cells(axes, matrix, percent)
         return _png(figure)
 
 
-def _write_cells(axes: Any, matrix: np.ndarray, top: float, percent: bool) -> None:
+def _cells(axes: Any, matrix: np.ndarray, colours: str) -> Any:
+    """Draw the cells above zero, the largest last; returns what a colour bar needs, or None if there are none."""
+    import matplotlib
+    from matplotlib.colors import ListedColormap, PowerNorm
+
+    rows, columns = np.nonzero(matrix)
+    values = matrix[rows, columns]
+    if not len(values):
+        return None
+    scale = ListedColormap(matplotlib.colormaps[colours](np.linspace(0.15, 0.95, 256)))
+    norm = PowerNorm(0.5 if colours == 'Oranges' else 1, 0, values.max())  # most mistakes are few
+    if len(matrix) <= LARGE:
+        shown = np.ma.masked_equal(matrix, 0)
+        return axes.imshow(shown, cmap=scale, norm=norm, interpolation='nearest', aspect='equal')
+    order = values.argsort(kind='stable')
+    return axes.scatter(
+        columns[order], rows[order], c=values[order], cmap=scale, norm=norm, s=4, marker='s', linewidths=0
+    )
+
+
+def _name_axes(axes: Any, names: Sequence[str]) -> None:
+    count = len(names)
+    if count > NAMED:
+        step = -(-count // 200) * 10 if count > 200 else 5
+        axes.set_xticks(range(0, count, step), range(0, count, step), rotation=90, fontsize=8)
+        axes.set_yticks(
+            range(0, count, step), [f'{shorten(names[i], 18)}  {i}' for i in range(0, count, step)], fontsize=8
+        )
+        return
+    labels = [shorten(name, 18) for name in names]
+    size = 10 if count <= WRITTEN else 7
+    axes.set_xticks(range(count), labels, fontsize=size, rotation=90 if any(len(label) > 2 for label in labels) else 0)
+    axes.set_yticks(range(count), labels, fontsize=size)
+    axes.tick_params(length=0)
+
+
+def _write_cells(axes: Any, matrix: np.ndarray, percent: bool) -> None:
+    diagonal = matrix.diagonal().max()
+    wrong = (matrix * ~np.eye(len(matrix), dtype=bool)).max()
     for (row, column), value in np.ndenumerate(matrix):
         if value > 0:
             text = f'{value:.0f}' if not percent or value >= 0.95 else f'{value:.1f}'
-            colour = 'white' if value > 0.5 * top else '#111827'
-            axes.text(column, row, text, ha='center', va='center', color=colour, fontsize=8)
+            dark = value > 0.6 * (diagonal if row == column else wrong)
+            axes.text(column, row, text, ha='center', va='center', color='white' if dark else '#111827', fontsize=9)
 
 
 def reliability(scores: Scores) -> bytes:
@@ -124,7 +154,11 @@ def per_class(scores: Scores, limit: int = 40) -> bytes:
         axes.set_yticks(places, [shorten(scores.names[index], 32) for index in order])
         axes.set(xlabel='%', xlim=(0, 101), ylim=(len(order) - 0.4, -0.6))
         axes.grid(False, axis='y')
-        axes.set_title('Classes' if len(order) == len(f1) else f'The {len(order)} classes with the lowest F1')
+        axes.set_title(
+            'Precision, recall and F1 of each class'
+            if len(order) == len(f1)
+            else f'The {len(order)} classes with the lowest F1'
+        )
         figure.legend(ncols=3, loc='outside lower center')
         return _png(figure)
 
@@ -132,14 +166,23 @@ def per_class(scores: Scores, limit: int = 40) -> bytes:
 def samples(pictures: Sequence[tuple[Any, str, bool]], title: str, columns: int = 6) -> bytes:
     """A sheet of (PIL image, caption, right) with sharp pixels."""
     rows = -(-len(pictures) // columns)
-    with _figure(1.75 * columns, 0.5 + 2.25 * rows) as figure:
-        figure.suptitle(title, fontweight='bold')
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat:
-            axes.axis('off')
-        for axes, (image, caption, right) in zip(grid.flat, pictures):
-            axes.imshow(np.asarray(image.convert('RGB')), interpolation='nearest')
-            axes.set_title(caption, fontsize=8, fontweight='normal', color=RIGHT if right else WRONG)
+    with _figure(1.8 * columns, 0.5 + 2.25 * rows) as figure:
+        axes = figure.add_subplot(title=title, xlim=(0, columns), ylim=(1.25 * rows, 0))
+        axes.axis('off')
+        for place, (image, caption, right) in enumerate(pictures):
+            row, column = divmod(place, columns)
+            longest = max(image.size)
+            width, height = (0.94 * side / longest for side in image.size)
+            left, base = column + (1 - width) / 2, 1.25 * (row + 1)
+            axes.imshow(
+                np.asarray(image), extent=(left, left + width, base, base - height), interpolation='nearest',
+                aspect='equal',
+            )  # fmt: skip
+            axes.text(
+                column + 0.5, base - height - 0.03, caption, ha='center', va='bottom', fontsize=8,
+                color=RIGHT if right else WRONG,
+            )  # fmt: skip
+        axes.set(xlim=(0, columns), ylim=(1.25 * rows, 0))
         return _png(figure)
 
 
