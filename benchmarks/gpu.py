@@ -37,8 +37,10 @@ def median_ms(run: Callable[[], Any], milliseconds: int) -> float:
 
 def exponentials_ms(batch: int, dim: int, length: int, state: int = 16) -> float:
     """What the exponentials of both directions cost alone: 16 a clock on each multiprocessor."""
-    properties = torch.cuda.get_device_properties(0)
-    return 2 * batch * length * dim * state / (16 * properties.multi_processor_count * properties.clock_rate)
+    from triton.runtime import driver
+
+    properties = driver.active.utils.get_device_properties(0)
+    return 2 * batch * length * dim * state / (16 * properties['multiprocessor_count'] * properties['sm_clock_rate'])
 
 
 def scan_operands(batch: int, dim: int, length: int, state: int = 16) -> list[torch.Tensor]:

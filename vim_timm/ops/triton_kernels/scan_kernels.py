@@ -228,7 +228,7 @@ def carry(
         S += step * DIM
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['rows', 'length'])
 def gate_forward(
     Y, Z, OUT, rows, length, scale, Z_sb, Z_sl,
     DIM: tl.constexpr, BLOCK: tl.constexpr, TWO: tl.constexpr, HAS_Z: tl.constexpr, FAST: tl.constexpr,
@@ -249,7 +249,7 @@ def gate_forward(
     tl.store(OUT + index, y.to(OUT.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['rows', 'length'])
 def gate_backward(
     GRAD, Y, Z, GRAD_Y, GRAD_Z, rows, length, scale, Z_sb, Z_sl,
     DIM: tl.constexpr, BLOCK: tl.constexpr, TWO: tl.constexpr, FAST: tl.constexpr,
@@ -590,7 +590,7 @@ def scan_backward(
     tl.store(PART_V + row * 2 * DIM + DIM + channels, grad_bias, mask=in_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['size'])
 def sum_parts(PARTS, OUT, size, PARTS_COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """OUT (size) = PARTS (PARTS_COUNT, size) added in order."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
