@@ -60,7 +60,7 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], percent: bool) ->
         axes.set_aspect('equal')
         axes.grid(False)
         diagonal = np.eye(count, dtype=bool)
-        for part, mask, colours in (('wrong', ~diagonal, 'Oranges'), ('right', diagonal, 'Blues')):
+        for part, mask, colours in (('right', diagonal, 'Blues'), ('wrong', ~diagonal, 'Oranges')):
             drawn = _cells(axes, np.where(mask, matrix, 0.0), colours)
             if count > WRITTEN and drawn is not None:
                 bar = figure.colorbar(drawn, ax=axes, shrink=0.4, aspect=25, pad=0.02, format='%.3g')
@@ -88,7 +88,15 @@ def _cells(axes: Any, matrix: np.ndarray, colours: str) -> Any:
         return axes.imshow(shown, cmap=scale, norm=norm, interpolation='nearest', aspect='equal')
     order = values.argsort(kind='stable')
     return axes.scatter(
-        columns[order], rows[order], c=values[order], cmap=scale, norm=norm, s=4, marker='s', linewidths=0
+        columns[order],
+        rows[order],
+        c=values[order],
+        cmap=scale,
+        norm=norm,
+        s=4,
+        marker='s',
+        linewidths=0,
+        clip_on=False,
     )
 
 

@@ -1,0 +1,293 @@
+"""Reports say what the predictions are, whatever the classes are called, and need nothing but themselves."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.utils.data import IterableDataset
+
+from vim_timm import train, validate
+from vim_timm.data import Digits
+from vim_timm.errors import UserError
+from vim_timm.report import curves, extras, plots, samples
+from vim_timm.report.evaluation import Evaluation, write_report
+from vim_timm.report.metrics import confused_pairs, measure, normalized
+from vim_timm.report.names import class_names
+
+FILES = {
+    'report.html', 'report.json', 'per_class.csv', 'predictions.csv', 'confusion_matrix.csv', 'confusion_matrix.png',
+    'confusion_matrix_normalized.png', 'per_class.png', 'reliability.png', 'samples_right.png', 'samples_wrong.png',
+}  # fmt: skip
+NASTY = ['<b>bold</b>', '$x_{', 'a,"b"', 'Straße', 'x' * 80, '']
+TARGETS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+PREDICTED = torch.tensor([0, 0, 1, 1, 1, 0, 2, 1])
+
+
+def logits_of(predicted, classes, score=0.9):
+    """Logits whose softmax gives the predicted class `score`."""
+    probabilities = torch.full((len(predicted), classes), (1 - score) / (classes - 1))
+    probabilities[torch.arange(len(predicted)), predicted] = score
+    return probabilities.log()
+
+
+def small_scores(names=('a', 'b', 'c')):
+    return measure(logits_of(PREDICTED, len(names)), TARGETS, torch.arange(8), names)
+
+
+class Pictures:
+    """A data set of small random images."""
+
+    def __init__(self, classes):
+        self.classes = classes
+
+    def __getitem__(self, index):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 6, 3)).astype(np.uint8)
+        return Image.fromarray(pixels), 0
+
+
+def row_of(count):
+    return dict(model='m', top1=50.0, top1_err=50.0, top5=100.0, top5_err=0.0, count=count, param_count=1.0)
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """A file with untrained weights for the digits, and the flags that go with it."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('weights') / 'w.safetensors'
+    model = timm.create_model('test_vit', num_classes=10, in_chans=1, img_size=16)
+    save_file(model.state_dict(), str(path))
+    flags = '--dataset digits --model test_vit --img-size 16 --in-chans 1 --device cpu --workers 0 --checkpoint'.split()
+    return [*flags, str(path)]
+
+
+def test_counts_precision_and_recall():
+    scores = small_scores()
+    assert scores.confusion.tolist() == [[2, 2, 0], [1, 1, 0], [0, 1, 1]]
+    assert normalized(scores.confusion)[0].tolist() == [50, 50, 0]
+    assert scores.per_class['recall'].tolist() == [50, 50, 50]
+    assert scores.per_class['precision'] == pytest.approx([200 / 3, 25, 100])
+    assert scores.averages['macro']['recall'] == 50
+    pairs = [(pair['true'], pair['predicted'], pair['count'], pair['percent']) for pair in confused_pairs(scores, 2)]
+    assert pairs == [('a', 'b', 2, 50), ('b', 'a', 1, 50)]
+
+
+def test_calibration_error_is_the_gap_between_score_and_accuracy():
+    scores = small_scores()
+    assert scores.ece == pytest.approx(90 - 50, abs=0.01)
+    assert scores.reliability['count'].tolist() == [8]
+    assert (scores.reliability['score'][0], scores.reliability['accuracy'][0]) == pytest.approx((90, 50), abs=0.01)
+
+
+def test_classes_without_images_have_no_recall():
+    scores = measure(logits_of(torch.tensor([0, 1]), 4), torch.tensor([0, 1]), torch.arange(2), ['a', 'b'])
+    assert scores.names == ['a', 'b', '2', '3']
+    assert np.isnan(scores.per_class['recall'][2:]).all() and scores.averages['macro']['f1'] == 100
+
+
+@pytest.mark.parametrize(
+    'logits, targets, message',
+    [
+        (torch.full((2, 3), torch.nan), [0, 1], 'not finite for 2 of 2 images'),
+        (torch.zeros(1, 3), [3], 'label 3'),
+        (torch.zeros(0, 3), [], 'no image'),
+    ],
+)
+def test_what_cannot_be_reported_ends_in_a_sentence(logits, targets, message):
+    with pytest.raises(UserError, match=message):
+        measure(logits, torch.tensor(targets, dtype=torch.int64), torch.arange(len(targets)), ['a', 'b', 'c'])
+
+
+def test_names_with_markup_and_formulas_are_shown_as_they_are(tmp_path):
+    scores = small_scores(NASTY)
+    write_report(str(tmp_path), Evaluation(row_of(8), {'images_per_second': 1.0}, scores, Pictures(NASTY)))
+    page = (tmp_path / 'report.html').read_text()
+    assert '<b>bold</b>' not in page and '&lt;b&gt;bold&lt;/b&gt;' in page
+    with open(tmp_path / 'per_class.csv', newline='') as file:
+        assert [row['class'] for row in csv.DictReader(file)] == NASTY
+
+
+def test_a_streamed_data_set_has_a_report_without_pictures(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            raise AssertionError('read twice')
+
+    write_report(str(tmp_path), Evaluation(row_of(8), {'images_per_second': 1.0}, small_scores(), Stream()))
+    assert not list(tmp_path.glob('samples*'))
+    assert 'no pictures' in (tmp_path / 'report.html').read_text()
+
+
+def test_small_pictures_keep_their_pixels():
+    image = Digits(train=False)[0][0]
+    shown = samples.fit(image)
+    assert min(shown.size) == 160
+    assert np.array_equal(np.asarray(shown)[10::20, 10::20, 0], np.asarray(image))
+    assert samples.fit(Image.new('RGB', (500, 375))).size == (160, 120)
+
+
+@pytest.mark.parametrize('classes', [10, 100, 1000])
+def test_a_single_mistake_is_seen_in_the_matrix_of_any_size(classes):
+    right = np.eye(classes, dtype=np.int64) * 50
+    wrong = right.copy()
+    wrong[classes // 2, classes // 4] = 1
+
+    def orange(matrix):
+        pixels = np.asarray(
+            Image.open(io.BytesIO(plots.confusion_matrix(matrix, ['n'] * classes, False))).convert('RGB')
+        )
+        matrix_only = pixels[:, : int(0.75 * pixels.shape[1])].astype(int)  # not the colour bars
+        return int((matrix_only[..., 0] - matrix_only[..., 2] > 60).sum())
+
+    assert orange(right) == 0
+    assert orange(wrong) >= 9
+
+
+def test_wordnet_ids_become_words():
+    assert class_names(Pictures(['n01440764', 'n02012849', 'n03126707'])) == [
+        'tench', 'crane (n02012849)', 'crane (n03126707)',
+    ]  # fmt: skip
+    assert class_names(Digits(train=False)) == list('0123456789')
+    assert class_names(object()) == []
+
+
+def test_validate_writes_a_page_that_needs_nothing_else(tmp_path, weights):
+    folder = tmp_path / 'report'
+    results = ['--results-file', str(tmp_path / 'row.json'), '--results-format', 'json']
+    assert validate.main([*weights, *results, '--report', str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == FILES
+    row, report = (json.loads(path.read_text()) for path in (tmp_path / 'row.json', folder / 'report.json'))
+    assert report['result'] == row and report['facts']['images_per_second'] > 0
+    with open(folder / 'predictions.csv', newline='') as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == row['count'] == len(Digits(train=False))
+    assert 100 * sum(int(line['right']) for line in lines) / len(lines) == pytest.approx(row['top1'], abs=1e-3)
+    assert [line['true'] for line in lines] == [str(label) for label in Digits(train=False).labels]
+    page = (folder / 'report.html').read_text()
+    assert all(source.startswith('data:image/png;base64,') for source in re.findall(r'src="([^"]*)"', page))
+    assert not re.search(r'https?://|<link|@import', page)
+
+
+def test_report_is_the_same_on_any_number_of_ranks(tmp_path, weights):
+    for ranks in (1, 3):
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={ranks}']
+        command += ['-m', 'vim_timm.validate', *weights, '--report', str(tmp_path / str(ranks))]
+        subprocess.run(command, check=True, capture_output=True, timeout=250)
+    for name in ('predictions.csv', 'per_class.csv', 'confusion_matrix.csv'):
+        assert (tmp_path / '1' / name).read_text() == (tmp_path / '3' / name).read_text()
+
+
+def test_a_missing_library_is_named_before_the_evaluation(monkeypatch, tmp_path, weights, capsys):
+    monkeypatch.setattr(extras.importlib.util, 'find_spec', lambda name: None if name == 'matplotlib' else object())
+    assert validate.main([*weights, '--report', str(tmp_path / 'report')]) == 2
+    assert "reports need matplotlib: pip install 'vim-timm[train]'" in capsys.readouterr().err
+    assert not (tmp_path / 'report').exists()
+
+
+def test_a_folder_that_cannot_be_written_ends_before_the_evaluation(tmp_path, weights, capsys):
+    (tmp_path / 'file').write_text('')
+    assert validate.main([*weights, '--report', str(tmp_path / 'file')]) == 2
+    assert '--report' in capsys.readouterr().err
+
+
+def test_one_failing_model_of_a_list_does_not_cost_the_others(tmp_path, weights, capsys):
+    (tmp_path / 'models.txt').write_text('test_vit\nresnet18\n')
+    place = weights.index('test_vit')
+    flags = [*weights[:place], str(tmp_path / 'models.txt'), *weights[place + 1 :]]
+    results = ['--results-file', str(tmp_path / 'rows.csv'), '--report', str(tmp_path / 'report')]
+    assert validate.main([*flags, *results]) == 2
+    captured = capsys.readouterr()
+    assert 'resnet18: ' in captured.out and '1 of 2 failed' in captured.err
+    with open(tmp_path / 'rows.csv', newline='') as file:
+        assert [row['model'] for row in csv.DictReader(file)] == ['test_vit']
+    assert (tmp_path / 'report' / 'test_vit' / 'report.html').exists()
+
+
+def imagenet_validation(root, count=6):
+    """Images with the names of ImageNet's validation split, of a class each; the third one is broken."""
+    for i in range(count):
+        path = root / 'validation' / f'n{i}' / f'ILSVRC2012_val_{i + 1:08d}.JPEG'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)).save(path)
+    (root / 'validation' / 'n2' / 'ILSVRC2012_val_00000003.JPEG').write_bytes(b'broken')
+    return root
+
+
+@pytest.fixture
+def constant(tmp_path):
+    """Flags for a model of six classes that always answers class 1."""
+    model = timm.create_model('test_vit', num_classes=6, img_size=16)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.eye(6)[1]
+    save_file(model.state_dict(), str(tmp_path / 'c.safetensors'))
+    flags = '--model test_vit --num-classes 6 --img-size 16 --device cpu --workers 0'.split()
+    return [*flags, '--checkpoint', str(tmp_path / 'c.safetensors'), '--data-dir', str(imagenet_validation(tmp_path))]
+
+
+def test_real_labels_go_by_file_name_and_skip_images_without_one(tmp_path, constant):
+    (tmp_path / 'real.json').write_text(json.dumps([[1], [1], [0], [], [0, 1], [0]]))
+    args = validate.parse_args([*constant, '--real-labels', str(tmp_path / 'real.json')])
+    validate.setup.start_process(args, args.chosen)
+    # Of images 1, 2, 5 and 6: the broken one and the one without labels do not count.
+    assert validate.validate(args)['top1'] == 75
+
+
+@pytest.mark.parametrize('labels, message', [([[1]] * 5, 'another number'), (None, 'real.json')])
+def test_wrong_real_labels_end_in_a_sentence(tmp_path, constant, labels, message, capsys):
+    if labels is not None:
+        (tmp_path / 'real.json').write_text(json.dumps(labels))
+    assert validate.main([*constant, '--real-labels', str(tmp_path / 'real.json')]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_test_time_pooling_is_for_models_with_a_map_of_features(tmp_path, weights, capsys):
+    assert validate.main([*weights, '--test-pool']) == 2
+    assert 'token model' in capsys.readouterr().err
+    model = timm.create_model('test_resnet', num_classes=10, in_chans=1)
+    save_file(model.state_dict(), str(tmp_path / 'r.safetensors'))
+    flags = '--dataset digits --model test_resnet --in-chans 1 --img-size 224 --device cpu --workers 0 --test-pool'
+    args = validate.parse_args([*flags.split(), '--checkpoint', str(tmp_path / 'r.safetensors'), '--num-classes', '10'])
+    validate.setup.start_process(args, args.chosen)
+    assert validate.validate(args)['crop_pct'] == 1.0
+
+
+def test_training_draws_curves(tmp_path, capsys):
+    flags = (
+        '--device cpu --workers 0 --dataset digits --model test_vit --img-size 16 --in-chans 1 --epochs 2 --opt adamw'
+    )
+    assert train.main([*flags.split(), '--model-ema', '--output', str(tmp_path), '--experiment', 'a']) == 0
+    assert (tmp_path / 'a' / 'curves.png').exists()
+    page = (tmp_path / 'a' / 'curves.html').read_text()
+    assert 'best top-1 accuracy' in page and 'best top-1 of the moving average' in page
+    (tmp_path / 'a' / 'curves.html').unlink()
+    assert curves.main([str(tmp_path / 'a')]) == 0
+    assert (tmp_path / 'a' / 'curves.html').read_text() == page
+    assert curves.main([str(tmp_path / 'b')]) == 2
+    assert 'summary.csv' in capsys.readouterr().err
+
+
+def test_curves_have_a_panel_for_each_quantity():
+    rows = [
+        {'epoch': 0, 'train_loss': 2.0, 'eval_loss': 1.5, 'eval_top1': 40.0, 'eval_f1': 0.3, 'lr': 0.1, 'skipped': 0},
+        {'epoch': 1, 'train_loss': 1.0, 'eval_loss': '', 'eval_top1': None, 'eval_f1': '', 'lr': 0.05, 'skipped': 0},
+    ]
+    assert curves.panels(rows) == {
+        'loss': {'training': ([0, 1], [2.0, 1.0]), 'evaluation': ([0], [1.5])},
+        'accuracy (%)': {'evaluation top-1': ([0], [40.0])},
+        'learning rate': {'learning rate': ([0, 1], [0.1, 0.05])},
+        'f1': {'evaluation': ([0], [0.3])},
+    }
+
+
+def test_training_without_matplotlib_is_complete(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extras.importlib.util, 'find_spec', lambda name: None)
+    flags = '--device cpu --workers 0 --dataset digits --model test_vit --img-size 16 --in-chans 1 --epochs 1'
+    assert train.main([*flags.split(), '--output', str(tmp_path), '--experiment', 'a']) == 0
+    assert "no curves: reports need matplotlib: pip install 'vim-timm[train]'" in capsys.readouterr().out
