@@ -241,7 +241,8 @@ def test_dead_worker_ends_the_run(tmp_path):
     os.kill(int(worker), signal.SIGKILL)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 3
-    assert 'data loading process died' in error and 'Traceback' not in error
+    # in place of a traceback of its own; the other worker may show one as it loses the main process
+    assert 'train.py: error: a data loading process died' in error
     torch.load(tmp_path / 'a' / 'last.pth.tar', weights_only=True)
 
 
