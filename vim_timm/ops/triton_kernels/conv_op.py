@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .launch import INTERPRET, common_rows, multiprocessors, or_else
+from .launch import INTERPRET, common_rows, multiprocessors, no_double_backward, or_else
 
 OPERANDS = 'Tensor x, Tensor weight, Tensor? bias, Tensor? weight_b, Tensor? bias_b, bool silu'
 MAX_WIDTH = 4
@@ -132,13 +132,6 @@ def backward(ctx: Any, grad: Tensor, grad_b: Tensor) -> Tuple[Optional[Tensor], 
     grad_x, sums = triton_conv_backward(grad, grad_b if two else None, x, weight, bias, weight_b, bias_b, ctx.silu)
     grads = [grad_x, sums[0, :-1].t(), sums[0, -1], sums[-1, :-1].t(), sums[-1, -1]]
     return (*(None if t is None else g.to(t.dtype) for t, g in zip(ctx.saved_tensors, grads)), None)
-
-
-def no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        'The triton backend has no second derivative; use the reference backend '
-        "(vim_timm.ops.set_backend('reference') or VIM_TIMM_SCAN=reference) for double backward."
-    )
 
 
 triton_conv.register_autograd(backward, setup_context=save_operands)

@@ -1,14 +1,14 @@
-"""What the launches share: the device's size, tensors with common strides, and the shape of a grid."""
+"""What the ops share: the device's size, tensors with common strides, the cut of a scan, and the refused derivative."""
 
 import functools
 import math
 import os
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 
 MAX_STATE = 256
-WARPS_PER_SM = 12
+WARPS_PER_SM = 12  # of 64 channels; measured on an H200, more chunks cost more than they hide
 MIN_CHUNK = 32
 INTERPRET = os.environ.get('TRITON_INTERPRET', '0') == '1'
 
@@ -72,3 +72,11 @@ def plan(cells: int, length: int, dim: int, state: int, sms: int) -> Plan:
 def or_else(tensor: Optional[torch.Tensor], other: torch.Tensor) -> torch.Tensor:
     """A kernel's pointer argument; what stands in for an absent one is never read."""
     return other if tensor is None else tensor
+
+
+def no_double_backward(ctx: Any, *grads: Any) -> None:
+    """Raises RuntimeError: the kernels' backward pass is not differentiable itself."""
+    raise RuntimeError(
+        'The triton backend has no second derivative; use the reference backend '
+        "(vim_timm.ops.set_scan_backend('reference') or VIM_TIMM_SCAN=reference) for double backward."
+    )

@@ -2,14 +2,13 @@
 
 Scan order: step s visits token s in the forward direction and token L - 1 - s in the backward direction. A cell is a
 (direction, batch entry) pair; a program owns BD channels of one chunk of one cell and keeps their states (N, BD) in
-registers. Chunks of a sequence run in parallel: states from zero (`MODE` LOCAL), `carry`, then outputs from the true
-states. Everything is computed in float32.
+registers. Chunks of a sequence run in parallel: states from zero (`LOCAL`), `carry`, then outputs from the true states.
+Everything is computed in float32.
 
 The layout of the state tensor decides the speed: each lane must hold whole channels with all N states in registers, so
-that sums over N need no shuffles. Triton lays it out for its loads and stores, in vectors as wide as alignment allows;
-strides it knows nothing about (`do_not_specialize`) and an offset that is known to be a multiple of VEC only (`zero`)
-leave VEC neighbouring channels to a lane. Steps are taken
-four at a time, all loads first, because a load cannot pass an earlier store.
+that sums over N need no shuffles. Triton lays tensors out for their loads and stores, in vectors as wide as alignment
+allows; an offset of which it knows only that VEC divides it (`zero`, not specialized) leaves VEC neighbouring channels
+to a lane. Steps are taken four at a time, all loads first, because a load cannot pass an earlier store.
 """
 
 import triton

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .launch import INTERPRET, Plan, alignment, common_rows, multiprocessors, or_else, plan
+from .launch import INTERPRET, Plan, alignment, common_rows, multiprocessors, no_double_backward, or_else, plan
 
 OPERANDS = (
     'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, '
@@ -262,13 +262,6 @@ def backward(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
         grads += [grad_u[i], grad_delta[i], grad_A[i], grad_B, grad_C, grad_D, grad_bias]
     grads += [None] * (14 - len(grads)) + [grad_z]
     return (*(None if x is None or g is None else g.to(x.dtype) for x, g in zip(operands, grads)), None, None, None)
-
-
-def no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        'The triton backend has no second derivative; use the reference backend '
-        "(vim_timm.ops.set_backend('reference') or VIM_TIMM_SCAN=reference) for double backward."
-    )
 
 
 triton_scan.register_autograd(backward, setup_context=save_operands)
