@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,6 +174,11 @@ def test_validate_writes_a_page_that_needs_nothing_else(tmp_path, weights):
     page = (folder / 'report.html').read_text()
     assert all(source.startswith('data:image/png;base64,') for source in re.findall(r'src="([^"]*)"', page))
     assert not re.search(r'https?://|<link|@import', page)
+
+
+def test_the_document_names_every_file():
+    text = (Path(__file__).parents[1] / 'docs' / 'evaluation.md').read_text()
+    assert all(f'`{name}`' in text for name in FILES)
 
 
 def test_report_is_the_same_on_any_number_of_ranks(tmp_path, weights):

@@ -27,6 +27,7 @@ nav a { color: var(--right); margin-right: 1rem; text-decoration: none; }
 .tile b { display: block; font-size: 1.3rem; line-height: 1.3; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .85rem; }
+.narrow { max-width: 720px; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: .8rem;
   align-items: start; }
 .figure { display: block; width: 100%; height: auto; background: #fff; border-radius: 6px; }
@@ -182,7 +183,7 @@ def _confusion(scores: Scores, pairs: Sequence[Mapping[str, Any]], pngs: Mapping
     if pairs:
         rows = [(pair['true'], pair['predicted'], pair['count'], pair['percent']) for pair in pairs]
         listing = table(['true', 'predicted', 'images', '% of true class'], rows, text=2)
-        parts += [f'<h2>Most confused</h2><div class="card">{listing}</div>']
+        parts += [f'<h2>Most confused</h2><div class="card narrow">{listing}</div>']
     return parts
 
 

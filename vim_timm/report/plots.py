@@ -81,8 +81,8 @@ def _cells(axes: Any, matrix: np.ndarray, colours: str) -> Any:
     values = matrix[rows, columns]
     if not len(values):
         return None
-    scale = ListedColormap(matplotlib.colormaps[colours](np.linspace(0.15, 0.95, 256)))
-    norm = PowerNorm(0.5 if colours == 'Oranges' else 1, 0, values.max())  # most mistakes are few
+    scale = ListedColormap(matplotlib.colormaps[colours](np.linspace(0.12, 0.95, 256)))
+    norm = PowerNorm(0.7 if colours == 'Oranges' else 1, 0, values.max())  # most mistakes are few
     if len(matrix) <= LARGE:
         shown = np.ma.masked_equal(matrix, 0)
         return axes.imshow(shown, cmap=scale, norm=norm, interpolation='nearest', aspect='equal')
