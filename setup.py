@@ -119,6 +119,7 @@ setup(
             'vim_timm.ops.cpu.libvim_timm_cpu',
             sources=['vim_timm/ops/cpu/kernel.c', 'vim_timm/ops/cpu/runtime.c'],
             depends=['vim_timm/ops/cpu/runtime.h'],
+            extra_link_args=['-s'] if sys.platform.startswith('linux') else [],
             optional=True,
         )
     ],
