@@ -245,3 +245,21 @@ def test_streams_are_refused():
     args = settings()
     with pytest.raises(UserError, match='stream'):
         data.eval_loader(argparse.Namespace(**{**vars(args), 'dataset': 'hfids/x'}), Stream(), CONFIG)
+
+
+def test_compressed_mnist_is_read_in_place(tmp_path, capsys):
+    write_mnist(tmp_path)
+    flags = ['--dataset', 'torch/mnist', '--data-dir', str(tmp_path)]
+    sets = {}
+    for kind in ('plain', 'compressed'):
+        args = settings(*flags)
+        sets[kind] = [data.make_dataset(args, split, split == 'train', 1) for split in ('train', 'validation')]
+        for path in (tmp_path / 'MNIST' / 'raw').glob('*-ubyte'):
+            path.unlink()
+    for plain, compressed in zip(sets['plain'], sets['compressed']):
+        assert type(plain) is not type(compressed) and len(plain) == len(compressed) == 32
+        for (image, label), (same, same_label) in zip(plain, compressed):
+            assert image.tobytes() == same.tobytes() and label == same_label
+    (tmp_path / 'MNIST' / 'raw' / 't10k-images-idx3-ubyte.gz').write_bytes(b'nothing')
+    assert train.main([*DIGITS, *flags, '--output', str(tmp_path / 'out')]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

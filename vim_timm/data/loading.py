@@ -16,6 +16,7 @@ from torchvision.transforms import PILToTensor
 from ..errors import UserError, explain
 from .device_augment import Augmentation
 from .digits import Digits
+from .idx import FOLDERS, CompressedIdx, is_compressed
 from .in_memory import InMemory, make_augmentation
 from .sampling import EpochBatches, EvaluationShards, RepeatedBatches, Samples, SeededErasing, Stream
 
@@ -50,6 +51,10 @@ def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
         if not os.path.exists(args.data_dir):
             raise UserError(f'there is no data folder {args.data_dir}')
     with explain(f'{name} {args.data_dir or ""}, split {split!r}'):
+        if is_compressed(args.dataset, args.data_dir):
+            dataset: Any = CompressedIdx(os.path.join(args.data_dir, FOLDERS[args.dataset.lower()]), 'train' in split)
+            dataset.image_mode = mode
+            return dataset
         dataset = create_dataset(
             args.dataset, root=args.data_dir, split=split, is_training=training, class_map=args.class_map,
             download=args.dataset_download, batch_size=args.batch_size, seed=args.seed,
