@@ -10,7 +10,7 @@ from vim_timm import data, flags, train
 from vim_timm.engine import arguments, log, loop, setup
 from vim_timm.errors import UserError
 
-# Every flag of timm's train.py (as of 1.0.29) and its default.
+# Every flag of timm's train.py (as of 1.0.29, then those that came later) and its default.
 TIMM = {
     '--data-dir': None, '--dataset': '', '--train-split': 'train', '--val-split': 'validation',
     '--train-num-samples': None, '--val-num-samples': None, '--dataset-download': False, '--class-map': '',
@@ -50,6 +50,16 @@ TIMM = {
     '--kd-model-name': None, '--kd-distill-type': 'logit', '--kd-loss-type': 'kl', '--distill-loss-weight': None,
     '--task-loss-weight': None, '--kd-temperature': 4.0, '--kd-student-feature-dim': None,
     '--kd-teacher-feature-dim': None, '--kd-token-distill-type': 'soft',
+    '--task': 'classification', '--target-format': None, '--pretrained-cfg-overlay': {}, '--loss': None,
+    '--asl-gamma-pos': 1.0, '--asl-gamma-neg': 4.0, '--asl-clip': 0.05, '--asl-reduction': 'batchmean',
+    '--poly-epsilon': 2.0, '--poly-gamma': 0.0, '--poly-alpha': None, '--twoway-tp': 4.0, '--twoway-tn': 1.0,
+    '--db-neg-scale': 2.0, '--db-init-bias': 0.05, '--db-focal-gamma': 2.0, '--class-stats': None,
+    '--loss-pos-weight': None, '--loss-class-weight': None, '--loss-weight-power': 1.0, '--loss-weight-beta': 0.999,
+    '--loss-weight-max': None, '--multilabel-threshold': 0.5, '--persistent-workers': True,
+    '--no-persistent-workers': True, '--train-img-sizes': None, '--train-batch-sizes': None,
+    '--train-size-probs': None, '--train-size-schedule': 'constant', '--train-size-schedule-spread': 0.65,
+    '--train-size-random-mix': 0.1, '--train-batches-per-epoch': None, '--variable-batch-loss-scale': 'none',
+    '--naflex-patchify-channels-first': False,
 }  # fmt: skip
 SHORT = {'-b': '--batch-size', '-vb': '--validation-batch-size', '-j': '--workers', '--dr': '--decay-rate'}
 

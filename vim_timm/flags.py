@@ -12,6 +12,9 @@ Row = tuple[str, Any, Any, str]
 refused = object()  # the kind of a flag that is known and not honoured
 
 _NAFLEX = 'there is no model here that takes patch sequences (NaFlex)'
+_MULTI_LABEL = "an image has one label here; for several, run timm's own train.py through vim_timm.run"
+_SIZES = 'every batch of a run has one image size here'
+_WORKERS = 'data loading processes always live as long as the run'
 _JIT = 'TorchScript fusers and scripted training are replaced by --torchcompile'
 
 DATA: list[Row] = [
@@ -65,6 +68,8 @@ NAFLEX_EVAL: list[Row] = [
 TRAIN: dict[str, list[Row]] = {
     'data': [
         *DATA,
+        ('--task', refused, 'classification', _MULTI_LABEL),
+        ('--target-format', refused, None, _MULTI_LABEL),
         ('--train-split', str, 'train', 'split to train on'),
         ('--val-split', str, 'validation', 'split to evaluate on'),
         ('--train-num-samples', int, None, 'images in the training split of a streamed data set'),
@@ -73,6 +78,7 @@ TRAIN: dict[str, list[Row]] = {
     'model': [
         ('--model', str, 'resnet50', 'name of the model'),
         ('--pretrained-path', str, None, 'with --pretrained: take the weights from this file'),
+        ('--pretrained-cfg-overlay', dict, {}, 'entries of the pretrained configuration to replace, key=value'),
         ('--initial-checkpoint', str, '', 'load these weights, exactly as they are, into the new model'),
         ('--resume', str, '', "go on from this checkpoint; 'auto': from the newest one of --experiment, if any"),
         ('--no-resume-opt', bool, False, 'resume the weights only'),
@@ -150,6 +156,31 @@ TRAIN: dict[str, list[Row]] = {
         ('--aa', str, None, 'AutoAugment / RandAugment / AugMix policy, such as rand-m9-mstd0.5-inc1'),
         ('--aug-repeats', float, 0, 'draw each image this many times in a row (repeated augmentation)'),
         ('--aug-splits', int, 0, 'augmented copies of the batch: 0, or 2 and more'),
+        ('--loss', ('ce', 'bce', 'asl', 'poly', 'jsd'), None, 'loss (default: ce)'),
+        ('--asl-gamma-pos', float, 1.0, "asl's focusing parameter for the target"),
+        ('--asl-gamma-neg', float, 4.0, "asl's focusing parameter for the other classes"),
+        ('--poly-epsilon', float, 2.0, "poly's first coefficient"),
+        *(
+            (name, refused, default, _MULTI_LABEL)
+            for name, default in {
+                '--asl-clip': 0.05,
+                '--asl-reduction': 'batchmean',
+                '--poly-gamma': 0.0,
+                '--poly-alpha': None,
+                '--twoway-tp': 4.0,
+                '--twoway-tn': 1.0,
+                '--db-neg-scale': 2.0,
+                '--db-init-bias': 0.05,
+                '--db-focal-gamma': 2.0,
+                '--class-stats': None,
+                '--loss-pos-weight': None,
+                '--loss-class-weight': None,
+                '--loss-weight-power': 1.0,
+                '--loss-weight-beta': 0.999,
+                '--loss-weight-max': None,
+                '--multilabel-threshold': 0.5,
+            }.items()
+        ),  # fmt: skip
         ('--jsd-loss', bool, False, 'Jensen-Shannon consistency loss over --aug-splits'),
         ('--bce-loss', bool, False, 'binary cross-entropy'),
         ('--bce-sum', bool, False, 'sum it over the classes'),
@@ -196,7 +227,9 @@ TRAIN: dict[str, list[Row]] = {
         ('--experiment', str, '', 'name of this run, its folder in --output'),
         ('--eval-metric', str, 'top1', 'metric that decides which checkpoint is best'),
         ('--tta', refused, 0, 'no loader makes the augmented views that it would average'),
-        ('--use-multi-epochs-loader', refused, False, 'workers live as long as the run anyway'),
+        ('--use-multi-epochs-loader', refused, False, _WORKERS),
+        ('--persistent-workers', refused, True, _WORKERS),
+        ('--no-persistent-workers', refused, True, _WORKERS),
         ('--early-stop-patience', int, 0, 'stop after N evaluations without a better metric (0: never)'),
         ('--early-stop-min-delta', float, 0.0, 'what counts as better'),
         ('--max-nonfinite', int, 20, 'stop after N updates in a row with a non-finite loss or gradient'),
@@ -207,6 +240,20 @@ TRAIN: dict[str, list[Row]] = {
         ('--wandb-tags', [str], [], 'tags there'),
         ('--wandb-resume-id', str, '', 'run to go on with there'),
         *NAFLEX_EVAL,
+        *(
+            (name, refused, default, _SIZES)
+            for name, default in {
+                '--train-img-sizes': None,
+                '--train-batch-sizes': None,
+                '--train-size-probs': None,
+                '--train-size-schedule': 'constant',
+                '--train-size-schedule-spread': 0.65,
+                '--train-size-random-mix': 0.1,
+                '--train-batches-per-epoch --train-steps-per-epoch': None,
+                '--variable-batch-loss-scale': 'none',
+            }.items()
+        ),  # fmt: skip
+        ('--naflex-patchify-channels-first', refused, False, _NAFLEX),
         ('--naflex-train-seq-lens', refused, [128, 256, 576, 784, 1024], _NAFLEX),
         ('--naflex-patch-sizes', refused, None, _NAFLEX),
         ('--naflex-patch-size-probs', refused, None, _NAFLEX),

@@ -52,7 +52,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and value < least:
             raise UserError(f'--{name.replace("_", "-")} must be at least {least}, not {value}')
-    if getattr(args, 'aug_splits', 0) == 1 or (getattr(args, 'jsd_loss', False) and args.aug_splits < 2):
+    splits = getattr(args, 'aug_splits', 0)
+    if splits == 1 or ('jsd_loss' in args and (args.jsd_loss or args.loss == 'jsd') and splits < 2):
         raise UserError('--aug-splits must be 2 or more, and --jsd-loss needs it')
 
 

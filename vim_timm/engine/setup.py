@@ -116,13 +116,13 @@ def place_model(args: argparse.Namespace, model: torch.nn.Module, input_size: tu
 
 def make_training_model(args: argparse.Namespace) -> torch.nn.Module:
     """`make_model` plus what only training asks of it."""
-    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
-    if overlay and not os.path.isfile(args.pretrained_path):
+    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
+    if args.pretrained_path and not os.path.isfile(args.pretrained_path):
         raise UserError(f'there is no file {args.pretrained_path}')
     model = make_model(
         args, drop_rate=args.drop, drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
         drop_block_rate=args.drop_block, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps,
-        pretrained_cfg_overlay=overlay,
+        pretrained_cfg_overlay={**overlay, **args.pretrained_cfg_overlay} or None,
     )  # fmt: skip
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint, use_ema=True)
@@ -144,15 +144,19 @@ def make_training_model(args: argparse.Namespace) -> torch.nn.Module:
 def make_task(args: argparse.Namespace, model: torch.nn.Module, loss: torch.nn.Module | None) -> TrainingTask:
     """timm's task for the flags: classification, or distillation with --kd-*. `loss(output, target)` replaces it."""
     soft = bool(args.mixup or args.cutmix or args.cutmix_minmax)
-    kind = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce'
-    bce = dict(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
+    kind = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else args.loss or 'ce'
+    options = {
+        'bce': dict(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight),
+        'asl': dict(asl_gamma_pos=args.asl_gamma_pos, asl_gamma_neg=args.asl_gamma_neg),
+        'poly': dict(poly_epsilon=args.poly_epsilon),
+        'jsd': dict(jsd_splits=args.aug_splits),
+    }
     with explain('loss'):
         criterion = loss or create_classification_loss(
             kind,
             smoothing=args.smoothing,
             soft_targets=soft,
-            **(bce if args.bce_loss else {}),
-            **(dict(jsd_splits=args.aug_splits) if args.jsd_loss else {}),
+            **options.get(kind, {}),
         )
     common = dict(device=args.torch_device, dtype=args.dtype, verbose=False)
     if not args.kd_model_name:
