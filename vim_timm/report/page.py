@@ -19,10 +19,11 @@ h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .7rem; }
 h3 { font-size: .95rem; margin: 0 0 .5rem; }
 p { margin: .3rem 0 .8rem; color: var(--soft); max-width: 75ch; }
-nav { margin: .6rem 0 1.2rem; }
+nav { display: flex; flex-wrap: wrap; margin: .6rem 0 1.2rem; }
 nav a { color: var(--right); margin-right: 1rem; text-decoration: none; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: .7rem; }
-.card, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; }
+.card, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem;
+  overflow-x: auto; min-width: 0; }
 .tile { padding: .8rem .9rem; }
 .tile b { display: block; font-size: 1.3rem; line-height: 1.3; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
@@ -36,10 +37,10 @@ nav a { color: var(--right); margin-right: 1rem; text-decoration: none; }
 .whole { width: auto; max-width: none; cursor: zoom-out; image-rendering: pixelated; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .28rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, .text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child, .text { text-align: left; white-space: normal; }
 thead th { position: sticky; top: 0; background: var(--card); cursor: pointer; }
 tfoot { position: sticky; bottom: 0; background: var(--card); color: var(--soft); }
-tfoot tr:first-child td { border-top: 2px solid var(--line); }
+tfoot tr:first-child td { box-shadow: inset 0 2px 0 var(--line); }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .7rem; }
 .sample { background: var(--card); border: 1px solid var(--line); border-top: 3px solid var(--right); padding: .55rem;
   border-radius: 8px; font-size: .8rem; min-width: 0; }
@@ -115,8 +116,8 @@ def _number(value: Any) -> str:
 
 def figure(png: bytes, description: str, kind: str = '') -> str:
     """A picture on its own white ground, in a card."""
-    image = f'<img class="figure {kind}" src="{data_uri(png)}" alt="{escape(description)}">'
-    return f'<div class="card"><div {"class=scroll-x style=overflow:auto" if kind else ""}>{image}</div></div>'
+    image = f'<img class="{f"figure {kind}".strip()}" src="{data_uri(png)}" alt="{escape(description)}">'
+    return f'<div class="card">{image}</div>'
 
 
 def evaluation(

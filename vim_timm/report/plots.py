@@ -60,7 +60,7 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], percent: bool) ->
         axes.set_aspect('equal')
         axes.grid(False)
         diagonal = np.eye(count, dtype=bool)
-        for part, mask, colours in (('right', diagonal, 'Blues'), ('wrong', ~diagonal, 'Oranges')):
+        for part, mask, colours in (('wrong', ~diagonal, 'Oranges'), ('right', diagonal, 'Blues')):
             drawn = _cells(axes, np.where(mask, matrix, 0.0), colours)
             if count > WRITTEN and drawn is not None:
                 bar = figure.colorbar(drawn, ax=axes, shrink=0.4, aspect=25, pad=0.02, format='%.3g')
@@ -87,17 +87,11 @@ def _cells(axes: Any, matrix: np.ndarray, colours: str) -> Any:
         shown = np.ma.masked_equal(matrix, 0)
         return axes.imshow(shown, cmap=scale, norm=norm, interpolation='nearest', aspect='equal')
     order = values.argsort(kind='stable')
+    size = 4 if colours == 'Oranges' else 1  # points squared; a thin diagonal leaves room for the mistakes beside it
     return axes.scatter(
-        columns[order],
-        rows[order],
-        c=values[order],
-        cmap=scale,
-        norm=norm,
-        s=4,
-        marker='s',
-        linewidths=0,
+        columns[order], rows[order], c=values[order], cmap=scale, norm=norm, s=size, marker='s', linewidths=0,
         clip_on=False,
-    )
+    )  # fmt: skip
 
 
 def _name_axes(axes: Any, names: Sequence[str]) -> None:
