@@ -109,7 +109,7 @@ def test_files_of_a_run(run):
     best = max(range(3), key=lambda i: (rows[i]['eval_top1'], -i))
     names = {name for name in os.listdir(folder) if not name.startswith('train-batch')}
     weights = {'last', 'model_best', f'checkpoint-{best}', 'milestone-2'}
-    logs = {'summary.csv', 'summary.json', 'args.yaml', 'tensorboard'}
+    logs = {'summary.csv', 'summary.json', 'args.yaml', 'tensorboard', 'curves.png', 'curves.html'}
     assert names == {f'{name}.pth.tar' for name in weights} | logs
     assert torch.load(folder / 'model_best.pth.tar', weights_only=True)['epoch'] == best
     with open(folder / 'summary.csv') as file:
