@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from vim_timm import train, validate
+from vim_timm.files import write_atomically
 
 BASE = (
     '--dataset digits --model test_vit --img-size 32 --in-chans 1 --workers 0 --batch-size 64 --epochs 1 --device cpu'
@@ -246,17 +247,20 @@ def test_dead_worker_ends_the_run(tmp_path):
     torch.load(tmp_path / 'a' / 'last.pth.tar', weights_only=True)
 
 
-def test_full_disk_keeps_the_last_checkpoint(tmp_path):
-    from vim_timm.engine import checkpoint
-
+@pytest.mark.parametrize('what', ['bytes', 'checkpoint'])
+def test_a_full_disk_keeps_the_last_checkpoint(what, tmp_path):
+    """A limit on the size of a file stands for the full disk."""
+    resource = pytest.importorskip('resource')
     path = str(tmp_path / 'last.pth.tar')
-    checkpoint.write_atomically(path, lambda file: file.write(b'good'))
-
-    def fails(file):
-        file.write(b'half')
-        raise OSError(28, 'No space left on device')
-
-    with pytest.raises(OSError, match='No space'):
-        checkpoint.write_atomically(path, fails)
+    write_atomically(path, b'good')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = {'weight': torch.zeros(1000, 100)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match='File too large') as caught:
+            write_atomically(path, bytes(200_000) if what == 'bytes' else lambda file: torch.save(state, file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == path
     assert os.listdir(tmp_path) == ['last.pth.tar']
     assert open(path, 'rb').read() == b'good'

@@ -35,7 +35,7 @@ def sentences():
                     yield pytest.param(longest, id=f'{path.stem}-{node.lineno}')
 
 
-@pytest.mark.parametrize('sentence', sentences())
+@pytest.mark.parametrize('sentence', list(sentences()))
 def test_every_error_sentence_has_its_mend(sentence):
     assert sentence in TROUBLES
 

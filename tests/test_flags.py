@@ -6,8 +6,8 @@ import pytest
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
-from vim_timm import data, flags, train
-from vim_timm.engine import arguments, log, loop, setup
+from vim_timm import arguments, data, flags, train
+from vim_timm.engine import log, loop, setup
 from vim_timm.errors import UserError
 
 # Every flag of timm's train.py (as of 1.0.29, then those that came later) and its default.

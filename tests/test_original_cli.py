@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vim_timm import original
-from vim_timm.engine.arguments import parse
+from vim_timm.arguments import parse
 from vim_timm.flags import TRAIN, VALIDATE
 
 MIDCLS = 'bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2'

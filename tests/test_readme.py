@@ -9,7 +9,7 @@ import timm
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import train, validate
-from vim_timm.engine.arguments import parse
+from vim_timm.arguments import parse
 from vim_timm.flags import VALIDATE
 
 README = (Path(__file__).parents[1] / 'README.md').read_text()

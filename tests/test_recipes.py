@@ -11,8 +11,8 @@ import yaml
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import original, train
+from vim_timm.arguments import RECIPES
 from vim_timm.engine import setup
-from vim_timm.engine.arguments import RECIPES
 from vim_timm.flags import TRAIN
 
 PATHS = sorted(Path(str(RECIPES)).glob('*.yaml'))

@@ -39,6 +39,13 @@ def run(folder, name, *flags, launcher=(), wait=True, **options):
     return process
 
 
+def wait_for(path, process):
+    """Until there is such a file."""
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
 def torchrun(ranks):
     return ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks))
 
@@ -65,8 +72,7 @@ def test_killed_and_resumed_run_is_the_run_never_killed(tmp_path):
     flags += ['--checkpoint-hist', '2', '--checkpoint-every', '2']
     started = time.time()
     whole = run(tmp_path, 'whole', *flags, wait=False)
-    while not (tmp_path / 'whole' / 'last.pth.tar').exists():
-        time.sleep(0.05)
+    wait_for(tmp_path / 'whole' / 'last.pth.tar', whole)
     an_epoch = time.time() - started  # most of it is starting up
     assert whole.communicate() and whole.returncode == 0
     dice = random.Random(0)
@@ -83,8 +89,7 @@ def test_killed_and_resumed_run_is_the_run_never_killed(tmp_path):
 def test_preempted_run_saves_and_says_so(number, tmp_path):
     flags = [*HARD.split(), '--workers', '2', '--epochs', '3']
     process = run(tmp_path, 'cut', *flags, wait=False)
-    while not (tmp_path / 'cut' / 'last.pth.tar').exists():
-        time.sleep(0.1)
+    wait_for(tmp_path / 'cut' / 'last.pth.tar', process)
     process.send_signal(number)
     output = process.communicate()[0]
     assert process.returncode == 75, output
@@ -97,8 +102,7 @@ def test_preempted_run_saves_and_says_so(number, tmp_path):
 def test_signal_to_torchrun_saves_once(tmp_path):
     flags = [*EASY.split(), '--workers', '1', '--epochs', '50', '--batch-size', '32']
     process = run(tmp_path, 'cut', *flags, launcher=torchrun(2), wait=False)
-    while not (tmp_path / 'cut' / 'last.pth.tar').exists():
-        time.sleep(0.1)
+    wait_for(tmp_path / 'cut' / 'last.pth.tar', process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert 'saved' in output
@@ -198,8 +202,7 @@ def test_evaluation_counts_every_image_once(tmp_path):
 def test_dead_rank_ends_the_run(tmp_path):
     flags = [*EASY.split(), '--workers', '1', '--epochs', '200', '--batch-size', '32', '--dist-timeout', '20']
     process = run(tmp_path, 'a', *flags, launcher=torchrun(2), wait=False, start_new_session=True)
-    while not (tmp_path / 'a' / 'last.pth.tar').exists():
-        time.sleep(0.1)
+    wait_for(tmp_path / 'a' / 'last.pth.tar', process)
     ranks = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
     process.communicate(timeout=60)

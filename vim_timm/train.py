@@ -17,10 +17,12 @@ from timm.utils import random_seed
 import vim_timm  # noqa: F401  registers the models with timm
 
 from . import data
-from .engine import checkpoint, setup
-from .engine.arguments import parse
+from .arguments import parse
+from .engine import setup
+from .engine.checkpoint import Saver
 from .engine.loop import Hooks, Trainer
 from .errors import UserError, run
+from .files import write_atomically
 from .flags import TRAIN
 from .report.curves import write_curves
 
@@ -72,7 +74,7 @@ def output_folder(args: argparse.Namespace, image_size: int) -> str:
     return os.path.join(args.output or os.path.join('.', 'output', 'train'), name)
 
 
-def checkpoint_to_resume(args: argparse.Namespace, folder: str) -> str:
+def checkpoint_to_resume(args: argparse.Namespace, saver: Saver) -> str:
     """The file that --resume means, or ''."""
     if args.resume != 'auto':
         if args.resume and not os.path.isfile(args.resume):
@@ -80,7 +82,7 @@ def checkpoint_to_resume(args: argparse.Namespace, folder: str) -> str:
         return args.resume
     if not args.experiment:
         raise UserError('--resume auto looks in the folder of --experiment: name one')
-    return checkpoint.newest(folder)
+    return saver.newest()
 
 
 def make_datasets(args: argparse.Namespace, hooks: Hooks) -> tuple[Any, Any]:
@@ -115,7 +117,7 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
     model = setup.place_model(args, model, data_config['input_size'])
     train_data = data.train_loader(args, datasets[0], data_config)
     eval_data = data.eval_loader(args, datasets[1], data_config)
-    task = hooks.task(model, args) if hooks.task else setup.make_task(args, model, hooks.loss)
+    task = hooks.task(model, args) if hooks.task else setup.make_task(args, model, hooks.loss, data_config)
     optimizer = setup.make_optimizer(args, task)
     if args.model_ema and (args.rank == 0 or not args.model_ema_force_cpu):
         task.setup_ema(args.model_ema_decay, args.model_ema_warmup, device='cpu' if args.model_ema_force_cpu else None)  # type: ignore[arg-type]
@@ -126,7 +128,7 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
         task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
     folder = output_folder(args, data_config['input_size'][-1])
     trainer = Trainer(args, task, optimizer, train_data, eval_data, folder, hooks)
-    resumed = checkpoint_to_resume(args, folder)
+    resumed = checkpoint_to_resume(args, trainer.saver)
     if resumed:
         trainer.resume(resumed)
     announce(args, trainer, model, data_config)
@@ -136,7 +138,7 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
     if trainer.primary:
         os.makedirs(folder, exist_ok=True)
         text = yaml.safe_dump({name: value for name, value in args.settings.items() if name not in LAYERS})
-        checkpoint.write_atomically(os.path.join(folder, 'args.yaml'), lambda file: file.write(text.encode()))
+        write_atomically(os.path.join(folder, 'args.yaml'), text)
     trainer.run()
     return trainer
 

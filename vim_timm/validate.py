@@ -1,9 +1,7 @@
 """Evaluate a checkpoint or published weights: `python -m vim_timm.validate --help`."""
 
 import argparse
-import csv
 import glob
-import io
 import json
 import os
 import sys
@@ -20,16 +18,19 @@ from timm.utils import check_batch_size_retry, decay_batch_step, natural_key, re
 import vim_timm  # noqa: F401  registers the models with timm
 
 from . import data
+from .arguments import parse
 from .data.real_labels import read_real_labels, real_accuracy
-from .engine import checkpoint, setup
-from .engine.arguments import parse
+from .engine import setup
+from .engine.checkpoint import load_weights
 from .engine.evaluate import Batch, Metric, evaluate
-from .engine.log import Progress
-from .errors import UserError, explain, run, sentence
+from .engine.log import Progress, Speed
+from .errors import Preempted, UserError, explain, run, sentence
+from .files import table, write_atomically
 from .flags import VALIDATE
+from .models.checkpoint import read_checkpoint
 from .report.evaluation import Evaluation, open_folder, write_report
 from .report.extras import require
-from .report.facts import Stopwatch, facts
+from .report.facts import facts
 from .report.metrics import measure
 from .report.names import class_names
 from .train import check, match_classes
@@ -55,7 +56,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError('name the weights: --checkpoint FILE, or --model NAME --pretrained')
     layer: dict[str, Any] = {}
     if first.checkpoint and os.path.isfile(first.checkpoint) and not first.checkpoint.endswith('.safetensors'):
-        saved = checkpoint.read(first.checkpoint).get('args')
+        saved = read_checkpoint(first.checkpoint).get('args')
         if isinstance(saved, dict):
             layer = {ours: saved[theirs] for theirs, ours in _INHERITED.items() if saved.get(theirs) is not None}
         if chosen & {'data_dir', 'dataset'}:  # other data than it was trained on
@@ -86,21 +87,12 @@ def validate(args: argparse.Namespace, metrics: Mapping[str, Metric] | None = No
     real = read_real_labels(args.real_labels, dataset) if args.real_labels else None
     model, parameters, data_config = _ready_model(args, labels)
     loader = data.eval_loader(args, dataset, data_config)
-    progress, watch = Progress(args.rank == 0, args.log_freq), Stopwatch(args)
+    progress, speed = Progress(args.rank == 0, args.log_freq), Speed(args, len(loader))
     outputs: list[Batch] = []
-
-    def show(step: int, evaluator: Any) -> None:
-        watch.batch(evaluator.num_samples)
-        if progress.due(step, step == len(loader)):
-            counts = evaluator.summary()
-            rate = watch.rate(evaluator.num_samples)
-            progress.show(
-                f'[{step}/{len(loader)}]  top-1 {counts["top1"]:.2f} %  {rate:.0f} img/s', step == len(loader)
-            )
-
     on_all = outputs.append if args.report or real else None
-    result = evaluate(model, loader, args, _more_metrics(args, metrics), show, on_all)
-    rate = watch.rate(result['count'] // args.world_size)
+    with setup.Signals() as signals:
+        result = evaluate(model, loader, args, _more_metrics(args, metrics), on_all, progress, speed, signals)
+    rate = speed.rate()
     if real:
         result.update(real_accuracy(real, outputs[0][0], outputs[0][2]))
     row: dict[str, Any] = {'model': args.model}
@@ -121,7 +113,7 @@ def _ready_model(args: argparse.Namespace, labels: list[int] | None) -> tuple[to
     """The model with its weights on its device, the number of its parameters, and its data settings."""
     model: Any = setup.make_model(args)
     if args.checkpoint:
-        checkpoint.load_weights(model, args.checkpoint, args.use_ema)
+        load_weights(model, args.checkpoint, args.use_ema)
     if args.reparam:
         model = reparameterize_model(model)
     data_config = resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
@@ -228,13 +220,9 @@ def write_results(path: str, rows: list[dict[str, Any]], kind: str) -> None:
     if kind == 'json':
         text = json.dumps(rows if len(rows) != 1 else rows[0], indent=4) + '\n'
     else:
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-        text = table.getvalue()
+        text = table(rows)
     with explain(f'--results-file {path}'):
-        checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+        write_atomically(path, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -251,6 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for choice in choices:
                 try:
                     rows.append(_evaluate_choice(args, choice, alone=len(choices) == 1))
+                except Preempted:
+                    raise
                 except UserError as error:  # the others may do; those done are not lost
                     failures.append(f'{choice.get("checkpoint") or choice.get("model") or args.model}: {error}')
                     if len(choices) > 1 and args.rank == 0:

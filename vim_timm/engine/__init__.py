@@ -4,8 +4,8 @@
 """
 
 from ..errors import UserError
-from .checkpoint import load_weights, write_atomically
+from .checkpoint import load_weights
 from .evaluate import evaluate, predictions
 from .loop import Hooks, Trainer
 
-__all__ = ['Hooks', 'Trainer', 'UserError', 'evaluate', 'load_weights', 'predictions', 'write_atomically']
+__all__ = ['Hooks', 'Trainer', 'UserError', 'evaluate', 'load_weights', 'predictions']

@@ -9,7 +9,9 @@ import torch.distributed as dist
 from timm.task import ClassificationEvaluator
 
 from ..data import Loader
-from .setup import autocast
+from ..errors import Preempted
+from .log import Progress, Speed
+from .setup import Signals, autocast
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # logits, targets, places in the data set
@@ -51,25 +53,37 @@ def evaluate(
     loader: Loader,
     args: argparse.Namespace,
     metrics: Mapping[str, Metric] | None = None,
-    on_batch: Callable[[int, ClassificationEvaluator], Any] | None = None,
     on_all: Callable[[Batch], Any] | None = None,
+    progress: Progress | None = None,
+    speed: Speed | None = None,
+    signals: Signals | None = None,
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 (percent) and the number of images over the whole split, the same on every rank.
 
     Args:
         metrics: further ones, each a function of all logits (N, classes) and targets (N,) on the CPU.
-        on_batch: called with the number of batches so far and the counts of this rank.
         on_all: called once on every rank with all logits (N, classes), targets (N,) and places (N,) on the CPU, in the
             data set's order.
+        progress: where to show how far it is.
+        speed: counts the images.
+        signals: end early when one comes to any rank.
+
+    Raises:
+        Preempted: a signal came.
     """
-    evaluator = ClassificationEvaluator(args.torch_device)
+    evaluator, speed, steps = ClassificationEvaluator(args.torch_device), speed or Speed(args, len(loader)), len(loader)
     parts = []
     for step, (logits, targets, places) in enumerate(predictions(model, loader, args), 1):
         evaluator.update(logits, targets)
         if metrics or on_all:
             parts.append((logits.cpu(), targets.cpu(), places.cpu()))
-        if on_batch:
-            on_batch(step, evaluator)
+        speed.update(len(targets))
+        if progress and progress.due(step):
+            progress.show(f'evaluation [{step}/{steps}]  top-1 {evaluator.summary()["top1"]:.2f} %  {speed}')
+        if signals and signals.caught:  # the other ranks learn of it when they are done
+            break
+    if signals and signals.anywhere(args):
+        raise Preempted('stopped by a signal in an evaluation: start it again')
     distributed = args.world_size > 1
     result = dict(evaluator.compute(distributed=distributed))
     count = evaluator.counts[0].clone()

@@ -1,7 +1,8 @@
 """What a run tells: a line of progress, the log files, and experiment trackers."""
 
-import csv
-import io
+import argparse
+import datetime
+import importlib
 import json
 import os
 import shutil
@@ -12,14 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .checkpoint import write_atomically
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` under an hour."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f'{hours}:{minute:02}:{second:02}' if hours else f'{minute}:{second:02}'
+from ..files import table, write_atomically
 
 
 def peak_memory(device: torch.device) -> str:
@@ -41,15 +35,15 @@ class Progress:
         self.primary, self.interval = primary, max(1, interval)
         self.terminal = primary and sys.stdout.isatty()
 
-    def due(self, step: int, last: bool) -> bool:
-        """Whether a line would be shown now."""
-        return self.primary and (last or step % self.interval == 0)
+    def due(self, step: int) -> bool:
+        """Whether a line is to be shown at this step."""
+        return self.primary and step % self.interval == 0
 
-    def show(self, text: str, last: bool) -> None:
+    def show(self, text: str) -> None:
         """Print a line that the next one may replace."""
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be rewritten
-            print(f'\r\x1b[K{text if last else text[:width]}', end='\n' if last else '', flush=True)
+            print(f'\r\x1b[K{text[:width]}', end='', flush=True)
         else:
             print(text, flush=True)
 
@@ -60,73 +54,87 @@ class Progress:
 
 
 class Speed:
-    """Images a second and the time left, measured from when it was made."""
+    """Images a second on all ranks and the time left, from after the first step: that one waits for workers, compilers.
 
-    def __init__(self, steps_left: int):
-        self.start, self.images, self.steps, self.steps_left = time.perf_counter(), 0, 0, steps_left
+    Args:
+        steps: how many there will be.
+    """
+
+    def __init__(self, args: argparse.Namespace, steps: int):
+        self.device, self.world_size, self.steps, self.step = args.torch_device, args.world_size, steps, 0
+        self.start, self.images = time.perf_counter(), 0
 
     def update(self, images: int) -> None:
-        self.images += images
-        self.steps += 1
+        """Count a step and this rank's images in it."""
+        self.step += 1
+        self.images += images * self.world_size
+        if self.step == 1:
+            if self.device.type == 'cuda':
+                torch.cuda.synchronize(self.device)
+            self.first = (time.perf_counter(), self.images)
+        elif self.step == 2:  # else the first step is all there is
+            self.start, self.images = self.first[0], self.images - self.first[1]
+
+    def rate(self) -> float:
+        """Images a second."""
+        return self.images / max(time.perf_counter() - self.start, 1e-9)
 
     def __str__(self) -> str:
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        left = seconds / max(self.steps, 1) * (self.steps_left - self.steps)
-        return f'{self.images / seconds:.0f} img/s  ETA {duration(left)}'
+        left = (time.perf_counter() - self.start) / max(self.step - 1, 1) * (self.steps - self.step)
+        return f'{self.rate():.0f} img/s  ETA {datetime.timedelta(seconds=round(left))}'
 
 
 def write_history(folder: str, rows: list[dict[str, Any]]) -> None:
     """Write all epochs to summary.csv and summary.json. A resumed run thereby cuts the log back to its checkpoint."""
-    table = io.StringIO()
-    names = list(dict.fromkeys(['epoch', *(name for row in rows for name in row)]))
-    writer = csv.DictWriter(table, names, restval='', lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(os.path.join(folder, 'summary.csv'), lambda file: file.write(table.getvalue().encode()))
-    text = json.dumps(rows, indent=1) + '\n'
-    write_atomically(os.path.join(folder, 'summary.json'), lambda file: file.write(text.encode()))
+    write_atomically(os.path.join(folder, 'summary.csv'), table(rows, 'epoch'))
+    write_atomically(os.path.join(folder, 'summary.json'), json.dumps(rows, indent=1) + '\n')
 
 
 class Trackers:
-    """TensorBoard, Weights & Biases and Trackio, as far as the flags ask for them."""
+    """TensorBoard, Weights & Biases and Trackio, as far as the flags ask for them.
 
-    def __init__(self, args: Any, folder: str, start_epoch: int):
-        self.writer, self.loggers = None, []
+    Raises:
+        UserError: one of them is not installed.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.board, self.loggers = args, None, []
         if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError('--tensorboard needs `pip install tensorboard`') from error
-            self.writer = SummaryWriter(os.path.join(folder, 'tensorboard'), purge_step=start_epoch)
-        for flag, name in (('log_wandb', 'wandb'), ('log_trackio', 'trackio')):
-            if getattr(args, flag):
-                self.loggers.append(self._start(name, flag, args, folder))
+            self.board = self._import('torch.utils.tensorboard', '--tensorboard', 'tensorboard')
+        for name, wanted in (('wandb', args.log_wandb), ('trackio', args.log_trackio)):
+            if wanted:
+                self.loggers.append(self._import(name, f'--log-{name}', name))
 
     @staticmethod
-    def _start(name: str, flag: str, args: Any, folder: str) -> Any:
+    def _import(module: str, flag: str, package: str) -> Any:
         try:
-            module = __import__(name)
+            return importlib.import_module(module)
         except ImportError as error:
-            raise UserError(f'--{flag.replace("_", "-")} needs `pip install {name}`') from error
-        options: dict[str, Any] = dict(
-            project=args.wandb_project or 'vim-timm', name=os.path.basename(folder), config=args.settings
-        )
-        if name == 'wandb':
-            options.update(tags=args.wandb_tags or None, id=args.wandb_resume_id or None)
-            options.update(resume='must' if args.wandb_resume_id else None)
-        module.init(**options)
-        return module
+            raise UserError(f'{flag} needs `pip install {package}`') from error
+
+    def start(self, folder: str, epoch: int) -> None:
+        """Open them for the run in `folder`, which goes on at `epoch`."""
+        args = self.args
+        if self.board:
+            self.board = self.board.SummaryWriter(os.path.join(folder, 'tensorboard'), purge_step=epoch)
+        more: dict[str, Any] = dict(tags=args.wandb_tags or None, id=args.wandb_resume_id or None)
+        more['resume'] = 'must' if args.wandb_resume_id else None
+        for logger in self.loggers:
+            logger.init(
+                project=args.wandb_project or 'vim-timm', name=os.path.basename(folder), config=args.settings,
+                **(more if logger.__name__ == 'wandb' else {}),
+            )  # fmt: skip
 
     def log(self, row: dict[str, Any]) -> None:
         """Send one epoch's numbers."""
         for key, value in row.items():
-            if self.writer is not None and key != 'epoch' and value is not None:
-                self.writer.add_scalar(key.replace('_', '/', 1), value, row['epoch'])
+            if self.board and key != 'epoch' and value is not None:
+                self.board.add_scalar(key.replace('_', '/', 1), value, row['epoch'])
         for logger in self.loggers:
             logger.log(row)
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        if self.board:
+            self.board.close()
         for logger in self.loggers:
             logger.finish()

@@ -4,13 +4,11 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.data import Mixup
 from timm.models import clean_state_dict
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
@@ -19,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Loader, seed_everything
 from ..errors import Preempted, TrainingStopped, UserError, explain
+from ..models.checkpoint import read_checkpoint
 from . import checkpoint, log
 from .evaluate import Metric, evaluate
-from .setup import autocast
+from .setup import Signals, autocast, make_mixup
 
 
 @dataclasses.dataclass
@@ -58,7 +57,7 @@ class Trainer:
         task: TrainingTask,
         optimizer: torch.optim.Optimizer,
         train_data: Loader,
-        eval_data: Loader | None,
+        eval_data: Loader,
         folder: str,
         hooks: Hooks,
     ):
@@ -70,43 +69,25 @@ class Trainer:
         self.updates = -(-self.batches // args.grad_accum_steps)
         self.decreasing = 'loss' in args.eval_metric
         with explain('schedule'):
-            self.scheduler, self.epochs = create_scheduler_v2(
-                optimizer,
-                **scheduler_kwargs(args, decreasing_metric=self.decreasing),
-                updates_per_epoch=self.updates,
-            )
-        self.mixup = self._mixup()
+            options = scheduler_kwargs(args, decreasing_metric=self.decreasing)
+            self.scheduler, self.epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=self.updates)
+        self.mixup = make_mixup(args)
         known = ('loss', 'top1', 'top5', *hooks.metrics)
         if args.eval_metric not in known:
             raise UserError(f'--eval-metric must be one of {", ".join(known)}, not {args.eval_metric!r}')
         self.metric = f'{"ema" if self._evaluates_ema() else "eval"}_{args.eval_metric}'
         self.saver = checkpoint.Saver(folder, args.checkpoint_hist, args.checkpoint_every, self.metric, self.decreasing)
+        self.progress, self.signals = log.Progress(self.primary, args.log_interval), Signals()
+        self.trackers = log.Trackers(args) if self.primary else None
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.step, self.nonfinite, self.skipped = args.start_epoch or 0, 0, 0, 0
-        self.signalled = self.stop = False  # a signal came to this rank; every rank has agreed to stop
         self._reset_loss()
-        self.progress = log.Progress(self.primary, args.log_interval)
 
     def _reset_loss(self, values: Sequence[float] = (0.0, 0.0)) -> None:
         """The epoch's loss so far on this rank: its sum over images, and their number."""
         device = self.args.torch_device
-        self.loss_sum = torch.tensor(
-            values, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64
-        )
-
-    def _mixup(self) -> Mixup | None:
-        args = self.args
-        if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
-            return None
-        if args.batch_size % 2:
-            raise UserError(f'mixup and cutmix pair images: --batch-size must be even, not {args.batch_size}')
-        if args.aug_splits > 1:
-            raise UserError('--mixup and --cutmix do not go with --aug-splits')
-        return Mixup(
-            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
-            num_classes=args.num_classes,
-        )  # fmt: skip
+        dtype = torch.float32 if device.type == 'mps' else torch.float64
+        self.loss_sum = torch.tensor(values, device=device, dtype=dtype)
 
     def _evaluates_ema(self) -> bool:
         return self.args.model_ema and not self.args.model_ema_force_cpu
@@ -118,7 +99,6 @@ class Trainer:
         losses = [self.loss_sum.tolist()] * self.args.world_size
         if self.args.world_size > 1:
             dist.all_gather_object(losses, losses[0])
-        done = self.step == 0
         state = {
             'epoch': self.epoch - 1,
             'arch': self.args.model,
@@ -135,13 +115,13 @@ class Trainer:
         }  # fmt: skip
         if self.scaler.is_enabled():
             state['amp_scaler'] = self.scaler.state_dict()
-        if done and self.rows and self.rows[-1].get(self.metric) is not None:
+        if self.step == 0 and self.rows and self.rows[-1].get(self.metric) is not None:
             state['metric'] = self.rows[-1][self.metric]
         return state
 
     def resume(self, path: str) -> None:
         """Go on from a checkpoint of ours, at the very batch, or from the epoch after one of timm's."""
-        content = checkpoint.read(path)
+        content = read_checkpoint(path)
         if 'state_dict' not in content:
             raise UserError(f'{path} is no training checkpoint: start from it with --initial-checkpoint')
         with explain(f'checkpoint {path} does not fit this run'):
@@ -191,48 +171,42 @@ class Trainer:
             self.scheduler.step_update(self._update_number())
         if self.primary:
             log.write_history(self.folder, self.rows)
-        trackers = log.Trackers(self.args, self.folder, self.epoch) if self.primary else None
-        handled = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
-        before = {number: signal.signal(number, self._on_signal) for number in handled}
-        speed = log.Speed((self.epochs - self.epoch) * self.batches - self.step)
+        if self.trackers:
+            self.trackers.start(self.folder, self.epoch)
         try:
-            while self.epoch < self.epochs and not self._early_stop():
-                self._train_epoch(speed)
-                self._finish_epoch()
-                if trackers:
-                    trackers.log(self.rows[-1])
-                if self.hooks.callback:
-                    self.hooks.callback(self)
+            with self.signals:
+                while self.epoch < self.epochs and not self._early_stop():
+                    self._train_epoch()
+                    self._finish_epoch()
+                    if self.hooks.callback:
+                        self.hooks.callback(self)
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            if trackers:
-                trackers.close()
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self.signalled = True
+            if self.trackers:
+                self.trackers.close()
 
     def _early_stop(self) -> bool:
         """Whether the last --early-stop-patience evaluations brought nothing better."""
-        patience, delta = self.args.early_stop_patience, self.args.early_stop_min_delta
-        sign = -1 if self.decreasing else 1
-        values = [sign * row[self.metric] for row in self.rows if row.get(self.metric) is not None]
         best, since = float('-inf'), 0
-        for value in values:
-            best, since = (value, 0) if value > best + delta else (best, since + 1)
-        if not patience or since < patience:
+        for row in self.rows:
+            if row.get(self.metric) is not None:
+                value = -row[self.metric] if self.decreasing else row[self.metric]
+                best, since = (value, 0) if value > best + self.args.early_stop_min_delta else (best, since + 1)
+        if not self.args.early_stop_patience or since < self.args.early_stop_patience:
             return False
         self.progress.say(f'early stop: no better {self.args.eval_metric} in {since} evaluations')
         return True
 
-    def _train_epoch(self, speed: log.Speed) -> None:
-        """The rest of this epoch, from `self.step` on."""
+    def _train_epoch(self) -> None:
+        """The rest of this epoch, from `self.step` on; nothing where only its evaluation is left."""
         args, accum = self.args, self.args.grad_accum_steps
+        if self.step == self.batches:
+            return
         self.task.train()
         if self.mixup:
             self.mixup.mixup_enabled = not (args.mixup_off_epoch and self.epoch >= args.mixup_off_epoch)
         self.optimizer.zero_grad()
         finite = torch.ones((), dtype=torch.bool, device=args.torch_device)
+        speed = log.Speed(args, (self.epochs - self.epoch) * self.batches - self.step)
         for images, targets in self.train_data.epoch(self.epoch, self.step):
             last = self.step + 1 == self.batches
             group = min(accum, self.batches - self.step // accum * accum)
@@ -241,16 +215,18 @@ class Trainer:
             known = torch.isfinite(loss)
             finite &= known
             self.loss_sum += torch.stack([loss.nan_to_num(0, 0, 0), known]) * len(targets)
-            speed.update(len(images) * args.world_size)
+            speed.update(len(images))
             self.step += 1
-            if self.progress.due(self.step, last):
+            if self.primary and (last or self.progress.due(self.step)):
                 self._show(loss, speed, images, last)
             if update:
-                self._update(finite)
+                stop = self._update(finite)
                 finite.fill_(True)
                 every = args.recovery_interval
-                if self.stop or (every and not last and self.step // every > (self.step - group) // every):
-                    self._save_recovery()
+                if stop or (every and not last and self.step // every > (self.step - group) // every):
+                    self._save_recovery(stop)
+        if args.world_size > 1 and args.dist_bn:
+            distribute_bn(self.task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
 
     def _forward_backward(self, images: torch.Tensor, targets: torch.Tensor, group: int, sync: bool) -> torch.Tensor:
         """Accumulate the gradient of one batch and return its loss. All of its randomness depends on the step."""
@@ -266,16 +242,20 @@ class Trainer:
             self.scaler.scale(loss / group).backward()
         return loss.detach()
 
-    def _update(self, finite: torch.Tensor) -> None:
-        """One optimizer step, unless any rank has a loss or gradient that is not finite: then all skip it together."""
+    def _update(self, finite: torch.Tensor) -> bool:
+        """One optimizer step, unless any rank has a loss or gradient that is not finite: then all skip it together.
+
+        Returns:
+            Whether a signal came to any rank.
+        """
         args, optimizer = self.args, self.optimizer
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=args.torch_device)
-        flags = torch.stack([~(finite & torch.isfinite(norm)), torch.full_like(finite, self.signalled)]).int()
+        flags = torch.stack([~(finite & torch.isfinite(norm)), torch.full_like(finite, self.signals.caught)]).int()
         if args.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        bad, self.stop = (bool(flag) for flag in flags.tolist())
+        bad, stop = (bool(flag) for flag in flags.tolist())
         if bad:
             self._count_nonfinite()
         else:
@@ -293,6 +273,7 @@ class Trainer:
             torch.cuda.synchronize()
         if self.scheduler is not None:
             self.scheduler.step_update(number)
+        return stop
 
     def _count_nonfinite(self) -> None:
         self.nonfinite, self.skipped = self.nonfinite + 1, self.skipped + 1
@@ -304,39 +285,38 @@ class Trainer:
             )
 
     def _show(self, loss: torch.Tensor, speed: log.Speed, images: torch.Tensor, last: bool) -> None:
-        rate = self.optimizer.param_groups[0]['lr']
-        self.progress.show(
+        rate, memory = self.optimizer.param_groups[0]['lr'], log.peak_memory(self.args.torch_device)
+        (self.progress.say if last else self.progress.show)(
             f'epoch {self.epoch} [{self.step}/{self.batches}]  loss {loss.item():.4f}  lr {rate:.3g}  {speed}  '
-            f'memory {log.peak_memory(self.args.torch_device)}',
-            last,
+            f'memory {memory}'
         )
         if self.args.save_images:
             from torchvision.utils import save_image
 
             save_image(images.float(), os.path.join(self.folder, f'train-batch-{self.step}.jpg'), normalize=True)
 
-    def _save_recovery(self) -> None:
+    def _save_recovery(self, stop: bool) -> None:
+        """Save the state inside an epoch, and end the run if it is to stop."""
         state = self.state()
         path = self.saver.save_recovery(state) if self.primary else 'by rank 0'
-        if self.stop:
+        if stop:
             if self.args.world_size > 1:
                 dist.barrier()  # nobody may leave, and be missed, while rank 0 writes
             raise Preempted(f'stopped by a signal; saved {path}; go on with --resume')
 
     def _finish_epoch(self) -> None:
         """Evaluate, step the schedule, write checkpoint and log."""
-        args = self.args
-        if args.world_size > 1 and args.dist_bn:
-            distribute_bn(self.task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
-        total = self.loss_sum.clone()
+        args, total = self.args, self.loss_sum.clone()
         if args.world_size > 1:
             dist.all_reduce(total)
         row: dict[str, Any] = {'epoch': self.epoch, 'train_loss': float(total[0] / total[1].clamp(min=1))}
-        final = self.epoch + 1 == self.epochs
-        if self.eval_data is not None and ((self.epoch + 1) % args.val_interval == 0 or final):
-            row.update(self._evaluate('eval', ema=False))
-            if self._evaluates_ema():
-                row.update(self._evaluate('ema', ema=True))
+        if (self.epoch + 1) % args.val_interval == 0 or self.epoch + 1 == self.epochs:
+            try:
+                row.update(self._evaluate('eval'))
+                if self._evaluates_ema():
+                    row.update(self._evaluate('ema'))
+            except Preempted:
+                self._save_recovery(stop=True)
         row['lr'] = self.optimizer.param_groups[0]['lr']
         row['skipped'] = self.skipped
         self.rows.append(row)
@@ -347,13 +327,16 @@ class Trainer:
         if self.primary:
             self.saver.save_epoch(state)
             log.write_history(self.folder, self.rows)
+        if self.trackers:
+            self.trackers.log(row)
 
-    def _evaluate(self, prefix: str, ema: bool) -> dict[str, Any]:
-        assert self.eval_data is not None
-        model = self.task.get_eval_model(ema=ema)
+    def _evaluate(self, prefix: str) -> dict[str, Any]:
+        """The columns of the log for the trained weights (eval) or their average (ema)."""
+        model: Any = self.task.get_eval_model(ema=prefix == 'ema')
         model = model.module if isinstance(model, DistributedDataParallel) else model
-        assert model is not None
-        result = evaluate(model, self.eval_data, self.args, self.hooks.metrics)
+        result = evaluate(
+            model, self.eval_data, self.args, self.hooks.metrics, progress=self.progress, signals=self.signals
+        )
         self.progress.say(
             f'epoch {self.epoch} {prefix}: top-1 {result["top1"]:.2f} %  top-5 {result["top5"]:.2f} %  '
             f'loss {result["loss"]:.4f}  ({result["count"]} images)'

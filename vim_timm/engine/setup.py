@@ -5,11 +5,15 @@ import contextlib
 import datetime
 import difflib
 import os
+import signal
+import threading
 from typing import Any
 
 import timm
 import torch
 import torch.distributed as dist
+from timm.data import Mixup
+from timm.data.loader import adapt_to_chs
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss
 from timm.models import create_model, get_deprecated_models, resolve_model_input_args
@@ -39,13 +43,11 @@ def start_process(args: argparse.Namespace, chosen: set[str]) -> None:
         args.device = kind = 'cpu'
     args.local_rank, args.rank, args.world_size = world_info_from_env() if is_distributed_env() else (0, 0, 1)
     if args.world_size > 1:
-        os.environ.update(
-            RANK=str(args.rank), WORLD_SIZE=str(args.world_size), LOCAL_RANK=str(args.local_rank)
-        )  # SLURM sets none of these
+        for name in ('rank', 'world_size', 'local_rank'):
+            os.environ[name.upper()] = str(getattr(args, name))  # SLURM sets none of these
         with explain('cannot join the other processes'):
-            dist.init_process_group(
-                'nccl' if kind == 'cuda' else 'gloo', timeout=datetime.timedelta(seconds=args.dist_timeout)
-            )
+            timeout = datetime.timedelta(seconds=args.dist_timeout)
+            dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timeout)
         if kind == 'cuda':
             args.device = f'cuda:{args.local_rank}'
     with explain(f'--device {args.device}'):
@@ -64,6 +66,31 @@ def start_process(args: argparse.Namespace, chosen: set[str]) -> None:
     args.autocast_dtype = getattr(torch, args.amp_dtype) if args.amp else None
     if args.fast_norm:
         set_fast_norm()
+
+
+class Signals:
+    """Remembers SIGTERM and SIGUSR1, by which schedulers announce the end of a job: `with Signals() as signals:`."""
+
+    def __enter__(self) -> 'Signals':
+        self.caught = False
+        numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
+        main = threading.current_thread() is threading.main_thread()  # no other may handle them
+        self.before = {number: signal.signal(number, self._catch) for number in numbers if main}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: Any) -> None:
+        self.caught = True
+
+    def anywhere(self, args: argparse.Namespace) -> bool:
+        """Whether one came to any rank; every rank must ask."""
+        flag = torch.tensor(int(self.caught), device=args.torch_device)
+        if args.world_size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
 
 
 def autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager:
@@ -141,41 +168,63 @@ def make_training_model(args: argparse.Namespace) -> torch.nn.Module:
     return model
 
 
-def make_task(args: argparse.Namespace, model: torch.nn.Module, loss: torch.nn.Module | None) -> TrainingTask:
+def make_mixup(args: argparse.Namespace) -> Mixup | None:
+    """timm's mixup and cutmix for the flags, or None."""
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    if args.batch_size % 2:
+        raise UserError(f'mixup and cutmix pair images: --batch-size must be even, not {args.batch_size}')
+    if args.aug_splits > 1:
+        raise UserError('--mixup and --cutmix do not go with --aug-splits')
+    return Mixup(
+        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+    )  # fmt: skip
+
+
+def make_task(
+    args: argparse.Namespace, model: torch.nn.Module, loss: torch.nn.Module | None, data_config: dict[str, Any]
+) -> TrainingTask:
     """timm's task for the flags: classification, or distillation with --kd-*. `loss(output, target)` replaces it."""
-    soft = bool(args.mixup or args.cutmix or args.cutmix_minmax)
     kind = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else args.loss or 'ce'
     options = {
         'bce': dict(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight),
         'asl': dict(asl_gamma_pos=args.asl_gamma_pos, asl_gamma_neg=args.asl_gamma_neg),
         'poly': dict(poly_epsilon=args.poly_epsilon),
         'jsd': dict(jsd_splits=args.aug_splits),
-    }
+    }.get(kind, {})
     with explain('loss'):
-        criterion = loss or create_classification_loss(
-            kind,
-            smoothing=args.smoothing,
-            soft_targets=soft,
-            **options.get(kind, {}),
-        )
-    common = dict(device=args.torch_device, dtype=args.dtype, verbose=False)
+        soft = bool(args.mixup or args.cutmix or args.cutmix_minmax)
+        loss = loss or create_classification_loss(kind, smoothing=args.smoothing, soft_targets=soft, **options)
+    common: dict[str, Any] = dict(device=args.torch_device, dtype=args.dtype, verbose=False)
     if not args.kd_model_name:
-        return ClassificationTask(model, criterion, **common)
-    weights = dict(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
+        return ClassificationTask(model, loss, **common)
+    common.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        'feature': (
+            FeatureDistillationTask,
+            dict(student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim),
+        ),
+        'token': (
+            TokenDistillationTask,
+            dict(distill_type=args.kd_token_distill_type, temperature=args.kd_temperature),
+        ),
+        'logit': (LogitDistillationTask, dict(loss_type=args.kd_loss_type, temperature=args.kd_temperature)),
+    }
+    create, more = kinds[args.kd_distill_type]
     with explain('knowledge distillation'):
-        if args.kd_distill_type == 'feature':
-            dims = dict(
-                student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim
-            )
-            return FeatureDistillationTask(model, args.kd_model_name, criterion, **weights, **dims, **common)
-        weights['temperature'] = args.kd_temperature
-        if args.kd_distill_type == 'token':
-            return TokenDistillationTask(
-                model, args.kd_model_name, criterion, distill_type=args.kd_token_distill_type, **weights, **common
-            )
-        return LogitDistillationTask(
-            model, args.kd_model_name, criterion, loss_type=args.kd_loss_type, **weights, **common
-        )
+        task = create(model, args.kd_model_name, loss, **more, **common)
+        # timm normalizes the teacher's images anew, from what it takes for the student's normalization
+        for owner, names, values in (
+            (task, ('student_mean', 'student_std'), data_config),
+            (task.teacher, ('mean_kd', 'std_kd'), task.teacher.model.pretrained_cfg),
+        ):
+            for name, key in zip(names, ('mean', 'std')):
+                buffer = getattr(owner, name)
+                adapted = adapt_to_chs(values[key], data_config['input_size'][0])
+                setattr(owner, name, buffer.new_tensor(adapted).view(1, -1, 1, 1))
+        return task
 
 
 def learning_rate(args: argparse.Namespace) -> float:

@@ -10,11 +10,13 @@ import safetensors.torch
 import torch
 from timm.models import clean_state_dict
 
+from ..errors import UserError
+
 _WEIGHTS = ('model', 'state_dict')
 _EMA_WEIGHTS = ('model_ema', 'state_dict_ema')
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be read, or that is not for the model; the message is one sentence for a user."""
 
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..engine.checkpoint import write_atomically
 from ..errors import UserError, explain, run
+from ..files import write_atomically
 from . import page, plots
 from .extras import require
 
@@ -45,9 +45,8 @@ def write_curves(folder: str, rows: Sequence[Mapping[str, Any]]) -> str:
     require(['matplotlib'])
     png = plots.curves(panels(rows))
     path = os.path.join(folder, 'curves.html')
-    write_atomically(os.path.join(folder, 'curves.png'), lambda file: file.write(png))
-    content = _page(os.path.basename(os.path.abspath(folder)), rows, png).encode()
-    write_atomically(path, lambda file: file.write(content))
+    write_atomically(os.path.join(folder, 'curves.png'), png)
+    write_atomically(path, _page(os.path.basename(os.path.abspath(folder)), rows, png))
     return path
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..engine.checkpoint import write_atomically
 from ..errors import explain
+from ..files import write_atomically
 from . import page, plots, samples
 from .metrics import Scores, confused_pairs, normalized
 
@@ -72,7 +72,7 @@ def write_report(folder: str, evaluation: Evaluation) -> None:
     }
     files['report.html'] = page.evaluation(evaluation.row, evaluation.facts, scores, pairs, shown, pngs).encode()
     for name, content in files.items():
-        write_atomically(os.path.join(folder, name), lambda file, content=content: file.write(content))  # type: ignore[misc]
+        write_atomically(os.path.join(folder, name), content)
 
 
 def _pictures(evaluation: Evaluation, rows: Iterable[int]) -> list[dict[str, Any]]:

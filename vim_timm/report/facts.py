@@ -11,29 +11,6 @@ from ..engine.log import peak_memory
 from ..version import __version__
 
 
-class Stopwatch:
-    """Images a second on all ranks, from after the first batch: that one waits for workers, compilers and kernels."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.device, self.world_size = args.torch_device, args.world_size
-        self.start, self.before, self.batches = time.perf_counter(), 0, 0
-        self.first = (self.start, 0)
-
-    def batch(self, images: int) -> None:
-        """Count a batch; `images` is the number of this rank's so far."""
-        self.batches += 1
-        if self.batches == 1:
-            if self.device.type == 'cuda':
-                torch.cuda.synchronize(self.device)
-            self.first = (time.perf_counter(), images)
-        elif self.batches == 2:  # else the first batch is all there is
-            self.start, self.before = self.first
-
-    def rate(self, images: int) -> float:
-        """Images a second, when this rank has had so many."""
-        return (images - self.before) * self.world_size / max(time.perf_counter() - self.start, 1e-9)
-
-
 def facts(args: argparse.Namespace, rate: float) -> dict[str, Any]:
     """What a report says about how it came about, by name."""
     cuda = args.torch_device.type == 'cuda'

@@ -1,0 +1,74 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import csv
+import io
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO
+
+
+def write_atomically(path: str, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file under a temporary name, flush it to the disk and rename it: `path` is never half a file.
+
+    Args:
+        content: text, bytes, or a function that writes to an open file.
+
+    Raises:
+        OSError: the disk is full, say; it names `path`, which is as it was before.
+    """
+    temporary = f'{path}.tmp'
+    try:
+        with open(temporary, 'wb') as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == 'posix':
+            _flush_folder(os.path.dirname(path) or '.')
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        # torch.save hides what failed behind a RuntimeError about its own state
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, path) from error
+        raise
+
+
+def duplicate(source: str, path: str) -> None:
+    """Give a finished file a second name (a copy, where the file system has no hard links), atomically."""
+    temporary = f'{path}.tmp'
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(temporary)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with open(source, 'rb') as file:
+            return write_atomically(path, lambda copy: shutil.copyfileobj(file, copy))
+    os.replace(temporary, path)
+    with contextlib.suppress(FileNotFoundError):  # POSIX renames nothing when both names are the same file
+        os.remove(temporary)
+
+
+def table(rows: Sequence[Mapping[str, Any]], *first: str) -> str:
+    """Rows as CSV; the columns are those of `first`, then all other names, in order of appearance."""
+    text = io.StringIO()
+    names = dict.fromkeys([*first, *(name for row in rows for name in row)])
+    writer = csv.DictWriter(text, list(names), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _flush_folder(folder: str) -> None:
+    """Make renames in a folder survive a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
