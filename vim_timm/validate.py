@@ -242,8 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 except Preempted:
                     raise
                 except UserError as error:  # the others may do; those done are not lost
-                    failures.append(f'{choice.get("checkpoint") or choice.get("model") or args.model}: {error}')
-                    if len(choices) > 1 and args.rank == 0:
+                    if len(choices) == 1:
+                        raise
+                    failures.append(f'{choice.get("checkpoint") or choice.get("model")}: {error}')
+                    if args.rank == 0:
                         print(failures[-1], flush=True)
                 rows.sort(key=lambda row: row['top1'], reverse=True)
                 if rows and args.rank == 0 and args.results_file:
@@ -251,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if rows and args.rank == 0:
                 print(f'--result\n{json.dumps(rows if len(choices) > 1 else rows[0], indent=4)}')
             if failures:
-                raise UserError(failures[0] if len(choices) == 1 else f'{len(failures)} of {len(choices)} failed')
+                raise UserError(f'{len(failures)} of {len(choices)} failed')
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
