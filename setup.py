@@ -113,6 +113,7 @@ setup(
     package_data={
         'vim_timm': ['py.typed', 'recipes/*.yaml', 'weights/*', '*.npz', '**/*.npz'],
         'vim_timm.ops.cpu': ['*.c', '*.h'],
+        'vim_timm.ops.cuda': ['*.cu', '*.cuh'],
     },
     ext_modules=[
         Extension(

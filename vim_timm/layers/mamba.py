@@ -10,14 +10,11 @@ from typing import Final, Literal, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import register_notrace_function
+from timm.layers import register_notrace_module
 
-from vim_timm.ops import bidirectional_conv, bidirectional_scan, causal_conv, probe_backends
-
-# kernels and loops over tokens stay single nodes in an FX graph
-register_notrace_function(bidirectional_conv)
-register_notrace_function(bidirectional_scan)
-register_notrace_function(causal_conv)
+from vim_timm.layers.plain import is_plain
+from vim_timm.ops import bidirectional_conv, bidirectional_scan, causal_conv, fused_mixer_runs, probe_backends
+from vim_timm.ops.cuda import mixer
 
 ScanType = Literal['bidirectional', 'shared', 'forward']
 
@@ -25,6 +22,7 @@ ScanType = Literal['bidirectional', 'shared', 'forward']
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
+@register_notrace_module  # what runs is decided by tensors, outside an FX graph
 class BiMamba(nn.Module):
     """Gated, bidirectional selective state space mixer, (B, L, C) -> (B, L, C).
 
@@ -128,20 +126,52 @@ class BiMamba(nn.Module):
         is called whole.
         """
         if not torch.jit.is_scripting():
-            if not _is_plain_linear(self.dt_proj):
+            if not is_plain(self.dt_proj):
                 return self.dt_proj(dt_BLR), None
         return F.linear(dt_BLR, self.dt_proj.weight), self.dt_proj.bias
 
     def _step_sizes_b(self, dt_BLR: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """`_step_sizes` of the backward direction (TorchScript passes no modules as arguments)."""
         if not torch.jit.is_scripting():
-            if not _is_plain_linear(self.dt_proj_b):
+            if not is_plain(self.dt_proj_b):
                 return self.dt_proj_b(dt_BLR), None
         return F.linear(dt_BLR, self.dt_proj_b.weight), self.dt_proj_b.bias
 
+    def _fused(self, xz_BLE: torch.Tensor) -> Optional[torch.Tensor]:
+        """What `forward` computes between in_proj and out_proj, in fused kernels; None where they cannot run."""
+        inside = (self.conv1d, self.conv1d_b, self.x_proj, self.x_proj_b, self.dt_proj, self.dt_proj_b)
+        if not all(is_plain(module) for module in inside):
+            return None
+        if not fused_mixer_runs(xz_BLE, self.d_state, self.dt_rank, self.conv1d.weight.shape[-1]):
+            return None
+        return mixer(
+            xz_BLE,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self.A_log,
+            self.D,
+            self.conv1d_b.weight.squeeze(1),
+            self.conv1d_b.bias,
+            self.x_proj_b.weight,
+            self.dt_proj_b.weight,
+            self.dt_proj_b.bias,
+            self.A_b_log,
+            self.D_b,
+            self.scale,
+        )
+
     def forward(self, x_BLC: torch.Tensor) -> torch.Tensor:
         split = [self.dt_rank, self.d_state, self.d_state]
-        x_BLD, z_BLD = self.in_proj(x_BLC).chunk(2, dim=-1)
+        xz_BLE = self.in_proj(x_BLC)
+        if not torch.jit.is_scripting():
+            if self.bidirectional:
+                fused_BLD = self._fused(xz_BLE)
+                if fused_BLD is not None:
+                    return self.proj_drop(self.out_proj(fused_BLD))
+        x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
         weight_DW, bias_D = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if self.bidirectional:
             u_BLD, u_b_BLD = bidirectional_conv(
@@ -212,8 +242,3 @@ class BiMamba(nn.Module):
                     self.scale,
                 )
         return self.proj_drop(self.out_proj(y_BLD))
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is nn.Linear and not any(hooks)

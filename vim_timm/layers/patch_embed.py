@@ -7,6 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, resample_patch_embed, to_2tuple
 
+from vim_timm.layers.plain import is_plain
+
 Size = Union[int, Tuple[int, int]]
 
 
@@ -35,6 +37,21 @@ def check_tiled(size: int, patch: int, stride: int) -> None:
             f'image size {size} cannot be tiled by patches of {patch} with stride {stride}: use {below} or '
             f'{below + stride}, or dynamic_img_pad=True to pad'
         )
+
+
+@register_notrace_function
+def embed_patches(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """Disjoint patches (B, C, H, W) -> (B, M, D) by weight (D, C, P, Q): a convolution, on a GPU as a matrix product.
+
+    cuDNN's convolution of this shape takes ten times as long as the product.
+    """
+    if x.device.type != 'cuda':
+        return F.conv2d(x, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+    patch, chans = weight.shape[2:], x.shape[1]
+    rows, columns = x.shape[2] // patch[0], x.shape[3] // patch[1]
+    x = x[:, :, : rows * patch[0], : columns * patch[1]]
+    x = x.reshape(-1, chans, rows, patch[0], columns, patch[1]).permute(0, 2, 4, 1, 3, 5)
+    return F.linear(x.reshape(-1, rows * columns, chans * patch[0] * patch[1]), weight.flatten(1), bias)
 
 
 class PatchEmbed(nn.Module):
@@ -144,4 +161,7 @@ class PatchEmbed(nn.Module):
                     padding(height, self.patch_size[0], self.stride[0]),
                 ],
             )
+        if not torch.jit.is_scripting():
+            if self.stride == self.patch_size and is_plain(self.proj):
+                return embed_patches(x, self.proj.weight, self.proj.bias)
         return self.proj(x).flatten(2).transpose(1, 2)

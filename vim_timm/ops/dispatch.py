@@ -12,7 +12,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 
-from vim_timm.ops import chunked, cpu, export, mamba_ssm_adapter, reference, triton_kernels
+from vim_timm.ops import chunked, cpu, cuda, export, mamba_ssm_adapter, reference, triton_kernels
 
 _logger = logging.getLogger('vim_timm')
 
@@ -69,6 +69,7 @@ def use_scan_backend(name: str) -> Iterator[None]:
 
 def probe_backends() -> None:
     """Find out once which kernels this process can use, so that no probe runs inside a traced region."""
+    cuda.unavailable()
     for name in (*_KERNEL_OF_DEVICE.values(), _forced):
         if name in BACKENDS:
             _unavailable(name)
@@ -111,13 +112,37 @@ def choose(u: torch.Tensor, A: torch.Tensor) -> str:
         if limit:
             raise RuntimeError(f"scan backend '{_forced}' cannot run this call: {limit}")
         return _forced
-    # Dynamo answers torch.compiler.is_exporting() with True under torch.compile too in torch 2.11; the flag is exact.
-    if u.is_meta or getattr(torch.compiler, '_is_exporting_flag', False) or torch.jit.is_tracing():
+    if u.is_meta or _is_exporting():
         return 'export'
     kernel = _KERNEL_OF_DEVICE.get(u.device.type)
     if kernel is not None and not _unavailable(kernel) and not BACKENDS[kernel].unsupported(u, A):
         return kernel
     return 'export' if torch.compiler.is_compiling() else 'torch'
+
+
+def fused_mixer_runs(xz: torch.Tensor, state: int, rank: int, width: int) -> bool:
+    """Whether `cuda.mixer` computes the inside of a block: on `auto`, where its kernels can run.
+
+    Args:
+        xz: in_proj's output (B, L, 2 D).
+        state: d_state.
+        rank: dt_rank.
+        width: d_conv.
+    """
+    if (
+        _forced != 'auto'
+        or xz.device.type != 'cuda'
+        or cuda.unavailable()
+        or _is_exporting()
+        or torch.is_grad_enabled()
+    ):
+        return False
+    return not cuda.unsupported(xz, state, rank, width)
+
+
+def _is_exporting() -> bool:
+    # Dynamo answers torch.compiler.is_exporting() with True under torch.compile too in torch 2.11; the flag is exact.
+    return getattr(torch.compiler, '_is_exporting_flag', False) or torch.jit.is_tracing()
 
 
 def _announce(name: str, u: torch.Tensor, A: torch.Tensor) -> None:

@@ -1,0 +1,99 @@
+"""The inside of a bidirectional Mamba block fused for NVIDIA GPUs: convolution, projections, scan and gate.
+
+Covers what is run on GPUs: two-byte tensors (autocast, or weights of that type), d_state 16, channels in multiples of
+64. Everything else is a composition of `ops.triton_kernels` and torch's operators. The kernels are CUDA C++, compiled
+at the first call by the NVRTC that PyTorch brings along; measured on compute capability 9.0 only.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .nvrtc import missing
+
+__all__ = ['mixer', 'unavailable', 'unsupported']
+
+MAX_RANK = 48
+_reason: Optional[str] = None
+
+
+def unavailable() -> str:
+    """Why this process cannot use the kernels, in one sentence, or ''."""
+    global _reason
+    if _reason is None:
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            _reason = 'The fused CUDA kernels need an NVIDIA GPU and a CUDA build of PyTorch.'
+        elif torch.cuda.get_device_capability() < (8, 0):
+            _reason = 'The fused CUDA kernels need an NVIDIA GPU of compute capability 8.0 or newer (Ampere).'
+        else:
+            _reason = missing()
+    return _reason
+
+
+def unsupported(xz: Tensor, state: int, rank: int, width: int) -> str:
+    """Why the kernels cannot run a block of these sizes, in one sentence, or ''.
+
+    Args:
+        xz: in_proj's output (B, L, 2 D).
+        state: d_state.
+        rank: dt_rank.
+        width: d_conv.
+    """
+    if xz.device.type != 'cuda':
+        return f'The fused CUDA kernels run on CUDA tensors, not on {xz.device.type}.'
+    if xz.dtype not in (torch.bfloat16, torch.float16):
+        return f'The fused CUDA kernels take bfloat16 and float16, not {xz.dtype}.'
+    if state != 16 or rank > MAX_RANK or width > 4 or xz.shape[-1] % 128 != 0:
+        return (
+            f'The fused CUDA kernels take d_state 16, dt_rank up to {MAX_RANK}, d_conv up to 4 and channels in '
+            f'multiples of 64, not {state}, {rank}, {width} and {xz.shape[-1] // 2}.'
+        )
+    if xz.shape[0] > 65535:
+        return f'The fused CUDA kernels take batches up to 65535 (the grid of a GPU), not {xz.shape[0]}.'
+    return ''
+
+
+def mixer(
+    xz: Tensor,
+    conv: Tensor,
+    conv_bias: Optional[Tensor],
+    x_proj: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    conv_b: Tensor,
+    conv_bias_b: Optional[Tensor],
+    x_proj_b: Tensor,
+    dt_b: Tensor,
+    dt_bias_b: Tensor,
+    A_b_log: Tensor,
+    D_b: Tensor,
+    scale: float,
+) -> Tensor:
+    """scale * SiLU(z) * (forward scan + backward scan of SiLU(conv(x))) for xz = [x, z].
+
+    Source: Vision Mamba, arXiv 2401.09417, algorithm 1, lines 3 to 20.
+
+    Args:
+        xz: (B, L, 2 D), bfloat16 or float16.
+        conv: Taps (D, W).
+        conv_bias: (D).
+        x_proj: (R + 32, D): to step size, B and C.
+        dt: Step size projection (D, R).
+        dt_bias: (D).
+        A_log: (D, 16).
+        D: Skip weight (D).
+        conv_b: The same seven of the backward direction.
+        scale: 0.5 averages the directions.
+
+    Returns:
+        (B, L, D) in xz's dtype; states and sums are float32, x_proj's and dt's products of two-byte numbers.
+    """
+    from .mixer_op import cuda_mixer
+
+    return cuda_mixer(
+        xz, conv, conv_bias, x_proj, dt, dt_bias, A_log, D,
+        conv_b, conv_bias_b, x_proj_b, dt_b, dt_bias_b, A_b_log, D_b, scale,
+    )[0]  # fmt: skip

@@ -1,0 +1,296 @@
+// Both directions of a selective scan, with the step size projection before and the gate after it.
+//
+// A block is two warps on the same 64 channels and tokens, one for each direction; a lane owns two channels and keeps
+// their states in registers. A direction walks over tiles of 16 tokens. For a tile it first does what needs no order:
+// step sizes by the matrix unit, softplus, B and C as float32. Then come the 16 steps, whose scarce resource is the
+// special-function unit: 16 exponentials for each channel and token. Steps are free of branches and of global memory, so
+// that the assembler can spread the exponentials among the multiplications.
+//
+// The directions meet in the middle. Up to there each leaves its y in OUT; beyond, where the other one has been, it adds
+// what it finds, gates the sum and writes the result. So no sum over directions and no gate pass over memory remain.
+//
+// Macros beside common.cuh's: LOCAL, CARRY, KEEP, GRAD (0 or 1, see scan_forward), BLOCKS (of a multiprocessor).
+
+constexpr int CHANNELS = 64;
+
+struct Warp {
+  alignas(16) T x[TILE][ROW];
+  alignas(16) T u[TILE][CHANNELS];
+  alignas(16) T z[TILE][CHANNELS];
+  alignas(16) T other[TILE][CHANNELS];
+#if GRAD
+  alignas(16) T grad[TILE][CHANNELS];
+#endif
+  alignas(16) T weight[CHANNELS][RANK_PAD];
+  alignas(16) float delta[TILE][CHANNELS];  // 8-column groups of row r exchanged by r & 3, against bank conflicts
+  alignas(16) float bc[TILE][2 * STATE];
+  float bias[CHANNELS];
+};
+
+// Copies columns of 16 token rows that start at `first`; rows from `end` on become zeros.
+template <int WIDTH>
+__device__ __forceinline__ void copy_rows(T (*to)[WIDTH], const T* from, long long stride, int rows_left, int lane) {
+  constexpr int PIECES = WIDTH / 8;
+#pragma unroll
+  for (int i = 0; i < (TILE * PIECES + 31) / 32; i++) {
+    int piece = i * 32 + lane;
+    int row = piece / PIECES, column = piece % PIECES * 8;
+    if (TILE * PIECES % 32 == 0 || row < TILE) {
+      bool valid = row < rows_left;
+      copy16(&to[row][column], from + (valid ? row : 0) * stride + column, valid);
+    }
+  }
+}
+
+// The 16 x 64 step sizes: softplus(dt W^T + bias), 0 beyond the end so that the state stays as it is.
+__device__ __forceinline__ void step_sizes(Warp& s, int rows_left, int lane) {
+  float acc[CHANNELS / 8][4];
+  const int column = lane % 4 * 2, row = lane / 4;
+#pragma unroll
+  for (int j = 0; j < CHANNELS / 8; j++) {
+    float2 b = *(const float2*)&s.bias[8 * j + column];
+    acc[j][0] = acc[j][2] = b.x;
+    acc[j][1] = acc[j][3] = b.y;
+  }
+#pragma unroll
+  for (int k = 0; k < RANK_PAD; k += 16) {
+    unsigned a[4], b[4];
+    load_matrices(a, &s.x[lane % 16][k + lane / 16 * 8]);
+#pragma unroll
+    for (int j = 0; j < CHANNELS / 8; j += 2) {
+      load_matrices(b, &s.weight[8 * j + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
+      multiply(acc[j], a, b[0], b[1]);
+      multiply(acc[j + 1], a, b[2], b[3]);
+    }
+  }
+  const int swap = (row & 3) << 3;
+#pragma unroll
+  for (int j = 0; j < CHANNELS / 8; j++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      bool valid = row + 8 * half < rows_left;
+      float2 d = make_float2(softplus(acc[j][2 * half]), softplus(acc[j][2 * half + 1]));
+      if (!valid) d = make_float2(0.f, 0.f);
+      *(float2*)&s.delta[row + 8 * half][(8 * j + column) ^ swap] = d;
+    }
+  }
+}
+
+__device__ __forceinline__ void widen_b_and_c(Warp& s, int lane) {
+#pragma unroll
+  for (int i = 0; i < TILE * 4 / 32; i++) {
+    int row = (i * 32 + lane) / 4, column = lane % 4 * 8;
+    uint4 v = *(const uint4*)&s.x[row][RANK_PAD + column];
+    float2 p = unpack(v.x), q = unpack(v.y), r = unpack(v.z), t = unpack(v.w);
+    *(float4*)&s.bc[row][column] = make_float4(p.x, p.y, q.x, q.y);
+    *(float4*)&s.bc[row][column + 4] = make_float4(r.x, r.y, t.x, t.y);
+  }
+}
+
+// What becomes of a tile's y, which stands in place of the step sizes: a direction's part, or the gated sum.
+__device__ __forceinline__ void finish(const Warp& s, bool second, T* out, long long out_stride, T* grad_y,
+                                       long long grad_stride, float scale, int rows_left, int lane) {
+#pragma unroll
+  for (int i = 0; i < TILE * CHANNELS / 8 / 32; i++) {
+    const int piece = i * 32 + lane, row = piece / 8, column = piece % 8 * 8;
+    const float* from = &s.delta[row][column ^ ((row & 3) << 3)];
+    float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
+    float y[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    T2 result[4];
+    if (second) {
+      const uint4 z4 = *(const uint4*)&s.z[row][column], o4 = *(const uint4*)&s.other[row][column];
+      const T2 z2[4] = {z4.x, z4.y, z4.z, z4.w}, o2[4] = {o4.x, o4.y, o4.z, o4.w};
+#if GRAD
+      const uint4 g4 = *(const uint4*)&s.grad[row][column];
+      const T2 g2[4] = {g4.x, g4.y, g4.z, g4.w};
+      T2 through[4];
+#endif
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float2 z = unpack(z2[k]), o = unpack(o2[k]);
+        const float s0 = sigmoid(z.x), s1 = sigmoid(z.y);
+        const float y0 = (y[2 * k] + o.x) * scale, y1 = (y[2 * k + 1] + o.y) * scale;
+#if GRAD
+        const float2 g = unpack(g2[k]);
+        through[k] = pack(g.x * scale * z.x * s0, g.y * scale * z.y * s1);
+        result[k] = pack(y0 * g.x * s0 * (1.f + z.x * (1.f - s0)), y1 * g.y * s1 * (1.f + z.y * (1.f - s1)));
+#else
+        result[k] = pack(y0 * z.x * s0, y1 * z.y * s1);
+#endif
+      }
+#if GRAD
+      if (row < rows_left)
+        *(uint4*)&grad_y[row * grad_stride + column] = make_uint4(through[0], through[1], through[2], through[3]);
+#endif
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; k++) result[k] = pack(y[2 * k], y[2 * k + 1]);
+    }
+    if (row < rows_left) *(uint4*)&out[row * out_stride + column] = make_uint4(result[0], result[1], result[2], result[3]);
+  }
+}
+
+// u, x of both directions: (batch, L, D) and (batch, L, ROW) contiguous, ROW as in common.cuh; weight (D, RANK), bias,
+// skip (D), A_log (D, 16) float32; z, GRAD's grad and out (batch, L, D) with rows of the given strides.
+// LOCAL: the state at the exit of each chunk from zero (H) and the chunk's sum of step sizes (S); nothing else.
+// CARRY: the scan starts from the states in H (2 batch, chunks, 16, D), else from zero.
+// KEEP: the state on entry of every 8 tokens to BOUNDS (2 batch, ceil(L / 8), 16, D).
+// GRAD: instead of the output, from the output's gradient `grad`: the gradient of z to OUT and that of y to GRAD_Y.
+extern "C" __global__ void __launch_bounds__(64, BLOCKS)
+scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float* weight_f, const float* weight_b,
+             const float* bias_f, const float* bias_b, const float* A_f, const float* A_b, const float* skip_f,
+             const float* skip_b, const T* z, long long z_stride, T* out, long long out_stride, const T* grad,
+             T* grad_y, float* H, float* S, float* bounds, float scale, int batch, int length, int dim, int chunk) {
+  __shared__ Warp shared[2];
+  const int lane = threadIdx.x % 32;
+  const bool reverse = threadIdx.x >= 32;
+  Warp& s = shared[reverse];
+  const int channel0 = blockIdx.x * CHANNELS, entry = blockIdx.z;
+  const int cell = reverse ? batch + entry : entry;
+  const int begin = blockIdx.y * chunk, end = min(begin + chunk, length);
+  const int tiles = (end - begin + TILE - 1) / TILE, middle = tiles / 2;
+
+  const long long first_row = (long long)entry * length;
+  const T* u = (reverse ? u_b : u_f) + first_row * dim + channel0;
+  const T* x = (reverse ? x_b : x_f) + first_row * ROW;
+  z += first_row * z_stride + channel0;
+  out += first_row * out_stride + channel0;
+  grad += first_row * dim + channel0;
+  grad_y += first_row * dim + channel0;
+
+  const float* weight = (reverse ? weight_b : weight_f) + (long long)channel0 * RANK;
+  for (int i = lane; i < CHANNELS * RANK_PAD / 2; i += 32) {
+    int c = i / (RANK_PAD / 2), r = i % (RANK_PAD / 2) * 2;
+    float w0 = r < RANK ? weight[c * RANK + r] : 0.f, w1 = r + 1 < RANK ? weight[c * RANK + r + 1] : 0.f;
+    *(T2*)&s.weight[c][r] = pack(w0, w1);
+  }
+  const int channel = channel0 + 2 * lane;
+  *(float2*)&s.bias[2 * lane] = *(const float2*)&(reverse ? bias_b : bias_f)[channel];
+  const float2 skip = *(const float2*)&(reverse ? skip_b : skip_f)[channel];
+  float a[2][STATE], h[2][STATE];
+  const float* A = (reverse ? A_b : A_f) + (long long)channel * STATE;
+  H += ((long long)cell * gridDim.y + blockIdx.y) * STATE * dim + channel;
+#pragma unroll
+  for (int n = 0; n < STATE; n++) {
+    a[0][n] = -LOG2E * exp2_fast(A[n] * LOG2E);
+    a[1][n] = -LOG2E * exp2_fast(A[STATE + n] * LOG2E);
+    float2 v = make_float2(0.f, 0.f);
+#if CARRY
+    v = *(const float2*)&H[(long long)n * dim];
+#endif
+    h[0][n] = v.x;
+    h[1][n] = v.y;
+  }
+#if LOCAL
+  float2 total = make_float2(0.f, 0.f);
+#endif
+#if KEEP
+  bounds += (long long)cell * ((length + 7) / 8) * STATE * dim + channel;
+#endif
+  int column[4];  // of this lane's step sizes in row r, by r & 3 in scan order
+#pragma unroll
+  for (int k = 0; k < 4; k++) column[k] = (2 * lane) ^ ((reverse ? 3 - k : k) << 3);
+
+  {
+    int t0 = begin + (reverse ? tiles - 1 : 0) * TILE;
+    copy_rows(s.x, x + (long long)t0 * ROW, ROW, end - t0, lane);
+    copies_commit();
+  }
+  for (int k = 0; k < tiles; k++) {
+    const int tile = reverse ? tiles - 1 - k : k;
+    const int t0 = begin + tile * TILE, rows_left = end - t0;
+    const bool second = !LOCAL && (reverse ? tile < middle : tile >= middle);
+    if (!LOCAL && k == (reverse ? tiles - middle : middle)) meet(64);
+    copies_wait<0>();  // the projections
+    copy_rows(s.u, u + (long long)t0 * dim, dim, rows_left, lane);
+    if (second) {
+      copy_rows(s.z, z + (long long)t0 * z_stride, z_stride, rows_left, lane);
+      copy_rows(s.other, out + (long long)t0 * out_stride, out_stride, rows_left, lane);
+#if GRAD
+      copy_rows(s.grad, grad + (long long)t0 * dim, dim, rows_left, lane);
+#endif
+    }
+    copies_commit();
+    step_sizes(s, rows_left, lane);
+    widen_b_and_c(s, lane);
+    __syncwarp();
+    if (k + 1 < tiles) {
+      int next = reverse ? t0 - TILE : t0 + TILE;
+      copy_rows(s.x, x + (long long)next * ROW, ROW, end - next, lane);
+    }
+    copies_commit();
+    copies_wait<1>();  // u and its companions; the next projections travel during the steps
+
+    const int sign = reverse ? -1 : 1;
+    int row = reverse ? TILE - 1 : 0;
+#pragma unroll 1
+    for (int i = 0; i < TILE; i += 4) {
+#if KEEP
+      if (i % 8 == 0 && (t0 + row) / 8 * 8 < end) {
+        float* to = bounds + (long long)((t0 + row) / 8) * STATE * dim;
+#pragma unroll
+        for (int n = 0; n < STATE; n++) *(float2*)&to[(long long)n * dim] = make_float2(h[0][n], h[1][n]);
+      }
+#endif
+#pragma unroll
+      for (int j = 0; j < 4; j++, row += sign) {
+        const float2 d = *(const float2*)&s.delta[row][column[j]];
+        const float2 v = unpack(*(const T2*)&s.u[row][2 * lane]);
+        const float x0 = d.x * v.x, x1 = d.y * v.y;
+        float y0[2] = {skip.x * v.x, 0.f}, y1[2] = {skip.y * v.y, 0.f};
+#pragma unroll
+        for (int n = 0; n < STATE; n += 4) {
+          float4 b4 = *(const float4*)&s.bc[row][n], c4 = *(const float4*)&s.bc[row][STATE + n];
+          const float b[4] = {b4.x, b4.y, b4.z, b4.w}, c[4] = {c4.x, c4.y, c4.z, c4.w};
+#pragma unroll
+          for (int m = 0; m < 4; m++) {
+            h[0][n + m] = fmaf(exp2_fast(d.x * a[0][n + m]), h[0][n + m], x0 * b[m]);
+            h[1][n + m] = fmaf(exp2_fast(d.y * a[1][n + m]), h[1][n + m], x1 * b[m]);
+            if (!LOCAL) {
+              y0[m % 2] = fmaf(h[0][n + m], c[m], y0[m % 2]);
+              y1[m % 2] = fmaf(h[1][n + m], c[m], y1[m % 2]);
+            }
+          }
+        }
+#if LOCAL
+        total.x += d.x;
+        total.y += d.y;
+#else
+        // In place of the step sizes, which no other lane reads.
+        *(float2*)&s.delta[row][column[j]] = make_float2(y0[0] + y0[1], y1[0] + y1[1]);
+#endif
+      }
+    }
+    __syncwarp();
+#if !LOCAL
+    finish(s, second, out + (long long)t0 * out_stride, out_stride, grad_y + (long long)t0 * dim, dim, scale, rows_left,
+           lane);
+#endif
+    __syncwarp();  // the next tile overwrites what other lanes may still read
+  }
+#if LOCAL
+#pragma unroll
+  for (int n = 0; n < STATE; n++) *(float2*)&H[(long long)n * dim] = make_float2(h[0][n], h[1][n]);
+  *(float2*)&S[((long long)cell * gridDim.y + blockIdx.y) * dim + channel] = total;
+#else
+  if ((reverse ? tiles - middle : middle) == tiles) meet(64);
+#endif
+}
+
+// From each chunk's exit state from zero (H_in) to the state on its entry (H_out), one thread a state of a channel.
+// against = 1: along the gradient, against scan order.
+extern "C" __global__ void carry(const float* A_f, const float* A_b, const float* H_in, float* H_out, const float* S,
+                                 int batch, int dim, int chunks, int against) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, cell = blockIdx.y;
+  if (i >= STATE * dim) return;
+  const int channel = i % dim, n = i / dim;
+  const bool from_last = (cell >= batch) != (against != 0);
+  const float a = -LOG2E * exp2_fast((cell >= batch ? A_b : A_f)[(long long)channel * STATE + n] * LOG2E);
+  const int step = from_last ? -1 : 1;
+  long long j = (long long)cell * chunks + (from_last ? chunks - 1 : 0);
+  float h = 0.f;
+  for (int k = 0; k < chunks; k++, j += step) {
+    H_out[j * STATE * dim + i] = h;
+    h = fmaf(exp2_fast(S[j * dim + channel] * a), h, H_in[j * STATE * dim + i]);
+  }
+}
