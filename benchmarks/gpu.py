@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import vim_timm
 from vim_timm.ops import mamba_ssm_adapter, triton_kernels, use_scan_backend
+from vim_timm.ops.cuda.mixer_op import Mixer
 
 # channels, tokens and batch of Vim tiny at 224, small at 224, tiny at 448, tiny at 896, tiny at 1248
 SCANS = [(128, 384, 197), (128, 768, 197), (32, 384, 785), (8, 384, 3137), (4, 384, 6085)]
@@ -33,6 +34,17 @@ def median_ms(run: Callable[[], Any], milliseconds: int) -> float:
     from triton.testing import do_bench
 
     return do_bench(run, warmup=milliseconds // 4, rep=milliseconds, return_mode='median')
+
+
+def captured_ms(run: Callable[[], Any], milliseconds: int = 50, times: int = 5) -> float:
+    """Median time of a run in a CUDA graph, free of the host's launches."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            run()
+    return median_ms(graph.replay, milliseconds) / times
 
 
 def exponentials_ms(batch: int, dim: int, length: int, state: int = 16) -> float:
@@ -64,6 +76,33 @@ def mamba_ssm_operands(operands: list[torch.Tensor]) -> list[torch.Tensor]:
     return [x.requires_grad_() for x in (u, delta, -A_log.exp(), B[:, None], C[:, None], D, z, bias)]
 
 
+def mixer_operands(batch: int, dim: int, length: int, state: int = 16) -> list[torch.Tensor]:
+    """Operands of the fused inside of a block, without the scale."""
+    xz = torch.randn(batch, length, 2 * dim, device='cuda', dtype=torch.bfloat16)
+    operands = [xz]
+    rank = dim // 32
+    for _ in range(2):
+        A_log = torch.arange(1.0, state + 1, device='cuda').log().repeat(dim, 1)
+        draw = partial(torch.randn, device='cuda')
+        operands += [draw(dim, 4) / 2, draw(dim), draw(rank + 2 * state, dim) / dim**0.5, draw(dim, rank) / rank**0.5]
+        operands += [draw(dim) - 3, A_log, draw(dim)]
+    return operands
+
+
+def measure_fused(batch: int, dim: int, length: int) -> dict[str, float]:
+    """The fused scan, which projects step sizes and gates too, and the whole inside of a block."""
+    mixer = Mixer(*mixer_operands(batch, dim, length), 0.5)
+    u, packed = mixer.convolve()
+    x = mixer.project(u, packed)
+    grad = torch.randn(batch, length, dim, device='cuda', dtype=torch.bfloat16)
+    return {
+        'fused_conv': captured_ms(mixer.convolve),
+        'fused_scan': captured_ms(lambda: mixer.scan_forward(u, x)),
+        'fused_scan_backward': captured_ms(lambda: mixer.scan_gradients(u, x, grad, torch.empty_like(mixer.xz))),
+        'fused_block_backward': captured_ms(lambda: mixer.backward(grad, x)),
+    }
+
+
 def measure_op(batch: int, dim: int, length: int) -> dict:
     """Milliseconds of a scan in both directions, forward and forward + backward, and of the convolution."""
     operands = scan_operands(batch, dim, length)
@@ -76,9 +115,10 @@ def measure_op(batch: int, dim: int, length: int) -> dict:
 
     row: dict[str, Any] = {'batch': batch, 'dim': dim, 'length': length}
     row['exponentials'] = exponentials_ms(batch, dim, length)
-    row['forward'] = median_ms(lambda: triton_kernels.scan(*plain, 0.5, True, True), 50)
-    row['forward_backward'] = median_ms(both, 50)
-    row['conv'] = median_ms(lambda: triton_kernels.conv(plain[-1], weight, bias, weight, bias, True), 50)
+    row |= measure_fused(batch, dim, length)
+    row['triton_forward'] = captured_ms(lambda: triton_kernels.scan(*plain, 0.5, True, True))
+    row['triton_forward_backward'] = median_ms(both, 50)
+    row['triton_conv'] = captured_ms(lambda: triton_kernels.conv(plain[-1], weight, bias, weight, bias, True))
     if not mamba_ssm_adapter.unavailable():
         row |= measure_mamba_ssm(operands, grad)
     print(' '.join(f'{k} {v:.4g}' for k, v in row.items()), flush=True)

@@ -8,7 +8,7 @@ The environment variable VIM_TIMM_SCAN or `set_scan_backend` forces one by name.
 import contextlib
 import logging
 import os
-from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 
@@ -120,24 +120,21 @@ def choose(u: torch.Tensor, A: torch.Tensor) -> str:
     return 'export' if torch.compiler.is_compiling() else 'torch'
 
 
-def fused_mixer_runs(xz: torch.Tensor, state: int, rank: int, width: int) -> bool:
-    """Whether `cuda.mixer` computes the inside of a block: on `auto`, where its kernels can run.
+def fused_mixer(xz: torch.Tensor, A_log: torch.Tensor, rank: int, width: int) -> Optional[Callable[..., torch.Tensor]]:
+    """The function that computes the inside of a block, `cuda.mixer` or `cpu.mixer`; None where neither can run.
 
     Args:
         xz: in_proj's output (B, L, 2 D).
-        state: d_state.
+        A_log: (D, N).
         rank: dt_rank.
         width: d_conv.
     """
-    if (
-        _forced != 'auto'
-        or xz.device.type != 'cuda'
-        or cuda.unavailable()
-        or _is_exporting()
-        or torch.is_grad_enabled()
-    ):
-        return False
-    return not cuda.unsupported(xz, state, rank, width)
+    if xz.device.type == 'cpu' and choose(xz, A_log) == 'cpu':
+        _announce('cpu', xz, A_log)
+        return cpu.mixer
+    if _forced != 'auto' or xz.device.type != 'cuda' or cuda.unavailable() or _is_exporting():
+        return None
+    return None if cuda.unsupported(xz, A_log.shape[1], rank, width) else cuda.mixer
 
 
 def _is_exporting() -> bool:

@@ -161,7 +161,7 @@ __device__ __forceinline__ float through_silu(float grad, float y) {
 // grad_x (batch, L, dim) with rows of x_stride from the gradients of u (batch, L, dim contiguous); sums (spans of all
 // sequences, 2, 5, dim): of tap 0 to 3 and of the bias, to be added in a fixed order. p and q are the gradients before
 // the activation of the forward and the backward direction; x[t] meets p[t .. t + 3] and q[t - 3 .. t].
-extern "C" __global__ void __launch_bounds__(128, 4)
+extern "C" __global__ void __launch_bounds__(128, 3)
 conv_backward(const T* x, long long x_stride, const float* weight_f, const float* weight_b, const float* bias_f,
               const float* bias_b, const T* grad_f, const T* grad_b, T* grad_x, float* sums, int batch, int length,
               int dim, int span) {

@@ -279,7 +279,8 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float
 
 // From each chunk's exit state from zero (H_in) to the state on its entry (H_out), one thread a state of a channel.
 // against = 1: along the gradient, against scan order.
-extern "C" __global__ void carry(const float* A_f, const float* A_b, const float* H_in, float* H_out, const float* S,
+extern "C" __global__ void carry(const float* A_f, const float* A_b, const float* __restrict__ H_in, float* __restrict__ H_out,
+                                 const float* __restrict__ S,
                                  int batch, int dim, int chunks, int against) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x, cell = blockIdx.y;
   if (i >= STATE * dim) return;
@@ -289,6 +290,7 @@ extern "C" __global__ void carry(const float* A_f, const float* A_b, const float
   const int step = from_last ? -1 : 1;
   long long j = (long long)cell * chunks + (from_last ? chunks - 1 : 0);
   float h = 0.f;
+#pragma unroll 8
   for (int k = 0; k < chunks; k++, j += step) {
     H_out[j * STATE * dim + i] = h;
     h = fmaf(exp2_fast(S[j * dim + channel] * a), h, H_in[j * STATE * dim + i]);

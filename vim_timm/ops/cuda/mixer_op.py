@@ -7,20 +7,25 @@ is computed again there from in_proj's output.
 
 import ctypes
 import math
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from ..triton_kernels.launch import multiprocessors
+from ..triton_kernels.launch import multiprocessors, no_double_backward
 from .nvrtc import Module, load
 
 STATE = 16
 CHANNELS = 64  # of a block of the scan, two warps
 TILE = 16  # tokens
 MIN_CHUNK = 64
-WARPS_PER_SM = 16  # of the convolution, as many as registers allow
+CONV_WARPS, CONV_BACKWARD_WARPS = 16, 12  # on a multiprocessor, as many as registers allow
 PACKING_BLOCKS = 16
+BACKWARD_CHANNELS = 32  # of a block of the scan's backward, one warp
+BACKWARD_BLOCKS = 8
+KEPT = 8  # tokens between two states that the backward pass starts again from
 PARAMETERS = (
     'Tensor conv{0}, Tensor? conv_bias{0}, Tensor x_proj{0}, Tensor dt{0}, Tensor dt_bias{0}, '
     'Tensor A_log{0}, Tensor D{0}'
@@ -60,7 +65,7 @@ def cut(batch: int, length: int, dim: int, rank: int, sms: int) -> Cut:
     """Cuts a scan so that blocks fill the device; in chunks it computes its exponentials twice."""
     blocks = 6 if padded_rank(rank) <= 32 else 5  # what shared memory and registers hold
     programs = batch * dim // CHANNELS
-    if 3 * programs >= blocks * sms or length < 2 * MIN_CHUNK:
+    if programs >= sms or length < 2 * MIN_CHUNK:
         return Cut(length, 1, blocks)
     chunk = max(MIN_CHUNK, TILE * math.ceil(length / (blocks * sms // programs * TILE)))
     return Cut(chunk, math.ceil(length / chunk), blocks)
@@ -89,13 +94,13 @@ class Mixer:
 
     def module(self, file: str, **flags: int) -> Module:
         half = int(self.xz.dtype == torch.float16)
-        macros = dict(HALF=half, RANK=self.rank, RANK_PAD=self.row - 2 * STATE, BLOCKS=self.cut.blocks, **flags)
+        macros = dict(HALF=half, RANK=self.rank, RANK_PAD=self.row - 2 * STATE, **flags)
         return load(self.xz.device, ('common.cuh', file), tuple(macros.items()))
 
-    def span(self, channels: int) -> Tuple[int, int]:
+    def span(self, channels: int, warps: int) -> Tuple[int, int]:
         """Tokens of a warp of the convolution that owns `channels` channels, and blocks of four such warps."""
         groups = math.ceil(self.dim / channels)
-        wanted = WARPS_PER_SM * multiprocessors(self.xz.device) // (groups * self.batch)
+        wanted = warps * multiprocessors(self.xz.device) // (groups * self.batch)
         span = 8 * math.ceil(self.length / max(1, wanted) / 8)
         return span, math.ceil(groups * self.batch * math.ceil(self.length / span) / 4)
 
@@ -103,17 +108,21 @@ class Mixer:
         conv, bias = self.directions[0][:2]
         return self.module('conv.cu', WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None))
 
-    def project(self) -> Tuple[Tensor, Tensor, Tensor]:
-        """u (2, B, L, D), the projections (2, B, L, ROW) and the projections' packed weights (2, ROW, D)."""
+    def convolve(self) -> Tuple[Tensor, Tensor]:
+        """u (2, B, L, D) and the packed weights of the projection (2, ROW, D)."""
         u = self.empty(2, self.batch, self.length, self.dim)
         packed = self.empty(2, self.row, self.dim)
-        span, blocks = self.span(128)
+        span, blocks = self.span(128, CONV_WARPS)
         self.conv_module().launch(
             'conv_forward', (blocks + PACKING_BLOCKS, 1, 1), 128, self.xz, wide(2 * self.dim), *self.both('conv'),
             *self.both('conv_bias'), *u, *self.both('x_proj'), packed, blocks, self.batch, self.length, self.dim, span,
         )  # fmt: skip
+        return u, packed
+
+    def project(self, u: Tensor, packed: Tensor) -> Tensor:
+        """dt, B and C of both directions (2, B, L, ROW)."""
         x = torch.bmm(u.view(2, -1, self.dim), packed.transpose(1, 2))
-        return u, x.view(2, self.batch, self.length, self.row), packed
+        return x.view(2, self.batch, self.length, self.row)
 
     def scan(
         self, u: Tensor, x: Tensor, out: Tensor, H: Optional[Tensor], S: Optional[Tensor] = None,
@@ -121,7 +130,7 @@ class Mixer:
     ) -> None:  # fmt: skip
         local = S is not None
         flags = dict(LOCAL=local, CARRY=H is not None and not local, KEEP=bounds is not None, GRAD=grad is not None)
-        module = self.module('forward.cu', **{name: int(flag) for name, flag in flags.items()})
+        module = self.module('forward.cu', BLOCKS=self.cut.blocks, **{name: int(flag) for name, flag in flags.items()})
         z = ctypes.c_void_p(self.xz.data_ptr() + self.dim * self.xz.element_size())
         module.launch(
             'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64, *u, *x, *self.both('dt'),
@@ -130,9 +139,16 @@ class Mixer:
             self.cut.chunk,
         )  # fmt: skip
 
+    def scan_forward(self, u: Tensor, x: Tensor) -> Tensor:
+        """The gated output (B, L, D)."""
+        out = self.empty(self.batch, self.length, self.dim)
+        H = self.first_states(u, x)[0] if self.cut.chunks > 1 else None
+        self.scan(u, x, out, H)
+        return out
+
     def carry(self, contributions: Tensor, S: Tensor, against: bool) -> Tensor:
         states = torch.empty_like(contributions)
-        flags = dict(LOCAL=1, CARRY=0, KEEP=0, GRAD=0)
+        flags = dict(BLOCKS=self.cut.blocks, LOCAL=1, CARRY=0, KEEP=0, GRAD=0)
         self.module('forward.cu', **flags).launch(
             'carry', (math.ceil(STATE * self.dim / 128), 2 * self.batch, 1), 128, *self.both('A_log'), contributions,
             states, S, self.batch, self.dim, self.cut.chunks, int(against),
@@ -147,6 +163,72 @@ class Mixer:
         self.scan(u, x, u, ends, S)
         return self.carry(ends, S, against=False), S
 
+    def scan_backward(self, u: Tensor, x: Tensor, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor]) -> List[Tensor]:
+        """Gradients of u and of the step sizes before softplus (2, B, L, D), of B and C (2, B, L, 32), of A_log
+        (2, D, 16), of D and dt_bias (2, 2, D)."""
+        chunks = self.cut.chunks
+        grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
+        sizes = (self.batch, self.length, self.dim, self.cut.chunk)
+        module = self.module('backward.cu', BLOCKS=BACKWARD_BLOCKS, CHUNKED=int(chunks > 1))
+        rows = [*x, *self.both('dt'), *self.both('dt_bias'), *self.both('A_log')]
+        Q = None
+        if S is not None:
+            local = self.empty(2 * self.batch, chunks, STATE, self.dim, dtype=torch.float32)
+            module.launch('grad_states', grid, 32, *rows, grad_y, local, *sizes)
+            Q = self.carry(local, S, against=True)
+        grad_u, grad_delta = self.empty(*u.shape), self.empty(*u.shape)
+        part_x = self.empty(grid[0], 2, self.batch, self.length, 2 * STATE, dtype=torch.float32)
+        part_A = self.empty(2, self.batch * chunks, self.dim, STATE, dtype=torch.float32)
+        part_v = self.empty(2, self.batch * chunks, 2, self.dim, dtype=torch.float32)
+        module.launch(
+            'scan_backward', grid, 32, *u, *rows, *self.both('skip'), grad_y, bounds, Q, grad_u, grad_delta,
+            part_x, part_A, part_v, *sizes,
+        )  # fmt: skip
+        return [grad_u, grad_delta, part_x.sum(0), part_A.sum(1), part_v.sum(1)]
+
+    def conv_backward(self, grad_u: Tensor, grad_xz: Tensor) -> Tensor:
+        """The gradient of x to the first half of grad_xz; returns those of four taps and the bias (2, 5, D)."""
+        span, blocks = self.span(64, CONV_BACKWARD_WARPS)
+        sums = self.empty(self.batch * math.ceil(self.length / span), 2, 5, self.dim, dtype=torch.float32)
+        self.conv_module().launch(
+            'conv_backward', (blocks, 1, 1), 128, self.xz, wide(2 * self.dim), *self.both('conv'),
+            *self.both('conv_bias'), *grad_u, grad_xz, sums, self.batch, self.length, self.dim, span,
+        )  # fmt: skip
+        return sums.sum(0)
+
+    def scan_gradients(self, u: Tensor, x: Tensor, grad: Tensor, grad_xz: Tensor) -> List[Tensor]:
+        """Those of `scan_backward` from the output's gradient; the gradient of z to the second half of grad_xz."""
+        H, S = self.first_states(u, x) if self.cut.chunks > 1 else (None, None)
+        grad_y = self.empty(self.batch, self.length, self.dim)
+        bounds = self.empty(2 * self.batch, math.ceil(self.length / KEPT), STATE, self.dim, dtype=torch.float32)
+        self.scan(u, x, grad_xz[..., self.dim :], H, grad=grad, grad_y=grad_y, bounds=bounds)
+        return self.scan_backward(u, x, grad_y, bounds, S)
+
+    def dt_backward(self, x: Tensor, grad_delta: Tensor, grad_bc: Tensor) -> Tuple[Tensor, Tensor]:
+        """Gradients of the projections (2, B * L, ROW) and of dt (2, D, R).
+
+        One product a direction: cuBLAS splits the sum over tokens only there. With RANK_PAD columns, for 12 are slow.
+        """
+        rank = self.row - 2 * STATE
+        grad_delta, x = grad_delta.view(2, -1, self.dim), x.view(2, -1, self.row)
+        dt = F.pad(torch.stack(self.both('dt')), [0, rank - self.rank]).to(x.dtype)
+        grad_x = torch.cat([torch.bmm(grad_delta, dt), grad_bc.view(2, -1, 2 * STATE).to(x.dtype)], -1)
+        weights = torch.stack([torch.mm(g.t(), r[:, :rank]) for g, r in zip(grad_delta, x)])
+        return grad_x, weights[..., : self.rank].contiguous()
+
+    def backward(self, grad: Tensor, x: Tensor) -> List[Tensor]:
+        """Gradients of xz, of four taps and the bias (2, 5, D), of x_proj (2, ROW, D), of dt (2, D, R), of A_log
+        (2, D, 16), of D and dt_bias (2, 2, D)."""
+        u, packed = self.convolve()
+        grad_xz = torch.empty_like(self.xz)
+        grad_u, grad_delta, grad_bc, grad_A, grad_v = self.scan_gradients(u, x, grad.contiguous(), grad_xz)
+        grad_x, grad_weight_dt = self.dt_backward(x, grad_delta, grad_bc)
+        u, grad_u = u.view(2, -1, self.dim), grad_u.view(2, -1, self.dim)
+        grad_project = torch.stack([torch.mm(g.t(), v) for g, v in zip(grad_x, u)])
+        grad_u.baddbmm_(grad_x, packed)
+        taps = self.conv_backward(grad_u, grad_xz)
+        return [grad_xz, taps, grad_project, grad_weight_dt, grad_A, grad_v]
+
 
 def wide(value: int) -> Any:
     return ctypes.c_longlong(value)
@@ -157,11 +239,9 @@ def cuda_mixer(*operands: Any) -> Tuple[Tensor, Tensor]:
     """The gated output (B, L, D), and the projections for the backward pass."""
     mixer = Mixer(*operands)
     with torch.cuda.device_of(mixer.xz):
-        u, x, _ = mixer.project()
-        out = mixer.empty(mixer.batch, mixer.length, mixer.dim)
-        H = mixer.first_states(u, x)[0] if mixer.cut.chunks > 1 else None
-        mixer.scan(u, x, out, H)
-        return out, x
+        u, packed = mixer.convolve()
+        x = mixer.project(u, packed)
+        return mixer.scan_forward(u, x), x
 
 
 @cuda_mixer.register_fake
@@ -170,3 +250,75 @@ def _(*operands: Any) -> Tuple[Tensor, Tensor]:
     batch, length, width = xz.shape
     row = padded_rank(dt.shape[1]) + 2 * STATE
     return xz.new_empty((batch, length, width // 2)), xz.new_empty((2, batch, length, row))
+
+
+@torch.library.custom_op(
+    'vim_timm::cuda_mixer_backward',
+    mutates_args=(),
+    schema=f'(Tensor grad, Tensor x, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+)
+def cuda_mixer_backward(grad: Tensor, x: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
+    """The gradients of `Mixer.backward`."""
+    mixer = Mixer(*operands)
+    with torch.cuda.device_of(mixer.xz):
+        return tuple(mixer.backward(grad, x))
+
+
+@cuda_mixer_backward.register_fake
+def _(grad: Tensor, x: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
+    xz, dt = operands[0], operands[4]
+    dim = xz.shape[2] // 2
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=xz.device)
+
+    return (
+        torch.empty(xz.shape, dtype=xz.dtype, device=xz.device),
+        empty(2, 5, dim, dtype=torch.float32),
+        empty(2, x.shape[3], dim, dtype=xz.dtype),
+        empty(2, dim, dt.shape[1], dtype=xz.dtype),
+        empty(2, dim, STATE, dtype=torch.float32),
+        empty(2, 2, dim, dtype=torch.float32),
+    )
+
+
+def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs[:-1])
+    ctx.scale = inputs[-1]
+    ctx.mark_non_differentiable(output[1])
+
+
+def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
+    x, *operands = ctx.saved_tensors
+    grad_xz, taps, project, dt, A_log, vectors = cuda_mixer_backward(grad, x, *operands, ctx.scale)
+    width, rank = operands[1].shape[1], operands[4].shape[1]
+    filler = x.shape[3] - 2 * STATE
+    grads: List[Tensor] = [grad_xz]
+    for i in range(2):
+        project_i = torch.cat([project[i, :rank], project[i, filler:]])
+        grads += [taps[i, 4 - width : 4].t(), taps[i, 4], project_i, dt[i], vectors[i, 1], A_log[i], vectors[i, 0]]
+    return (*(None if p is None else g.to(p.dtype) for g, p in zip(grads, operands)), None)
+
+
+cuda_mixer.register_autograd(backward, setup_context=save_operands)
+cuda_mixer_backward.register_autograd(no_double_backward)
+
+
+def mixer_flop(xz_shape: Any, dt_shape: Any) -> int:
+    """Both directions: convolution, projections as matrix products, and the scan as in `scan_op.scan_flop`."""
+    batch, length, width = xz_shape
+    rank = dt_shape[1]
+    per_channel = 2 * 4 + 2 * (rank + 2 * STATE) + 2 * rank + 9 * STATE + 5
+    return 2 * batch * length * (width // 2) * per_channel
+
+
+@register_flop_formula(torch.ops.vim_timm.cuda_mixer)
+def _(xz: Any, conv: Any, conv_bias: Any, x_proj: Any, dt: Any, *args: Any, **kwargs: Any) -> int:
+    return mixer_flop(xz, dt)
+
+
+@register_flop_formula(torch.ops.vim_timm.cuda_mixer_backward)
+def _(
+    grad: Any, x: Any, xz: Any, conv: Any, conv_bias: Any, x_proj: Any, dt: Any, *args: Any, **kwargs: Any
+) -> int:  # fmt: skip
+    return 3 * mixer_flop(xz, dt)

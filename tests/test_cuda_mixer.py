@@ -1,0 +1,249 @@
+"""The fused CUDA kernels agree with the composition that they replace; without a GPU: they compile for every GPU."""
+
+import importlib.util
+import math
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+
+import vim_timm  # noqa: F401  registers the models
+from vim_timm.ops import cuda, reference, use_scan_backend
+from vim_timm.ops.cuda import mixer_op
+from vim_timm.ops.cuda.mixer_op import STATE, Direction, Mixer, cut, padded_rank
+
+GPU = torch.cuda.is_available()
+
+
+def only_gpu(function):
+    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason='needs an NVIDIA GPU')(function))
+
+
+def operands(batch, length, dim, rank, width=4, bias=True, device='cuda', dtype=torch.bfloat16):
+    """Fresh random operands of `cuda.mixer`, of the sizes that a model has."""
+
+    def draw(*shape):
+        return torch.randn(*shape, device=device)
+
+    def direction():
+        A_log = torch.arange(1.0, STATE + 1, device=device).log() + 0.1 * draw(dim, STATE)
+        return [
+            0.4 * draw(dim, width),
+            0.1 * draw(dim) if bias else None,
+            draw(rank + 2 * STATE, dim) / math.sqrt(dim),
+            draw(dim, rank) / math.sqrt(rank),
+            5 * torch.rand(dim, device=device) - 5,
+            A_log,
+            draw(dim),
+        ]
+
+    return [draw(batch, length, 2 * dim).to(dtype), *direction(), *direction()]
+
+
+def compose(xz, *parameters, scale=0.5, rounded=None):
+    """The same by reference operators; `rounded` is the dtype in which intermediate results travel."""
+
+    def travel(x):
+        return x if rounded is None else x.to(rounded).to(x.dtype)
+
+    x, z = xz.chunk(2, dim=-1)
+    arguments = []
+    for i, reverse in ((0, False), (7, True)):
+        conv, conv_bias, x_proj, dt, dt_bias, A_log, D = parameters[i : i + 7]
+        u = travel(reference.conv_one_direction(x, conv, conv_bias, True, reverse))
+        rows = travel(u @ travel(x_proj).t())
+        step, B, C = rows.split([dt.shape[1], STATE, STATE], dim=-1)
+        arguments += [u, step @ travel(dt).t(), A_log, B, C, D, dt_bias]
+    return reference.scan(*arguments, z, scale, True, True)
+
+
+def error(found, wanted):
+    """Norm of the difference over the norm; absolute where nothing is wanted."""
+    difference = (found.double() - wanted.double()).norm()
+    return float(difference / wanted.norm()) if wanted.norm() > 0 else float(difference)
+
+
+def with_gradients(function, tensors, weight):
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], weight.to(y.dtype))]
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Whatever a kernel leaves unwritten is NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, 'empty', lambda *a, **k: empty(*a, **k).fill_(float('nan')))
+    monkeypatch.setattr(torch, 'empty_like', lambda *a, **k: empty_like(*a, **k).fill_(float('nan')))
+
+
+SIZES = [
+    dict(batch=2, length=1, dim=64, rank=4),
+    dict(batch=1, length=5, dim=64, rank=12, bias=False),
+    dict(batch=3, length=17, dim=64, rank=16, width=3),
+    dict(batch=2, length=130, dim=192, rank=7, width=2),
+    dict(batch=64, length=197, dim=384, rank=12),
+    dict(batch=1, length=300, dim=128, rank=24),
+    dict(batch=2, length=333, dim=128, rank=48),
+    dict(batch=2, length=2049, dim=384, rank=12),
+]
+
+
+@only_gpu
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_outputs_and_gradients_agree_with_float64(size, dtype, poison):
+    tensors = operands(**size, dtype=dtype)
+    weight = torch.randn(size['batch'], size['length'], size['dim'], device='cuda')
+    found = with_gradients(lambda *t: cuda.mixer(*t, 0.5), tensors, weight)
+    doubles = [None if t is None else t.double() for t in tensors]
+    wanted = with_gradients(compose, doubles, weight.double())
+    # what two-byte intermediate results cost by themselves, as in any composition under autocast
+    rounding = with_gradients(lambda *t: compose(*t, rounded=dtype), doubles, weight.double())
+    for f, r, w in zip(found, rounding, wanted):
+        assert error(f, w) < 1e-2 + 2 * error(r, w)
+
+
+class OnReference(Mixer):
+    """The launches by reference operators in float64; what joins them is the class's own."""
+
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.directions = tuple(Direction(*tensors[i : i + 7]) for i in (1, 8))
+
+    def convolved(self, x, i):
+        return reference.conv_one_direction(x, self.directions[i].conv, self.directions[i].conv_bias, True, i == 1)
+
+    def convolve(self):
+        packed = torch.zeros(2, self.row, self.dim, dtype=self.xz.dtype)
+        for rows, direction in zip(packed, self.directions):
+            rows[: self.rank], rows[-2 * STATE :] = direction.x_proj.split([self.rank, 2 * STATE])
+        x = self.xz[..., : self.dim]
+        return torch.stack([self.convolved(x, 0), self.convolved(x, 1)]), packed
+
+    def scan_gradients(self, u, x, grad, grad_xz):
+        steps = torch.stack([x[i][..., : self.rank] @ d.dt.t() + d.dt_bias for i, d in enumerate(self.directions)])
+        A, skip = (torch.stack(self.both(name)) for name in ('A_log', 'skip'))
+        leaves = [
+            t.detach().requires_grad_() for t in (u, steps, x[..., -2 * STATE :], A, skip, self.xz[..., self.dim :])
+        ]
+        u, steps, bc, A, skip, z = leaves
+        directions = ([u[i], steps[i], A[i], *bc[i].split(STATE, dim=-1), skip[i], None] for i in range(2))
+        y = reference.scan(*next(directions), *next(directions), z, self.scale, True, True)
+        grad_u, grad_steps, grad_bc, grad_A, grad_skip, grad_z = torch.autograd.grad(y, leaves, grad)
+        grad_xz[..., self.dim :] = grad_z
+        return [grad_u, grad_steps, grad_bc, grad_A, torch.stack([grad_skip, grad_steps.sum((1, 2))], dim=1)]
+
+    def conv_backward(self, grad_u, grad_xz):
+        leaves = [
+            t.detach().requires_grad_() for t in (self.xz[..., : self.dim], *self.both('conv'), *self.both('conv_bias'))
+        ]
+        x, conv, conv_b, bias, bias_b = leaves
+        self.directions = tuple(
+            d._replace(conv=c, conv_bias=b) for d, c, b in zip(self.directions, (conv, conv_b), (bias, bias_b))
+        )
+        y = torch.stack([self.convolved(x, 0), self.convolved(x, 1)])
+        grad_x, *grads = torch.autograd.grad(y, leaves, grad_u.view(y.shape))
+        grad_xz[..., : self.dim] = grad_x
+        return torch.stack([torch.cat([taps.t(), bias[None]]) for taps, bias in zip(grads[:2], grads[2:])])
+
+
+def test_the_backward_pass_joins_its_kernels_correctly(monkeypatch):
+    """All but the CUDA kernels, to the last digit and without a GPU."""
+    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+    monkeypatch.setattr(mixer_op, 'cuda_mixer_backward', lambda grad, x, *o: OnReference(*o).backward(grad, x))
+    tensors = [t.double().requires_grad_() for t in operands(3, 17, 64, 12, device='cpu', dtype=torch.float64)]
+    grad = torch.randn(3, 17, 64, dtype=torch.float64)
+    mixer = OnReference(*(t.detach() for t in tensors), 0.5)
+    context = SimpleNamespace(
+        saved_tensors=[mixer.project(*mixer.convolve()), *(t.detach() for t in tensors)], scale=0.5
+    )
+    found = mixer_op.backward(context, grad, None)
+    wanted = torch.autograd.grad(compose(*tensors), tensors, grad)
+    assert max(error(f, w) for f, w in zip(found, wanted)) < 1e-12
+
+
+@only_gpu
+def test_runs_are_bit_equal_and_equal_compiled_and_captured_ones():
+    tensors = operands(8, 197, 384, 12)
+    weight = torch.randn(8, 197, 384, device='cuda')
+
+    def run(function):
+        return with_gradients(function, tensors, weight)
+
+    eager = run(lambda *t: 2 * cuda.mixer(*t, 0.5))
+    for other in (
+        lambda *t: 2 * cuda.mixer(*t, 0.5),
+        torch.compile(lambda *t: 2 * cuda.mixer(*t, 0.5), fullgraph=True),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(eager, run(other)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = 2 * cuda.mixer(*tensors, 0.5)
+    captured.fill_(float('nan'))
+    graph.replay()
+    assert torch.equal(captured, eager[0])
+
+
+@only_gpu
+def test_large_activations_stay_within_a_percent():
+    tensors = operands(2, 197, 384, 12)
+    tensors[0] *= 1e4 / tensors[0].abs().max()
+    doubles = [t.double() for t in tensors]
+    wanted = compose(*doubles)
+    rounding = error(compose(*doubles, rounded=torch.bfloat16), wanted)
+    assert error(cuda.mixer(*tensors, 0.5), wanted) < 1e-2 + 2 * rounding
+
+
+@only_gpu
+@pytest.mark.parametrize('name', ['vim_tiny_patch16_224', 'test_vim'])
+def test_a_model_gives_the_same_with_and_without_fusion(name):
+    model = timm.create_model(name).cuda().eval()
+    images = torch.randn(2, 3, *model.patch_embed.img_size, device='cuda')
+    results = []
+    for backend in ('auto', 'triton'):
+        model.zero_grad()
+        with use_scan_backend(backend), torch.autocast('cuda', torch.bfloat16):
+            model(images).float().square().sum().backward()
+        results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(error(a, b) < 0.1 for a, b in zip(*results))
+
+
+@only_gpu
+def test_double_backward_names_the_reference():
+    xz, *rest = operands(1, 5, 64, 4)
+    xz.requires_grad_()
+    (grad,) = torch.autograd.grad(cuda.mixer(xz, *rest, 0.5).float().sum(), xz, create_graph=True)
+    with pytest.raises(RuntimeError, match='reference'):
+        torch.autograd.grad(grad.float().sum(), xz)
+
+
+def test_limits_are_named_before_any_launch():
+    xz = torch.empty(1, 3, 128, device='meta')
+    assert 'CUDA tensors' in cuda.unsupported(xz, 16, 12, 4)
+
+
+def test_short_sequences_stay_whole_and_chunks_cover_long_ones():
+    assert cut(128, 197, 384, 12, sms=132).chunks == 1
+    assert cut(1, 40, 384, 12, sms=132).chunks == 1
+    for batch, length in ((8, 6085), (1, 785), (1, 65536)):
+        chunk, chunks, _ = cut(batch, length, 384, 12, sms=132)
+        assert chunk % 16 == 0 and (chunks - 1) * chunk < length <= chunks * chunk
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec('cuda') is None, reason='needs the CUDA bindings of a CUDA build of PyTorch'
+)
+@pytest.mark.parametrize('capability', [80, 86, 89, 90, 100, 120])
+def test_kernels_compile_for_every_gpu(capability):
+    """More shared memory than the 48 KiB that every GPU gives a block fails to compile."""
+    from vim_timm.ops.cuda.nvrtc import compile_cubin
+
+    for half, rank, blocks in ((0, 12, 6), (1, 48, 5)):
+        common = (('HALF', half), ('RANK', rank), ('RANK_PAD', padded_rank(rank)))
+        for local, carry, keep, grad in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 1)):
+            flags = (('BLOCKS', blocks), ('LOCAL', local), ('CARRY', carry), ('KEEP', keep), ('GRAD', grad))
+            assert compile_cubin(('common.cuh', 'forward.cu'), capability, common + flags)
+        assert compile_cubin(('common.cuh', 'conv.cu'), capability, (*common, ('WIDTH', 4), ('HAS_BIAS', 1)))
+        assert compile_cubin(('common.cuh', 'backward.cu'), capability, (*common, ('BLOCKS', 8), ('CHUNKED', 1)))
