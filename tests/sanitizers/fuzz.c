@@ -56,8 +56,8 @@ static void fuzz_scan(void) {
         d->states = fresh(batch * chunks * state * round_up(channels, PADDING));
         d->grad_u = rows(batch, length, channels);
         d->grad_delta = rows(batch, length, channels);
-        d->grad_B = fresh(batch * length * state);
-        d->grad_C = fresh(batch * length * state);
+        d->grad_B = rows(batch, length, state);
+        d->grad_C = rows(batch, length, state);
         d->grad_A = fresh(channels * state);
         d->grad_D = d->D ? fresh(channels) : NULL;
         d->grad_bias = d->bias ? fresh(channels) : NULL;
@@ -89,6 +89,44 @@ static void fuzz_conv(void) {
     release();
 }
 
+static void fuzz_mixer(void) {
+    int64_t batch = pick(1, 4), length = pick(1, 3 * CHUNK), channels = pick(1, 70), state = pick(1, 20), width = pick(2, 5);
+    int64_t rank = pick(1, 20), row = rank + 2 * state, chunks = (length + CHUNK - 1) / CHUNK;
+    Mixer mixer = {.batch = batch, .length = length, .channels = channels, .state = state, .rank = rank, .width = width};
+    mixer.threads = pick(1, 3);
+    mixer.scale = 0.5;
+    mixer.x = rows(batch, length, channels);
+    mixer.z = rows(batch, length, channels);
+    mixer.out = rows(batch, length, channels);
+    for (int i = 0; i < 2; i++) {
+        MixerDirection *d = &mixer.direction[i];
+        d->conv = fresh(channels * width);
+        d->conv_bias = pick(0, 1) ? fresh(channels) : NULL;
+        d->x_proj = fresh(row * channels);
+        d->dt = fresh(channels * rank);
+        d->dt_bias = pick(0, 1) ? fresh(channels) : NULL;
+        d->A_log = fresh(channels * state);
+        d->D = fresh(channels);
+    }
+    if (ENTRY(mixer_forward)(&mixer)) abort();
+    mixer.grad_x = rows(batch, length, channels);
+    mixer.grad_z = rows(batch, length, channels);
+    for (int i = 0; i < 2; i++) {
+        MixerDirection *d = &mixer.direction[i];
+        d->x = fresh(batch * length * row);
+        d->states = fresh(batch * chunks * state * round_up(channels, PADDING));
+        d->grad_conv = fresh(channels * width);
+        d->grad_conv_bias = d->conv_bias ? fresh(channels) : NULL;
+        d->grad_x_proj = fresh(row * channels);
+        d->grad_dt = fresh(channels * rank);
+        d->grad_dt_bias = d->dt_bias ? fresh(channels) : NULL;
+        d->grad_A_log = fresh(channels * state);
+        d->grad_D = fresh(channels);
+    }
+    if (ENTRY(mixer_forward)(&mixer) || ENTRY(mixer_backward)(&mixer)) abort();
+    release();
+}
+
 static void fuzz_norm(void) {
     int64_t count = pick(1, 100), width = pick(1, 70);
     Norm norm = {fresh(count * width), fresh(width), fresh(count * width), fresh(count * width), fresh(width), count, width};
@@ -103,6 +141,7 @@ int main(int count, char **arguments) {
     for (int i = 0; i < rounds; i++) {
         fuzz_scan();
         fuzz_conv();
+        fuzz_mixer();
         fuzz_norm();
     }
     printf("%d rounds of " NAME(ISA) " without a finding\n", rounds);

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from vim_timm.layers.plain import is_plain
-from vim_timm.ops import bidirectional_conv, bidirectional_scan, causal_conv, fused_mixer_runs, probe_backends
-from vim_timm.ops.cuda import mixer
+from vim_timm.ops import bidirectional_conv, bidirectional_scan, causal_conv, fused_mixer, probe_backends
 
 ScanType = Literal['bidirectional', 'shared', 'forward']
 
@@ -142,7 +141,8 @@ class BiMamba(nn.Module):
         inside = (self.conv1d, self.conv1d_b, self.x_proj, self.x_proj_b, self.dt_proj, self.dt_proj_b)
         if not all(is_plain(module) for module in inside):
             return None
-        if not fused_mixer_runs(xz_BLE, self.d_state, self.dt_rank, self.conv1d.weight.shape[-1]):
+        mixer = fused_mixer(xz_BLE, self.A_log, self.dt_rank, self.conv1d.weight.shape[-1])
+        if mixer is None:
             return None
         return mixer(
             xz_BLE,

@@ -1,18 +1,19 @@
 """The `cpu` backend: a native kernel that needs no torch headers, one library for every Python and torch.
 
-`kernel.c` is compiled once per instruction set and `library` opens the best one; `scan`, `conv` and `norm` wrap it as
-torch operators. float32 state and arithmetic; bfloat16 and float16 tensors are converted around the call.
+`kernel.c` is compiled once per instruction set and `library` opens the best one; `scan`, `conv`, `norm` and `mixer`
+wrap it as torch operators. float32 state and arithmetic; bfloat16 and float16 tensors are converted around the call.
 """
 
 from torch import Tensor
 
 from vim_timm.ops.cpu.conv import conv
 from vim_timm.ops.cpu.library import problem as unavailable
+from vim_timm.ops.cpu.mixer import mixer
 from vim_timm.ops.cpu.norm import rms_norm
 from vim_timm.ops.cpu.scan import scan
 from vim_timm.ops.cpu.tensors import DTYPES
 
-__all__ = ['conv', 'rms_norm', 'scan', 'unavailable', 'unsupported']
+__all__ = ['conv', 'mixer', 'rms_norm', 'scan', 'unavailable', 'unsupported']
 
 
 def unsupported(u: Tensor, A: Tensor) -> str:

@@ -31,7 +31,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
 INLINE vec load(const float *p) { return *(const vec_unaligned *)p; }
 INLINE void store(float *p, vec v) { *(vec_unaligned *)p = v; }
-INLINE vec splat(float x) { return (vec){0} + x; }
+INLINE vec splat(float x) { return x - (vec){0}; } /* 0 + x is no copy: it turns -0 to 0 */
 
 /* The last vector of a row may be partial: `count` channels are left. */
 INLINE vec load_some(const float *p, int64_t count) {
@@ -200,8 +200,7 @@ typedef struct {
     Rows u, delta, B, C;
     const float *A, *D, *bias; /* (channels, state), (channels), (channels) */
     float *states;             /* (batch, chunks, state, padded channels), or NULL in inference */
-    Rows grad_u, grad_delta;
-    float *grad_B, *grad_C;             /* (batch, length, state) */
+    Rows grad_u, grad_delta, grad_B, grad_C;
     float *grad_A, *grad_D, *grad_bias; /* as A, D and bias; the latter two may be NULL */
 } Direction;
 
@@ -225,7 +224,7 @@ typedef struct {
     int64_t padded, vectors, groups;
     /* Partial sums of the backward pass. */
     float *grad_A[2], *grad_D[2], *grad_bias[2]; /* (batch, state, padded), (batch, padded), (batch, padded) */
-    float *grad_B[2], *grad_C[2];                /* (groups, batch, length, state) */
+    Rows grad_B[2], grad_C[2];                   /* (groups, batch, length, state), or one group's result itself */
 } Plan;
 
 static size_t parameter_floats(int64_t state, int64_t padded) { return (size_t)((state + 3) * padded); }
@@ -488,9 +487,10 @@ static void scan_direction_backward(const Plan *plan, int which, int64_t b, int6
     Walk z = walk(&scan->z, b, length, which), grad_out = walk(&scan->out, b, length, which);
     Walk grad_u = walk(&direction->grad_u, b, length, which), grad_z = walk(&scan->grad_z, b, length, which);
     Walk grad_delta = walk(&direction->grad_delta, b, length, which);
-    int64_t partial = (g * scan->batch + b) * length * state;
-    Rows partial_B = {plan->grad_B[which] + partial, 0, state}, partial_C = {plan->grad_C[which] + partial, 0, state};
-    Walk to_B = walk(&partial_B, 0, length, which), to_C = walk(&partial_C, 0, length, which);
+    Rows partial_B = plan->grad_B[which], partial_C = plan->grad_C[which];
+    partial_B.data += g * scan->batch * length * state;
+    partial_C.data += g * scan->batch * length * state;
+    Walk to_B = walk(&partial_B, b, length, which), to_C = walk(&partial_C, b, length, which);
     Scratch s = lay_out(memory, vectors, state);
     Chunk chunk;
     vec slope[CHUNK], grad_y[CHUNK], grad_gate[CHUNK], grad_dtu[CHUNK], grad_dt[CHUNK];
@@ -588,11 +588,15 @@ static void add_groups_task(const void *arguments, int64_t index, void *scratch)
     (void)scratch;
     const Plan *plan = arguments;
     const Scan *scan = plan->scan;
-    int64_t size = scan->length * scan->state;
+    int64_t length = scan->length, state = scan->state, step = scan->batch * length * state;
     for (int which = 0; which < scan->directions; which++) {
         const Direction *direction = &scan->direction[which];
-        add_up(direction->grad_B + index * size, plan->grad_B[which] + index * size, plan->groups, scan->batch * size, size);
-        add_up(direction->grad_C + index * size, plan->grad_C[which] + index * size, plan->groups, scan->batch * size, size);
+        Walk B = walk(&direction->grad_B, index, length, 0), C = walk(&direction->grad_C, index, length, 0);
+        Walk partial_B = walk(&plan->grad_B[which], index, length, 0), partial_C = walk(&plan->grad_C[which], index, length, 0);
+        for (int64_t t = 0; t < length; t++) {
+            add_up(row(B, t), row(partial_B, t), plan->groups, step, state);
+            add_up(row(C, t), row(partial_C, t), plan->groups, step, state);
+        }
     }
 }
 
@@ -627,8 +631,13 @@ EXPORT int ENTRY(scan_backward)(const Scan *scan) {
         plan.grad_A[i] = p + floats;
         plan.grad_D[i] = plan.grad_A[i] + scan->batch * scan->state * plan.padded;
         plan.grad_bias[i] = plan.grad_D[i] + scan->batch * plan.padded;
-        plan.grad_B[i] = partial ? plan.grad_bias[i] + scan->batch * plan.padded : direction->grad_B;
-        plan.grad_C[i] = partial ? plan.grad_B[i] + partial : direction->grad_C;
+        plan.grad_B[i] = direction->grad_B;
+        plan.grad_C[i] = direction->grad_C;
+        if (partial) {
+            float *sums = plan.grad_bias[i] + scan->batch * plan.padded;
+            plan.grad_B[i] = (Rows){sums, scan->length * scan->state, scan->state};
+            plan.grad_C[i] = (Rows){sums + partial, scan->length * scan->state, scan->state};
+        }
     }
     size_t scratch = scratch_bytes(plan.vectors / plan.groups + 1, scan->state);
     int failed = vim_timm_run(scan_backward_task, &plan, scan->batch * plan.groups, scan->threads, scratch);
@@ -822,6 +831,17 @@ static void convolution_backward_task(const void *arguments, int64_t index, void
         }
 }
 
+static void add_taps(const ConvolutionPlan *plan, int which) {
+    const Convolution *conv = plan->conv;
+    const int64_t width = conv->width, padded = plan->padded;
+    float *sum = plan->grad_taps[which];
+    add_up(sum, sum, conv->batch, width * padded, width * padded);
+    for (int64_t j = 0; j < width; j++)
+        for (int64_t c = 0; c < conv->channels; c++)
+            conv->grad_weight[which][c * width + width - 1 - j] = sum[j * padded + c];
+    if (conv->grad_bias[which]) add_up(conv->grad_bias[which], plan->grad_bias[which], conv->batch, padded, conv->channels);
+}
+
 EXPORT int ENTRY(conv_backward)(const Convolution *conv) {
     ConvolutionPlan plan = plan_convolution(conv);
     int64_t width = conv->width, padded = plan.padded, each = conv->batch * (width + 1) * padded;
@@ -836,16 +856,363 @@ EXPORT int ENTRY(conv_backward)(const Convolution *conv) {
     size_t scratch = sizeof(vec) * conv_scratch_vectors(plan.vectors / plan.groups + 1, width);
     int failed = vim_timm_run(convolution_backward_task, &plan, conv->batch * plan.groups, conv->threads, scratch);
     if (!failed)
-        for (int64_t i = 0; i < conv->directions; i++) {
-            float *sum = plan.grad_taps[i];
-            add_up(sum, sum, conv->batch, width * padded, width * padded);
-            for (int64_t j = 0; j < width; j++)
-                for (int64_t c = 0; c < conv->channels; c++)
-                    conv->grad_weight[i][c * width + width - 1 - j] = sum[j * padded + c];
-            if (conv->grad_bias[i]) add_up(conv->grad_bias[i], plan.grad_bias[i], conv->batch, padded, conv->channels);
-        }
+        for (int64_t i = 0; i < conv->directions; i++) add_taps(&plan, (int)i);
     vim_timm_free(memory);
     return failed;
+}
+
+/* ---- matrix products -------------------------------------------------------------------------------------------------- */
+
+/* A tile of the result, held in registers: rows and vectors of columns. */
+enum { PRODUCT_ROWS = LANES == 16 ? 8 : 4, PRODUCT_VECTORS = LANES == 16 ? 3 : 2, PRODUCT_BLOCK = 32 };
+
+/* out (rows, columns) = a (rows, depth) b (depth, columns), or `add`ed to it. a has any strides; b's rows can be read in
+   whole vectors up to b_columns. */
+typedef struct {
+    const float *a, *b;
+    float *out;
+    int64_t rows, columns, depth, a_row, a_column, b_row, b_columns, out_row, add;
+} Product;
+
+INLINE void product_tile(const int rows, const int vectors, const int partial, const Product *p, int64_t i, int64_t j) {
+    const float *a = p->a + i * p->a_row, *b = p->b + j;
+    const int64_t a_row = p->a_row, a_column = p->a_column, b_row = p->b_row, readable = p->b_columns - j;
+    vec sum[8][3];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = splat(0);
+    for (int64_t k = p->depth; k > 0; k--, a += a_column, b += b_row) {
+        vec right[3];
+        UNROLL for (int v = 0; v < vectors; v++) right[v] = partial ? load_some(b, readable) : load(b + v * LANES);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const vec left = splat(a[r * a_row]);
+            UNROLL for (int v = 0; v < vectors; v++) sum[r][v] += left * right[v];
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++) {
+            float *to = p->out + (i + r) * p->out_row + j + v * LANES;
+            const int64_t count = p->columns - j - v * LANES;
+            store_some(to, p->add ? sum[r][v] + load_some(to, count) : sum[r][v], count);
+        }
+}
+
+INLINE void product_rows(const int vectors, const int partial, const Product *p, int64_t i, int64_t last, int64_t j) {
+    for (; i + PRODUCT_ROWS <= last; i += PRODUCT_ROWS) product_tile(PRODUCT_ROWS, vectors, partial, p, i, j);
+    for (; i + 4 <= last; i += 4) product_tile(4, vectors, partial, p, i, j);
+    for (; i < last; i++) product_tile(1, vectors, partial, p, i, j);
+}
+
+/* The products of both directions are one run. */
+static int64_t product_blocks(const Product *p) {
+    const int64_t width = PRODUCT_VECTORS * LANES;
+    return (p->rows + PRODUCT_BLOCK - 1) / PRODUCT_BLOCK * ((p->columns + width - 1) / width);
+}
+static void product_task(const void *arguments, int64_t index, void *scratch) {
+    (void)scratch;
+    const Product *p = arguments;
+    const int64_t width = PRODUCT_VECTORS * LANES, each = product_blocks(p);
+    p += index / each;
+    const int64_t across = (p->columns + width - 1) / width, block = index % each;
+    const int64_t i = block / across * PRODUCT_BLOCK, last = least(i + PRODUCT_BLOCK, p->rows);
+    int64_t j = block % across * width;
+    if (j + width <= p->b_columns)
+        product_rows(PRODUCT_VECTORS, 0, p, i, last, j);
+    else
+        for (; j < p->columns; j += LANES)
+            if (j + LANES <= p->b_columns)
+                product_rows(1, 0, p, i, last, j);
+            else
+                product_rows(1, 1, p, i, last, j);
+}
+static int multiply(const Product products[2], int64_t threads) {
+    return vim_timm_run(product_task, products, 2 * product_blocks(products), threads, 0);
+}
+
+/* ---- the inside of a block ------------------------------------------------------------------------------------------- */
+
+/* Tokens of a slice of the batch, unless one entry is longer: what a slice needs should stay in cache. */
+#ifndef SLICE
+#define SLICE 256
+#endif
+
+typedef struct {
+    const float *conv, *conv_bias, *x_proj, *dt, *dt_bias, *A_log, *D; /* (D, W), (D), (R + 2 N, D), (D, R), (D), (D, N), (D) */
+    float *x, *states;                                                 /* (B, L, R + 2 N), and as the scan's, or NULL */
+    float *grad_conv, *grad_conv_bias, *grad_x_proj, *grad_dt, *grad_dt_bias, *grad_A_log, *grad_D;
+} MixerDirection;
+
+typedef struct {
+    MixerDirection direction[2];
+    Rows x, z, out, grad_x, grad_z; /* out: the result, or in the backward pass its gradient */
+    int64_t batch, length, channels, state, rank, width, threads;
+    double scale;
+} Mixer;
+
+/* A slice of the batch on its way through a block. */
+typedef struct {
+    const Mixer *mixer;
+    int64_t row, entries; /* width of the projections, batch entries to a slice */
+    Convolution conv;
+    Scan scan;
+    ConvolutionPlan conv_plan, whole_conv; /* of the slice, and of the batch: they differ in where partial sums begin */
+    Plan scan_plan, whole_scan;
+    float *x_proj[2], *dt[2];    /* transposed: (D, padded row), (R, padded D) */
+    float *dt_rows[2];           /* (D, padded R) */
+    float *u[2], *delta[2], *x[2], *grad_u[2], *grad_delta[2], *grad_x[2];
+    float *grad_dt[2];           /* transposed: (R, D) */
+    float *memory;
+} Block;
+
+/* Hands out pieces of one allocation; with no memory yet it only adds up their sizes. */
+typedef struct {
+    float *memory;
+    int64_t used;
+} Arena;
+static float *take(Arena *arena, int64_t floats) {
+    float *piece = arena->memory ? arena->memory + arena->used : NULL;
+    arena->used += round_up(floats, PADDING);
+    return piece;
+}
+
+static Rows dense(float *data, int64_t length, int64_t width) { return (Rows){data, length * width, width}; }
+static Rows skip_entries(Rows rows, int64_t b) {
+    if (rows.data) rows.data += b * rows.batch;
+    return rows;
+}
+
+static void lay_out_block(Block *block, Arena *arena, int backward) {
+    const Mixer *m = block->mixer;
+    const int64_t tokens = block->entries * m->length, channels = m->channels, padded = block->scan_plan.padded;
+    float *taps = take(arena, (int64_t)tap_floats(&block->conv_plan));
+    if (taps) lay_out_taps(&block->conv_plan, taps);
+    for (int i = 0; i < 2; i++) {
+        const MixerDirection *d = &m->direction[i];
+        float *parameters = take(arena, (int64_t)parameter_floats(m->state, padded));
+        if (parameters) block->scan_plan.parameters[i] = prepare(&block->scan, &block->scan.direction[i], parameters, padded);
+        block->x_proj[i] = take(arena, channels * round_up(block->row, LANES));
+        block->dt[i] = take(arena, m->rank * padded);
+        block->u[i] = take(arena, tokens * channels);
+        block->delta[i] = take(arena, tokens * channels);
+        block->x[i] = d->x ? NULL : take(arena, tokens * block->row);
+        if (arena->memory) {
+            transpose(d->x_proj, block->x_proj[i], block->row, round_up(block->row, LANES), channels);
+            transpose(d->dt, block->dt[i], channels, padded, m->rank);
+        }
+        if (!backward) continue;
+        Plan *plan = &block->scan_plan;
+        const int64_t width = round_up(m->rank, LANES), partial = plan->groups == 1 ? 0 : plan->groups * tokens * m->state;
+        block->dt_rows[i] = take(arena, channels * width);
+        if (arena->memory)
+            for (int64_t c = 0; c < channels; c++) copy_padded(d->dt + c * m->rank, block->dt_rows[i] + c * width, m->rank, width);
+        block->grad_u[i] = take(arena, tokens * channels);
+        block->grad_delta[i] = take(arena, tokens * channels);
+        block->grad_x[i] = take(arena, tokens * block->row);
+        block->grad_dt[i] = take(arena, m->rank * channels);
+        plan->grad_A[i] = take(arena, m->batch * m->state * padded);
+        plan->grad_D[i] = take(arena, m->batch * padded);
+        plan->grad_bias[i] = take(arena, m->batch * padded);
+        plan->grad_B[i] = dense(take(arena, partial), m->length, m->state);
+        plan->grad_C[i] = dense(take(arena, partial), m->length, m->state);
+        block->conv_plan.grad_taps[i] = take(arena, m->batch * m->width * padded);
+        block->conv_plan.grad_bias[i] = take(arena, m->batch * padded);
+    }
+}
+
+/* Returns 0 when there is no memory. */
+static int begin_block(Block *block, const Mixer *m, int backward) {
+    *block = (Block){.mixer = m, .row = m->rank + 2 * m->state};
+    block->conv = (Convolution){.directions = 2, .batch = m->batch, .length = m->length, .channels = m->channels,
+                                .width = m->width, .silu = 1, .threads = m->threads};
+    block->scan = (Scan){.directions = 2, .batch = m->batch, .length = m->length, .channels = m->channels,
+                         .state = m->state, .softplus = 1, .log_A = 1, .threads = m->threads, .scale = m->scale};
+    for (int i = 0; i < 2; i++) {
+        const MixerDirection *d = &m->direction[i];
+        Direction *scan = &block->scan.direction[i];
+        block->conv.weight[i] = d->conv;
+        block->conv.bias[i] = d->conv_bias;
+        block->conv.grad_weight[i] = d->grad_conv;
+        block->conv.grad_bias[i] = d->grad_conv_bias;
+        scan->A = d->A_log;
+        scan->D = d->D;
+        scan->bias = d->dt_bias;
+        scan->grad_A = d->grad_A_log;
+        scan->grad_D = d->grad_D;
+        scan->grad_bias = d->grad_dt_bias;
+    }
+    block->conv_plan = plan_convolution(&block->conv);
+    /* The groups of the backward pass order sums and must not follow the threads; a slice may. */
+    enum { TASKS = 8 };
+    block->scan_plan = plan_scan(&block->scan, backward ? TASKS : m->threads > 1 ? 4 * m->threads : 1);
+    block->entries = most(1, SLICE / m->length);
+    if (m->threads > 1)
+        block->entries = most(block->entries, (2 * m->threads + block->scan_plan.groups - 1) / block->scan_plan.groups);
+    block->entries = least(block->entries, m->batch);
+    Arena arena = {NULL, 0};
+    lay_out_block(block, &arena, backward);
+    block->memory = arena.memory = vim_timm_allocate(sizeof(float) * (size_t)arena.used);
+    if (!arena.memory) return 0;
+    arena.used = 0;
+    lay_out_block(block, &arena, backward);
+    block->whole_conv = block->conv_plan;
+    block->whole_scan = block->scan_plan;
+    return 1;
+}
+
+/* Points convolution and scan to the slice that begins with batch entry b. */
+static void take_slice(Block *block, int64_t b) {
+    const Mixer *m = block->mixer;
+    const int64_t length = m->length, channels = m->channels, state = m->state, row = block->row;
+    const int64_t chunks = (length + CHUNK - 1) / CHUNK;
+    Convolution *conv = &block->conv;
+    Scan *scan = &block->scan;
+    conv->batch = scan->batch = least(block->entries, m->batch - b);
+    conv->x = skip_entries(m->x, b);
+    conv->grad_x = skip_entries(m->grad_x, b);
+    scan->z = skip_entries(m->z, b);
+    scan->out = skip_entries(m->out, b);
+    scan->grad_z = skip_entries(m->grad_z, b);
+    for (int i = 0; i < 2; i++) {
+        const MixerDirection *d = &m->direction[i];
+        Direction *to = &scan->direction[i];
+        if (d->x) block->x[i] = d->x + b * length * row;
+        float *x = block->x[i], *grad_x = block->grad_x[i];
+        conv->y[i] = dense(block->u[i], length, channels);
+        to->u = dense(block->u[i], length, channels);
+        to->delta = dense(block->delta[i], length, channels);
+        to->B = dense(x + m->rank, length, row);
+        to->C = dense(x + m->rank + state, length, row);
+        to->states = d->states ? d->states + b * chunks * state * round_up(channels, PADDING) : NULL;
+        if (!grad_x) continue;
+        Plan *plan = &block->scan_plan, *whole = &block->whole_scan;
+        plan->grad_A[i] = whole->grad_A[i] + b * state * plan->padded;
+        plan->grad_D[i] = whole->grad_D[i] + b * plan->padded;
+        plan->grad_bias[i] = whole->grad_bias[i] + b * plan->padded;
+        block->conv_plan.grad_taps[i] = block->whole_conv.grad_taps[i] + b * m->width * plan->padded;
+        block->conv_plan.grad_bias[i] = block->whole_conv.grad_bias[i] + b * plan->padded;
+        to->grad_u = dense(block->grad_u[i], length, channels);
+        to->grad_delta = dense(block->grad_delta[i], length, channels);
+        to->grad_B = dense(grad_x + m->rank, length, row);
+        to->grad_C = dense(grad_x + m->rank + state, length, row);
+        if (plan->groups == 1) {
+            plan->grad_B[i] = to->grad_B;
+            plan->grad_C[i] = to->grad_C;
+        }
+    }
+}
+
+static int convolve(Block *block) {
+    const int64_t tiles = (block->conv.length + TILE - 1) / TILE;
+    return vim_timm_run(convolution_task, &block->conv_plan, block->conv.batch * tiles, block->conv.threads, 0);
+}
+
+static int project(const Block *block) {
+    const Mixer *m = block->mixer;
+    const int64_t tokens = block->conv.batch * m->length, row = block->row, width = round_up(row, LANES);
+    Product products[2];
+    for (int i = 0; i < 2; i++)
+        products[i] = (Product){.a = block->u[i], .a_row = m->channels, .a_column = 1,
+                                .b = block->x_proj[i], .b_row = width, .b_columns = width,
+                                .out = block->x[i], .out_row = row,
+                                .rows = tokens, .columns = row, .depth = m->channels};
+    return multiply(products, m->threads);
+}
+
+static int compute_step_sizes(const Block *block) {
+    const Mixer *m = block->mixer;
+    const int64_t tokens = block->conv.batch * m->length, padded = block->scan_plan.padded;
+    Product products[2];
+    for (int i = 0; i < 2; i++)
+        products[i] = (Product){.a = block->x[i], .a_row = block->row, .a_column = 1,
+                                .b = block->dt[i], .b_row = padded, .b_columns = padded,
+                                .out = block->delta[i], .out_row = m->channels,
+                                .rows = tokens, .columns = m->channels, .depth = m->rank};
+    return multiply(products, m->threads);
+}
+
+EXPORT int ENTRY(mixer_forward)(const Mixer *m) {
+    Block block;
+    if (!begin_block(&block, m, 0)) return -1;
+    const Plan *plan = &block.scan_plan;
+    const size_t states = sizeof(vec) * (size_t)(m->state * (plan->vectors / plan->groups + 1));
+    int failed = 0;
+    for (int64_t b = 0; b < m->batch && !failed; b += block.entries) {
+        take_slice(&block, b);
+        failed = convolve(&block) || project(&block) || compute_step_sizes(&block) ||
+                 vim_timm_run(scan_task, plan, block.scan.batch * plan->groups, m->threads, states);
+    }
+    vim_timm_free(block.memory);
+    return failed ? -1 : 0;
+}
+
+/* From the gradients of delta, B and C to those of the projections and of u. */
+static int project_back(const Block *block) {
+    const Mixer *m = block->mixer;
+    const int64_t tokens = block->conv.batch * m->length, channels = m->channels, width = round_up(m->rank, LANES);
+    Product to_x[2], to_u[2];
+    for (int i = 0; i < 2; i++) {
+        to_x[i] = (Product){.a = block->grad_delta[i], .a_row = channels, .a_column = 1,
+                            .b = block->dt_rows[i], .b_row = width, .b_columns = width,
+                            .out = block->grad_x[i], .out_row = block->row,
+                            .rows = tokens, .columns = m->rank, .depth = channels};
+        to_u[i] = (Product){.a = block->grad_x[i], .a_row = block->row, .a_column = 1,
+                            .b = m->direction[i].x_proj, .b_row = channels, .b_columns = channels,
+                            .out = block->grad_u[i], .out_row = channels, .add = 1,
+                            .rows = tokens, .columns = channels, .depth = block->row};
+    }
+    return multiply(to_x, m->threads) || multiply(to_u, m->threads);
+}
+
+/* Adds the gradients of both projections' weights, entry by entry: the order must not depend on the slices. */
+static int add_weight_gradients(const Block *block, int64_t b) {
+    const Mixer *m = block->mixer;
+    const int64_t length = m->length, channels = m->channels, row = block->row;
+    int failed = 0;
+    for (int64_t e = 0; e < block->conv.batch && !failed; e++) {
+        Product to_x_proj[2], to_dt[2];
+        for (int i = 0; i < 2; i++) {
+            to_x_proj[i] = (Product){.a = block->grad_x[i] + e * length * row, .a_row = 1, .a_column = row,
+                                     .b = block->u[i] + e * length * channels, .b_row = channels, .b_columns = channels,
+                                     .out = m->direction[i].grad_x_proj, .out_row = channels, .add = b + e > 0,
+                                     .rows = row, .columns = channels, .depth = length};
+            to_dt[i] = (Product){.a = block->x[i] + e * length * row, .a_row = 1, .a_column = row,
+                                 .b = block->grad_delta[i] + e * length * channels, .b_row = channels, .b_columns = channels,
+                                 .out = block->grad_dt[i], .out_row = channels, .add = b + e > 0,
+                                 .rows = m->rank, .columns = channels, .depth = length};
+        }
+        failed = multiply(to_x_proj, m->threads) || multiply(to_dt, m->threads);
+    }
+    return failed;
+}
+
+static int convolve_back(Block *block) {
+    const ConvolutionPlan *plan = &block->conv_plan;
+    for (int i = 0; i < 2; i++) block->conv.y[i] = dense(block->grad_u[i], block->conv.length, block->conv.channels);
+    const size_t scratch = sizeof(vec) * conv_scratch_vectors(plan->vectors / plan->groups + 1, block->conv.width);
+    return vim_timm_run(convolution_backward_task, plan, block->conv.batch * plan->groups, block->conv.threads, scratch);
+}
+
+/* The forward pass kept the projections and the scan's states; convolution and step sizes are computed again. */
+EXPORT int ENTRY(mixer_backward)(const Mixer *m) {
+    Block block;
+    if (!begin_block(&block, m, 1)) return -1;
+    const Plan *plan = &block.scan_plan;
+    const size_t scratch = scratch_bytes(plan->vectors / plan->groups + 1, m->state);
+    int failed = 0;
+    for (int64_t b = 0; b < m->batch && !failed; b += block.entries) {
+        take_slice(&block, b);
+        failed = convolve(&block) || compute_step_sizes(&block) ||
+                 vim_timm_run(scan_backward_task, plan, block.scan.batch * plan->groups, m->threads, scratch) ||
+                 (plan->groups > 1 && vim_timm_run(add_groups_task, plan, block.scan.batch, m->threads, 0)) ||
+                 project_back(&block) || add_weight_gradients(&block, b) || convolve_back(&block);
+    }
+    block.scan.batch = block.conv.batch = m->batch;
+    for (int i = 0; i < 2 && !failed; i++) {
+        add_batch(&block.whole_scan, i);
+        add_taps(&block.whole_conv, i);
+        transpose(block.grad_dt[i], m->direction[i].grad_dt, m->rank, m->rank, m->channels);
+    }
+    vim_timm_free(block.memory);
+    return failed ? -1 : 0;
 }
 
 /* ---- root mean square norm ------------------------------------------------------------------------------------------- */

@@ -30,9 +30,9 @@ _PER_DIRECTION = len(_NAMES)
 _Z = 2 * _PER_DIRECTION  # position of z among the arguments
 
 # The C structure Scan: two directions, three Rows, eight integers, one double.
-_STRUCT = struct.Struct('@71qd')
-_NO_GRADIENTS = (0,) * 11
-_NO_DIRECTION = (0,) * 27
+_STRUCT = struct.Struct('@79qd')
+_NO_GRADIENTS = (0,) * 15
+_NO_DIRECTION = (0,) * 31
 
 _INPUTS = (
     'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, '
@@ -80,14 +80,20 @@ def _fields(direction: Sequence[Optional[Tensor]], states: Optional[Tensor]) -> 
     return (*rows(u), *rows(delta), *rows(B), *rows(C), address(A), address(D), address(bias), address(states))
 
 
-def _states_shape(u: Tensor, A: Tensor) -> tuple[int, int, int, int]:
-    batch, length, channels = u.shape
-    return batch, -(-length // _CHUNK), A.shape[1], -(-channels // _PADDING) * _PADDING
+def states_shape(shape: Sequence[int], state: int) -> tuple[int, int, int, int]:
+    """Shape of the states that a direction of a scan of (B, L, D) keeps: one before every chunk of tokens."""
+    batch, length, channels = shape
+    return batch, -(-length // _CHUNK), state, -(-channels // _PADDING) * _PADDING
+
+
+def new_states(shape: Sequence[int], channels: int) -> Tensor:
+    """Memory for states. Narrow vectors leave some of the padding alone: two runs must still return equal tensors."""
+    return torch.zeros(shape) if channels % _PADDING else torch.empty(shape)
 
 
 def _fake(*arguments):
     u, A, u_b, keep = arguments[0], arguments[2], arguments[_PER_DIRECTION], arguments[-1]
-    shapes = [_states_shape(u, A) if kept else (0,) for kept in (keep, keep and u_b is not None)]
+    shapes = [states_shape(u.shape, A.shape[1]) if kept else (0,) for kept in (keep, keep and u_b is not None)]
     return u.new_empty(u.shape), *(u.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
@@ -98,9 +104,8 @@ def _run(*arguments):
     directions = _directions(arguments[:_Z])
     z = None if z is None else checked('z', z, u.shape)
     out = torch.empty(u.shape)
-    # Narrow vectors leave some of the padding alone: two runs must still return equal tensors.
-    new = torch.zeros if u.shape[2] % _PADDING else torch.empty
-    states = [new(_states_shape(u, A) if keep and i < len(directions) else (0,)) for i in range(2)]
+    shape = states_shape(u.shape, A.shape[1])
+    states = [new_states(shape if keep and i < len(directions) else (0,), u.shape[2]) for i in range(2)]
     if out.numel():
         fields = []
         for direction, kept in zip(directions, states):
@@ -136,8 +141,8 @@ def _run_backward(grad, *arguments):
     for i, (direction, kept) in enumerate(zip(directions, (states, states_b))):
         own = gradients[i * _PER_DIRECTION : (i + 1) * _PER_DIRECTION]
         grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias = own
-        fields += _fields(direction, kept) + rows(grad_u) + rows(grad_delta)
-        fields += [address(x) for x in (grad_B, grad_C, grad_A, grad_D, grad_bias)]
+        fields += _fields(direction, kept) + rows(grad_u) + rows(grad_delta) + rows(grad_B) + rows(grad_C)
+        fields += [address(x) for x in (grad_A, grad_D, grad_bias)]
     z = None if z is None else checked('z', z, u.shape)
     grad = gradient(grad)
     packed = _pack(fields, directions, u, A, z, grad, gradients[_Z], scale, softplus, log_A)
