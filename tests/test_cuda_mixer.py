@@ -1,8 +1,10 @@
-"""The fused CUDA kernels agree with the composition that they replace; without a GPU: they compile for every GPU."""
+"""The fused CUDA kernels agree with the composition that they replace: on a GPU (`-m gpu`) and as C++ on the CPU."""
 
 import importlib.util
 import math
-from types import SimpleNamespace
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,8 +12,11 @@ import torch
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm.ops import cuda, reference, use_scan_backend
-from vim_timm.ops.cuda import mixer_op
-from vim_timm.ops.cuda.mixer_op import STATE, Direction, Mixer, cut, padded_rank
+from vim_timm.ops.cuda import mixer_op, nvrtc
+from vim_timm.ops.cuda.mixer_op import STATE, cut, padded_rank
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cuda_on_cpu  # noqa: E402
 
 GPU = torch.cuda.is_available()
 
@@ -70,6 +75,19 @@ def with_gradients(function, tensors, weight):
     return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], weight.to(y.dtype))]
 
 
+def assert_agrees(size, dtype, device):
+    """Outputs and every gradient against float64."""
+    tensors = operands(**size, device=device, dtype=dtype)
+    weight = torch.randn(size['batch'], size['length'], size['dim'], device=device)
+    found = with_gradients(lambda *t: cuda.mixer(*t, 0.5), tensors, weight)
+    doubles = [None if t is None else t.double() for t in tensors]
+    wanted = with_gradients(compose, doubles, weight.double())
+    # what two-byte intermediate results cost by themselves, as in any composition under autocast
+    rounding = with_gradients(lambda *t: compose(*t, rounded=dtype), doubles, weight.double())
+    for f, r, w in zip(found, rounding, wanted):
+        assert error(f, w) < 1e-2 + 2 * error(r, w)
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """Whatever a kernel leaves unwritten is NaN."""
@@ -94,74 +112,35 @@ SIZES = [
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('size', SIZES, ids=str)
 def test_outputs_and_gradients_agree_with_float64(size, dtype, poison):
-    tensors = operands(**size, dtype=dtype)
-    weight = torch.randn(size['batch'], size['length'], size['dim'], device='cuda')
-    found = with_gradients(lambda *t: cuda.mixer(*t, 0.5), tensors, weight)
-    doubles = [None if t is None else t.double() for t in tensors]
-    wanted = with_gradients(compose, doubles, weight.double())
-    # what two-byte intermediate results cost by themselves, as in any composition under autocast
-    rounding = with_gradients(lambda *t: compose(*t, rounded=dtype), doubles, weight.double())
-    for f, r, w in zip(found, rounding, wanted):
-        assert error(f, w) < 1e-2 + 2 * error(r, w)
+    assert_agrees(size, dtype, 'cuda')
 
 
-class OnReference(Mixer):
-    """The launches by reference operators in float64; what joins them is the class's own."""
-
-    def __init__(self, *tensors):
-        super().__init__(*tensors)
-        self.directions = tuple(Direction(*tensors[i : i + 7]) for i in (1, 8))
-
-    def convolved(self, x, i):
-        return reference.conv_one_direction(x, self.directions[i].conv, self.directions[i].conv_bias, True, i == 1)
-
-    def convolve(self):
-        packed = torch.zeros(2, self.row, self.dim, dtype=self.xz.dtype)
-        for rows, direction in zip(packed, self.directions):
-            rows[: self.rank], rows[-2 * STATE :] = direction.x_proj.split([self.rank, 2 * STATE])
-        x = self.xz[..., : self.dim]
-        return torch.stack([self.convolved(x, 0), self.convolved(x, 1)]), packed
-
-    def scan_gradients(self, u, x, grad, grad_xz):
-        steps = torch.stack([x[i][..., : self.rank] @ d.dt.t() + d.dt_bias for i, d in enumerate(self.directions)])
-        A, skip = (torch.stack(self.both(name)) for name in ('A_log', 'skip'))
-        leaves = [
-            t.detach().requires_grad_() for t in (u, steps, x[..., -2 * STATE :], A, skip, self.xz[..., self.dim :])
-        ]
-        u, steps, bc, A, skip, z = leaves
-        directions = ([u[i], steps[i], A[i], *bc[i].split(STATE, dim=-1), skip[i], None] for i in range(2))
-        y = reference.scan(*next(directions), *next(directions), z, self.scale, True, True)
-        grad_u, grad_steps, grad_bc, grad_A, grad_skip, grad_z = torch.autograd.grad(y, leaves, grad)
-        grad_xz[..., self.dim :] = grad_z
-        return [grad_u, grad_steps, grad_bc, grad_A, torch.stack([grad_skip, grad_steps.sum((1, 2))], dim=1)]
-
-    def conv_backward(self, grad_u, grad_xz):
-        leaves = [
-            t.detach().requires_grad_() for t in (self.xz[..., : self.dim], *self.both('conv'), *self.both('conv_bias'))
-        ]
-        x, conv, conv_b, bias, bias_b = leaves
-        self.directions = tuple(
-            d._replace(conv=c, conv_bias=b) for d, c, b in zip(self.directions, (conv, conv_b), (bias, bias_b))
-        )
-        y = torch.stack([self.convolved(x, 0), self.convolved(x, 1)])
-        grad_x, *grads = torch.autograd.grad(y, leaves, grad_u.view(y.shape))
-        grad_xz[..., : self.dim] = grad_x
-        return torch.stack([torch.cat([taps.t(), bias[None]]) for taps, bias in zip(grads[:2], grads[2:])])
+SMALL_SIZES = [
+    dict(batch=2, length=1, dim=64, rank=4),
+    dict(batch=1, length=5, dim=64, rank=12, bias=False),
+    dict(batch=2, length=37, dim=64, rank=16, width=3),
+    dict(batch=1, length=200, dim=128, rank=48, width=2),  # in chunks
+]
 
 
-def test_the_backward_pass_joins_its_kernels_correctly(monkeypatch):
-    """All but the CUDA kernels, to the last digit and without a GPU."""
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('size', SMALL_SIZES, ids=str)
+def test_kernels_agree_with_float64_as_plain_cpp(size, dtype, poison, monkeypatch):
+    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
-    monkeypatch.setattr(mixer_op, 'cuda_mixer_backward', lambda grad, x, *o: OnReference(*o).backward(grad, x))
-    tensors = [t.double().requires_grad_() for t in operands(3, 17, 64, 12, device='cpu', dtype=torch.float64)]
-    grad = torch.randn(3, 17, 64, dtype=torch.float64)
-    mixer = OnReference(*(t.detach() for t in tensors), 0.5)
-    context = SimpleNamespace(
-        saved_tensors=[mixer.project(*mixer.convolve()), *(t.detach() for t in tensors)], scale=0.5
-    )
-    found = mixer_op.backward(context, grad, None)
-    wanted = torch.autograd.grad(compose(*tensors), tensors, grad)
-    assert max(error(f, w) for f, w in zip(found, wanted)) < 1e-12
+    assert_agrees(size, dtype, 'cpu')
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+def test_plain_cpp_notices_a_missing_wait(tmp_path, monkeypatch):
+    for source in nvrtc.SOURCES.glob('*.cu*'):
+        text = source.read_text()
+        (tmp_path / source.name).write_text(text.replace('copies_wait<1>();', '') if source.stem == 'forward' else text)
+    monkeypatch.setattr(nvrtc, 'SOURCES', tmp_path)
+    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load.__wrapped__)
+    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+    assert not torch.isfinite(cuda.mixer(*operands(1, 5, 64, 12, device='cpu'), 0.5)).all()
 
 
 @only_gpu
@@ -244,6 +223,8 @@ def test_kernels_compile_for_every_gpu(capability):
         common = (('HALF', half), ('RANK', rank), ('RANK_PAD', padded_rank(rank)))
         for local, carry, keep, grad in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 1)):
             flags = (('BLOCKS', blocks), ('LOCAL', local), ('CARRY', carry), ('KEEP', keep), ('GRAD', grad))
-            assert compile_cubin(('common.cuh', 'forward.cu'), capability, common + flags)
-        assert compile_cubin(('common.cuh', 'conv.cu'), capability, (*common, ('WIDTH', 4), ('HAS_BIAS', 1)))
-        assert compile_cubin(('common.cuh', 'backward.cu'), capability, (*common, ('BLOCKS', 8), ('CHUNKED', 1)))
+            assert compile_cubin(('ptx.cuh', 'common.cuh', 'forward.cu'), capability, common + flags)
+        assert compile_cubin(('ptx.cuh', 'common.cuh', 'conv.cu'), capability, (*common, ('WIDTH', 4), ('HAS_BIAS', 1)))
+        assert compile_cubin(
+            ('ptx.cuh', 'common.cuh', 'backward.cu'), capability, (*common, ('BLOCKS', 8), ('CHUNKED', 1))
+        )

@@ -126,12 +126,6 @@ __device__ __forceinline__ void load4(float (&v)[OWN], const float* from) {
   v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
 }
 
-__device__ __forceinline__ T2 pack_bf16(float low, float high) {
-  T2 v;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-  return v;
-}
-
 // Four neighbouring two-byte numbers as float32 and, for the matrix unit, as bfloat16.
 __device__ __forceinline__ void load4(float (&v)[OWN], T2 (&raw)[2], const T* from) {
   const uint2 f = *(const uint2*)from;
@@ -147,18 +141,11 @@ __device__ __forceinline__ void sum_channels(float* to, const float (&f)[OWN][OW
   float sum[OWN];
 #pragma unroll
   for (int i = 0; i < OWN; i += 2) {
-    const T2 a0 = pack_bf16(f[i][0], f[i][1]), a1 = pack_bf16(f[i + 1][0], f[i + 1][1]);
-    const T2 a2 = pack_bf16(f[i][2], f[i][3]), a3 = pack_bf16(f[i + 1][2], f[i + 1][3]);
-    asm("{.reg .f32 b, d; mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, b, %1, d}, {%2, %3, %4, %5}, "
-        "{%6, %7}, {%8, %8, %8, %8};}"
-        : "=f"(sum[i]), "=f"(sum[i + 1])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(vector[0]), "r"(vector[1]), "f"(0.f));
+    const unsigned a[4] = {pack_bf16(f[i][0], f[i][1]), pack_bf16(f[i + 1][0], f[i + 1][1]),
+                           pack_bf16(f[i][2], f[i][3]), pack_bf16(f[i + 1][2], f[i + 1][3])};
+    multiply_bf16(sum[i], sum[i + 1], a, vector[0], vector[1]);
   }
-  // A branch here would part the steps of a group, which the assembler can otherwise interleave.
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.shared.v4.f32 [%0], {%1, %2, %3, %4};}" ::"r"(
-                   shared_address(to)),
-               "f"(sum[0]), "f"(sum[1]), "f"(sum[2]), "f"(sum[3]), "r"((unsigned)mine)
-               : "memory");
+  store_if(mine, to, sum);
 }
 
 // Sum over the four lanes that share four channels; a lane gets that of one channel.

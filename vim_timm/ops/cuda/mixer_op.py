@@ -95,7 +95,7 @@ class Mixer:
     def module(self, file: str, **flags: int) -> Module:
         half = int(self.xz.dtype == torch.float16)
         macros = dict(HALF=half, RANK=self.rank, RANK_PAD=self.row - 2 * STATE, **flags)
-        return load(self.xz.device, ('common.cuh', file), tuple(macros.items()))
+        return load(self.xz.device, ('ptx.cuh', 'common.cuh', file), tuple(macros.items()))
 
     def span(self, channels: int, warps: int) -> Tuple[int, int]:
         """Tokens of a warp of the convolution that owns `channels` channels, and blocks of four such warps."""
