@@ -1,5 +1,6 @@
 """A mistake on the command line ends in one sentence and a status other than 0; nothing is written or executed."""
 
+import logging
 import os
 import pickle
 import signal
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 
 from vim_timm import train, validate
+from vim_timm.data.sampling import Stream
+from vim_timm.errors import TrainingStopped
 from vim_timm.files import write_atomically
 
 BASE = (
@@ -186,6 +189,16 @@ def test_checkpoint_with_other_classes(program, flag, refused, tmp_path):
     assert 'head.weight' in message or 'head.bias' in message
 
 
+def test_results_that_could_not_be_written_are_refused_first(refused, weights):
+    flags = [*COMMON, '--model', 'test_vit', '--num-classes', '10', '--checkpoint', str(weights)]
+    assert 'nowhere' in refused([*flags, '--results-file', 'nowhere/results.csv'], validate)
+
+
+def test_an_output_folder_that_cannot_be(weights, capsys):
+    assert train.main([*BASE.split(), '--output', str(weights)]) == 2
+    assert '--output' in capsys.readouterr().err
+
+
 def test_validate_wants_weights(refused):
     assert '--checkpoint' in refused(['--model', 'test_vit'], validate)
     assert '--checkpoint' in refused([], validate)
@@ -245,6 +258,55 @@ def test_dead_worker_ends_the_run(tmp_path):
     # in place of a traceback of its own; the other worker may show one as it loses the main process
     assert 'train.py: error: a data loading process died' in error
     torch.load(tmp_path / 'a' / 'last.pth.tar', weights_only=True)
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_an_image_of_absurd_size_is_unreadable(workers, folder, tmp_path, capfd, monkeypatch):
+    """A broken header may promise more pixels than Pillow is willing to decode."""
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1024)
+    bomb = os.path.join(folder, 'train', 'dog', '3.png')
+    Image.new('RGB', (64, 64)).save(bomb)
+    flags = ['--data-dir', folder, '--model', 'test_vit', '--img-size', '32', '--batch-size', '4', '--epochs', '1']
+    assert train.main([*flags, '--workers', workers, '--device', 'cpu', '--output', str(tmp_path / 'out')]) == 0
+    assert f'unreadable image {bomb}, skipped' in capfd.readouterr().out
+
+
+def test_what_a_stream_skips_is_counted(capsys):
+    """timm's reader of web data sets tells its log alone what it could not read."""
+
+    class Reader(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for place in range(4):
+                logging.getLogger('timm.data.readers.reader_wds').warning('shard %d is cut off', place)
+                yield place, 0
+
+    assert len(list(Stream(Reader(), seed=0, rank=0, limit=4))) == 4
+    assert capsys.readouterr().out.count('skipped') == 4
+    with pytest.raises(TrainingStopped, match='--max-unreadable 2'):
+        list(Stream(Reader(), seed=0, rank=0, limit=2))
+
+
+def test_a_stream_that_breaks_ends_the_run_in_a_sentence():
+    class Reader(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield 0, 0
+            raise OSError('image file is truncated')
+
+    with pytest.raises(TrainingStopped, match='image file is truncated'):
+        list(Stream(Reader(), seed=0, rank=0, limit=2))
+
+
+def test_a_run_on_a_full_disk_ends_in_a_sentence(tmp_path):
+    """A limit on the size of a file stands for the full disk: the checkpoint is over it, the logs are not."""
+    resource = pytest.importorskip('resource')
+    command = [sys.executable, '-m', 'vim_timm.train', *BASE.split(), '--output', str(tmp_path), '--experiment', 'a']
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=200,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
+    )  # fmt: skip
+    assert result.returncode == 3 and 'Traceback' not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].endswith(f'error: File too large: {tmp_path}/a/last.pth.tar')
+    assert sorted(os.listdir(tmp_path / 'a')) == ['args.yaml', 'summary.csv', 'summary.json']
 
 
 @pytest.mark.parametrize('what', ['bytes', 'checkpoint'])

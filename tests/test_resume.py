@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ import pytest
 import torch
 
 from vim_timm import train, validate
+from vim_timm.data import Digits
+from vim_timm.engine import Hooks
+from vim_timm.errors import Preempted
 
 KILLS = int(os.environ.get('VIM_TIMM_KILLS', '3'))
 BASE = '--dataset digits --model test_vit --img-size 16 --in-chans 1 --device cpu --batch-size 64 --log-interval 100'
@@ -26,13 +30,13 @@ HARD = (
 EASY = '--opt sgd --lr 0.05 --no-aug --smoothing 0 --warmup-epochs 0 --workers 0'
 
 
-def run(folder, name, *flags, launcher=(), wait=True, **options):
+def run(folder, name, *flags, launcher=(), wait=True, environment=None, **options):
     """Start `train.py` in a process of its own."""
     command = [sys.executable, *launcher, '-m', 'vim_timm.train', *BASE.split(), *flags]
     command += ['--output', str(folder), '--experiment', name]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, **options,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **(environment or {})}, **options,
     )  # fmt: skip
     if wait:
         process.output = process.communicate(timeout=600)[0]
@@ -97,6 +101,70 @@ def test_preempted_run_saves_and_says_so(number, tmp_path):
     assert run(tmp_path, 'cut', *flags, '--resume', 'auto').returncode == 0
     assert run(tmp_path, 'whole', *flags).returncode == 0
     assert_same_run(tmp_path, 'whole', 'cut')
+
+
+FETCH = Digits.__getitem__
+
+
+class Signalling(Digits):
+    """The held-out digits; a scheduler announces the end of the job when the 100th is read for the `when`-th time."""
+
+    times, when = 0, 0
+
+    def __getitem__(self, index):
+        if index == 100:
+            Signalling.times += 1
+            if Signalling.times == Signalling.when:
+                signal.raise_signal(signal.SIGTERM)
+        return FETCH(self, index)
+
+
+@pytest.mark.parametrize('when', [1, 2, 3])
+def test_signal_in_an_evaluation(when, tmp_path, capsys):
+    """Of the trained weights, of their average, and of both in the next epoch."""
+    flags = [*BASE.split(), *HARD.split(), '--workers', '0', '--epochs', '2', '--output', str(tmp_path)]
+    hooks = Hooks(dataset=lambda split, training, args: None if training else Signalling(train=False))
+    Signalling.times = Signalling.when = 0
+    train.train(train.parse_args([*flags, '--experiment', 'whole']), hooks)
+    Signalling.times, Signalling.when = 0, when
+    arguments = [*flags, '--experiment', 'cut', '--resume', 'auto']
+    with pytest.raises(Preempted, match=f'recovery-{when // 3}-22'):
+        train.train(train.parse_args(arguments), hooks)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train.train(train.parse_args(arguments), hooks)
+    assert f'epoch {when // 3}, step 22' in capsys.readouterr().out
+    assert_same_run(tmp_path, 'whole', 'cut')
+
+
+def test_signal_to_validate(tmp_path, monkeypatch, capsys):
+    flags = [*BASE.split(), *EASY.split(), '--epochs', '1', '--output', str(tmp_path), '--experiment', 'a']
+    assert train.main(flags) == 0
+    Signalling.times, Signalling.when = 0, 1
+    monkeypatch.setattr(Digits, '__getitem__', Signalling.__getitem__)
+    flags = ['--checkpoint', str(tmp_path / 'a' / 'last.pth.tar'), *'--device cpu --workers 0 --batch-size 50'.split()]
+    assert validate.main([*flags, '--results-file', str(tmp_path / 'results.csv')]) == 75
+    assert 'stopped by a signal' in capsys.readouterr().err and not (tmp_path / 'results.csv').exists()
+
+
+def test_silent_rank_is_waited_for_no_longer_than_the_timeout(tmp_path):
+    flags = [*EASY.split(), '--epochs', '2000', '--batch-size', '32', '--dist-timeout', '5']
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in ('0', '1'):
+        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        ranks.append(run(tmp_path, 'a', *flags, wait=False, environment=place))
+    try:
+        wait_for(tmp_path / 'a' / 'last.pth.tar', ranks[0])
+        ranks[1].send_signal(signal.SIGSTOP)
+        output = ranks[0].communicate(timeout=60)[0]
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert ranks[0].returncode == 3 and 'another rank of this run died or hangs' in output, output
+    assert 'Traceback' not in output
+    load(tmp_path, 'a')  # whole
 
 
 def test_signal_to_torchrun_saves_once(tmp_path):

@@ -13,10 +13,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data.loader import adapt_to_chs
 
 from vim_timm import train, validate
 from vim_timm.data import Digits
-from vim_timm.engine import Hooks
+from vim_timm.engine import Hooks, setup
 from vim_timm.engine.checkpoint import Saver
 from vim_timm.errors import TrainingStopped
 
@@ -254,11 +255,27 @@ def test_early_stop(run):
 def test_distillation_from_a_teacher(tmp_path, run):
     teacher = timm.create_model('test_vit', num_classes=10, img_size=16)
     timm.models.save_for_hf(teacher, tmp_path / 'teacher', safe_serialization=False)
-    for kind in ('logit', 'feature'):
-        _, rows = run(
-            DIGITS, '--in-chans', '3', '--kd-model-name', f'local-dir:{tmp_path / "teacher"}', '--kd-distill-type', kind
-        )
+    flags = ['--kd-model-name', f'local-dir:{tmp_path / "teacher"}', '--mean', '0.3', '--std', '0.4']
+    for kind, channels in (('logit', '3'), ('feature', '3'), ('logit', '1'), ('feature', '1')):
+        _, rows = run(DIGITS, *flags, '--kd-distill-type', kind, '--in-chans', channels)
         assert np.isfinite(rows[-1]['train_loss'])
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_a_teacher_sees_images_normalized_as_it_wants_them(channels):
+    size = (channels, 16, 16)
+    args = train.parse_args(f'{DIGITS} --kd-model-name teacher'.split())
+    args.torch_device, args.dtype = torch.device('cpu'), torch.float32
+    models = [timm.create_model('test_vit', num_classes=10, img_size=16, in_chans=channels) for _ in range(2)]
+    args.kd_model_name = models[1]
+    config = dict(mean=(0.2,) * channels, std=(0.5,) * channels, input_size=size)
+    task = setup.make_task(args, models[0], None, config)
+    images = torch.rand(2, *size)
+    seen = task.teacher.normalize_input((images - 0.2) / 0.5, task.student_mean, task.student_std)
+    mean, std = (
+        torch.tensor(adapt_to_chs(models[1].pretrained_cfg[name], channels))[:, None, None] for name in ('mean', 'std')
+    )
+    torch.testing.assert_close(seen, (images - mean) / std, atol=1e-5, rtol=1e-5)
 
 
 class Counted(torch.nn.Module):

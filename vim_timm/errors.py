@@ -15,6 +15,10 @@ _MISTAKES = (
 )  # fmt: skip
 
 
+_LOST_RANK = 'another rank of this run died or hangs'
+_LOST = ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting', 'pair closure', 'Broken pipe')
+
+
 class UserError(RuntimeError):
     """What is wrong and how to mend it, in one sentence."""
 
@@ -76,6 +80,9 @@ def run(main: Callable[[Sequence[str]], object], program: str, argv: Sequence[st
     # The exception is gone by now, and with it the loaders and their workers that its traceback held.
     rank = os.environ.get('RANK', '0')
     print(f'{program}: {f"rank {rank}: " if rank != "0" else ""}error: {text}', file=sys.stderr, flush=True)
+    if text.startswith(_LOST_RANK):
+        sys.stdout.flush()
+        os._exit(status)  # threads that still wait for the rank would abort an orderly end, with another status
     return status
 
 
@@ -86,8 +93,9 @@ def _failure(error: Exception) -> str:
         return 'out of device memory: lower --batch-size, or add --amp or --grad-checkpointing'
     if 'DataLoader worker' in text and ('killed by signal' in text or 'exited unexpectedly' in text):
         return f'a data loading process died (out of memory? lower --workers): {sentence(error)}'
-    if any(words in text for words in ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting')):
-        return f'another rank of this run died or hangs: {sentence(error)}'
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if 'DistError' in kinds or any(words in text for words in _LOST):
+        return f'{_LOST_RANK}: {sentence(error)}'
     if 'in DataLoader worker process' in text:
         return f'an image cannot be loaded or augmented ({sentence(error)}); --workers 0 shows where'
     return ''

@@ -21,7 +21,7 @@ from .arguments import parse
 from .engine import setup
 from .engine.checkpoint import Saver
 from .engine.loop import Hooks, Trainer
-from .errors import UserError, run
+from .errors import UserError, explain, run
 from .files import write_atomically
 from .flags import TRAIN
 from .report.curves import write_curves
@@ -54,7 +54,18 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and value < least:
             raise UserError(f'--{name.replace("_", "-")} must be at least {least}, not {value}')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise UserError(f'--amp needs float32 weights, not --model-dtype {args.model_dtype}')
+    if getattr(args, 'pretrained_path', None) and not os.path.isfile(args.pretrained_path):
+        raise UserError(f'there is no file {args.pretrained_path}')
+    if getattr(args, 'lr_base_scale', '') not in ('', 'linear', 'sqrt'):
+        raise UserError(f'--lr-base-scale must be linear or sqrt, not {args.lr_base_scale!r}')
     splits = getattr(args, 'aug_splits', 0)
+    if 'mixup' in args and (args.mixup or args.cutmix or args.cutmix_minmax):
+        if args.batch_size % 2:
+            raise UserError(f'mixup and cutmix pair images: --batch-size must be even, not {args.batch_size}')
+        if splits > 1:
+            raise UserError('--mixup and --cutmix do not go with --aug-splits')
     if splits == 1 or ('jsd_loss' in args and (args.jsd_loss or args.loss == 'jsd') and splits < 2):
         raise UserError('--aug-splits must be 2 or more, and --jsd-loss needs it')
 
@@ -136,7 +147,8 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
         trainer.progress.say(f'all {trainer.epochs} epochs are done')
         return trainer
     if trainer.primary:
-        os.makedirs(folder, exist_ok=True)
+        with explain('--output'):
+            os.makedirs(folder, exist_ok=True)
         text = yaml.safe_dump({name: value for name, value in args.settings.items() if name not in LAYERS})
         write_atomically(os.path.join(folder, 'args.yaml'), text)
     trainer.run()

@@ -66,6 +66,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if not args.data_dir and not args.dataset:
         args.dataset = 'digits'
     check(args)
+    if args.results_file and not os.path.isdir(os.path.dirname(args.results_file) or '.'):
+        raise UserError(f'--results-file {args.results_file}: there is no such folder')
     args.val_num_samples, args.validation_batch_size = args.num_samples, None
     return args
 
@@ -221,8 +223,7 @@ def write_results(path: str, rows: list[dict[str, Any]], kind: str) -> None:
         text = json.dumps(rows if len(rows) != 1 else rows[0], indent=4) + '\n'
     else:
         text = table(rows)
-    with explain(f'--results-file {path}'):
-        write_atomically(path, text)
+    write_atomically(path, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

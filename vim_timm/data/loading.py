@@ -114,7 +114,7 @@ class Loader:
                 reader = dataset.reader  # type: ignore[attr-defined]
                 reader.dist_rank, reader.dist_num_replicas = 0, 1
                 reader._split_by_node_and_worker = EvaluationShards(args.rank, args.world_size)
-            self.dataset = Stream(dataset, args.seed, args.rank)
+            self.dataset = Stream(dataset, args.seed, args.rank, args.max_unreadable)
             options.update(batch_size=size, drop_last=training)
         else:
             self.dataset = Samples(dataset, transform, mode, args.seed, training, args.max_unreadable, self.splits)

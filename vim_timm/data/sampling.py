@@ -6,6 +6,7 @@ fetches the sample. So a run may stop anywhere and go on from (epoch, step), wit
 
 import hashlib
 import itertools
+import logging
 import math
 import random
 from collections.abc import Iterable, Iterator
@@ -13,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import DecompressionBombError
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..errors import TrainingStopped, UserError, sentence
+
+UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, DecompressionBombError)  # what PIL and timm raise
 
 
 def seed_everything(*key: int, device: bool = False) -> None:
@@ -83,6 +87,27 @@ class RepeatedBatches(EpochBatches):
         return [(self.rank + self.world * i, index) for i, index in enumerate(indices)]
 
 
+class Unreadable:
+    """Names and counts what one loading process has to skip."""
+
+    def __init__(self, limit: int):
+        self.limit, self.count = limit, 0
+
+    def skip(self, name: str, why: str) -> None:
+        """Say what is skipped, and why.
+
+        Raises:
+            TrainingStopped: it is one too many.
+        """
+        self.count += 1
+        print(f'unreadable image {name}, skipped ({why})', flush=True)
+        if self.count > self.limit:
+            raise TrainingStopped(
+                f'{self.count} unreadable images in one loading process, more than --max-unreadable {self.limit}; '
+                f'the last one is {name}'
+            )
+
+
 class Samples(Dataset):
     """A data set fetched by key, with each sample's own seed; unreadable images are named, counted and replaced.
 
@@ -92,8 +117,7 @@ class Samples(Dataset):
 
     def __init__(self, dataset: Any, transform: Any, mode: str, seed: int, training: bool, limit: int, splits: int):
         self.dataset, self.transform, self.mode = dataset, transform, mode
-        self.seed, self.training, self.limit, self.splits = seed, training, limit, splits
-        self.unreadable = 0
+        self.seed, self.training, self.unreadable, self.splits = seed, training, Unreadable(limit), splits
         if hasattr(dataset, '_max_retries'):  # timm's own replacement neither names nor counts
             dataset._max_retries = 1
 
@@ -109,8 +133,8 @@ class Samples(Dataset):
                 image, target = self.dataset[candidate]
                 if self.mode:
                     image = image.convert(self.mode)
-            except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # what PIL and timm raise
-                self._count(candidate, error)
+            except UNREADABLE as error:
+                self.unreadable.skip(self._name(candidate), sentence(error))
                 continue
             return self._augment(image), (target if attempt == 0 or self.training else -1)
         raise UserError('the data set has no readable image')
@@ -122,24 +146,26 @@ class Samples(Dataset):
         image = base(image)
         return tuple(normalize(view) for view in (image, *(augment(image) for _ in range(self.splits - 1))))
 
-    def _count(self, index: int, error: Exception) -> None:
-        self.unreadable += 1
-        name = str(index)
-        if hasattr(self.dataset, 'filename'):
-            name = self.dataset.filename(index, absolute=True)
-        print(f'unreadable image {name}, skipped ({sentence(error)})', flush=True)
-        if self.unreadable > self.limit:
-            raise TrainingStopped(
-                f'{self.unreadable} unreadable images in one loading process, more than --max-unreadable {self.limit}; '
-                f'the last one is {name}'
-            )
+    def _name(self, index: int) -> str:
+        return self.dataset.filename(index, absolute=True) if hasattr(self.dataset, 'filename') else str(index)
+
+
+class _Skipped(logging.Handler):
+    """Takes what timm's reader of web data sets skips, which it only logs, for unreadable images."""
+
+    def __init__(self, unreadable: Unreadable):
+        super().__init__(logging.WARNING)
+        self.unreadable = unreadable
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.unreadable.skip('of a web data set', record.getMessage())
 
 
 class Stream(IterableDataset):
     """A streamed data set with a seed for each sample, drawn from the epoch, the worker and the sample's place."""
 
-    def __init__(self, dataset: IterableDataset, seed: int, rank: int):
-        self.dataset, self.seed, self.rank = dataset, seed, rank
+    def __init__(self, dataset: IterableDataset, seed: int, rank: int, limit: int):
+        self.dataset, self.seed, self.rank, self.limit = dataset, seed, rank, limit
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -152,13 +178,25 @@ class Stream(IterableDataset):
 
     def __iter__(self):
         worker = get_worker_info()
-        source = iter(self.dataset)
-        for place in range(1 << 62):
-            seed_everything(self.seed, int(self.epoch), self.rank, worker.id if worker else 0, place)
-            try:
-                yield next(source)
-            except StopIteration:
-                return
+        log, handler = logging.getLogger('timm.data.readers.reader_wds'), _Skipped(Unreadable(self.limit))
+        log.addHandler(handler)
+        try:
+            source = iter(self.dataset)
+            for place in range(1 << 62):
+                seed_everything(self.seed, int(self.epoch), self.rank, worker.id if worker else 0, place)
+                try:
+                    yield next(source)
+                except StopIteration:
+                    return
+        except UNREADABLE as error:
+            if isinstance(error, UserError):
+                raise
+            raise TrainingStopped(
+                f'an image of the stream cannot be read, and the stream cannot go on without it ({sentence(error)}): '
+                'repair it, or read the data set with an index (hfds/)'
+            ) from error
+        finally:
+            log.removeHandler(handler)
 
 
 class EvaluationShards:

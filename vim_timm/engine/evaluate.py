@@ -86,10 +86,9 @@ def evaluate(
         raise Preempted('stopped by a signal in an evaluation: start it again')
     distributed = args.world_size > 1
     result = dict(evaluator.compute(distributed=distributed))
-    count = evaluator.counts[0].clone()
     if distributed:
-        dist.all_reduce(count)
-    result['count'] = int(count)
+        dist.all_reduce(evaluator.counts)
+    result['count'] = int(evaluator.counts[0])
     if metrics or on_all:
         logits, targets, places = _gather(parts, args.world_size)
         if on_all:

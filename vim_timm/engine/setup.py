@@ -60,8 +60,6 @@ def start_process(args: argparse.Namespace, chosen: set[str]) -> None:
         torch.cuda.set_device(args.torch_device.index or 0)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-    if args.amp and args.model_dtype not in (None, 'float32'):
-        raise UserError(f'--amp needs float32 weights, not --model-dtype {args.model_dtype}')
     args.dtype = getattr(torch, args.model_dtype or 'float32')
     args.autocast_dtype = getattr(torch, args.amp_dtype) if args.amp else None
     if args.fast_norm:
@@ -117,13 +115,8 @@ def make_model(args: argparse.Namespace, **kwargs: Any) -> torch.nn.Module:
         raise UserError(f'there is no model {args.model!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     with explain(f'model {args.model}'):
-        model = create_model(
-            **resolve_model_input_args(
-                args.model, vars(args), pretrained=args.pretrained, num_classes=args.num_classes,
-                global_pool=args.gp, **kwargs, **args.model_kwargs,
-            )
-        )  # fmt: skip
-    return model
+        kwargs.update(pretrained=args.pretrained, num_classes=args.num_classes, global_pool=args.gp)
+        return create_model(**resolve_model_input_args(args.model, vars(args), **kwargs, **args.model_kwargs))
 
 
 def place_model(args: argparse.Namespace, model: torch.nn.Module, input_size: tuple[int, int, int]) -> torch.nn.Module:
@@ -144,8 +137,6 @@ def place_model(args: argparse.Namespace, model: torch.nn.Module, input_size: tu
 def make_training_model(args: argparse.Namespace) -> torch.nn.Module:
     """`make_model` plus what only training asks of it."""
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
-    if args.pretrained_path and not os.path.isfile(args.pretrained_path):
-        raise UserError(f'there is no file {args.pretrained_path}')
     model = make_model(
         args, drop_rate=args.drop, drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
         drop_block_rate=args.drop_block, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps,
@@ -172,10 +163,6 @@ def make_mixup(args: argparse.Namespace) -> Mixup | None:
     """timm's mixup and cutmix for the flags, or None."""
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         return None
-    if args.batch_size % 2:
-        raise UserError(f'mixup and cutmix pair images: --batch-size must be even, not {args.batch_size}')
-    if args.aug_splits > 1:
-        raise UserError('--mixup and --cutmix do not go with --aug-splits')
     return Mixup(
         mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
@@ -233,8 +220,6 @@ def learning_rate(args: argparse.Namespace) -> float:
         return args.lr
     ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
     scale = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
-    if scale not in ('sqrt', 'linear'):
-        raise UserError(f'--lr-base-scale must be linear or sqrt, not {scale!r}')
     return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
 
 
