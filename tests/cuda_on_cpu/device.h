@@ -209,18 +209,20 @@ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigne
   });
 }
 
-inline void multiply_bf16(float& c0, float& c2, const unsigned (&a)[4], unsigned b0, unsigned b1) {
+inline void multiply_and_store(float* to, const unsigned (&a)[4], unsigned b0, unsigned b1, int index) {
   const int l = lane();
+  float c[4];
+  check_aligned(to, 16);
   together(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}}, [&](auto of) {
-    c0 = product(of, from_bf16, l / 4, l % 4 * 2);
-    c2 = product(of, from_bf16, l / 4 + 8, l % 4 * 2);
+    for (int i = 0; i < 4; i++) c[i] = product(of, from_bf16, l / 4 + i / 2 * 8, l % 4 * 2 + i % 2);
     return 0;
   });
+  if (index == 0) std::memcpy(to, c, 16);
 }
 
-inline void store_if(bool mine, float* to, const float (&v)[4]) {
-  check_aligned(to, 16);
-  if (mine) std::memcpy(to, v, 16);
+inline float4 load_whole(const float* from) {
+  check_aligned(from, 16);
+  return *(const float4*)from;
 }
 
 // Runs fibers in turn until all have returned; false where none of them can go on.

@@ -134,13 +134,13 @@ __device__ __forceinline__ void finish(const Warp& s, bool second, T* out, long 
 // skip (D), A_log (D, 16) float32; z, GRAD's grad and out (batch, L, D) with rows of the given strides.
 // LOCAL: the state at the exit of each chunk from zero (H) and the chunk's sum of step sizes (S); nothing else.
 // CARRY: the scan starts from the states in H (2 batch, chunks, 16, D), else from zero.
-// KEEP: the state on entry of every 8 tokens to BOUNDS (2 batch, ceil(L / 8), 16, D).
+// KEEP: the state on entry of every 4 tokens, in two bytes, to BOUNDS (2 batch, ceil(L / 4), 16, D).
 // GRAD: instead of the output, from the output's gradient `grad`: the gradient of z to OUT and that of y to GRAD_Y.
 extern "C" __global__ void __launch_bounds__(64, BLOCKS)
 scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float* weight_f, const float* weight_b,
              const float* bias_f, const float* bias_b, const float* A_f, const float* A_b, const float* skip_f,
              const float* skip_b, const T* z, long long z_stride, T* out, long long out_stride, const T* grad,
-             T* grad_y, float* H, float* S, float* bounds, float scale, int batch, int length, int dim, int chunk) {
+             T* grad_y, float* H, float* S, T* bounds, float scale, int batch, int length, int dim, int chunk) {
   __shared__ Warp shared[2];
   const int lane = threadIdx.x % 32;
   const bool reverse = threadIdx.x >= 32;
@@ -185,7 +185,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float
   float2 total = make_float2(0.f, 0.f);
 #endif
 #if KEEP
-  bounds += (long long)cell * ((length + 7) / 8) * STATE * dim + channel;
+  bounds += (long long)cell * ((length + 3) / 4) * STATE * dim + channel;
 #endif
   int column[4];  // of this lane's step sizes in row r, by r & 3 in scan order
 #pragma unroll
@@ -226,10 +226,10 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float
 #pragma unroll 1
     for (int i = 0; i < TILE; i += 4) {
 #if KEEP
-      if (i % 8 == 0 && (t0 + row) / 8 * 8 < end) {
-        float* to = bounds + (long long)((t0 + row) / 8) * STATE * dim;
+      if ((t0 + row) / 4 * 4 < end) {
+        T* to = bounds + (long long)((t0 + row) / 4) * STATE * dim;
 #pragma unroll
-        for (int n = 0; n < STATE; n++) *(float2*)&to[(long long)n * dim] = make_float2(h[0][n], h[1][n]);
+        for (int n = 0; n < STATE; n++) *(T2*)&to[(long long)n * dim] = pack(h[0][n], h[1][n]);
       }
 #endif
 #pragma unroll

@@ -25,7 +25,7 @@ CONV_WARPS, CONV_BACKWARD_WARPS = 16, 12  # on a multiprocessor, as many as regi
 PACKING_BLOCKS = 16
 BACKWARD_CHANNELS = 32  # of a block of the scan's backward, one warp
 BACKWARD_BLOCKS = 8
-KEPT = 8  # tokens between two states that the backward pass starts again from
+KEPT = 4  # tokens between two states that the backward pass starts again from
 PARAMETERS = (
     'Tensor conv{0}, Tensor? conv_bias{0}, Tensor x_proj{0}, Tensor dt{0}, Tensor dt_bias{0}, '
     'Tensor A_log{0}, Tensor D{0}'
@@ -200,7 +200,7 @@ class Mixer:
         """Those of `scan_backward` from the output's gradient; the gradient of z to the second half of grad_xz."""
         H, S = self.first_states(u, x) if self.cut.chunks > 1 else (None, None)
         grad_y = self.empty(self.batch, self.length, self.dim)
-        bounds = self.empty(2 * self.batch, math.ceil(self.length / KEPT), STATE, self.dim, dtype=torch.float32)
+        bounds = self.empty(2 * self.batch, math.ceil(self.length / KEPT), STATE, self.dim)
         self.scan(u, x, grad_xz[..., self.dim :], H, grad=grad, grad_y=grad_y, bounds=bounds)
         return self.scan_backward(u, x, grad_y, bounds, S)
 

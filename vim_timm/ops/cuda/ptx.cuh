@@ -1,0 +1,112 @@
+// Instructions that CUDA C++ has no name for: the special-function unit, two-byte numbers in pairs, asynchronous copies, the
+// matrix unit. All assembly of the kernels is here, so that tests can put plain C++ in its place and run them without a GPU.
+// No header is included: NVRTC gets no include path.
+//
+// Macro from the caller: HALF (1 for fp16, 0 for bf16).
+
+typedef unsigned short T;  // the bits of one number
+typedef unsigned int T2;   // and of two neighbours
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float2 unpack(T2 v) {
+#if HALF
+  float2 f;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(f.x), "=f"(f.y) : "r"(v));
+  return f;
+#else
+  return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+#endif
+}
+
+__device__ __forceinline__ T2 pack(float low, float high) {
+  T2 v;
+#if HALF
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#endif
+  return v;
+}
+
+__device__ __forceinline__ T2 pack_bf16(float low, float high) {
+  T2 v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// 16 bytes from global to shared memory, zeros where not `valid`.
+__device__ __forceinline__ void copy16(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0));
+}
+
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;"); }
+
+// Waits until all but the newest `PENDING` groups of copies have arrived, for every lane of the warp.
+template <int PENDING>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+  __syncwarp();
+}
+
+// Waits until so many threads of the block have come here, wherever each of them stands in the program.
+__device__ __forceinline__ void meet(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row)));
+}
+
+// c (16 x 8) += a (16 x 16) * b (16 x 8)
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#if HALF
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// a (16 x 16, bf16) * b (16 x 8, bf16): the lane's four results to shared memory where `index` is 0. The store is inside
+// because a branch would part the instructions around it, which the assembler can else interleave.
+__device__ __forceinline__ void multiply_and_store(float* to, const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                                   int index) {
+  asm volatile(
+      "{.reg .f32 c<4>; .reg .pred p; setp.eq.u32 p, %7, 0;"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {c0, c1, c2, c3}, {%0, %1, %2, %3}, {%4, %5}, "
+      "{%8, %8, %8, %8};"
+      "@p st.shared.v4.f32 [%6], {c0, c1, c2, c3};}" ::"r"(a[0]),
+      "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(shared_address(to)), "r"(index), "f"(0.f)
+      : "memory");
+}
+
+// 16 bytes also where only half of them are used: single words of neighbouring rows would meet in a bank.
+__device__ __forceinline__ float4 load_whole(const float* from) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(shared_address(from))
+               : "memory");
+  return v;
+}
