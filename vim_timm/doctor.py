@@ -44,10 +44,9 @@ def _devices() -> list[str]:
 
 
 def _backends() -> list[str]:
-    return [
-        f'{status.name}: ' + ('available' if status.available else f'not available: {status.reason}')
-        for status in ops.explain()
-    ]
+    reasons = {status.name: status.reason for status in ops.explain()}
+    reasons['fused blocks on NVIDIA GPUs'] = ops.cuda.unavailable()
+    return [f'{name}: ' + (f'not available: {reason}' if reason else 'available') for name, reason in reasons.items()]
 
 
 def _choices() -> list[str]:
