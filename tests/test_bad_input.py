@@ -205,6 +205,17 @@ def test_validate_wants_weights(refused):
     assert '--checkpoint' in refused(['--dataset', 'digits'], validate)
 
 
+def test_validate_without_weights_names_the_newest_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seconds, name in ((10, 'old'), (20, 'new')):
+        path = tmp_path / 'output' / 'train' / name / 'model_best.pth.tar'
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    assert validate.main([]) == 2
+    assert 'output/train/new/model_best.pth.tar' in capsys.readouterr().err.replace(os.sep, '/')
+
+
 def test_unreadable_images_are_named_counted_and_limited(folder, tmp_path, capfd):
     broken = os.path.join(folder, 'train', 'cat', '0.png')
     with open(broken, 'r+b') as file:

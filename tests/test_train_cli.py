@@ -199,6 +199,7 @@ def test_mnist_of_28_by_28_pixels_and_one_channel(tmp_path, run, evaluate):
     run(BASE, *data, *'--model test_vit --img-size 32 --batch-size 32'.split(), name='rgb')  # grey images, RGB model
 
 
+@pytest.mark.filterwarnings('ignore:Exception ignored')  # timm leaves tar files open
 def test_image_folder_and_tar(tmp_path, run, evaluate):
     root = make_images(tmp_path / 'images')
     flags = f'{BASE} --model test_vit --img-size 32 --batch-size 4'

@@ -53,7 +53,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Settings of an evaluation: defaults, what the checkpoint says, --config, flags."""
     first, chosen = parse(PROGRAM, VALIDATE, argv, DESCRIPTION)
     if not first.checkpoint and not first.pretrained:
-        raise UserError('name the weights: --checkpoint FILE, or --model NAME --pretrained')
+        runs = glob.glob(os.path.join('output', 'train', '*', 'model_best.pth.tar'))
+        newest = f' (the newest run here has {max(runs, key=os.path.getmtime)})' if runs else ''
+        raise UserError(f'name the weights: --checkpoint FILE, or --model NAME --pretrained{newest}')
     layer: dict[str, Any] = {}
     if first.checkpoint and os.path.isfile(first.checkpoint) and not first.checkpoint.endswith('.safetensors'):
         saved = read_checkpoint(first.checkpoint).get('args')

@@ -9,12 +9,14 @@ import itertools
 import logging
 import math
 import random
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from PIL.Image import DecompressionBombError
+from timm.data.dataset import ImageDataset
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -108,6 +110,33 @@ class Unreadable:
             )
 
 
+class _Opened:
+    """timm's reader of a data set, with the file that it opened last: timm closes none that it cannot decode."""
+
+    def __init__(self, reader: Any):
+        self.reader: Any = reader
+        self.file: weakref.ref | None = None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.reader[index]
+        self.file = weakref.ref(sample[0]) if hasattr(sample[0], 'close') else None
+        return sample
+
+    def close(self) -> None:
+        """Close that file, if it is still open."""
+        file = self.file and self.file()
+        if file:
+            file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'reader':  # not there yet while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.reader, name)
+
+
 class Samples(Dataset):
     """A data set fetched by key, with each sample's own seed; unreadable images are named, counted and replaced.
 
@@ -120,6 +149,9 @@ class Samples(Dataset):
         self.seed, self.training, self.unreadable, self.splits = seed, training, Unreadable(limit), splits
         if hasattr(dataset, '_max_retries'):  # timm's own replacement neither names nor counts
             dataset._max_retries = 1
+        self.reader: _Opened | None = None
+        if isinstance(dataset, ImageDataset):
+            self.reader = dataset.reader = _Opened(dataset.reader)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -134,6 +166,8 @@ class Samples(Dataset):
                 if self.mode:
                     image = image.convert(self.mode)
             except UNREADABLE as error:
+                if self.reader:
+                    self.reader.close()
                 self.unreadable.skip(self._name(candidate), sentence(error))
                 continue
             return self._augment(image), (target if attempt == 0 or self.training else -1)
