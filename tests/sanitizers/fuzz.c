@@ -90,7 +90,7 @@ static void fuzz_conv(void) {
 }
 
 static void fuzz_mixer(void) {
-    int64_t batch = pick(1, 4), length = pick(1, 3 * CHUNK), channels = pick(1, 70), state = pick(1, 20), width = pick(2, 5);
+    int64_t batch = pick(1, 4), length = pick(1, pick(0, 1) ? 3 * SLICE : CHUNK), channels = pick(1, 70), state = pick(1, 20), width = pick(2, 5);
     int64_t rank = pick(1, 20), row = rank + 2 * state, chunks = (length + CHUNK - 1) / CHUNK;
     Mixer mixer = {.batch = batch, .length = length, .channels = channels, .state = state, .rank = rank, .width = width};
     mixer.threads = pick(1, 3);

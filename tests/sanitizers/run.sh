@@ -11,7 +11,7 @@ fuzz() {
     name=$1 lanes=$2 sanitizer=$3 rounds=$4
     shift 4
     ${CC:-cc} -g -O1 -std=gnu11 -Wall -Wno-psabi -fsanitize="$sanitizer" -fno-sanitize-recover=all -ffp-contract=fast \
-        -fno-math-errno -fno-trapping-math "$@" -DLANES="$lanes" -DISA="$name" \
+        -fno-math-errno -fno-trapping-math "$@" -DKEPT_BYTES=0 -DLANES="$lanes" -DISA="$name" \
         "$here/fuzz.c" "$cpu/runtime.c" -lpthread -o "$out/fuzz"
     "$out/fuzz" "$rounds"
 }

@@ -221,7 +221,11 @@ typedef struct {
 typedef struct {
     const Scan *scan;
     Parameters parameters[2];
-    int64_t padded, vectors, groups;
+    int64_t padded, vectors, groups, chunks;
+    /* Where the scan is cut into tiles of tokens: the states between them, (batch, vectors, state), and whether there are
+       tokens before this tile. */
+    vec *carry;
+    int resumed;
     /* Partial sums of the backward pass. */
     float *grad_A[2], *grad_D[2], *grad_bias[2]; /* (batch, state, padded), (batch, padded), (batch, padded) */
     Rows grad_B[2], grad_C[2];                   /* (groups, batch, length, state), or one group's result itself */
@@ -365,14 +369,15 @@ static void scan_direction(const Plan *plan, int which, int64_t b, int64_t first
     const Direction *direction = &scan->direction[which];
     const Parameters *parameters = &plan->parameters[which];
     const int64_t length = scan->length, state = scan->state, padded = plan->padded;
-    const int64_t chunks = (length + CHUNK - 1) / CHUNK, kept_width = round_up(scan->channels, PADDING);
+    const int64_t kept_width = round_up(scan->channels, PADDING);
     const int final = which == scan->directions - 1;
     const vec scale = splat((float)scan->scale);
     Walk u = walk(&direction->u, b, length, which), delta = walk(&direction->delta, b, length, which);
     Walk B = walk(&direction->B, b, length, which), C = walk(&direction->C, b, length, which);
     Walk z = walk(&scan->z, b, length, which), out = walk(&scan->out, b, length, which);
     Chunk chunk;
-    memset(states, 0, sizeof(vec) * (size_t)(state * (last - first)));
+    if (plan->carry) states = plan->carry + (b * plan->vectors + first) * state;
+    if (!plan->resumed) memset(states, 0, sizeof(vec) * (size_t)(state * (last - first)));
     for (int64_t t0 = 0; t0 < length; t0 += CHUNK) {
         int64_t steps = least(CHUNK, length - t0);
         for (int64_t v = first; v < last; v++) {
@@ -387,7 +392,7 @@ static void scan_direction(const Plan *plan, int which, int64_t b, int64_t first
             int wide = read_chunk(&chunk, steps, u, delta, t0, c, count, parameters, scan->softplus != 0, NULL);
             if (direction->states)
                 for (int64_t n = 0; n < state; n++)
-                    store(direction->states + ((b * chunks + t0 / CHUNK) * state + n) * kept_width + c, h[n]);
+                    store(direction->states + ((b * plan->chunks + t0 / CHUNK) * state + n) * kept_width + c, h[n]);
             const float *A2 = parameters->A2 + c;
 #define RECUR(COUNT)                                                                                                    \
     if (wide)                                                                                                           \
@@ -426,7 +431,7 @@ static void scan_task(const void *arguments, int64_t index, void *scratch) {
 }
 
 static Plan plan_scan(const Scan *scan, int64_t wanted_tasks) {
-    Plan plan = {.scan = scan, .padded = round_up(scan->channels, LANES)};
+    Plan plan = {.scan = scan, .padded = round_up(scan->channels, LANES), .chunks = (scan->length + CHUNK - 1) / CHUNK};
     plan.vectors = plan.padded / LANES;
     plan.groups = most(1, least(plan.vectors, (wanted_tasks + scan->batch - 1) / most(scan->batch, 1)));
     return plan;
@@ -670,11 +675,11 @@ typedef struct {
 } ConvolutionPlan;
 
 /* y = act(bias + sum_j taps[j] x[t -+ j]) for one token. */
-INLINE void convolve_row(const int width, const ConvolutionPlan *plan, int which, int64_t b, int64_t t, const int silu) {
+INLINE void convolve_row(const int width, const ConvolutionPlan *plan, int which, int64_t b, int64_t t, const int silu,
+                         float *y) {
     const Convolution *conv = plan->conv;
     const int64_t taps = width ? width : conv->width, padded = plan->padded;
     const float *x = conv->x.data + b * conv->x.batch;
-    float *y = conv->y[which].data + b * conv->y[which].batch + t * conv->y[which].token;
     const float *rows[8];
     if (width)
         for (int j = 0; j < width; j++) {
@@ -704,10 +709,11 @@ static void convolution_task(const void *arguments, int64_t index, void *scratch
     int64_t tiles = (conv->length + TILE - 1) / TILE, b = index / tiles, t0 = index % tiles * TILE;
     for (int64_t t = t0; t < least(t0 + TILE, conv->length); t++)
         for (int which = 0; which < conv->directions; which++) {
+            float *y = row(walk(&conv->y[which], b, conv->length, 0), t);
             if (conv->width == 4 && conv->silu)
-                convolve_row(4, plan, which, b, t, 1);
+                convolve_row(4, plan, which, b, t, 1, y);
             else
-                convolve_row(0, plan, which, b, t, conv->silu != 0);
+                convolve_row(0, plan, which, b, t, conv->silu != 0, y);
         }
 }
 
@@ -866,16 +872,17 @@ EXPORT int ENTRY(conv_backward)(const Convolution *conv) {
 /* A tile of the result, held in registers: rows and vectors of columns. */
 enum { PRODUCT_ROWS = LANES == 16 ? 8 : 4, PRODUCT_VECTORS = LANES == 16 ? 3 : 2, PRODUCT_BLOCK = 32 };
 
-/* out (rows, columns) = a (rows, depth) b (depth, columns), or `add`ed to it. a has any strides; b's rows can be read in
-   whole vectors up to b_columns. */
+/* For each entry, out (rows, columns) = a (rows, depth) b (depth, columns), or `add`ed to it. a has any strides; b's rows
+   can be read in whole vectors up to b_columns. */
 typedef struct {
     const float *a, *b;
     float *out;
-    int64_t rows, columns, depth, a_row, a_column, b_row, b_columns, out_row, add;
+    int64_t entries, rows, columns, depth, a_entry, a_row, a_column, b_row, b_columns, out_entry, out_row, add;
 } Product;
 
-INLINE void product_tile(const int rows, const int vectors, const int partial, const Product *p, int64_t i, int64_t j) {
-    const float *a = p->a + i * p->a_row, *b = p->b + j;
+INLINE void product_tile(const int rows, const int vectors, const int partial, const Product *p, int64_t entry, int64_t i,
+                         int64_t j) {
+    const float *a = p->a + entry * p->a_entry + i * p->a_row, *b = p->b + j;
     const int64_t a_row = p->a_row, a_column = p->a_column, b_row = p->b_row, readable = p->b_columns - j;
     vec sum[8][3];
     UNROLL for (int r = 0; r < rows; r++)
@@ -890,19 +897,19 @@ INLINE void product_tile(const int rows, const int vectors, const int partial, c
     }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++) {
-            float *to = p->out + (i + r) * p->out_row + j + v * LANES;
+            float *to = p->out + entry * p->out_entry + (i + r) * p->out_row + j + v * LANES;
             const int64_t count = p->columns - j - v * LANES;
             store_some(to, p->add ? sum[r][v] + load_some(to, count) : sum[r][v], count);
         }
 }
 
-INLINE void product_rows(const int vectors, const int partial, const Product *p, int64_t i, int64_t last, int64_t j) {
-    for (; i + PRODUCT_ROWS <= last; i += PRODUCT_ROWS) product_tile(PRODUCT_ROWS, vectors, partial, p, i, j);
-    for (; i + 4 <= last; i += 4) product_tile(4, vectors, partial, p, i, j);
-    for (; i < last; i++) product_tile(1, vectors, partial, p, i, j);
+INLINE void product_rows(const int vectors, const int partial, const Product *p, int64_t entry, int64_t i, int64_t last,
+                         int64_t j) {
+    for (; i + PRODUCT_ROWS <= last; i += PRODUCT_ROWS) product_tile(PRODUCT_ROWS, vectors, partial, p, entry, i, j);
+    for (; i + 4 <= last; i += 4) product_tile(4, vectors, partial, p, entry, i, j);
+    for (; i < last; i++) product_tile(1, vectors, partial, p, entry, i, j);
 }
 
-/* The products of both directions are one run. */
 static int64_t product_blocks(const Product *p) {
     const int64_t width = PRODUCT_VECTORS * LANES;
     return (p->rows + PRODUCT_BLOCK - 1) / PRODUCT_BLOCK * ((p->columns + width - 1) / width);
@@ -910,27 +917,27 @@ static int64_t product_blocks(const Product *p) {
 static void product_task(const void *arguments, int64_t index, void *scratch) {
     (void)scratch;
     const Product *p = arguments;
-    const int64_t width = PRODUCT_VECTORS * LANES, each = product_blocks(p);
-    p += index / each;
-    const int64_t across = (p->columns + width - 1) / width, block = index % each;
+    const int64_t width = PRODUCT_VECTORS * LANES, each = product_blocks(p), across = (p->columns + width - 1) / width;
+    const int64_t entry = index / each, block = index % each;
     const int64_t i = block / across * PRODUCT_BLOCK, last = least(i + PRODUCT_BLOCK, p->rows);
     int64_t j = block % across * width;
     if (j + width <= p->b_columns)
-        product_rows(PRODUCT_VECTORS, 0, p, i, last, j);
+        product_rows(PRODUCT_VECTORS, 0, p, entry, i, last, j);
     else
         for (; j < p->columns; j += LANES)
             if (j + LANES <= p->b_columns)
-                product_rows(1, 0, p, i, last, j);
+                product_rows(1, 0, p, entry, i, last, j);
             else
-                product_rows(1, 1, p, i, last, j);
+                product_rows(1, 1, p, entry, i, last, j);
 }
-static int multiply(const Product products[2], int64_t threads) {
-    return vim_timm_run(product_task, products, 2 * product_blocks(products), threads, 0);
+static int multiply(Product product, int64_t threads) {
+    return vim_timm_run(product_task, &product, product.entries * product_blocks(&product), threads, 0);
 }
 
 /* ---- the inside of a block ------------------------------------------------------------------------------------------- */
 
-/* Tokens of a slice of the batch, unless one entry is longer: what a slice needs should stay in cache. */
+/* Tokens of a slice of the batch, unless one entry is longer, and of a tile of the forward pass: what lies between
+   convolution and gate should stay in cache. A multiple of CHUNK. */
 #ifndef SLICE
 #define SLICE 256
 #endif
@@ -948,22 +955,25 @@ typedef struct {
     double scale;
 } Mixer;
 
-/* A slice of the batch on its way through a block. */
+/* A slice of the batch on its way through a block: its workspace, and the views of it that are being computed. */
 typedef struct {
     const Mixer *mixer;
-    int64_t row, entries; /* width of the projections, batch entries to a slice */
+    int64_t row;                                   /* width of the projections */
+    int64_t entries, tile;                         /* at most: batch entries of a slice, tokens of a tile */
+    int which;                                     /* direction, */
+    int64_t b, first;                              /* batch entry and token of the view's beginning */
     Convolution conv;
     Scan scan;
-    ConvolutionPlan conv_plan, whole_conv; /* of the slice, and of the batch: they differ in where partial sums begin */
+    ConvolutionPlan conv_plan, whole_conv;         /* of the slice, and of the batch: partial sums begin elsewhere */
     Plan scan_plan, whole_scan;
-    float *x_proj[2], *dt[2];    /* transposed: (D, padded row), (R, padded D) */
-    float *dt_rows[2];           /* (D, padded R) */
-    float *u[2], *delta[2], *x[2], *grad_u[2], *grad_delta[2], *grad_x[2];
-    float *grad_dt[2];           /* transposed: (R, D) */
+    float *x_proj[2], *dt[2], *dt_rows[2];         /* transposed (D, padded row) and (R, padded D); dt as (D, padded R) */
+    float *u[2], *delta[2], *x[2];                 /* (entries, tile, D or row) */
+    float *grad_u[2], *grad_delta[2], *grad_x[2];
+    float *grad_dt[2];                             /* transposed: (R, D) */
     float *memory;
 } Block;
 
-/* Hands out pieces of one allocation; with no memory yet it only adds up their sizes. */
+/* Hands out pieces of one allocation; while there is none it only adds up their sizes. */
 typedef struct {
     float *memory;
     int64_t used;
@@ -975,39 +985,44 @@ static float *take(Arena *arena, int64_t floats) {
 }
 
 static Rows dense(float *data, int64_t length, int64_t width) { return (Rows){data, length * width, width}; }
-static Rows skip_entries(Rows rows, int64_t b) {
-    if (rows.data) rows.data += b * rows.batch;
+static Rows from(Rows rows, int64_t b, int64_t t) {
+    if (rows.data) rows.data += b * rows.batch + t * rows.token;
     return rows;
 }
 
-static void lay_out_block(Block *block, Arena *arena, int backward) {
+/* The forward pass computes one direction after the other, in the same memory. */
+static void lay_out_forward(Block *block, Arena *arena) {
     const Mixer *m = block->mixer;
-    const int64_t tokens = block->entries * m->length, channels = m->channels, padded = block->scan_plan.padded;
-    float *taps = take(arena, (int64_t)tap_floats(&block->conv_plan));
-    if (taps) lay_out_taps(&block->conv_plan, taps);
+    const int64_t tokens = block->entries * block->tile, channels = m->channels;
+    const int64_t carried = block->entries * block->scan_plan.padded * m->state;
+    block->scan_plan.carry = (vec *)(void *)take(arena, carried);
+    float *u = take(arena, tokens * channels), *delta = take(arena, tokens * channels), *x = take(arena, tokens * block->row);
     for (int i = 0; i < 2; i++) {
-        const MixerDirection *d = &m->direction[i];
-        float *parameters = take(arena, (int64_t)parameter_floats(m->state, padded));
-        if (parameters) block->scan_plan.parameters[i] = prepare(&block->scan, &block->scan.direction[i], parameters, padded);
+        block->u[i] = u;
+        block->delta[i] = delta;
+        block->x[i] = x;
         block->x_proj[i] = take(arena, channels * round_up(block->row, LANES));
-        block->dt[i] = take(arena, m->rank * padded);
+        if (arena->memory)
+            transpose(m->direction[i].x_proj, block->x_proj[i], block->row, round_up(block->row, LANES), channels);
+    }
+}
+
+static void lay_out_backward(Block *block, Arena *arena) {
+    const Mixer *m = block->mixer;
+    Plan *plan = &block->scan_plan;
+    const int64_t tokens = block->entries * m->length, channels = m->channels, padded = plan->padded;
+    const int64_t width = round_up(m->rank, LANES), partial = plan->groups == 1 ? 0 : plan->groups * tokens * m->state;
+    for (int i = 0; i < 2; i++) {
         block->u[i] = take(arena, tokens * channels);
         block->delta[i] = take(arena, tokens * channels);
-        block->x[i] = d->x ? NULL : take(arena, tokens * block->row);
-        if (arena->memory) {
-            transpose(d->x_proj, block->x_proj[i], block->row, round_up(block->row, LANES), channels);
-            transpose(d->dt, block->dt[i], channels, padded, m->rank);
-        }
-        if (!backward) continue;
-        Plan *plan = &block->scan_plan;
-        const int64_t width = round_up(m->rank, LANES), partial = plan->groups == 1 ? 0 : plan->groups * tokens * m->state;
-        block->dt_rows[i] = take(arena, channels * width);
-        if (arena->memory)
-            for (int64_t c = 0; c < channels; c++) copy_padded(d->dt + c * m->rank, block->dt_rows[i] + c * width, m->rank, width);
         block->grad_u[i] = take(arena, tokens * channels);
         block->grad_delta[i] = take(arena, tokens * channels);
         block->grad_x[i] = take(arena, tokens * block->row);
         block->grad_dt[i] = take(arena, m->rank * channels);
+        block->dt_rows[i] = take(arena, channels * width);
+        if (arena->memory)
+            for (int64_t c = 0; c < channels; c++)
+                copy_padded(m->direction[i].dt + c * m->rank, block->dt_rows[i] + c * width, m->rank, width);
         plan->grad_A[i] = take(arena, m->batch * m->state * padded);
         plan->grad_D[i] = take(arena, m->batch * padded);
         plan->grad_bias[i] = take(arena, m->batch * padded);
@@ -1018,11 +1033,28 @@ static void lay_out_block(Block *block, Arena *arena, int backward) {
     }
 }
 
+static void lay_out_block(Block *block, Arena *arena, int backward) {
+    const Mixer *m = block->mixer;
+    const int64_t padded = block->scan_plan.padded;
+    float *taps = take(arena, (int64_t)tap_floats(&block->conv_plan));
+    if (taps) lay_out_taps(&block->conv_plan, taps);
+    for (int i = 0; i < 2; i++) {
+        float *parameters = take(arena, (int64_t)parameter_floats(m->state, padded));
+        if (parameters) block->scan_plan.parameters[i] = prepare(&block->scan, &block->scan.direction[i], parameters, padded);
+        block->dt[i] = take(arena, m->rank * padded);
+        if (arena->memory) transpose(m->direction[i].dt, block->dt[i], m->channels, padded, m->rank);
+    }
+    if (backward)
+        lay_out_backward(block, arena);
+    else
+        lay_out_forward(block, arena);
+}
+
 /* Returns 0 when there is no memory. */
 static int begin_block(Block *block, const Mixer *m, int backward) {
-    *block = (Block){.mixer = m, .row = m->rank + 2 * m->state};
-    block->conv = (Convolution){.directions = 2, .batch = m->batch, .length = m->length, .channels = m->channels,
-                                .width = m->width, .silu = 1, .threads = m->threads};
+    *block = (Block){.mixer = m, .row = m->rank + 2 * m->state, .tile = backward ? m->length : least(SLICE, m->length)};
+    block->conv = (Convolution){.x = m->x, .directions = 2, .batch = m->batch, .length = m->length,
+                                .channels = m->channels, .width = m->width, .silu = 1, .threads = m->threads};
     block->scan = (Scan){.directions = 2, .batch = m->batch, .length = m->length, .channels = m->channels,
                          .state = m->state, .softplus = 1, .log_A = 1, .threads = m->threads, .scale = m->scale};
     for (int i = 0; i < 2; i++) {
@@ -1049,7 +1081,7 @@ static int begin_block(Block *block, const Mixer *m, int backward) {
     block->entries = least(block->entries, m->batch);
     Arena arena = {NULL, 0};
     lay_out_block(block, &arena, backward);
-    block->memory = arena.memory = vim_timm_allocate(sizeof(float) * (size_t)arena.used);
+    block->memory = arena.memory = vim_timm_borrow(sizeof(float) * (size_t)arena.used);
     if (!arena.memory) return 0;
     arena.used = 0;
     lay_out_block(block, &arena, backward);
@@ -1058,137 +1090,159 @@ static int begin_block(Block *block, const Mixer *m, int backward) {
     return 1;
 }
 
-/* Points convolution and scan to the slice that begins with batch entry b. */
-static void take_slice(Block *block, int64_t b) {
+/* Views of a direction's tokens t to t + count, in its order, of the slice that begins with batch entry b. */
+static void take_tile(Block *block, int which, int64_t b, int64_t t, int64_t count) {
     const Mixer *m = block->mixer;
-    const int64_t length = m->length, channels = m->channels, state = m->state, row = block->row;
-    const int64_t chunks = (length + CHUNK - 1) / CHUNK;
-    Convolution *conv = &block->conv;
+    const MixerDirection *d = &m->direction[which];
+    const int64_t channels = m->channels, state = m->state, row = block->row, rank = m->rank;
+    Plan *plan = &block->scan_plan;
     Scan *scan = &block->scan;
-    conv->batch = scan->batch = least(block->entries, m->batch - b);
-    conv->x = skip_entries(m->x, b);
-    conv->grad_x = skip_entries(m->grad_x, b);
-    scan->z = skip_entries(m->z, b);
-    scan->out = skip_entries(m->out, b);
-    scan->grad_z = skip_entries(m->grad_z, b);
-    for (int i = 0; i < 2; i++) {
-        const MixerDirection *d = &m->direction[i];
-        Direction *to = &scan->direction[i];
-        if (d->x) block->x[i] = d->x + b * length * row;
-        float *x = block->x[i], *grad_x = block->grad_x[i];
-        conv->y[i] = dense(block->u[i], length, channels);
-        to->u = dense(block->u[i], length, channels);
-        to->delta = dense(block->delta[i], length, channels);
-        to->B = dense(x + m->rank, length, row);
-        to->C = dense(x + m->rank + state, length, row);
-        to->states = d->states ? d->states + b * chunks * state * round_up(channels, PADDING) : NULL;
-        if (!grad_x) continue;
-        Plan *plan = &block->scan_plan, *whole = &block->whole_scan;
-        plan->grad_A[i] = whole->grad_A[i] + b * state * plan->padded;
-        plan->grad_D[i] = whole->grad_D[i] + b * plan->padded;
-        plan->grad_bias[i] = whole->grad_bias[i] + b * plan->padded;
-        block->conv_plan.grad_taps[i] = block->whole_conv.grad_taps[i] + b * m->width * plan->padded;
-        block->conv_plan.grad_bias[i] = block->whole_conv.grad_bias[i] + b * plan->padded;
-        to->grad_u = dense(block->grad_u[i], length, channels);
-        to->grad_delta = dense(block->grad_delta[i], length, channels);
-        to->grad_B = dense(grad_x + m->rank, length, row);
-        to->grad_C = dense(grad_x + m->rank + state, length, row);
-        if (plan->groups == 1) {
-            plan->grad_B[i] = to->grad_B;
-            plan->grad_C[i] = to->grad_C;
-        }
+    Direction *to = &scan->direction[which];
+    block->which = which;
+    block->b = b;
+    block->first = which ? m->length - t - count : t;
+    scan->batch = least(block->entries, m->batch - b);
+    scan->length = count;
+    scan->z = from(m->z, b, block->first);
+    scan->out = from(m->out, b, block->first);
+    scan->grad_z = from(m->grad_z, b, block->first);
+    plan->resumed = t > 0;
+    const Rows x = d->x ? from(dense(d->x, m->length, row), b, block->first) : dense(block->x[which], count, row);
+    to->u = dense(block->u[which], count, channels);
+    to->delta = dense(block->delta[which], count, channels);
+    to->B = (Rows){x.data + rank, x.batch, x.token};
+    to->C = (Rows){x.data + rank + state, x.batch, x.token};
+    to->states = d->states ? d->states + (b * plan->chunks + t / CHUNK) * state * round_up(channels, PADDING) : NULL;
+    if (!block->grad_x[which]) return;
+    const Plan *whole = &block->whole_scan;
+    plan->grad_A[which] = whole->grad_A[which] + b * state * plan->padded;
+    plan->grad_D[which] = whole->grad_D[which] + b * plan->padded;
+    plan->grad_bias[which] = whole->grad_bias[which] + b * plan->padded;
+    block->conv_plan.grad_taps[which] = block->whole_conv.grad_taps[which] + b * m->width * plan->padded;
+    block->conv_plan.grad_bias[which] = block->whole_conv.grad_bias[which] + b * plan->padded;
+    to->grad_u = dense(block->grad_u[which], count, channels);
+    to->grad_delta = dense(block->grad_delta[which], count, channels);
+    to->grad_B = dense(block->grad_x[which] + rank, count, row);
+    to->grad_C = dense(block->grad_x[which] + rank + state, count, row);
+    if (plan->groups == 1) {
+        plan->grad_B[which] = to->grad_B;
+        plan->grad_C[which] = to->grad_C;
     }
 }
 
-static int convolve(Block *block) {
-    const int64_t tiles = (block->conv.length + TILE - 1) / TILE;
-    return vim_timm_run(convolution_task, &block->conv_plan, block->conv.batch * tiles, block->conv.threads, 0);
+static void convolve_task(const void *arguments, int64_t index, void *scratch) {
+    (void)scratch;
+    const Block *block = arguments;
+    const int which = block->which;
+    const int64_t length = block->scan.length, tiles = (length + TILE - 1) / TILE, e = index / tiles;
+    const Walk u = walk(&block->scan.direction[which].u, e, length, 0);
+    for (int64_t t = index % tiles * TILE; t < least((index % tiles + 1) * TILE, length); t++)
+        if (block->conv.width == 4)
+            convolve_row(4, &block->conv_plan, which, block->b + e, block->first + t, 1, row(u, t));
+        else
+            convolve_row(0, &block->conv_plan, which, block->b + e, block->first + t, 1, row(u, t));
+}
+static int convolve(const Block *block) {
+    const int64_t tiles = (block->scan.length + TILE - 1) / TILE;
+    return vim_timm_run(convolve_task, block, block->scan.batch * tiles, block->conv.threads, 0);
 }
 
 static int project(const Block *block) {
     const Mixer *m = block->mixer;
-    const int64_t tokens = block->conv.batch * m->length, row = block->row, width = round_up(row, LANES);
-    Product products[2];
-    for (int i = 0; i < 2; i++)
-        products[i] = (Product){.a = block->u[i], .a_row = m->channels, .a_column = 1,
-                                .b = block->x_proj[i], .b_row = width, .b_columns = width,
-                                .out = block->x[i], .out_row = row,
-                                .rows = tokens, .columns = row, .depth = m->channels};
-    return multiply(products, m->threads);
+    const Direction *d = &block->scan.direction[block->which];
+    const int64_t width = round_up(block->row, LANES);
+    return multiply((Product){.a = d->u.data, .a_entry = d->u.batch, .a_row = d->u.token, .a_column = 1,
+                              .b = block->x_proj[block->which], .b_row = width, .b_columns = width,
+                              .out = d->B.data - m->rank, .out_entry = d->B.batch, .out_row = d->B.token,
+                              .entries = block->scan.batch, .rows = block->scan.length, .columns = block->row,
+                              .depth = m->channels},
+                    m->threads);
 }
 
 static int compute_step_sizes(const Block *block) {
     const Mixer *m = block->mixer;
-    const int64_t tokens = block->conv.batch * m->length, padded = block->scan_plan.padded;
-    Product products[2];
-    for (int i = 0; i < 2; i++)
-        products[i] = (Product){.a = block->x[i], .a_row = block->row, .a_column = 1,
-                                .b = block->dt[i], .b_row = padded, .b_columns = padded,
-                                .out = block->delta[i], .out_row = m->channels,
-                                .rows = tokens, .columns = m->channels, .depth = m->rank};
-    return multiply(products, m->threads);
+    const Direction *d = &block->scan.direction[block->which];
+    const int64_t padded = block->scan_plan.padded;
+    return multiply((Product){.a = d->B.data - m->rank, .a_entry = d->B.batch, .a_row = d->B.token, .a_column = 1,
+                              .b = block->dt[block->which], .b_row = padded, .b_columns = padded,
+                              .out = d->delta.data, .out_entry = d->delta.batch, .out_row = d->delta.token,
+                              .entries = block->scan.batch, .rows = block->scan.length, .columns = m->channels,
+                              .depth = m->rank},
+                    m->threads);
+}
+
+static void scan_tile_task(const void *arguments, int64_t index, void *scratch) {
+    const Block *block = arguments;
+    const Plan *plan = &block->scan_plan;
+    int64_t b = index / plan->groups, g = index % plan->groups;
+    scan_direction(plan, block->which, b, group_start(plan, g), group_start(plan, g + 1), scratch);
 }
 
 EXPORT int ENTRY(mixer_forward)(const Mixer *m) {
     Block block;
     if (!begin_block(&block, m, 0)) return -1;
-    const Plan *plan = &block.scan_plan;
-    const size_t states = sizeof(vec) * (size_t)(m->state * (plan->vectors / plan->groups + 1));
     int failed = 0;
-    for (int64_t b = 0; b < m->batch && !failed; b += block.entries) {
-        take_slice(&block, b);
-        failed = convolve(&block) || project(&block) || compute_step_sizes(&block) ||
-                 vim_timm_run(scan_task, plan, block.scan.batch * plan->groups, m->threads, states);
-    }
-    vim_timm_free(block.memory);
+    for (int64_t b = 0; b < m->batch && !failed; b += block.entries)
+        for (int which = 0; which < 2; which++)
+            for (int64_t t = 0; t < m->length && !failed; t += block.tile) {
+                take_tile(&block, which, b, t, least(block.tile, m->length - t));
+                failed = convolve(&block) || project(&block) || compute_step_sizes(&block) ||
+                         vim_timm_run(scan_tile_task, &block, block.scan.batch * block.scan_plan.groups, m->threads, 0);
+            }
+    vim_timm_give_back(block.memory);
     return failed ? -1 : 0;
 }
 
 /* From the gradients of delta, B and C to those of the projections and of u. */
 static int project_back(const Block *block) {
     const Mixer *m = block->mixer;
-    const int64_t tokens = block->conv.batch * m->length, channels = m->channels, width = round_up(m->rank, LANES);
-    Product to_x[2], to_u[2];
-    for (int i = 0; i < 2; i++) {
-        to_x[i] = (Product){.a = block->grad_delta[i], .a_row = channels, .a_column = 1,
-                            .b = block->dt_rows[i], .b_row = width, .b_columns = width,
-                            .out = block->grad_x[i], .out_row = block->row,
-                            .rows = tokens, .columns = m->rank, .depth = channels};
-        to_u[i] = (Product){.a = block->grad_x[i], .a_row = block->row, .a_column = 1,
-                            .b = m->direction[i].x_proj, .b_row = channels, .b_columns = channels,
-                            .out = block->grad_u[i], .out_row = channels, .add = 1,
-                            .rows = tokens, .columns = channels, .depth = block->row};
-    }
-    return multiply(to_x, m->threads) || multiply(to_u, m->threads);
+    const int i = block->which;
+    const int64_t tokens = block->scan.batch * m->length, channels = m->channels, width = round_up(m->rank, LANES);
+    return multiply((Product){.a = block->grad_delta[i], .a_row = channels, .a_column = 1,
+                              .b = block->dt_rows[i], .b_row = width, .b_columns = width,
+                              .out = block->grad_x[i], .out_row = block->row,
+                              .entries = 1, .rows = tokens, .columns = m->rank, .depth = channels},
+                    m->threads) ||
+           multiply((Product){.a = block->grad_x[i], .a_row = block->row, .a_column = 1,
+                              .b = m->direction[i].x_proj, .b_row = channels, .b_columns = channels,
+                              .out = block->grad_u[i], .out_row = channels, .add = 1,
+                              .entries = 1, .rows = tokens, .columns = channels, .depth = block->row},
+                    m->threads);
 }
 
 /* Adds the gradients of both projections' weights, entry by entry: the order must not depend on the slices. */
-static int add_weight_gradients(const Block *block, int64_t b) {
+static int add_weight_gradients(const Block *block) {
     const Mixer *m = block->mixer;
+    const int i = block->which;
     const int64_t length = m->length, channels = m->channels, row = block->row;
     int failed = 0;
-    for (int64_t e = 0; e < block->conv.batch && !failed; e++) {
-        Product to_x_proj[2], to_dt[2];
-        for (int i = 0; i < 2; i++) {
-            to_x_proj[i] = (Product){.a = block->grad_x[i] + e * length * row, .a_row = 1, .a_column = row,
-                                     .b = block->u[i] + e * length * channels, .b_row = channels, .b_columns = channels,
-                                     .out = m->direction[i].grad_x_proj, .out_row = channels, .add = b + e > 0,
-                                     .rows = row, .columns = channels, .depth = length};
-            to_dt[i] = (Product){.a = block->x[i] + e * length * row, .a_row = 1, .a_column = row,
-                                 .b = block->grad_delta[i] + e * length * channels, .b_row = channels, .b_columns = channels,
-                                 .out = block->grad_dt[i], .out_row = channels, .add = b + e > 0,
-                                 .rows = m->rank, .columns = channels, .depth = length};
-        }
-        failed = multiply(to_x_proj, m->threads) || multiply(to_dt, m->threads);
+    for (int64_t e = 0; e < block->scan.batch && !failed; e++) {
+        const int64_t b = block->b + e;
+        failed = multiply((Product){.a = block->grad_x[i] + e * length * row, .a_row = 1, .a_column = row,
+                                    .b = block->u[i] + e * length * channels, .b_row = channels, .b_columns = channels,
+                                    .out = m->direction[i].grad_x_proj, .out_row = channels, .add = b > 0,
+                                    .entries = 1, .rows = row, .columns = channels, .depth = length},
+                          m->threads) ||
+                 multiply((Product){.a = m->direction[i].x + b * length * row, .a_row = 1, .a_column = row,
+                                    .b = block->grad_delta[i] + e * length * channels, .b_row = channels, .b_columns = channels,
+                                    .out = block->grad_dt[i], .out_row = channels, .add = b > 0,
+                                    .entries = 1, .rows = m->rank, .columns = channels, .depth = length},
+                          m->threads);
     }
     return failed;
 }
 
 static int convolve_back(Block *block) {
     const ConvolutionPlan *plan = &block->conv_plan;
-    for (int i = 0; i < 2; i++) block->conv.y[i] = dense(block->grad_u[i], block->conv.length, block->conv.channels);
-    const size_t scratch = sizeof(vec) * conv_scratch_vectors(plan->vectors / plan->groups + 1, block->conv.width);
-    return vim_timm_run(convolution_backward_task, plan, block->conv.batch * plan->groups, block->conv.threads, scratch);
+    Convolution *conv = &block->conv;
+    conv->batch = block->scan.batch;
+    conv->x = from(block->mixer->x, block->b, 0);
+    conv->grad_x = from(block->mixer->grad_x, block->b, 0);
+    for (int i = 0; i < 2; i++) conv->y[i] = dense(block->grad_u[i], conv->length, conv->channels);
+    const size_t scratch = sizeof(vec) * conv_scratch_vectors(plan->vectors / plan->groups + 1, conv->width);
+    int failed = vim_timm_run(convolution_backward_task, plan, conv->batch * plan->groups, conv->threads, scratch);
+    conv->x = block->mixer->x;
+    return failed;
 }
 
 /* The forward pass kept the projections and the scan's states; convolution and step sizes are computed again. */
@@ -1199,11 +1253,15 @@ EXPORT int ENTRY(mixer_backward)(const Mixer *m) {
     const size_t scratch = scratch_bytes(plan->vectors / plan->groups + 1, m->state);
     int failed = 0;
     for (int64_t b = 0; b < m->batch && !failed; b += block.entries) {
-        take_slice(&block, b);
-        failed = convolve(&block) || compute_step_sizes(&block) ||
-                 vim_timm_run(scan_backward_task, plan, block.scan.batch * plan->groups, m->threads, scratch) ||
-                 (plan->groups > 1 && vim_timm_run(add_groups_task, plan, block.scan.batch, m->threads, 0)) ||
-                 project_back(&block) || add_weight_gradients(&block, b) || convolve_back(&block);
+        for (int which = 0; which < 2 && !failed; which++) {
+            take_tile(&block, which, b, 0, m->length);
+            failed = convolve(&block) || compute_step_sizes(&block);
+        }
+        failed = failed || vim_timm_run(scan_backward_task, plan, block.scan.batch * plan->groups, m->threads, scratch) ||
+                 (plan->groups > 1 && vim_timm_run(add_groups_task, plan, block.scan.batch, m->threads, 0));
+        for (block.which = 0; block.which < 2 && !failed; block.which++)
+            failed = project_back(&block) || add_weight_gradients(&block);
+        failed = failed || convolve_back(&block);
     }
     block.scan.batch = block.conv.batch = m->batch;
     for (int i = 0; i < 2 && !failed; i++) {
@@ -1211,7 +1269,7 @@ EXPORT int ENTRY(mixer_backward)(const Mixer *m) {
         add_taps(&block.whole_conv, i);
         transpose(block.grad_dt[i], m->direction[i].grad_dt, m->rank, m->rank, m->channels);
     }
-    vim_timm_free(block.memory);
+    vim_timm_give_back(block.memory);
     return failed ? -1 : 0;
 }
 

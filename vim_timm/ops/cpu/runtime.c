@@ -52,6 +52,31 @@ void vim_timm_free(void *memory) {
 #endif
 }
 
+/* Bytes of a workspace that is kept for the next call; a larger one is given back to the system. */
+#ifndef KEPT_BYTES
+#define KEPT_BYTES (16 << 20)
+#endif
+
+/* Memory allocated and freed in every block of a network would leave a hole between what the blocks keep, each of which
+   the next block's tensors break up. The size stands in front of the memory. */
+static char *workspace;
+
+void *vim_timm_borrow(size_t bytes) {
+    char *kept = __atomic_exchange_n(&workspace, NULL, __ATOMIC_ACQ_REL);
+    if (kept && *(size_t *)(void *)kept >= bytes) return kept + ALIGNMENT;
+    if (kept) vim_timm_free(kept);
+    char *memory = vim_timm_allocate(ALIGNMENT + bytes);
+    if (!memory) return NULL;
+    *(size_t *)(void *)memory = bytes;
+    return memory + ALIGNMENT;
+}
+
+void vim_timm_give_back(void *borrowed) {
+    char *memory = (char *)borrowed - ALIGNMENT;
+    if (*(size_t *)(void *)memory <= KEPT_BYTES) memory = __atomic_exchange_n(&workspace, memory, __ATOMIC_ACQ_REL);
+    if (memory) vim_timm_free(memory);
+}
+
 /* States that decay into subnormal numbers cost a hundred times a normal step: flush them, and give the mode back after. */
 #if defined(__x86_64__)
 static unsigned flush_subnormals(void) {

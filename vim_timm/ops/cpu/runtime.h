@@ -22,4 +22,8 @@ int vim_timm_run(Task task, const void *arguments, int64_t count, int64_t thread
 void *vim_timm_allocate(size_t bytes);
 void vim_timm_free(void *memory);
 
+/* The same for a workspace that the next call may have again, as it is: its contents are anything. */
+void *vim_timm_borrow(size_t bytes);
+void vim_timm_give_back(void *borrowed);
+
 #endif
