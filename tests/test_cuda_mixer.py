@@ -133,6 +133,18 @@ def test_kernels_agree_with_float64_as_plain_cpp(size, dtype, poison, monkeypatc
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+def test_operands_may_lie_anywhere(monkeypatch):
+    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
+    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+    tensors = operands(1, 5, 64, 12, device='cpu')
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in tensors]
+    weight = torch.randn(1, 5, 64)
+    wanted = with_gradients(lambda *t: cuda.mixer(*t, 0.5), tensors, weight)
+    found = with_gradients(lambda *t: cuda.mixer(*t, 0.5), shifted, weight)
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted))
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_plain_cpp_notices_a_missing_wait(tmp_path, monkeypatch):
     for source in nvrtc.SOURCES.glob('*.cu*'):
         text = source.read_text()

@@ -49,6 +49,8 @@ def unsupported(xz: Tensor, state: int, rank: int, width: int) -> str:
             f'The fused CUDA kernels take d_state 16, dt_rank up to {MAX_RANK}, d_conv up to 4 and channels in '
             f'multiples of 64, not {state}, {rank}, {width} and {xz.shape[-1] // 2}.'
         )
+    if xz.numel() == 0:
+        return 'The fused CUDA kernels need at least one token.'
     if xz.shape[0] > 32767:
         return f'The fused CUDA kernels take batches up to 32767 (the grid of a GPU), not {xz.shape[0]}.'
     if xz.shape[1] * xz.shape[2] >= 2**30:

@@ -45,8 +45,14 @@ class Direction(NamedTuple):
     skip: Tensor
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at an address that 16 divides: the kernels read 16 bytes at once."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def as_float(*parameters: Any) -> Direction:
-    return Direction(*(None if p is None else p.float().contiguous() for p in parameters))  # type: ignore[arg-type]
+    return Direction(*(None if p is None else aligned(p.float()) for p in parameters))  # type: ignore[arg-type]
 
 
 class Cut(NamedTuple):
@@ -75,7 +81,7 @@ class Mixer:
     """The operands as the kernels take them, and the launches of one call."""
 
     def __init__(self, xz: Tensor, *operands: Any) -> None:
-        self.xz = xz.contiguous()
+        self.xz = aligned(xz)
         self.scale = operands[-1]
         forward, backward = as_float(*operands[:7]), as_float(*operands[7:14])
         self.directions = forward, backward
@@ -221,7 +227,7 @@ class Mixer:
         (2, D, 16), of D and dt_bias (2, 2, D)."""
         u, packed = self.convolve()
         grad_xz = torch.empty_like(self.xz)
-        grad_u, grad_delta, grad_bc, grad_A, grad_v = self.scan_gradients(u, x, grad.contiguous(), grad_xz)
+        grad_u, grad_delta, grad_bc, grad_A, grad_v = self.scan_gradients(u, x, aligned(grad), grad_xz)
         grad_x, grad_weight_dt = self.dt_backward(x, grad_delta, grad_bc)
         u, grad_u = u.view(2, -1, self.dim), grad_u.view(2, -1, self.dim)
         grad_project = torch.stack([torch.mm(g.t(), v) for g, v in zip(grad_x, u)])
