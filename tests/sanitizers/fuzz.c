@@ -53,7 +53,7 @@ static void fuzz_scan(void) {
         d->A = fresh(channels * state);
         d->D = pick(0, 1) ? fresh(channels) : NULL;
         d->bias = pick(0, 1) ? fresh(channels) : NULL;
-        d->states = fresh(batch * chunks * state * round_up(channels, PADDING));
+        d->states = fresh(batch * (chunks - 1) * state * round_up(channels, PADDING));
         d->grad_u = rows(batch, length, channels);
         d->grad_delta = rows(batch, length, channels);
         d->grad_B = rows(batch, length, state);
@@ -114,7 +114,7 @@ static void fuzz_mixer(void) {
     for (int i = 0; i < 2; i++) {
         MixerDirection *d = &mixer.direction[i];
         d->x = fresh(batch * length * row);
-        d->states = fresh(batch * chunks * state * round_up(channels, PADDING));
+        d->states = fresh(batch * (chunks - 1) * state * round_up(channels, PADDING));
         d->grad_conv = fresh(channels * width);
         d->grad_conv_bias = d->conv_bias ? fresh(channels) : NULL;
         d->grad_x_proj = fresh(row * channels);

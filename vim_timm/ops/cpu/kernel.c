@@ -199,7 +199,7 @@ enum { PADDING = 16 };
 typedef struct {
     Rows u, delta, B, C;
     const float *A, *D, *bias; /* (channels, state), (channels), (channels) */
-    float *states;             /* (batch, chunks, state, padded channels), or NULL in inference */
+    float *states;             /* (batch, chunks - 1, state, padded channels), or NULL in inference */
     Rows grad_u, grad_delta, grad_B, grad_C;
     float *grad_A, *grad_D, *grad_bias; /* as A, D and bias; the latter two may be NULL */
 } Direction;
@@ -221,7 +221,7 @@ typedef struct {
 typedef struct {
     const Scan *scan;
     Parameters parameters[2];
-    int64_t padded, vectors, groups, chunks;
+    int64_t padded, vectors, groups, kept; /* kept: states of a batch entry, one before each chunk but the first */
     /* Where the scan is cut into tiles of tokens: the states between them, (batch, vectors, state), and whether there are
        tokens before this tile. */
     vec *carry;
@@ -390,9 +390,9 @@ static void scan_direction(const Plan *plan, int which, int64_t b, int64_t first
             if (final) prefetch_rows(z, next, next_steps, next_c);
             if (which) prefetch_rows(out, next, next_steps, next_c);
             int wide = read_chunk(&chunk, steps, u, delta, t0, c, count, parameters, scan->softplus != 0, NULL);
-            if (direction->states)
+            if (direction->states && (t0 || plan->resumed))
                 for (int64_t n = 0; n < state; n++)
-                    store(direction->states + ((b * plan->chunks + t0 / CHUNK) * state + n) * kept_width + c, h[n]);
+                    store(direction->states + ((b * plan->kept + t0 / CHUNK - 1) * state + n) * kept_width + c, h[n]);
             const float *A2 = parameters->A2 + c;
 #define RECUR(COUNT)                                                                                                    \
     if (wide)                                                                                                           \
@@ -431,7 +431,7 @@ static void scan_task(const void *arguments, int64_t index, void *scratch) {
 }
 
 static Plan plan_scan(const Scan *scan, int64_t wanted_tasks) {
-    Plan plan = {.scan = scan, .padded = round_up(scan->channels, LANES), .chunks = (scan->length + CHUNK - 1) / CHUNK};
+    Plan plan = {.scan = scan, .padded = round_up(scan->channels, LANES), .kept = (scan->length - 1) / CHUNK};
     plan.vectors = plan.padded / LANES;
     plan.groups = most(1, least(plan.vectors, (wanted_tasks + scan->batch - 1) / most(scan->batch, 1)));
     return plan;
@@ -525,10 +525,10 @@ static void scan_direction_backward(const Plan *plan, int which, int64_t b, int6
                 grad_dtu[t] = grad_dt[t] = splat(0);
             }
             const float *A2 = parameters->A2 + c;
-            const float *start = direction->states + ((b * chunks + t0 / CHUNK) * state) * kept_width + c;
+            const int64_t start = (b * plan->kept + t0 / CHUNK - 1) * state * kept_width + c;
 #define RECUR_BACK(COUNT)                                                                                               \
     vec h[COUNT];                                                                                                       \
-    for (int i = 0; i < COUNT; i++) h[i] = load(start + (n + i) * kept_width);                                          \
+    for (int i = 0; i < COUNT; i++) h[i] = t0 ? load(direction->states + start + (n + i) * kept_width) : splat(0);                                        \
     if (wide)                                                                                                           \
         recur(COUNT, 1, 1, steps, chunk.dt, chunk.dtu, A2 + n * padded, padded, h, row(B, t0) + n, B.step,               \
               row(C, t0) + n, C.step, chunk.y, s.kept, s.decays);                                                       \
@@ -1112,7 +1112,7 @@ static void take_tile(Block *block, int which, int64_t b, int64_t t, int64_t cou
     to->delta = dense(block->delta[which], count, channels);
     to->B = (Rows){x.data + rank, x.batch, x.token};
     to->C = (Rows){x.data + rank + state, x.batch, x.token};
-    to->states = d->states ? d->states + (b * plan->chunks + t / CHUNK) * state * round_up(channels, PADDING) : NULL;
+    to->states = d->states ? d->states + (b * plan->kept + t / CHUNK) * state * round_up(channels, PADDING) : NULL;
     if (!block->grad_x[which]) return;
     const Plan *whole = &block->whole_scan;
     plan->grad_A[which] = whole->grad_A[which] + b * state * plan->padded;

@@ -81,9 +81,9 @@ def _fields(direction: Sequence[Optional[Tensor]], states: Optional[Tensor]) -> 
 
 
 def states_shape(shape: Sequence[int], state: int) -> tuple[int, int, int, int]:
-    """Shape of the states that a direction of a scan of (B, L, D) keeps: one before every chunk of tokens."""
+    """Shape of the states that a direction of a scan of (B, L, D) keeps: one before every chunk but the first."""
     batch, length, channels = shape
-    return batch, -(-length // _CHUNK), state, -(-channels // _PADDING) * _PADDING
+    return batch, max(length - 1, 0) // _CHUNK, state, -(-channels // _PADDING) * _PADDING
 
 
 def new_states(shape: Sequence[int], channels: int) -> Tensor:
@@ -98,7 +98,7 @@ def _fake(*arguments):
 
 
 def _run(*arguments):
-    """Result (B, L, D) in u's dtype, and each direction's states before every chunk of tokens, if they are kept."""
+    """Result (B, L, D) in u's dtype, and each direction's states between chunks of tokens, if they are kept."""
     u, A, z = arguments[0], arguments[2], arguments[_Z]
     scale, softplus, log_A, keep = arguments[_Z + 1 :]
     directions = _directions(arguments[:_Z])
