@@ -19,9 +19,8 @@ class Module(nvrtc.Module):
         self.library = library
 
     def launch(self, name, grid, threads, *arguments):
-        values = [nvrtc.as_c(x) for x in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
-        if self.library['run_' + name]((ctypes.c_int * 3)(*grid), threads, pointers) != 0:
+        words, addresses = nvrtc.packed(arguments)
+        if self.library['run_' + name]((ctypes.c_int * 3)(*grid), threads, addresses) != 0:
             raise RuntimeError(f'the threads of {name} wait for each other for ever')
 
 

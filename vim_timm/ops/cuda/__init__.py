@@ -95,9 +95,9 @@ def mixer(
     Returns:
         (B, L, D) in xz's dtype; states and sums are float32, x_proj's and dt's products of two-byte numbers.
     """
-    from .mixer_op import cuda_mixer
+    from . import mixer_op  # noqa: F401  defines the operator
 
-    return cuda_mixer(
+    return torch.ops.vim_timm.cuda_mixer(
         xz, conv, conv_bias, x_proj, dt, dt_bias, A_log, D,
         conv_b, conv_bias_b, x_proj_b, dt_b, dt_bias_b, A_b_log, D_b, scale,
     )[0]  # fmt: skip

@@ -5,7 +5,6 @@ composition of operators would keep for the backward pass (both convolutions' re
 is computed again there from in_proj's output.
 """
 
-import ctypes
 import math
 from typing import Any, List, NamedTuple, Optional, Tuple
 
@@ -31,6 +30,13 @@ PARAMETERS = (
     'Tensor A_log{0}, Tensor D{0}'
 )
 OPERANDS = f'Tensor xz, {PARAMETERS.format("")}, {PARAMETERS.format("_b")}, float scale'
+
+# Defined in a library, not by `custom_op`, whose wrappers cost the host a third of a call.
+definitions = torch.library.Library('vim_timm', 'FRAGMENT')
+definitions.define(f'cuda_mixer({OPERANDS}) -> (Tensor, Tensor)')
+definitions.define(
+    f'cuda_mixer_backward(Tensor grad, Tensor x, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'
+)
 
 
 class Direction(NamedTuple):
@@ -120,7 +126,7 @@ class Mixer:
         packed = self.empty(2, self.row, self.dim)
         span, blocks = self.span(128, CONV_WARPS)
         self.conv_module().launch(
-            'conv_forward', (blocks + PACKING_BLOCKS, 1, 1), 128, self.xz, wide(2 * self.dim), *self.both('conv'),
+            'conv_forward', (blocks + PACKING_BLOCKS, 1, 1), 128, self.xz, 2 * self.dim, *self.both('conv'),
             *self.both('conv_bias'), *u, *self.both('x_proj'), packed, blocks, self.batch, self.length, self.dim, span,
         )  # fmt: skip
         return u, packed
@@ -137,11 +143,11 @@ class Mixer:
         local = S is not None
         flags = dict(LOCAL=local, CARRY=H is not None and not local, KEEP=bounds is not None, GRAD=grad is not None)
         module = self.module('forward.cu', BLOCKS=self.cut.blocks, **{name: int(flag) for name, flag in flags.items()})
-        z = ctypes.c_void_p(self.xz.data_ptr() + self.dim * self.xz.element_size())
+        z = self.xz.data_ptr() + self.dim * self.xz.element_size()
         module.launch(
             'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64, *u, *x, *self.both('dt'),
-            *self.both('dt_bias'), *self.both('A_log'), *self.both('skip'), z, wide(2 * self.dim),
-            out, wide(out.stride(1)), grad, grad_y, H, S, bounds, self.scale, self.batch, self.length, self.dim,
+            *self.both('dt_bias'), *self.both('A_log'), *self.both('skip'), z, 2 * self.dim,
+            out, out.stride(1), grad, grad_y, H, S, bounds, self.scale, self.batch, self.length, self.dim,
             self.cut.chunk,
         )  # fmt: skip
 
@@ -197,7 +203,7 @@ class Mixer:
         span, blocks = self.span(64, CONV_BACKWARD_WARPS)
         sums = self.empty(self.batch * math.ceil(self.length / span), 2, 5, self.dim, dtype=torch.float32)
         self.conv_module().launch(
-            'conv_backward', (blocks, 1, 1), 128, self.xz, wide(2 * self.dim), *self.both('conv'),
+            'conv_backward', (blocks, 1, 1), 128, self.xz, 2 * self.dim, *self.both('conv'),
             *self.both('conv_bias'), *grad_u, grad_xz, sums, self.batch, self.length, self.dim, span,
         )  # fmt: skip
         return sums.sum(0)
@@ -236,12 +242,7 @@ class Mixer:
         return [grad_xz, taps, grad_project, grad_weight_dt, grad_A, grad_v]
 
 
-def wide(value: int) -> Any:
-    return ctypes.c_longlong(value)
-
-
-@torch.library.custom_op('vim_timm::cuda_mixer', mutates_args=(), schema=f'({OPERANDS}) -> (Tensor, Tensor)')
-def cuda_mixer(*operands: Any) -> Tuple[Tensor, Tensor]:
+def run(*operands: Any) -> Tuple[Tensor, Tensor]:
     """The gated output (B, L, D), and the projections for the backward pass."""
     mixer = Mixer(*operands)
     with torch.cuda.device_of(mixer.xz):
@@ -250,28 +251,21 @@ def cuda_mixer(*operands: Any) -> Tuple[Tensor, Tensor]:
         return mixer.scan_forward(u, x), x
 
 
-@cuda_mixer.register_fake
-def _(*operands: Any) -> Tuple[Tensor, Tensor]:
+def fake(*operands: Any) -> Tuple[Tensor, Tensor]:
     xz, dt = operands[0], operands[4]
     batch, length, width = xz.shape
     row = padded_rank(dt.shape[1]) + 2 * STATE
     return xz.new_empty((batch, length, width // 2)), xz.new_empty((2, batch, length, row))
 
 
-@torch.library.custom_op(
-    'vim_timm::cuda_mixer_backward',
-    mutates_args=(),
-    schema=f'(Tensor grad, Tensor x, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
-)
-def cuda_mixer_backward(grad: Tensor, x: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
+def run_backward(grad: Tensor, x: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
     """The gradients of `Mixer.backward`."""
     mixer = Mixer(*operands)
     with torch.cuda.device_of(mixer.xz):
         return tuple(mixer.backward(grad, x))
 
 
-@cuda_mixer_backward.register_fake
-def _(grad: Tensor, x: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
+def fake_backward(grad: Tensor, x: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
     xz, dt = operands[0], operands[4]
     dim = xz.shape[2] // 2
 
@@ -296,7 +290,7 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tenso
 
 def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
     x, *operands = ctx.saved_tensors
-    grad_xz, taps, project, dt, A_log, vectors = cuda_mixer_backward(grad, x, *operands, ctx.scale)
+    grad_xz, taps, project, dt, A_log, vectors = torch.ops.vim_timm.cuda_mixer_backward(grad, x, *operands, ctx.scale)
     width, rank = operands[1].shape[1], operands[4].shape[1]
     filler = x.shape[3] - 2 * STATE
     grads: List[Tensor] = [grad_xz]
@@ -306,8 +300,12 @@ def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
     return (*(None if p is None else g.to(p.dtype) for g, p in zip(grads, operands)), None)
 
 
-cuda_mixer.register_autograd(backward, setup_context=save_operands)
-cuda_mixer_backward.register_autograd(no_double_backward)
+definitions.impl('cuda_mixer', run, 'CompositeExplicitAutograd')
+definitions.impl('cuda_mixer_backward', run_backward, 'CompositeExplicitAutograd')
+torch.library.register_fake('vim_timm::cuda_mixer', fake, lib=definitions)
+torch.library.register_fake('vim_timm::cuda_mixer_backward', fake_backward, lib=definitions)
+torch.library.register_autograd('vim_timm::cuda_mixer', backward, setup_context=save_operands, lib=definitions)
+torch.library.register_autograd('vim_timm::cuda_mixer_backward', no_double_backward, lib=definitions)
 
 
 def mixer_flop(xz_shape: Any, dt_shape: Any) -> int:
