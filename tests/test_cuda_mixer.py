@@ -133,6 +133,19 @@ def test_kernels_agree_with_float64_as_plain_cpp(size, dtype, poison, monkeypatc
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+def test_operators_pass_opcheck(monkeypatch):
+    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
+    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+    tensors = operands(1, 5, 64, 12, device='cpu')
+    tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
+    leaves = [t.requires_grad_() for t in tensors]
+    torch.library.opcheck(torch.ops.vim_timm.cuda_mixer.default, (*leaves, 0.5), test_utils=tests)
+    y, x = torch.ops.vim_timm.cuda_mixer(*(t.detach() for t in tensors), 0.5)
+    backward = (torch.randn_like(y), x, *(t.detach() for t in tensors), 0.5)
+    torch.library.opcheck(torch.ops.vim_timm.cuda_mixer_backward.default, backward, test_utils=tests)
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_operands_may_lie_anywhere(monkeypatch):
     monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
