@@ -187,25 +187,9 @@ def dispatch_scan(
     _announce(name, u, A)
     with _autocast_off(u):
         return BACKENDS[name].scan(
-            u,
-            delta,
-            A,
-            B,
-            C,
-            D,
-            delta_bias,
-            u_b,
-            delta_b,
-            A_b,
-            B_b,
-            C_b,
-            D_b,
-            delta_bias_b,
-            z,
-            scale,
-            delta_softplus,
-            A_is_log,
-        )
+            u, delta, A, B, C, D, delta_bias, u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b, z, scale,
+            delta_softplus, A_is_log,
+        )  # fmt: skip
 
 
 def dispatch_conv(

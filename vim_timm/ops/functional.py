@@ -57,46 +57,14 @@ def bidirectional_scan(
     """
     if torch.jit.is_scripting():
         out = export.scan(
-            u,
-            delta,
-            A_log,
-            B,
-            C,
-            D,
-            delta_bias,
-            u_b,
-            delta_b,
-            A_b_log,
-            B_b,
-            C_b,
-            D_b,
-            delta_bias_b,
-            z,
-            scale,
+            u, delta, A_log, B, C, D, delta_bias, u_b, delta_b, A_b_log, B_b, C_b, D_b, delta_bias_b, z, scale, True,
             True,
-            True,
-        )
+        )  # fmt: skip
     else:
         out = dispatch_scan(
-            u,
-            delta,
-            A_log,
-            B,
-            C,
-            D,
-            delta_bias,
-            u_b,
-            delta_b,
-            A_b_log,
-            B_b,
-            C_b,
-            D_b,
-            delta_bias_b,
-            z,
-            scale,
+            u, delta, A_log, B, C, D, delta_bias, u_b, delta_b, A_b_log, B_b, C_b, D_b, delta_bias_b, z, scale, True,
             True,
-            True,
-        )
+        )  # fmt: skip
     return out
 
 

@@ -76,25 +76,9 @@ def scan(
     from .scan_op import triton_scan
 
     return triton_scan(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        delta_bias,
-        u_b,
-        delta_b,
-        A_b,
-        B_b,
-        C_b,
-        D_b,
-        delta_bias_b,
-        z,
-        scale,
-        delta_softplus,
+        u, delta, A, B, C, D, delta_bias, u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b, z, scale, delta_softplus,
         A_is_log,
-    )[0]
+    )[0]  # fmt: skip
 
 
 def conv(
