@@ -87,6 +87,20 @@ def folder(tmp_path):
         ('--recipe nothing', ['nothing', 'digits']),
         ('--config nowhere.yaml', ['nowhere.yaml']),
         ('--device tpu', ['tpu']),
+        ('--dataset cifar10', ['cifar10', 'torch/NAME']),
+        ('--drop-path 2', ['--drop-path', '2']),
+        ('--mean 0.1 0.2', ['images', '2']),
+        ('--interpolation bogus', ['--interpolation', 'bogus']),
+        ('--crop-pct 0', ['--crop-pct']),
+        ('--scale 1', ['--scale', '1']),
+        ('--ratio 0 0', ['--ratio']),
+        ('--cutmix-minmax 0.2', ['--cutmix-minmax']),
+        ('--smoothing 2', ['--smoothing']),
+        ('--aug-repeats -1', ['--aug-repeats']),
+        ('--seed -1', ['--seed']),
+        ('--max-unreadable -1', ['--max-unreadable']),
+        ('--device-modules bogus_module', ['--device-modules', 'bogus_module']),
+        ('--torchcompile bogus', ['--torchcompile', 'bogus']),
         ('--amp --model-dtype bfloat16', ['bfloat16']),
         ('--torchscript', ['--torchscript']),
     ],
@@ -106,6 +120,11 @@ def test_missing_data_folder(refused, tmp_path):
     path = str(tmp_path / 'nowhere')
     assert path in refused(['--data-dir', path, '--model', 'test_vit'])
     assert path in refused(['--data-dir', path, '--model', 'test_vit', '--pretrained'], validate)
+
+
+def test_a_split_without_its_folder(refused, folder):
+    flags = ['--data-dir', folder, '--model', 'test_vit', '--img-size', '32', '--val-split', 'tset']
+    assert 'tset' in refused(flags)
 
 
 def test_empty_data_folder(refused, tmp_path):

@@ -169,7 +169,8 @@ def test_stopped_and_resumed_run_is_the_run_never_stopped(tmp_path):
     flags = [*DIGITS, '--data-in-memory', *ALL, '--mixup', '0.5', '--epochs', '3', '--output', str(tmp_path)]
 
     def stop(trainer):
-        trainer.signals.caught = trainer.epoch == 1  # as a signal would: it ends in the first step of the second epoch
+        if trainer.epoch == 1:  # it ends in the first step of the second epoch
+            trainer.signals.append(15)
 
     train.train(train.parse_args([*flags, '--experiment', 'whole']))
     with pytest.raises(Preempted):

@@ -11,6 +11,7 @@ Row = tuple[str, Any, Any, str]
 
 refused = object()  # the kind of a flag that is known and not honoured
 
+_FILTERS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _NAFLEX = 'there is no model here that takes patch sequences (NaFlex)'
 _MULTI_LABEL = "an image has one label here; for several, run timm's own train.py through vim_timm.run"
 _SIZES = 'every batch of a run has one image size here'
@@ -38,7 +39,7 @@ MODEL: list[Row] = [
     ('--crop-pct', float, None, 'share of the resized image that the evaluation crop keeps'),
     ('--mean', [float], None, 'mean of the pixels, in 0..1, a channel'),
     ('--std', [float], None, 'standard deviation of the pixels, in 0..1, a channel'),
-    ('--interpolation', str, '', 'resize interpolation (default: as the model)'),
+    ('--interpolation', _FILTERS, '', 'resize interpolation (default: as the model)'),
     ('--channels-last', bool, False, 'keep images and weights in channels-last memory format'),
     ('--fuser', refused, '', _JIT),
     ('--fast-norm', bool, False, 'compute norms in the low precision of autocast'),
@@ -198,7 +199,7 @@ TRAIN: dict[str, list[Row]] = {
         ('--mixup-mode', ('batch', 'pair', 'elem'), 'batch', 'what shares one mix'),
         ('--mixup-off-epoch', int, 0, 'no mixup from this epoch on'),
         ('--smoothing', float, 0.1, 'label smoothing'),
-        ('--train-interpolation', str, 'random', 'resize interpolation in training'),
+        ('--train-interpolation', (*_FILTERS, 'random'), 'random', 'resize interpolation in training'),
         ('--drop', float, 0.0, 'dropout rate'),
         ('--drop-connect', float, None, 'old name of --drop-path'),
         ('--drop-path', float, None, 'drop path rate'),

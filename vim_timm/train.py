@@ -27,6 +27,10 @@ from .flags import TRAIN
 from .report.curves import write_curves
 
 PROGRAM = 'train.py'
+SHARES = (
+    'drop', 'drop_path', 'drop_connect', 'drop_block', 'smoothing', 'reprob', 'hflip', 'vflip', 'mixup_prob',
+    'mixup_switch_prob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'model_ema_decay',
+)  # fmt: skip
 LAYERS = ('data', 'config', 'recipe')  # where settings came from, which args.yaml need not say
 DESCRIPTION = """Train an image classifier with timm's library; flags have the names, defaults and meanings of timm's
 train.py. Without data, recipe or --config it trains on the embedded digits (the recipe `digits`)."""
@@ -49,11 +53,20 @@ def check(args: argparse.Namespace) -> None:
         ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1), ('workers', 0),
         ('num_classes', 1), ('in_chans', 1), ('img_size', 1), ('checkpoint_hist', 1), ('log_interval', 1),
         ('val_interval', 1), ('warmup_epochs', 0), ('cooldown_epochs', 0), ('start_epoch', 0), ('recovery_interval', 0),
-        ('lr', 0), ('lr_base', 0), ('weight_decay', 0), ('early_stop_patience', 0), ('max_nonfinite', 1),
+        ('lr', 0), ('lr_base', 0), ('weight_decay', 0), ('early_stop_patience', 0), ('max_nonfinite', 1), ('seed', 0),
+        ('max_unreadable', 0), ('dist_timeout', 1), ('aug_repeats', 0), ('clip_grad', 0), ('crop_pct', 0.01),
+        *((name, 0) for name in SHARES),
     ):  # fmt: skip
         value = getattr(args, name, None)
         if value is not None and value < least:
             raise UserError(f'--{name.replace("_", "-")} must be at least {least}, not {value}')
+    for name in (*SHARES, 'crop_pct'):
+        if (getattr(args, name, None) or 0) > 1:
+            raise UserError(f'--{name.replace("_", "-")} must be at most 1, not {getattr(args, name)}')
+    for name in ('scale', 'ratio', 'cutmix_minmax'):
+        pair = getattr(args, name, None)
+        if pair and not (len(pair) == 2 and 0 < pair[0] <= pair[1]):
+            raise UserError(f'--{name.replace("_", "-")} takes two numbers above 0, the smaller first, not {pair}')
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise UserError(f'--amp needs float32 weights, not --model-dtype {args.model_dtype}')
     if getattr(args, 'pretrained_path', None) and not os.path.isfile(args.pretrained_path):
@@ -116,15 +129,17 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
         TrainingStopped, Preempted: see their docstrings.
     """
     hooks = hooks or Hooks()
-    for module in args.device_modules or []:
-        importlib.import_module(module)
+    with explain('--device-modules'):
+        for module in args.device_modules or []:
+            importlib.import_module(module)
     setup.start_process(args, args.chosen)
     random_seed(args.seed)
     datasets = make_datasets(args, hooks)
     model = setup.make_training_model(args)
     args.num_classes = args.settings['num_classes'] = args.num_classes or model.num_classes
     args.settings['model'] = args.model
-    data_config = resolve_input_data_config(model, vars(args))
+    with explain('images'):
+        data_config = resolve_input_data_config(model, vars(args))
     model = setup.place_model(args, model, data_config['input_size'])
     train_data = data.train_loader(args, datasets[0], data_config)
     eval_data = data.eval_loader(args, datasets[1], data_config)
@@ -133,7 +148,8 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
     if args.model_ema and (args.rank == 0 or not args.model_ema_force_cpu):
         task.setup_ema(args.model_ema_decay, args.model_ema_warmup, device='cpu' if args.model_ema_force_cpu else None)  # type: ignore[arg-type]
     if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        with explain('--torchcompile'):
+            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.world_size > 1:
         device_ids = [args.torch_device] if args.torch_device.type == 'cuda' else None
         task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)

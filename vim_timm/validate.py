@@ -94,7 +94,7 @@ def validate(args: argparse.Namespace, metrics: Mapping[str, Metric] | None = No
     progress, speed = Progress(args.rank == 0, args.log_freq), Speed(args, len(loader))
     outputs: list[Batch] = []
     on_all = outputs.append if args.report or real else None
-    with setup.Signals() as signals:
+    with setup.catch_signals() as signals:
         result = evaluate(model, loader, args, _more_metrics(args, metrics), on_all, progress, speed, signals)
     rate = speed.rate()
     if real:
@@ -120,7 +120,8 @@ def _ready_model(args: argparse.Namespace, labels: list[int] | None) -> tuple[to
         load_weights(model, args.checkpoint, args.use_ema)
     if args.reparam:
         model = reparameterize_model(model)
-    data_config = resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
+    with explain('images'):
+        data_config = resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if args.test_pool:
         if not model.default_cfg.get('pool_size'):
@@ -134,7 +135,8 @@ def _ready_model(args: argparse.Namespace, labels: list[int] | None) -> tuple[to
     if labels is not None:
         model = torch.nn.Sequential(model, _Select(labels))
     if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+        with explain('--torchcompile'):
+            model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     return model, parameters, data_config
 
 

@@ -45,7 +45,11 @@ def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
     if args.dataset == 'digits':
         return Digits(training, mode)
     name = args.dataset or 'image folder'
-    if not args.dataset.startswith(('hfds/', 'hfids/', 'tfds/', 'wds/')) and not args.dataset_download:
+    kinds = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
+    if args.dataset and not args.dataset.startswith(kinds):  # timm would take it for a folder of images
+        names = 'NAME, '.join(kinds)
+        raise UserError(f'--dataset takes digits, nothing for a folder or tar, or {names}NAME, not {name!r}')
+    if not args.dataset.startswith(kinds[1:]) and not args.dataset_download:
         if not args.data_dir:
             raise UserError('no data: give --data-dir, or --dataset digits for the embedded digits')
         if not os.path.exists(args.data_dir):
@@ -64,6 +68,9 @@ def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
         )  # fmt: skip
     if not args.dataset.startswith(('hfids/', 'tfds/', 'wds/')) and len(dataset) == 0:
         raise UserError(f'there are no images in {args.data_dir}, split {split!r}')
+    if not args.dataset and getattr(dataset.reader, 'root', '') == args.data_dir:  # timm reads all there is
+        if any(os.path.isdir(os.path.join(args.data_dir, name)) for name in ('train', 'val', 'validation', 'test')):
+            raise UserError(f'{args.data_dir} has folders of splits, but none for split {split!r}')
     dataset.image_mode = mode if args.dataset.startswith('torch/') else ''
     return dataset
 

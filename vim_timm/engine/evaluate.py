@@ -11,7 +11,7 @@ from timm.task import ClassificationEvaluator
 from ..data import Loader
 from ..errors import Preempted
 from .log import Progress, Speed
-from .setup import Signals, autocast
+from .setup import any_rank, autocast
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # logits, targets, places in the data set
@@ -49,15 +49,10 @@ def _gather(parts: Sequence[Batch], world_size: int) -> Batch:
 
 
 def evaluate(
-    model: torch.nn.Module,
-    loader: Loader,
-    args: argparse.Namespace,
-    metrics: Mapping[str, Metric] | None = None,
-    on_all: Callable[[Batch], Any] | None = None,
-    progress: Progress | None = None,
-    speed: Speed | None = None,
-    signals: Signals | None = None,
-) -> dict[str, float]:
+    model: torch.nn.Module, loader: Loader, args: argparse.Namespace, metrics: Mapping[str, Metric] | None = None,
+    on_all: Callable[[Batch], Any] | None = None, progress: Progress | None = None, speed: Speed | None = None,
+    signals: Sequence[int] = (),
+) -> dict[str, float]:  # fmt: skip
     """Loss, top-1 and top-5 (percent) and the number of images over the whole split, the same on every rank.
 
     Args:
@@ -66,7 +61,7 @@ def evaluate(
             data set's order.
         progress: where to show how far it is.
         speed: counts the images.
-        signals: end early when one comes to any rank.
+        signals: of `catch_signals`; end early when one comes to any rank.
 
     Raises:
         Preempted: a signal came.
@@ -80,9 +75,9 @@ def evaluate(
         speed.update(len(targets))
         if progress and progress.due(step):
             progress.show(f'evaluation [{step}/{steps}]  top-1 {evaluator.summary()["top1"]:.2f} %  {speed}')
-        if signals and signals.caught:  # the other ranks learn of it when they are done
+        if signals:  # the other ranks learn of it when they are done
             break
-    if signals and signals.anywhere(args):
+    if any_rank(bool(signals), args):
         raise Preempted('stopped by a signal in an evaluation: start it again')
     distributed = args.world_size > 1
     result = dict(evaluator.compute(distributed=distributed))

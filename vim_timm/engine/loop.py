@@ -20,7 +20,7 @@ from ..errors import Preempted, TrainingStopped, UserError, explain
 from ..models.checkpoint import read_checkpoint
 from . import checkpoint, log
 from .evaluate import Metric, evaluate
-from .setup import Signals, autocast, make_mixup
+from .setup import autocast, catch_signals, make_mixup
 
 
 @dataclasses.dataclass
@@ -52,15 +52,9 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
-        train_data: Loader,
-        eval_data: Loader,
-        folder: str,
-        hooks: Hooks,
-    ):
+        self, args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, train_data: Loader,
+        eval_data: Loader, folder: str, hooks: Hooks,
+    ):  # fmt: skip
         self.args, self.task, self.optimizer = args, task, optimizer
         self.train_data, self.eval_data, self.folder, self.hooks = train_data, eval_data, folder, hooks
         self.primary = args.rank == 0
@@ -77,7 +71,8 @@ class Trainer:
             raise UserError(f'--eval-metric must be one of {", ".join(known)}, not {args.eval_metric!r}')
         self.metric = f'{"ema" if self._evaluates_ema() else "eval"}_{args.eval_metric}'
         self.saver = checkpoint.Saver(folder, args.checkpoint_hist, args.checkpoint_every, self.metric, self.decreasing)
-        self.progress, self.signals = log.Progress(self.primary, args.log_interval), Signals()
+        self.progress = log.Progress(self.primary, args.log_interval)
+        self.signals: list[int] = []
         self.trackers = log.Trackers(args) if self.primary else None
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.step, self.nonfinite, self.skipped = args.start_epoch or 0, 0, 0, 0
@@ -174,7 +169,7 @@ class Trainer:
         if self.trackers:
             self.trackers.start(self.folder, self.epoch)
         try:
-            with self.signals:
+            with catch_signals() as self.signals:
                 while self.epoch < self.epochs and not self._early_stop():
                     self._train_epoch()
                     self._finish_epoch()
@@ -252,7 +247,7 @@ class Trainer:
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=args.torch_device)
-        flags = torch.stack([~(finite & torch.isfinite(norm)), torch.full_like(finite, self.signals.caught)]).int()
+        flags = torch.stack([~(finite & torch.isfinite(norm)), torch.full_like(finite, bool(self.signals))]).int()
         if args.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         bad, stop = (bool(flag) for flag in flags.tolist())

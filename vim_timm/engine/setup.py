@@ -7,9 +7,11 @@ import difflib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import timm
+import timm.task as tasks
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
@@ -18,13 +20,6 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_
 from timm.loss import create_classification_loss
 from timm.models import create_model, get_deprecated_models, resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.task import (
-    ClassificationTask,
-    FeatureDistillationTask,
-    LogitDistillationTask,
-    TokenDistillationTask,
-    TrainingTask,
-)
 from timm.utils import is_distributed_env, world_info_from_env
 
 from ..errors import UserError, explain
@@ -66,29 +61,26 @@ def start_process(args: argparse.Namespace, chosen: set[str]) -> None:
         set_fast_norm()
 
 
-class Signals:
-    """Remembers SIGTERM and SIGUSR1, by which schedulers announce the end of a job: `with Signals() as signals:`."""
-
-    def __enter__(self) -> 'Signals':
-        self.caught = False
-        numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
-        main = threading.current_thread() is threading.main_thread()  # no other may handle them
-        self.before = {number: signal.signal(number, self._catch) for number in numbers if main}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGUSR1, by which schedulers announce the end of a job, land in the list and kill nobody."""
+    caught: list[int] = []
+    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
+    main = threading.current_thread() is threading.main_thread()  # no other may handle them
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers if main}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def _catch(self, number: int, frame: Any) -> None:
-        self.caught = True
 
-    def anywhere(self, args: argparse.Namespace) -> bool:
-        """Whether one came to any rank; every rank must ask."""
-        flag = torch.tensor(int(self.caught), device=args.torch_device)
-        if args.world_size > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+def any_rank(flag: bool, args: argparse.Namespace) -> bool:
+    """Whether the flag is set on any rank; every rank must ask."""
+    flags = torch.tensor(int(flag), device=args.torch_device)
+    if args.world_size > 1:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 def autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager:
@@ -172,7 +164,7 @@ def make_mixup(args: argparse.Namespace) -> Mixup | None:
 
 def make_task(
     args: argparse.Namespace, model: torch.nn.Module, loss: torch.nn.Module | None, data_config: dict[str, Any]
-) -> TrainingTask:
+) -> tasks.TrainingTask:
     """timm's task for the flags: classification, or distillation with --kd-*. `loss(output, target)` replaces it."""
     kind = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else args.loss or 'ce'
     options = {
@@ -186,18 +178,18 @@ def make_task(
         loss = loss or create_classification_loss(kind, smoothing=args.smoothing, soft_targets=soft, **options)
     common: dict[str, Any] = dict(device=args.torch_device, dtype=args.dtype, verbose=False)
     if not args.kd_model_name:
-        return ClassificationTask(model, loss, **common)
+        return tasks.ClassificationTask(model, loss, **common)
     common.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         'feature': (
-            FeatureDistillationTask,
+            tasks.FeatureDistillationTask,
             dict(student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim),
         ),
         'token': (
-            TokenDistillationTask,
+            tasks.TokenDistillationTask,
             dict(distill_type=args.kd_token_distill_type, temperature=args.kd_temperature),
         ),
-        'logit': (LogitDistillationTask, dict(loss_type=args.kd_loss_type, temperature=args.kd_temperature)),
+        'logit': (tasks.LogitDistillationTask, dict(loss_type=args.kd_loss_type, temperature=args.kd_temperature)),
     }
     create, more = kinds[args.kd_distill_type]
     with explain('knowledge distillation'):
@@ -223,7 +215,7 @@ def learning_rate(args: argparse.Namespace) -> float:
     return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
 
 
-def make_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim.Optimizer:
+def make_optimizer(args: argparse.Namespace, task: tasks.TrainingTask) -> torch.optim.Optimizer:
     """timm's optimizer for the parameters that the task trains."""
     args.lr = learning_rate(args)
     with explain('optimizer'):
