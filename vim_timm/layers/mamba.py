@@ -141,23 +141,25 @@ class BiMamba(nn.Module):
         inside = (self.conv1d, self.conv1d_b, self.x_proj, self.x_proj_b, self.dt_proj, self.dt_proj_b)
         if not all(is_plain(module) for module in inside):
             return None
-        mixer = fused_mixer(xz_BLE, self.A_log, self.dt_rank, self.conv1d.weight.shape[-1])
+        conv, conv_b, x_proj, x_proj_b, dt_proj, dt_proj_b = inside
+        A_log, weight, weight_b = self.A_log, conv.weight, conv_b.weight
+        mixer = fused_mixer(xz_BLE, A_log, self.dt_rank, weight.shape[-1])
         if mixer is None:
             return None
         return mixer(
             xz_BLE,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.x_proj.weight,
-            self.dt_proj.weight,
-            self.dt_proj.bias,
-            self.A_log,
+            weight.squeeze(1),
+            conv.bias,
+            x_proj.weight,
+            dt_proj.weight,
+            dt_proj.bias,
+            A_log,
             self.D,
-            self.conv1d_b.weight.squeeze(1),
-            self.conv1d_b.bias,
-            self.x_proj_b.weight,
-            self.dt_proj_b.weight,
-            self.dt_proj_b.bias,
+            weight_b.squeeze(1),
+            conv_b.bias,
+            x_proj_b.weight,
+            dt_proj_b.weight,
+            dt_proj_b.bias,
             self.A_b_log,
             self.D_b,
             self.scale,

@@ -30,7 +30,9 @@ def checked(name: str, x: Tensor, shape: Sequence[int]) -> Tensor:
 
 def parameter(name: str, x: Optional[Tensor], shape: Sequence[int]) -> Optional[Tensor]:
     """A parameter is small: any strides, copied where they are not plain."""
-    return None if x is None else checked(name, x.contiguous(), shape)
+    if x is None or x.dtype is torch.float32 and x.shape == shape and x.is_contiguous() and x.is_cpu:
+        return x  # what most are: a block has fourteen, and every question costs
+    return checked(name, x.contiguous(), shape)
 
 
 def gradient(x: Tensor) -> Tensor:
