@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -94,6 +95,14 @@ def test_a_deprecated_model_name_stands_for_the_current_one(tmp_path, run, evalu
     result = evaluate('--checkpoint', folder / 'last.pth.tar', '--model', old)
     assert result['model'] == 'vim_tiny_patch16_224'
     assert result['top1'] == pytest.approx(rows[-1]['eval_top1'], abs=0.01)
+
+
+def test_evaluations_say_how_far_they_are(run, evaluate, capsys):
+    folder, _ = run(DIGITS, '--log-interval', '3', '--validation-batch-size', '50')
+    line = r'evaluation \[3/8\]  top-1 \d+\.\d\d %  \d+ img/s  ETA 0:00:\d\d\n'
+    assert re.search(line, capsys.readouterr().out)
+    evaluate('--checkpoint', folder / 'last.pth.tar', '--batch-size', '50', '--log-freq', '3')
+    assert re.search(line, capsys.readouterr().out)
 
 
 def test_validate_takes_the_average_when_asked(run, evaluate):

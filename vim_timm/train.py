@@ -69,8 +69,6 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f'--{name.replace("_", "-")} takes two numbers above 0, the smaller first, not {pair}')
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise UserError(f'--amp needs float32 weights, not --model-dtype {args.model_dtype}')
-    if getattr(args, 'pretrained_path', None) and not os.path.isfile(args.pretrained_path):
-        raise UserError(f'there is no file {args.pretrained_path}')
     if getattr(args, 'lr_base_scale', '') not in ('', 'linear', 'sqrt'):
         raise UserError(f'--lr-base-scale must be linear or sqrt, not {args.lr_base_scale!r}')
     splits = getattr(args, 'aug_splits', 0)

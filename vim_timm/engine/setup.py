@@ -128,6 +128,8 @@ def place_model(args: argparse.Namespace, model: torch.nn.Module, input_size: tu
 
 def make_training_model(args: argparse.Namespace) -> torch.nn.Module:
     """`make_model` plus what only training asks of it."""
+    if args.pretrained_path and not os.path.isfile(args.pretrained_path):
+        raise UserError(f'there is no file {args.pretrained_path}')
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     model = make_model(
         args, drop_rate=args.drop, drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
