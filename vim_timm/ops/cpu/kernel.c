@@ -1052,7 +1052,9 @@ static void lay_out_block(Block *block, Arena *arena, int backward) {
 
 /* Returns 0 when there is no memory. */
 static int begin_block(Block *block, const Mixer *m, int backward) {
-    *block = (Block){.mixer = m, .row = m->rank + 2 * m->state, .tile = backward ? m->length : least(SLICE, m->length)};
+    /* Threads meet four times a tile, which costs as much as 30 of its tokens: they get larger ones. */
+    const int64_t tile = m->threads > 1 ? 4 * SLICE : SLICE;
+    *block = (Block){.mixer = m, .row = m->rank + 2 * m->state, .tile = backward ? m->length : least(tile, m->length)};
     block->conv = (Convolution){.x = m->x, .directions = 2, .batch = m->batch, .length = m->length,
                                 .channels = m->channels, .width = m->width, .silu = 1, .threads = m->threads};
     block->scan = (Scan){.directions = 2, .batch = m->batch, .length = m->length, .channels = m->channels,
