@@ -21,6 +21,7 @@ from vim_timm.ops.cpu.tensors import (
     rows,
     threads,
 )
+from vim_timm.ops.operators import register
 
 # The C structure Convolution: four Rows, two weights, biases and their gradients each, seven integers.
 _STRUCT = struct.Struct('@27q')
@@ -101,12 +102,10 @@ def _differentiate(ctx, grad, grad_b):
     return *(None if x is None else next(found) for x in inputs), None
 
 
-_definitions.impl('cpu_conv', _run, 'CompositeExplicitAutograd')
-_definitions.impl('cpu_conv_backward', _run_backward, 'CompositeExplicitAutograd')
-torch.library.register_fake('vim_timm::cpu_conv', _fake, lib=_definitions)
-torch.library.register_fake('vim_timm::cpu_conv_backward', _backward_fake, lib=_definitions)
-torch.library.register_autograd('vim_timm::cpu_conv', _differentiate, setup_context=_save, lib=_definitions)
-torch.library.register_autograd('vim_timm::cpu_conv_backward', refuse_second_derivative, lib=_definitions)
+register(
+    _definitions, 'cpu_conv', _run, _fake, _save, _differentiate, _run_backward, _backward_fake,
+    refuse_second_derivative,
+)  # fmt: skip
 
 
 @register_flop_formula(torch.ops.vim_timm.cpu_conv)

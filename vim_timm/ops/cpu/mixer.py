@@ -25,6 +25,7 @@ from vim_timm.ops.cpu.tensors import (
     rows,
     threads,
 )
+from vim_timm.ops.operators import register
 
 # The C structure Mixer: two directions of sixteen pointers, five Rows, seven integers, one double.
 _STRUCT = struct.Struct('@54qd')
@@ -157,12 +158,10 @@ def _differentiate(ctx, grad, *others):
     return *(None if t is None else next(found) for t in tensors), None, None
 
 
-_definitions.impl('cpu_mixer', _run, 'CompositeExplicitAutograd')
-_definitions.impl('cpu_mixer_backward', _run_backward, 'CompositeExplicitAutograd')
-torch.library.register_fake('vim_timm::cpu_mixer', _fake, lib=_definitions)
-torch.library.register_fake('vim_timm::cpu_mixer_backward', _backward_fake, lib=_definitions)
-torch.library.register_autograd('vim_timm::cpu_mixer', _differentiate, setup_context=_save, lib=_definitions)
-torch.library.register_autograd('vim_timm::cpu_mixer_backward', refuse_second_derivative, lib=_definitions)
+register(
+    _definitions, 'cpu_mixer', _run, _fake, _save, _differentiate, _run_backward, _backward_fake,
+    refuse_second_derivative,
+)  # fmt: skip
 
 
 @register_flop_formula(torch.ops.vim_timm.cpu_mixer)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vim_timm.ops.cpu import library
 from vim_timm.ops.cpu.tensors import address, checked, refuse_second_derivative, threads
+from vim_timm.ops.operators import register
 
 # The C structure Norm: five pointers, three integers, one double.
 _STRUCT = struct.Struct('@8qd')
@@ -48,16 +49,17 @@ def _differentiate(ctx, grad):
     return *torch.ops.vim_timm.cpu_rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None
 
 
-_definitions.impl('cpu_rms_norm', _run, 'CompositeExplicitAutograd')
-_definitions.impl('cpu_rms_norm_backward', _run_backward, 'CompositeExplicitAutograd')
-torch.library.register_fake('vim_timm::cpu_rms_norm', lambda x, weight, eps: x.new_empty(x.shape), lib=_definitions)
-torch.library.register_fake(
-    'vim_timm::cpu_rms_norm_backward',
+register(
+    _definitions,
+    'cpu_rms_norm',
+    _run,
+    lambda x, weight, eps: x.new_empty(x.shape),
+    _save,
+    _differentiate,
+    _run_backward,
     lambda grad, x, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
-    lib=_definitions,
+    refuse_second_derivative,
 )
-torch.library.register_autograd('vim_timm::cpu_rms_norm', _differentiate, setup_context=_save, lib=_definitions)
-torch.library.register_autograd('vim_timm::cpu_rms_norm_backward', refuse_second_derivative, lib=_definitions)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

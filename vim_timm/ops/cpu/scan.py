@@ -22,6 +22,7 @@ from vim_timm.ops.cpu.tensors import (
     rows,
     threads,
 )
+from vim_timm.ops.operators import register
 
 _CHUNK = 64  # CHUNK in kernel.c: tokens between two kept states
 _PADDING = 16  # PADDING in kernel.c: the kept states' channels are padded to a multiple of it
@@ -166,12 +167,10 @@ def _differentiate(ctx, grad, *states_grads):
     return *(None if x is None else next(found) for x in inputs), *(None for _ in ctx.flags), None
 
 
-_definitions.impl('cpu_scan', _run, 'CompositeExplicitAutograd')
-_definitions.impl('cpu_scan_backward', _run_backward, 'CompositeExplicitAutograd')
-torch.library.register_fake('vim_timm::cpu_scan', _fake, lib=_definitions)
-torch.library.register_fake('vim_timm::cpu_scan_backward', _backward_fake, lib=_definitions)
-torch.library.register_autograd('vim_timm::cpu_scan', _differentiate, setup_context=_save, lib=_definitions)
-torch.library.register_autograd('vim_timm::cpu_scan_backward', refuse_second_derivative, lib=_definitions)
+register(
+    _definitions, 'cpu_scan', _run, _fake, _save, _differentiate, _run_backward, _backward_fake,
+    refuse_second_derivative,
+)  # fmt: skip
 
 
 @register_flop_formula(torch.ops.vim_timm.cpu_scan)

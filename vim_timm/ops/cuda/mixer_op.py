@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..operators import register
 from ..triton_kernels.launch import multiprocessors, no_double_backward
 from .nvrtc import Module, load
 
@@ -300,12 +301,7 @@ def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
     return (*(None if p is None else g.to(p.dtype) for g, p in zip(grads, operands)), None)
 
 
-definitions.impl('cuda_mixer', run, 'CompositeExplicitAutograd')
-definitions.impl('cuda_mixer_backward', run_backward, 'CompositeExplicitAutograd')
-torch.library.register_fake('vim_timm::cuda_mixer', fake, lib=definitions)
-torch.library.register_fake('vim_timm::cuda_mixer_backward', fake_backward, lib=definitions)
-torch.library.register_autograd('vim_timm::cuda_mixer', backward, setup_context=save_operands, lib=definitions)
-torch.library.register_autograd('vim_timm::cuda_mixer_backward', no_double_backward, lib=definitions)
+register(definitions, 'cuda_mixer', run, fake, save_operands, backward, run_backward, fake_backward, no_double_backward)
 
 
 def mixer_flop(xz_shape: Any, dt_shape: Any) -> int:
