@@ -150,7 +150,9 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.world_size > 1:
         device_ids = [args.torch_device] if args.torch_device.type == 'cuda' else None
-        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+        task.prepare_distributed(
+            device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb, gradient_as_bucket_view=True
+        )
     folder = output_folder(args, data_config['input_size'][-1])
     trainer = Trainer(args, task, optimizer, train_data, eval_data, folder, hooks)
     resumed = checkpoint_to_resume(args, trainer.saver)

@@ -42,6 +42,9 @@ def start_process(args: argparse.Namespace, chosen: set[str]) -> None:
             os.environ[name.upper()] = str(getattr(args, name))  # SLURM sets none of these
         with explain('cannot join the other processes'):
             timeout = datetime.timedelta(seconds=args.dist_timeout)
+            # Else NCCL's watchdog keeps the process for a minute more, for a dump that nobody asked for.
+            os.environ.setdefault('TORCH_NCCL_DUMP_ON_TIMEOUT', '0')
+            os.environ.setdefault('TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC', '1000')
             dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timeout)
         if kind == 'cuda':
             args.device = f'cuda:{args.local_rank}'
