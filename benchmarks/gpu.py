@@ -99,7 +99,7 @@ def measure_fused(batch: int, dim: int, length: int) -> dict[str, float]:
         'fused_conv': captured_ms(mixer.convolve),
         'fused_scan': captured_ms(lambda: mixer.scan_forward(u, x)),
         'fused_scan_backward': captured_ms(lambda: mixer.scan_gradients(u, x, grad, torch.empty_like(mixer.xz))),
-        'fused_block_backward': captured_ms(lambda: mixer.backward(grad, x)),
+        'fused_block_backward': captured_ms(lambda: mixer.backward(grad)),
     }
 
 

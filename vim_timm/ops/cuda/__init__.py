@@ -100,4 +100,4 @@ def mixer(
     return torch.ops.vim_timm.cuda_mixer(
         xz, conv, conv_bias, x_proj, dt, dt_bias, A_log, D,
         conv_b, conv_bias_b, x_proj_b, dt_b, dt_bias_b, A_b_log, D_b, scale,
-    )[0]  # fmt: skip
+    )  # fmt: skip

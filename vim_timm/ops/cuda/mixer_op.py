@@ -1,8 +1,8 @@
 """The inside of a bidirectional Mamba block, from in_proj's output to out_proj's input, as one dispatcher op.
 
 A short sequence takes three kernels: convolution, projection (a batched product), scan with step sizes and gate. What a
-composition of operators would keep for the backward pass (both convolutions' results, both step sizes, the ungated sum)
-is computed again there from in_proj's output.
+composition of operators would keep for the backward pass (both convolutions' results, projections, both step sizes, the
+ungated sum) is computed again there from in_proj's output.
 """
 
 import math
@@ -34,10 +34,8 @@ OPERANDS = f'Tensor xz, {PARAMETERS.format("")}, {PARAMETERS.format("_b")}, floa
 
 # Defined in a library, not by `custom_op`, whose wrappers cost the host a third of a call.
 definitions = torch.library.Library('vim_timm', 'FRAGMENT')
-definitions.define(f'cuda_mixer({OPERANDS}) -> (Tensor, Tensor)')
-definitions.define(
-    f'cuda_mixer_backward(Tensor grad, Tensor x, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'
-)
+definitions.define(f'cuda_mixer({OPERANDS}) -> Tensor')
+definitions.define(f'cuda_mixer_backward(Tensor grad, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
 
 
 class Direction(NamedTuple):
@@ -229,10 +227,11 @@ class Mixer:
         weights = torch.stack([torch.mm(g.t(), r[:, :rank]) for g, r in zip(grad_delta, x)])
         return grad_x, weights[..., : self.rank].contiguous()
 
-    def backward(self, grad: Tensor, x: Tensor) -> List[Tensor]:
+    def backward(self, grad: Tensor) -> List[Tensor]:
         """Gradients of xz, of four taps and the bias (2, 5, D), of x_proj (2, ROW, D), of dt (2, D, R), of A_log
         (2, D, 16), of D and dt_bias (2, 2, D)."""
         u, packed = self.convolve()
+        x = self.project(u, packed)
         grad_xz = torch.empty_like(self.xz)
         grad_u, grad_delta, grad_bc, grad_A, grad_v = self.scan_gradients(u, x, aligned(grad), grad_xz)
         grad_x, grad_weight_dt = self.dt_backward(x, grad_delta, grad_bc)
@@ -243,30 +242,27 @@ class Mixer:
         return [grad_xz, taps, grad_project, grad_weight_dt, grad_A, grad_v]
 
 
-def run(*operands: Any) -> Tuple[Tensor, Tensor]:
-    """The gated output (B, L, D), and the projections for the backward pass."""
+def run(*operands: Any) -> Tensor:
+    """The gated output (B, L, D)."""
     mixer = Mixer(*operands)
     with torch.cuda.device_of(mixer.xz):
         u, packed = mixer.convolve()
-        x = mixer.project(u, packed)
-        return mixer.scan_forward(u, x), x
+        return mixer.scan_forward(u, mixer.project(u, packed))
 
 
-def fake(*operands: Any) -> Tuple[Tensor, Tensor]:
-    xz, dt = operands[0], operands[4]
-    batch, length, width = xz.shape
-    row = padded_rank(dt.shape[1]) + 2 * STATE
-    return xz.new_empty((batch, length, width // 2)), xz.new_empty((2, batch, length, row))
+def fake(*operands: Any) -> Tensor:
+    batch, length, width = operands[0].shape
+    return operands[0].new_empty((batch, length, width // 2))
 
 
-def run_backward(grad: Tensor, x: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
+def run_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
     """The gradients of `Mixer.backward`."""
     mixer = Mixer(*operands)
     with torch.cuda.device_of(mixer.xz):
-        return tuple(mixer.backward(grad, x))
+        return tuple(mixer.backward(grad))
 
 
-def fake_backward(grad: Tensor, x: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
+def fake_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
     xz, dt = operands[0], operands[4]
     dim = xz.shape[2] // 2
 
@@ -276,27 +272,25 @@ def fake_backward(grad: Tensor, x: Tensor, *operands: Any) -> Tuple[Tensor, ...]
     return (
         torch.empty(xz.shape, dtype=xz.dtype, device=xz.device),
         empty(2, 5, dim, dtype=torch.float32),
-        empty(2, x.shape[3], dim, dtype=xz.dtype),
+        empty(2, padded_rank(dt.shape[1]) + 2 * STATE, dim, dtype=xz.dtype),
         empty(2, dim, dt.shape[1], dtype=xz.dtype),
         empty(2, dim, STATE, dtype=torch.float32),
         empty(2, 2, dim, dtype=torch.float32),
     )
 
 
-def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], *inputs[:-1])
+def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-1])
     ctx.scale = inputs[-1]
-    ctx.mark_non_differentiable(output[1])
 
 
-def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
-    x, *operands = ctx.saved_tensors
-    grad_xz, taps, project, dt, A_log, vectors = torch.ops.vim_timm.cuda_mixer_backward(grad, x, *operands, ctx.scale)
+def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    operands = ctx.saved_tensors
+    grad_xz, taps, project, dt, A_log, vectors = torch.ops.vim_timm.cuda_mixer_backward(grad, *operands, ctx.scale)
     width, rank = operands[1].shape[1], operands[4].shape[1]
-    filler = x.shape[3] - 2 * STATE
     grads: List[Tensor] = [grad_xz]
     for i in range(2):
-        project_i = torch.cat([project[i, :rank], project[i, filler:]])
+        project_i = torch.cat([project[i, :rank], project[i, padded_rank(rank) :]])
         grads += [taps[i, 4 - width : 4].t(), taps[i, 4], project_i, dt[i], vectors[i, 1], A_log[i], vectors[i, 0]]
     return (*(None if p is None else g.to(p.dtype) for g, p in zip(grads, operands)), None)
 
@@ -319,6 +313,6 @@ def _(xz: Any, conv: Any, conv_bias: Any, x_proj: Any, dt: Any, *args: Any, **kw
 
 @register_flop_formula(torch.ops.vim_timm.cuda_mixer_backward)
 def _(
-    grad: Any, x: Any, xz: Any, conv: Any, conv_bias: Any, x_proj: Any, dt: Any, *args: Any, **kwargs: Any
+    grad: Any, xz: Any, conv: Any, conv_bias: Any, x_proj: Any, dt: Any, *args: Any, **kwargs: Any
 ) -> int:  # fmt: skip
     return 3 * mixer_flop(xz, dt)
