@@ -97,7 +97,7 @@ def poison(monkeypatch):
 
 
 SIZES = [
-    dict(batch=2, length=1, dim=64, rank=4),
+    dict(batch=12, length=1, dim=64, rank=4),
     dict(batch=1, length=5, dim=64, rank=12, bias=False),
     dict(batch=3, length=17, dim=64, rank=16, width=3),
     dict(batch=2, length=130, dim=192, rank=7, width=2),
@@ -116,7 +116,7 @@ def test_outputs_and_gradients_agree_with_float64(size, dtype, poison):
 
 
 SMALL_SIZES = [
-    dict(batch=2, length=1, dim=64, rank=4),
+    dict(batch=12, length=1, dim=64, rank=4),
     dict(batch=1, length=5, dim=64, rank=12, bias=False),
     dict(batch=2, length=37, dim=64, rank=16, width=3),
     dict(batch=1, length=200, dim=128, rank=48, width=2),  # in chunks

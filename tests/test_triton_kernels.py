@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vim_timm  # noqa: F401  registers the models
-from vim_timm.ops import reference, triton_kernels
+from vim_timm.ops import mamba_ssm_adapter, reference, triton_kernels
 
 sys.path.insert(0, str(Path(__file__).parent))
 from golden_data import cases, load  # noqa: E402
@@ -125,6 +125,20 @@ def test_scan_agrees_with_the_reference(case, poison):
 def test_scan_agrees_with_the_reference_at_full_size(batch, length, dim, state, dtype, poison):
     operands = scan_operands(batch, length, dim, state, dtype)
     assert_close_to_reference('scan', operands, (0.5, True, True), RELATIVE[dtype])
+
+
+@only_gpu
+@pytest.mark.skipif(bool(mamba_ssm_adapter.unavailable()), reason='needs mamba-ssm')
+@pytest.mark.parametrize('dtype', RELATIVE, ids=str)
+def test_scan_is_no_less_accurate_than_mamba_ssm(dtype):
+    operands = scan_operands(8, 197, 384, 16, dtype)
+    wanted = run_with_gradients(reference.scan, operands, (0.5, True, True), torch.float64)
+    ours, theirs = (
+        [relative_error(f, w) for f, w in zip(run_with_gradients(backend.scan, operands, (0.5, True, True)), wanted)]
+        for backend in (triton_kernels, mamba_ssm_adapter)
+    )
+    # noise where both round in the last place
+    assert all(a < 1.1 * b + 1e-6 for a, b in zip(ours, theirs)), list(zip(ours, theirs))
 
 
 @kernels
@@ -319,3 +333,28 @@ def test_three_hundred_steps_of_vim_tiny_stay_finite(dtype):
         scaler.update()
         optimizer.zero_grad()
     assert loss < 6.9
+
+
+@only_gpu
+def test_the_default_scaler_skips_no_more_steps_than_for_deit():
+    images, labels = torch.randn(8, 32, 3, 224, 224), torch.randint(1000, (8, 32))
+
+    def skipped(name):
+        torch.manual_seed(0)
+        model = timm.create_model(name).cuda().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        scaler = torch.amp.GradScaler('cuda', growth_interval=50)  # grows often, so that there is something to skip
+        found = []
+        for step in range(150):
+            with torch.autocast('cuda', torch.float16):
+                logits = model(images[step % 8].cuda())
+                loss = torch.nn.functional.cross_entropy(logits, labels[step % 8].cuda())
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scale = scaler.get_scale()
+            scaler.update()
+            optimizer.zero_grad()
+            found.append(scaler.get_scale() < scale)
+        return sum(found[20:])
+
+    assert skipped('vim_tiny_patch16_224') <= skipped('deit_tiny_patch16_224')
