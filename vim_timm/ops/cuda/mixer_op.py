@@ -1,8 +1,8 @@
 """The inside of a bidirectional Mamba block, from in_proj's output to out_proj's input, as one dispatcher op.
 
-A short sequence takes two kernels, beside a small one that packs parameters: convolution with projection, scan with
-step sizes and gate. What a composition of operators would keep for the backward pass (both convolutions' results,
-projections, both step sizes, the ungated sum) is computed again there from in_proj's output.
+A short sequence takes two kernels, beside a small one that packs parameters: convolution with projection, scan with step
+sizes and gate. What a composition of operators would keep for the backward pass (both convolutions' results, projections,
+both step sizes, the ungated sum) is computed again there from in_proj's output.
 """
 
 import math
