@@ -1,8 +1,8 @@
 """The inside of a bidirectional Mamba block, from in_proj's output to out_proj's input, as one dispatcher op.
 
-A short sequence takes two kernels, beside a small one that packs parameters: convolution with projection, scan with step
-sizes and gate. What a composition of operators would keep for the backward pass (both convolutions' results, projections,
-both step sizes, the ungated sum) is computed again there from in_proj's output.
+A short sequence takes three kernels: convolution, projection (a batched product), scan with step sizes and gate. What a
+composition of operators would keep for the backward pass (both convolutions' results, projections, both step sizes, the
+ungated sum) is computed again there from in_proj's output.
 """
 
 import math
@@ -23,7 +23,6 @@ TILE = 16  # tokens
 MIN_CHUNK = 64
 CONV_WARPS, CONV_BACKWARD_WARPS = 16, 12  # on a multiprocessor, as many as registers allow
 PACKING_BLOCKS = 16
-CONV_PROJECT_ROWS, CONV_REACH = 64, 3  # rows of a block of the convolution with projection; those between sequences
 BACKWARD_CHANNELS = 32  # of a block of the scan's backward, one warp
 BACKWARD_BLOCKS = 8
 KEPT = 4  # tokens between two states that the backward pass starts again from
@@ -116,9 +115,9 @@ class Mixer:
         span = 8 * math.ceil(self.length / max(1, wanted) / 8)
         return span, math.ceil(groups * self.batch * math.ceil(self.length / span) / 4)
 
-    def conv_module(self, file: str = 'conv.cu') -> Module:
+    def conv_module(self) -> Module:
         conv, bias = self.directions[0][:2]
-        return self.module(file, WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None))
+        return self.module('conv.cu', WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None))
 
     def convolve(self) -> Tuple[Tensor, Tensor]:
         """u (2, B, L, D) and the packed weights of the projection (2, ROW, D)."""
@@ -135,22 +134,6 @@ class Mixer:
         """dt, B and C of both directions (2, B, L, ROW)."""
         x = torch.bmm(u.view(2, -1, self.dim), packed.transpose(1, 2))
         return x.view(2, self.batch, self.length, self.row)
-
-    def convolve_and_project(self) -> Tuple[Tensor, Tensor]:
-        """u (2, B, L, D), and its dt, B and C (2, B, L, ROW)."""
-        u = self.empty(2, self.batch, self.length, self.dim)
-        x = self.empty(2, self.batch, self.length, self.row)
-        packed = self.empty(self.dim, 2 * (self.row + 2 * 5))  # also taps and bias, float32
-        module = self.conv_module('conv_project.cu')
-        module.launch(
-            'pack_parameters', (math.ceil(self.row * self.dim / 128), 1, 1), 128, *self.both('conv'),
-            *self.both('conv_bias'), *self.both('x_proj'), packed, self.dim,
-        )  # fmt: skip
-        blocks = math.ceil(self.batch * (self.length + CONV_REACH) / CONV_PROJECT_ROWS)
-        module.launch(
-            'conv_project', (blocks, 1, 1), 128, self.xz, 2 * self.dim, packed, u, x, self.batch, self.length, self.dim
-        )
-        return u, x
 
     def scan(
         self, u: Tensor, x: Tensor, out: Tensor, H: Optional[Tensor], S: Optional[Tensor] = None,
@@ -263,7 +246,8 @@ def run(*operands: Any) -> Tensor:
     """The gated output (B, L, D)."""
     mixer = Mixer(*operands)
     with torch.cuda.device_of(mixer.xz):
-        return mixer.scan_forward(*mixer.convolve_and_project())
+        u, packed = mixer.convolve()
+        return mixer.scan_forward(u, mixer.project(u, packed))
 
 
 def fake(*operands: Any) -> Tensor:
