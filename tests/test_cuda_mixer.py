@@ -11,7 +11,8 @@ import timm
 import torch
 
 import vim_timm  # noqa: F401  registers the models
-from vim_timm.ops import cuda, reference, use_scan_backend
+from vim_timm.layers import BiMamba
+from vim_timm.ops import cuda, mamba_ssm_adapter, reference, use_scan_backend
 from vim_timm.ops.cuda import mixer_op, nvrtc
 from vim_timm.ops.cuda.mixer_op import STATE, cut, padded_rank
 
@@ -211,6 +212,28 @@ def test_a_model_gives_the_same_with_and_without_fusion(name):
             model(images).float().square().sum().backward()
         results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert all(error(a, b) < 0.1 for a, b in zip(*results))
+
+
+@only_gpu
+@pytest.mark.skipif(bool(mamba_ssm_adapter.unavailable()), reason='needs mamba-ssm')
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_a_mixer_is_no_less_accurate_than_with_mamba_ssm(dtype):
+    torch.manual_seed(0)
+    mixer = BiMamba(192).cuda()
+    x, weight = torch.randn(2, 8, 197, 192, device='cuda')
+
+    def run(backend, type):
+        leaf = x.to(type).requires_grad_()
+        with use_scan_backend(backend), torch.autocast('cuda', dtype, enabled=type == torch.float32):
+            y = mixer(leaf)
+        return [y.detach(), *torch.autograd.grad(y, [leaf, *mixer.parameters()], weight.to(y.dtype))]
+
+    ours, theirs = run('auto', torch.float32), run('mamba_ssm', torch.float32)
+    mixer.double()
+    wanted = run('reference', torch.float64)
+    names = ['output', 'input', *(name for name, _ in mixer.named_parameters())]
+    errors = {n: (error(a, w), error(b, w)) for n, a, b, w in zip(names, ours, theirs, wanted)}
+    assert all(a < 1.1 * b for a, b in errors.values()), errors
 
 
 @only_gpu

@@ -12,6 +12,8 @@
 // Macros beside common.cuh's: LOCAL, CARRY, KEEP, GRAD (0 or 1, see scan_forward), BLOCKS (of a multiprocessor).
 
 constexpr int CHANNELS = 64;
+// A tile's u is asked for before the tile's work or, where more else is on its way, after the last one's steps.
+constexpr bool EARLY = !LOCAL && !GRAD;
 
 struct Warp {
   alignas(16) T x[TILE][ROW];
@@ -216,15 +218,21 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float
     const int t0 = begin + (reverse ? tiles - 1 : 0) * TILE;
     copy_rows(s.x, x + (long long)t0 * ROW, ROW, end - t0, lane);
     copies_commit();
-    copy_rows(s.u, u + (long long)t0 * dim, dim, end - t0, lane);
-    copies_commit();
+    if (!EARLY) {
+      copy_rows(s.u, u + (long long)t0 * dim, dim, end - t0, lane);
+      copies_commit();
+    }
   }
-  // Of three groups of copies (z and its companions, projections, u) two are always on their way.
+  // Three groups of copies, each waited for where it is used: projections, u, and z with its companions.
   for (int k = 0; k < tiles; k++) {
     const int tile = reverse ? tiles - 1 - k : k;
     const int t0 = begin + tile * TILE, rows_left = end - t0, next = reverse ? t0 - TILE : t0 + TILE;
     const bool second = !LOCAL && (reverse ? tile < middle : tile >= middle);
     if (!LOCAL && k == (reverse ? tiles - middle : middle)) meet(64);
+    if (EARLY) {
+      copy_rows(s.u, u + (long long)t0 * dim, dim, rows_left, lane);
+      copies_commit();
+    }
     if (second) {
       copy_rows(s.z, z + (long long)t0 * z_stride, z_stride, rows_left, lane);
       copy_rows(s.other, out + (long long)t0 * out_stride, out_stride, rows_left, lane);
@@ -280,9 +288,11 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float
       }
     }
     __syncwarp();
-    if (k + 1 < tiles) copy_rows(s.u, u + (long long)next * dim, dim, end - next, lane);
-    copies_commit();
-    copies_wait<2>();  // z and its companions
+    if (!EARLY) {
+      if (k + 1 < tiles) copy_rows(s.u, u + (long long)next * dim, dim, end - next, lane);
+      copies_commit();
+    }
+    copies_wait<EARLY ? 1 : 2>();  // z and its companions
 #if !LOCAL
     finish(s, second, out + (long long)t0 * out_stride, out_stride, grad_y + (long long)t0 * dim, dim, scale, rows_left,
            lane);
