@@ -233,7 +233,8 @@ def test_a_mixer_is_no_less_accurate_than_with_mamba_ssm(dtype):
     wanted = run('reference', torch.float64)
     names = ['output', 'input', *(name for name, _ in mixer.named_parameters())]
     errors = {n: (error(a, w), error(b, w)) for n, a, b, w in zip(names, ours, theirs, wanted)}
-    assert all(a < 1.1 * b for a, b in errors.values()), errors
+    worse = {n: pair for n, pair in errors.items() if not pair[0] < 1.1 * pair[1]}
+    assert not worse, worse
 
 
 @only_gpu

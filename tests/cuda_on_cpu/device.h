@@ -209,15 +209,20 @@ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigne
   });
 }
 
-inline void multiply_and_store(float* to, const unsigned (&a)[4], unsigned b0, unsigned b1, int index) {
+inline void multiply_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   const int l = lane();
-  float c[4];
-  check_aligned(to, 16);
   together(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}}, [&](auto of) {
-    for (int i = 0; i < 4; i++) c[i] = product(of, from_bf16, l / 4 + i / 2 * 8, l % 4 * 2 + i % 2);
+    for (int i = 0; i < 4; i++) c[i] += product(of, from_bf16, l / 4 + i / 2 * 8, l % 4 * 2 + i % 2);
     return 0;
   });
-  if (index == 0) std::memcpy(to, c, 16);
+}
+
+inline void multiply_and_store(float* to, const float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                               int index) {
+  float sum[4] = {c[0], c[1], c[2], c[3]};
+  check_aligned(to, 16);
+  multiply_bf16(sum, a, b0, b1);
+  if (index == 0) std::memcpy(to, sum, 16);
 }
 
 inline float4 load_whole(const float* from) {

@@ -2,8 +2,8 @@
 //
 // A block is one warp on 32 channels of one direction. A lane owns 4 states of 4 channels, so that its registers are,
 // as they stand, the left operand of the matrix unit: products whose sum over channels is a gradient of B or C are
-// rounded to bfloat16 and summed there, with no way through shared memory. (bfloat16 also for float16 tensors: its
-// range holds every product.) Lane l owns channels 16 (l / 4 % 2) + 4 (l % 4) + 0..3 and states 4 (l / 8) + 0..3.
+// rounded to bfloat16 and summed there, with no way through shared memory. (For float16 tensors too, whose
+// range does not hold every product; but then as a sum of two, or the sums would be less accurate than their tensors.) Lane l owns channels 16 (l / 4 % 2) + 4 (l % 4) + 0..3 and states 4 (l / 8) + 0..3.
 //
 // A warp walks over tiles of 16 tokens against scan order. Rows of a tile are put into shared memory in scan order, so
 // that a direction is only another order of rows in memory. From the state on entry of every 4 tokens, which the
@@ -15,6 +15,7 @@
 constexpr int CHANNELS = 32;
 constexpr int OWN = 4;    // channels of a lane, and states
 constexpr int GROUP = 4;  // steps whose states are in registers, each time from a kept state
+constexpr int PARTS = 1 + HALF;  // bfloat16 numbers whose sum stands for a factor of the matrix unit
 
 struct Shared {
   alignas(16) T x[TILE][ROW];
@@ -23,7 +24,7 @@ struct Shared {
   alignas(16) T weight[CHANNELS][RANK_PAD];
   alignas(16) float delta[TILE][CHANNELS];
   alignas(16) float input[TILE][CHANNELS];  // delta u
-  alignas(16) T2 packed[TILE][CHANNELS / 2];  // and as bfloat16
+  alignas(16) T2 packed[PARTS][TILE][CHANNELS / 2];  // and as bfloat16
   alignas(16) float bc[TILE][2 * STATE];
   alignas(16) T bounds[2][STATE][CHANNELS];
   alignas(16) float sums[GROUP][2][2][8][4];  // of a step, for B and C: see sum_channels
@@ -90,6 +91,29 @@ __device__ __forceinline__ void load4(float (&v)[OWN], const T* from) {
   v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
 }
 
+// Two neighbouring numbers as factors of the matrix unit.
+struct Parts {
+  T2 at[PARTS];
+};
+
+__device__ __forceinline__ Parts parts(float low, float high) {
+  Parts p;
+  p.at[0] = pack_bf16(low, high);
+#if HALF
+  p.at[1] = pack_bf16(low - __uint_as_float(p.at[0] << 16), high - __uint_as_float(p.at[0] & 0xffff0000u));
+#endif
+  return p;
+}
+
+__device__ __forceinline__ Parts parts(T2 v) {
+#if HALF
+  const float2 f = unpack(v);
+  return parts(f.x, f.y);
+#else
+  return {v};
+#endif
+}
+
 // What needs no order: step sizes (0 beyond the end), their products with u, B and C as float32.
 __device__ __forceinline__ void prepare(Shared& s, int stage, int rows_left, const Walk& w) {
   // Columns of two neighbouring products, 8 each, are taken so that a lane gets four neighbouring channels.
@@ -130,7 +154,10 @@ __device__ __forceinline__ void prepare(Shared& s, int stage, int rows_left, con
       }
       *(float4*)&s.delta[r][16 * j + column] = make_float4(d[0], d[1], d[2], d[3]);
       *(float4*)&s.input[r][16 * j + column] = make_float4(u[0], u[1], u[2], u[3]);
-      *(uint2*)&s.packed[r][8 * j + column / 2] = make_uint2(pack_bf16(u[0], u[1]), pack_bf16(u[2], u[3]));
+      const Parts low = parts(u[0], u[1]), high = parts(u[2], u[3]);
+#pragma unroll
+      for (int i = 0; i < PARTS; i++)
+        *(uint2*)&s.packed[i][r][8 * j + column / 2] = make_uint2(low.at[i], high.at[i]);
     }
   }
 #pragma unroll
@@ -144,19 +171,11 @@ __device__ __forceinline__ void prepare(Shared& s, int stage, int rows_left, con
   __syncwarp();
 }
 
-__device__ __forceinline__ T2 bf16(T2 v) {
-#if HALF
-  const float2 f = unpack(v);
-  return pack_bf16(f.x, f.y);
-#else
-  return v;
-#endif
-}
-
 // What a step needs of its token; v is delta u, only needed as bfloat16 against scan order.
 struct Operands {
   float d[OWN], v[OWN], b[OWN], c[OWN];
-  T2 grad[2], packed[2];
+  T2 grad[2];
+  Parts packed[2];
 
   __device__ __forceinline__ void load_common(const Shared& s, int stage, int row, int channel, int state) {
     load4(d, &s.delta[row][channel]);
@@ -171,8 +190,11 @@ struct Operands {
   __device__ __forceinline__ void load_gradient(const Shared& s, int stage, int row, int channel, int state) {
     load_common(s, stage, row, channel, state);
     load4(c, &s.bc[row][STATE + state]);
-    const uint2 v = *(const uint2*)&s.packed[row][channel / 2];
-    packed[0] = v.x, packed[1] = v.y;
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+      const uint2 v = *(const uint2*)&s.packed[i][row][channel / 2];
+      packed[0].at[i] = v.x, packed[1].at[i] = v.y;
+    }
   }
   __device__ __forceinline__ void widen(float (&g)[OWN]) const {
     const float2 low = unpack(grad[0]), high = unpack(grad[1]);
@@ -183,14 +205,20 @@ struct Operands {
 // Sums over channels of f times a vector: four for each two of the lane's states, namely with the vector of the lower
 // and of the upper half of the channels (the columns of the product are these two in turn). f belongs to one half; what
 // it makes with the other's vector is dropped by `total`.
-__device__ __forceinline__ void sum_channels(float (*to)[8][4], const float (&f)[OWN][OWN], const T2 (&vector)[2],
-                                             int lane) {
+__device__ __forceinline__ void sum_channels(float (*to)[8][4], const float (&f)[OWN][OWN],
+                                             const Parts (&vector)[2], int lane) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const float(&low)[OWN] = f[2 * i], (&high)[OWN] = f[2 * i + 1];
-    const unsigned a[4] = {pack_bf16(low[0], low[1]), pack_bf16(high[0], high[1]), pack_bf16(low[2], low[3]),
-                           pack_bf16(high[2], high[3])};
-    multiply_and_store(to[i][lane / 4], a, vector[0], vector[1], lane % 4);
+    const Parts p[4] = {parts(low[0], low[1]), parts(high[0], high[1]), parts(low[2], low[3]), parts(high[2], high[3])};
+    const unsigned a[4] = {p[0].at[0], p[1].at[0], p[2].at[0], p[3].at[0]};
+    float c[4] = {};
+#if HALF
+    const unsigned rest[4] = {p[0].at[1], p[1].at[1], p[2].at[1], p[3].at[1]};
+    multiply_bf16(c, rest, vector[0].at[0], vector[1].at[0]);
+    multiply_bf16(c, a, vector[0].at[1], vector[1].at[1]);
+#endif
+    multiply_and_store(to[i][lane / 4], c, a, vector[0].at[0], vector[1].at[0], lane % 4);
   }
 }
 
@@ -323,7 +351,7 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const floa
             next.load_state(s, stage, row + i + 1, own, states);
           else
             next.load_gradient(s, stage, row + i, own, states);
-          const T2 g2[2] = {bf16(at.grad[0]), bf16(at.grad[1])};
+          const Parts g2[2] = {parts(at.grad[0]), parts(at.grad[1])};
           sum_channels(s.sums[i][1], h[i + 1], g2, lane);
         }
         float grad_v[GROUP], grad_d[GROUP];

@@ -88,16 +88,24 @@ __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// a (16 x 16, bf16) * b (16 x 8, bf16): the lane's four results to shared memory where `index` is 0. The store is inside
-// because a branch would part the instructions around it, which the assembler can else interleave.
-__device__ __forceinline__ void multiply_and_store(float* to, const unsigned (&a)[4], unsigned b0, unsigned b1,
-                                                   int index) {
+// The same, of bf16 whatever the tensors are.
+__device__ __forceinline__ void multiply_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// And what that makes of c: the lane's four results to shared memory where `index` is 0. The store is inside because a
+// branch would part the instructions around it, which the assembler can else interleave.
+__device__ __forceinline__ void multiply_and_store(float* to, const float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                                   unsigned b1, int index) {
   asm volatile(
       "{.reg .f32 c<4>; .reg .pred p; setp.eq.u32 p, %7, 0;"
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {c0, c1, c2, c3}, {%0, %1, %2, %3}, {%4, %5}, "
-      "{%8, %8, %8, %8};"
+      "{%8, %9, %10, %11};"
       "@p st.shared.v4.f32 [%6], {c0, c1, c2, c3};}" ::"r"(a[0]),
-      "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(shared_address(to)), "r"(index), "f"(0.f)
+      "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(shared_address(to)), "r"(index), "f"(c[0]), "f"(c[1]),
+      "f"(c[2]), "f"(c[3])
       : "memory");
 }
 
