@@ -30,7 +30,7 @@ struct Warp {
 };
 
 // 2^x for x <= 0. Where no output is computed the multiplication units have time for a part of the exponentials: 2^i for
-// the next integer i by its bits, the rest by a polynomial (relative error 3e-6).
+// the nearest integer i by its bits, the rest by a polynomial (relative error 3e-6).
 __device__ __forceinline__ float decay(float x, int part) {
   if (!LOCAL || part != 1) return exp2_fast(x);
   x = fmaxf(x, -126.f);
