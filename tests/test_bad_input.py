@@ -67,6 +67,7 @@ def folder(tmp_path):
         ('--model-kwargs depht=3', ['depht']),
         ('--model-kwargs depth', ['--model-kwargs', 'depth']),
         ('--num-classes 7', ['7', '10 classes']),
+        ('--class-map classes.txt', ['--class-map', 'digits']),
         ('--model vim_nano_patch4_32 --img-size 30', ['30', '28', '32']),
         ('--epochs -1', ['--epochs', '-1']),
         ('--epochs 0', ['--epochs']),
