@@ -89,6 +89,28 @@ def test_killed_and_resumed_run_is_the_run_never_killed(tmp_path):
     assert_same_run(tmp_path, 'whole', 'cut')
 
 
+STUCK = """
+import time
+from torch.utils.data import DataLoader
+from vim_timm.data.loading import _worker_init
+
+class Stuck(list):
+    def __getitem__(self, index):
+        print('here', flush=True)
+        time.sleep(600)
+
+next(iter(DataLoader(Stuck([0]), num_workers=1, worker_init_fn=_worker_init)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere workers end when they next look for their parent')
+def test_a_worker_ends_with_its_process_whatever_it_waits_for():
+    process = subprocess.Popen([sys.executable, '-c', STUCK], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b'here\n'
+    process.kill()
+    assert process.communicate(timeout=30) == (b'', None)  # nobody holds the pipe any more
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
 def test_preempted_run_saves_and_says_so(number, tmp_path):
     flags = [*HARD.split(), '--workers', '2', '--epochs', '3']

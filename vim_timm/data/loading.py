@@ -1,8 +1,10 @@
 """Data sets and loaders from flags."""
 
+import ctypes
 import itertools
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,8 @@ from .digits import Digits
 from .idx import FOLDERS, CompressedIdx, is_compressed
 from .in_memory import InMemory, make_augmentation
 from .sampling import EpochBatches, EvaluationShards, RepeatedBatches, Samples, SeededErasing, Stream
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def keep_posterizing(transform: Any) -> None:
@@ -88,12 +92,15 @@ def count_classes(dataset: Any) -> int | None:
 
 def _worker_init(_: int) -> None:
     # A signal is the training process's to handle: torchrun and terminals send theirs to the whole process group, and a
-    # worker that died of it would take the run down before its state is saved. Workers end when their parent does.
+    # worker that died of it would take the run down before its state is saved.
     for name in ('SIGTERM', 'SIGUSR1'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     if hasattr(os, 'setpgid'):
         os.setpgid(0, 0)
+    # Workers end when their parent does. torch sees to it, but not while one waits for a pipe that another holds open.
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Loader:
