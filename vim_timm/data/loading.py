@@ -46,7 +46,7 @@ def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
         UserError: there is no such data set, folder or split, or it is empty.
     """
     mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
-    if args.class_map and args.dataset.startswith(('digits', 'torch/')):
+    if args.class_map and (args.dataset == 'digits' or args.dataset.startswith('torch/')):
         raise UserError(f'--class-map orders the classes of a folder or tar, not those of {args.dataset}')
     if args.dataset == 'digits':
         return Digits(training, mode)

@@ -2,8 +2,9 @@
 //
 // A block is one warp on 32 channels of one direction. A lane owns 4 states of 4 channels, so that its registers are,
 // as they stand, the left operand of the matrix unit: products whose sum over channels is a gradient of B or C are
-// rounded to bfloat16 and summed there, with no way through shared memory. (For float16 tensors too, whose
-// range does not hold every product; but then as a sum of two, or the sums would be less accurate than their tensors.) Lane l owns channels 16 (l / 4 % 2) + 4 (l % 4) + 0..3 and states 4 (l / 8) + 0..3.
+// rounded to bfloat16 and summed there, with no way through shared memory. (For float16 tensors too, whose range does
+// not hold every product; but then as a sum of two, or the sums would be less accurate than their tensors.) Lane l owns
+// channels 16 (l / 4 % 2) + 4 (l % 4) + 0..3 and states 4 (l / 8) + 0..3.
 //
 // A warp walks over tiles of 16 tokens against scan order. Rows of a tile are put into shared memory in scan order, so
 // that a direction is only another order of rows in memory. From the state on entry of every 4 tokens, which the

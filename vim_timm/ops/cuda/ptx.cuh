@@ -77,25 +77,25 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row)
                : "r"(shared_address(row)));
 }
 
-// c (16 x 8) += a (16 x 16) * b (16 x 8)
-__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-#if HALF
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#endif
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// The same, of bf16 whatever the tensors are.
+// c (16 x 8) += a (16 x 16) * b (16 x 8), of bf16 whatever the tensors are.
 __device__ __forceinline__ void multiply_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// And what that makes of c: the lane's four results to shared memory where `index` is 0. The store is inside because a
+// The same, of the tensors' type.
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#if HALF
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  multiply_bf16(c, a, b0, b1);
+#endif
+}
+
+// c + a * b of bf16: the lane's four results to shared memory where `index` is 0. The store is inside because a
 // branch would part the instructions around it, which the assembler can else interleave.
 __device__ __forceinline__ void multiply_and_store(float* to, const float (&c)[4], const unsigned (&a)[4], unsigned b0,
                                                    unsigned b1, int index) {
