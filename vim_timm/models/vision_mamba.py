@@ -423,21 +423,24 @@ class VisionMamba(nn.Module):
     def _run_blocks(
         self,
         x: torch.Tensor,
-        grid_size: Tuple[int, int],
         take_indices: List[int],
         stop_index: int,
-    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """Tokens through the blocks up to stop_index -> tokens and copies after the blocks in take_indices.
+    ) -> Tuple[torch.Tensor, List[torch.Tensor], Tuple[int, int]]:
+        """Images through the embedding and the blocks up to stop_index.
 
-        Tokens come and go with the class token first.
+        The embedded tokens live in this frame alone, so that they are freed after the first block.
+
+        Returns:
+            Tokens, copies of them after the blocks in take_indices, both class token first, and the grid of patches.
         """
+        x, grid_size = self._embed(x)
         x = self._to_scan_order(x)
         order = torch.empty(0, dtype=torch.long)
         shuffle = self.training and (self.random_token_order or self.random_class_position)
         if shuffle:
             order = self._random_order(x.shape[1], x.device)
             x = x[:, order]
-        cos, sin = x, x
+        cos, sin = order, order
         if self.rope:
             # an embedded class token counts as one before all patches, in the middle too, as in the original
             cos, sin = rope_tables(
@@ -466,7 +469,7 @@ class VisionMamba(nn.Module):
                     intermediates.append(self._to_prefix_order(x[:, order.argsort()] if shuffle else x))
         if shuffle:
             x = x[:, order.argsort()]
-        return self._to_prefix_order(x), intermediates
+        return self._to_prefix_order(x), intermediates, grid_size
 
     def forward_intermediates(
         self,
@@ -497,10 +500,8 @@ class VisionMamba(nn.Module):
         assert output_fmt in ('NCHW', 'NLC'), "output_fmt must be 'NCHW' or 'NLC'"
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         dtype = x.dtype
-        x, (height, width) = self._embed(x)
-        x, outputs = self._run_blocks(
-            x, (height, width), take_indices, max_index if stop_early else len(self.blocks) - 1
-        )
+        stop_index = max_index if stop_early else len(self.blocks) - 1
+        x, outputs, (height, width) = self._run_blocks(x, take_indices, stop_index)
         if norm:
             outputs = [self.norm(y) for y in outputs]
         outputs = [y.to(dtype) for y in outputs]
@@ -547,9 +548,8 @@ class VisionMamba(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) -> normalized tokens (B, prefix + M, D), class token first."""
-        x, grid_size = self._embed(x)
         take_indices: List[int] = []
-        x, _ = self._run_blocks(x, grid_size, take_indices, len(self.blocks) - 1)
+        x, _, _ = self._run_blocks(x, take_indices, len(self.blocks) - 1)
         return self.norm(x)
 
     def pool(self, x: torch.Tensor, pool_type: Optional[str] = None) -> torch.Tensor:
