@@ -4,6 +4,7 @@ import math
 import pickle
 import re
 import warnings
+import weakref
 from copy import deepcopy
 from itertools import product
 
@@ -18,6 +19,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from vim_timm import VisionMamba, use_scan_backend
 from vim_timm.hub import from_original
+from vim_timm.layers.autocast import as_product_operand
 from vim_timm.models.vision_mamba import checkpoint_filter_fn
 from vim_timm.ops import explain
 
@@ -401,6 +403,25 @@ def test_the_middle_token_is_scanned_in_the_middle():
     class_row = (model.cls_token + model.pos_embed[:, :1])[0, 0]
     assert torch.equal(seen[0][0, 8], class_row)
     assert seen[0].shape == (2, 17, 32)
+
+
+def test_embedded_tokens_are_freed_after_the_first_block():
+    model = tiny(depth=3)
+    first, alive = [], []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: first.append(weakref.ref(args[0])))
+    model.blocks[2].register_forward_pre_hook(lambda module, args: alive.append(first[0]() is not None))
+    with torch.no_grad():
+        model(images())
+    assert alive == [False]
+
+
+def test_a_product_operand_is_cast_where_autocast_would():
+    x = torch.randn(3, 4).t()
+    assert as_product_operand(x) is x
+    with torch.autocast('cpu', torch.bfloat16):
+        y = as_product_operand(x)
+        assert y.dtype == torch.bfloat16 and y.is_contiguous() and torch.equal(y, x.bfloat16())
+        assert as_product_operand(x.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize('kwargs', [dict(random_token_order=True), dict(random_class_position=True)], ids=str)

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, resample_patch_embed, to_2tuple
 
+from vim_timm.layers.autocast import as_product_operand
 from vim_timm.layers.plain import is_plain
 
 Size = Union[int, Tuple[int, int]]
@@ -51,6 +52,7 @@ def embed_patches(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Te
     rows, columns = x.shape[2] // patch[0], x.shape[3] // patch[1]
     x = x[:, :, : rows * patch[0], : columns * patch[1]]
     x = x.reshape(-1, chans, rows, patch[0], columns, patch[1]).permute(0, 2, 4, 1, 3, 5)
+    x = as_product_operand(x)  # one copy that permutes and casts
     return F.linear(x.reshape(-1, rows * columns, chans * patch[0] * patch[1]), weight.flatten(1), bias)
 
 

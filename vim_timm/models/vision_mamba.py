@@ -34,6 +34,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import get_pretrained_grid_size, update_model_args, update_model_input_size
 
 from vim_timm.layers import BiMamba, PatchEmbed, get_norm_layer, rope_tables, rotate
+from vim_timm.layers.autocast import as_product_operand
 from vim_timm.layers.mamba import ScanType
 from vim_timm.layers.norm import at_least_float32
 from vim_timm.layers.patch_embed import Size
@@ -68,7 +69,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.drop_path(self.ls(self.mixer(self.norm(x))))
+        return x + self.drop_path(self.ls(self.mixer(as_product_operand(self.norm(x)))))
 
 
 class VisionMamba(nn.Module):
