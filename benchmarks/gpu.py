@@ -77,7 +77,7 @@ def mamba_ssm_operands(operands: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def mixer_operands(batch: int, dim: int, length: int, state: int = 16) -> list[torch.Tensor]:
-    """Operands of the fused inside of a block, without the scale."""
+    """Operands of the fused inside of a block, without out_proj and the scale."""
     xz = torch.randn(batch, length, 2 * dim, device='cuda', dtype=torch.bfloat16)
     operands = [xz]
     rank = dim // 32
@@ -91,7 +91,7 @@ def mixer_operands(batch: int, dim: int, length: int, state: int = 16) -> list[t
 
 def measure_fused(batch: int, dim: int, length: int) -> dict[str, float]:
     """The fused scan, which projects step sizes and gates too, and the whole inside of a block."""
-    mixer = Mixer(*mixer_operands(batch, dim, length), 0.5)
+    mixer = Mixer(*mixer_operands(batch, dim, length), None, 0.5)
     u, packed = mixer.convolve()
     x = mixer.project(u, packed)
     grad = torch.randn(batch, length, dim, device='cuda', dtype=torch.bfloat16)

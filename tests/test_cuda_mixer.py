@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 import vim_timm  # noqa: F401  registers the models
-from vim_timm.layers import BiMamba
+from vim_timm.layers import BiMamba, mamba
 from vim_timm.ops import cuda, mamba_ssm_adapter, reference, use_scan_backend
 from vim_timm.ops.cuda import mixer_op, nvrtc
 from vim_timm.ops.cuda.mixer_op import STATE, cut, padded_rank
@@ -26,8 +28,13 @@ def only_gpu(function):
     return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason='needs an NVIDIA GPU')(function))
 
 
-def operands(batch, length, dim, rank, width=4, bias=True, device='cuda', dtype=torch.bfloat16):
-    """Fresh random operands of `cuda.mixer`, of the sizes that a model has."""
+def mixer(*tensors):
+    """`cuda.mixer` of `operands`."""
+    return cuda.mixer(*tensors[:15], 0.5, *tensors[15:])
+
+
+def operands(batch, length, dim, rank, width=4, bias=True, out=0, device='cuda', dtype=torch.bfloat16):
+    """Fresh random operands of `cuda.mixer`, of the sizes that a model has; with out_proj to width `out` if not 0."""
 
     def draw(*shape):
         return torch.randn(*shape, device=device)
@@ -44,10 +51,11 @@ def operands(batch, length, dim, rank, width=4, bias=True, device='cuda', dtype=
             draw(dim),
         ]
 
-    return [draw(batch, length, 2 * dim).to(dtype), *direction(), *direction()]
+    out_proj = [draw(out, dim) / math.sqrt(dim), draw(out) if bias else None] if out else []
+    return [draw(batch, length, 2 * dim).to(dtype), *direction(), *direction(), *out_proj]
 
 
-def compose(xz, *parameters, scale=0.5, rounded=None):
+def compose(xz, *parameters, rounded=None):
     """The same by reference operators; `rounded` is the dtype in which intermediate results travel."""
 
     def travel(x):
@@ -61,7 +69,8 @@ def compose(xz, *parameters, scale=0.5, rounded=None):
         rows = travel(u @ travel(x_proj).t())
         step, B, C = rows.split([dt.shape[1], STATE, STATE], dim=-1)
         arguments += [u, step @ travel(dt).t(), A_log, B, C, D, dt_bias]
-    return reference.scan(*arguments, z, scale, True, True)
+    y = reference.scan(*arguments, z, 0.5, True, True)
+    return F.linear(travel(y), travel(parameters[14]), parameters[15]) if parameters[14:] else y
 
 
 def error(found, wanted):
@@ -79,8 +88,8 @@ def with_gradients(function, tensors, weight):
 def assert_agrees(size, dtype, device):
     """Outputs and every gradient against float64."""
     tensors = operands(**size, device=device, dtype=dtype)
-    weight = torch.randn(size['batch'], size['length'], size['dim'], device=device)
-    found = with_gradients(lambda *t: cuda.mixer(*t, 0.5), tensors, weight)
+    weight = torch.randn(size['batch'], size['length'], size.get('out') or size['dim'], device=device)
+    found = with_gradients(mixer, tensors, weight)
     doubles = [None if t is None else t.double() for t in tensors]
     wanted = with_gradients(compose, doubles, weight.double())
     # what two-byte intermediate results cost by themselves, as in any composition under autocast
@@ -103,6 +112,8 @@ SIZES = [
     dict(batch=3, length=17, dim=64, rank=16, width=3),
     dict(batch=2, length=130, dim=192, rank=7, width=2),
     dict(batch=64, length=197, dim=384, rank=12),
+    dict(batch=64, length=197, dim=384, rank=12, out=192),
+    dict(batch=3, length=333, dim=128, rank=8, out=100, bias=False),
     dict(batch=1, length=300, dim=128, rank=24),
     dict(batch=2, length=333, dim=128, rank=48),
     dict(batch=2, length=2049, dim=384, rank=12),
@@ -121,6 +132,8 @@ SMALL_SIZES = [
     dict(batch=1, length=5, dim=64, rank=12, bias=False),
     dict(batch=2, length=37, dim=64, rank=16, width=3),
     dict(batch=1, length=200, dim=128, rank=48, width=2),  # in chunks
+    dict(batch=2, length=37, dim=64, rank=4, out=24),
+    dict(batch=1, length=200, dim=64, rank=4, out=33, bias=False),
 ]
 
 
@@ -134,14 +147,16 @@ def test_kernels_agree_with_float64_as_plain_cpp(size, dtype, poison, monkeypatc
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
-def test_operators_pass_opcheck(monkeypatch):
+@pytest.mark.parametrize('out', [0, 24])
+def test_operators_pass_opcheck(out, monkeypatch):
     monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
-    tensors = operands(1, 5, 64, 12, device='cpu')
+    tensors = operands(1, 5, 64, 12, out=out, device='cpu')
     tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
-    leaves = [t.requires_grad_() for t in tensors]
-    torch.library.opcheck(torch.ops.vim_timm.cuda_mixer.default, (*leaves, 0.5), test_utils=tests)
-    backward = (torch.randn(1, 5, 64).to(tensors[0].dtype), *(t.detach() for t in tensors), 0.5)
+    out_proj = [t.requires_grad_() for t in tensors][15:] or [None, None]
+    torch.library.opcheck(torch.ops.vim_timm.cuda_mixer.default, (*tensors[:15], *out_proj, 0.5), test_utils=tests)
+    grad = torch.randn(1, 5, out or 64).to(tensors[0].dtype)
+    backward = (grad, *(None if t is None else t.detach() for t in (*tensors[:15], out_proj[0])), 0.5)
     torch.library.opcheck(torch.ops.vim_timm.cuda_mixer_backward.default, backward, test_utils=tests)
 
 
@@ -149,11 +164,10 @@ def test_operators_pass_opcheck(monkeypatch):
 def test_operands_may_lie_anywhere(monkeypatch):
     monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
-    tensors = operands(1, 5, 64, 12, device='cpu')
+    tensors = operands(1, 5, 64, 12, out=24, device='cpu')
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in tensors]
-    weight = torch.randn(1, 5, 64)
-    wanted = with_gradients(lambda *t: cuda.mixer(*t, 0.5), tensors, weight)
-    found = with_gradients(lambda *t: cuda.mixer(*t, 0.5), shifted, weight)
+    weight = torch.randn(1, 5, 24)
+    wanted, found = with_gradients(mixer, tensors, weight), with_gradients(mixer, shifted, weight)
     assert all(torch.equal(f, w) for f, w in zip(found, wanted))
 
 
@@ -169,25 +183,81 @@ def test_plain_cpp_notices_a_missing_wait(tmp_path, monkeypatch):
 
 
 @only_gpu
-def test_runs_are_bit_equal_and_equal_compiled_and_captured_ones():
-    tensors = operands(8, 197, 384, 12)
-    weight = torch.randn(8, 197, 384, device='cuda')
+@pytest.mark.parametrize('out', [0, 192])
+def test_runs_are_bit_equal_and_equal_compiled_and_captured_ones(out):
+    tensors = operands(8, 197, 384, 12, out=out)
+    weight = torch.randn(8, 197, out or 384, device='cuda')
 
     def run(function):
         return with_gradients(function, tensors, weight)
 
-    eager = run(lambda *t: 2 * cuda.mixer(*t, 0.5))
-    for other in (
-        lambda *t: 2 * cuda.mixer(*t, 0.5),
-        torch.compile(lambda *t: 2 * cuda.mixer(*t, 0.5), fullgraph=True),
-    ):
+    eager = run(lambda *t: 2 * mixer(*t))
+    for other in (lambda *t: 2 * mixer(*t), torch.compile(lambda *t: 2 * mixer(*t), fullgraph=True)):
         assert all(torch.equal(a, b) for a, b in zip(eager, run(other)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = 2 * cuda.mixer(*tensors, 0.5)
+        captured = 2 * mixer(*tensors)
     captured.fill_(float('nan'))
     graph.replay()
     assert torch.equal(captured, eager[0])
+
+
+class LowRank(nn.Module):
+    """A linear layer with a low-rank addition."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2)
+        self.up = nn.Linear(2, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.fixture
+def block(monkeypatch):
+    """A mixer whose inside is the fused kernels as plain C++, under bfloat16 autocast."""
+    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
+    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+    monkeypatch.setattr(mamba, 'fused_mixer', lambda *sizes: cuda.mixer)
+    torch.manual_seed(0)
+    with torch.autocast('cpu', torch.bfloat16):
+        yield BiMamba(32, proj_bias=True)
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+def test_out_proj_inside_the_operator_is_the_module(block):
+    x, weight = torch.randn(2, 2, 9, 32)
+    x.requires_grad_()
+
+    def run():
+        y = block(x)
+        return [y, *torch.autograd.grad(y, [x, *block.parameters()], weight.to(y.dtype))]
+
+    inside = run()
+    block.out_proj.register_forward_hook(lambda *_: None)
+    assert all(torch.equal(a, b) for a, b in zip(inside, run()))
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+def test_a_hook_and_a_wrapper_of_out_proj_take_effect(block):
+    x = torch.randn(2, 9, 32)
+    plain = block(x)
+    handle = block.out_proj.register_forward_hook(lambda module, args, output: 1.5 * output)
+    assert torch.equal(block(x), 1.5 * plain)
+    handle.remove()
+    block.out_proj = LowRank(block.out_proj)
+    (grad,) = torch.autograd.grad(block(x).sum(), block.out_proj.down.weight)
+    assert not torch.equal(block(x), plain) and grad.any()
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+def test_nothing_between_the_projections_is_kept_for_the_backward_pass(block):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        block(torch.randn(1, 9, 32))
+    assert sum(t.numel() for t in kept if 9 in t.shape) == 9 * (32 + 128)
 
 
 @only_gpu

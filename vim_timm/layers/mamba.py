@@ -137,7 +137,7 @@ class BiMamba(nn.Module):
         return F.linear(dt_BLR, self.dt_proj_b.weight), self.dt_proj_b.bias
 
     def _fused(self, xz_BLE: torch.Tensor) -> Optional[torch.Tensor]:
-        """What `forward` computes between in_proj and out_proj, in fused kernels; None where they cannot run."""
+        """What `forward` makes of in_proj's output, in fused kernels; None where they cannot run."""
         inside = (self.conv1d, self.conv1d_b, self.x_proj, self.x_proj_b, self.dt_proj, self.dt_proj_b)
         if not all(is_plain(module) for module in inside):
             return None
@@ -146,7 +146,8 @@ class BiMamba(nn.Module):
         mixer = fused_mixer(xz_BLE, A_log, self.dt_rank, weight.shape[-1])
         if mixer is None:
             return None
-        return mixer(
+        out_proj, inside_too = self.out_proj, is_plain(self.out_proj)
+        y_BLX = mixer(
             xz_BLE,
             weight.squeeze(1),
             conv.bias,
@@ -163,16 +164,19 @@ class BiMamba(nn.Module):
             self.A_b_log,
             self.D_b,
             self.scale,
+            out_proj.weight if inside_too else None,
+            out_proj.bias if inside_too else None,
         )
+        return y_BLX if inside_too else out_proj(y_BLX)
 
     def forward(self, x_BLC: torch.Tensor) -> torch.Tensor:
         split = [self.dt_rank, self.d_state, self.d_state]
         xz_BLE = self.in_proj(x_BLC)
         if not torch.jit.is_scripting():
             if self.bidirectional:
-                fused_BLD = self._fused(xz_BLE)
-                if fused_BLD is not None:
-                    return self.proj_drop(self.out_proj(fused_BLD))
+                fused_BLC = self._fused(xz_BLE)
+                if fused_BLC is not None:
+                    return self.proj_drop(fused_BLC)
         x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
         weight_DW, bias_D = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if self.bidirectional:

@@ -10,6 +10,7 @@ import struct
 from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -195,6 +196,8 @@ def mixer(
     A_b_log: Tensor,
     D_b: Tensor,
     scale: float,
+    out_proj: Optional[Tensor] = None,
+    out_bias: Optional[Tensor] = None,
 ) -> Tensor:
     """`ops.cuda.mixer` on the CPU kernel: same arguments, same result, for any sizes.
 
@@ -207,4 +210,5 @@ def mixer(
         conv_b, conv_bias_b, x_proj_b, dt_b, dt_bias_b, A_b_log, D_b,
     )  # fmt: skip
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return torch.ops.vim_timm.cpu_mixer(*tensors, scale, keep)[0]
+    y = torch.ops.vim_timm.cpu_mixer(*tensors, scale, keep)[0]
+    return y if out_proj is None else F.linear(y, out_proj, out_bias)

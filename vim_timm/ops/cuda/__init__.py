@@ -75,10 +75,12 @@ def mixer(
     A_b_log: Tensor,
     D_b: Tensor,
     scale: float,
+    out_proj: Optional[Tensor] = None,
+    out_bias: Optional[Tensor] = None,
 ) -> Tensor:
-    """scale * SiLU(z) * (forward scan + backward scan of SiLU(conv(x))) for xz = [x, z].
+    """scale * SiLU(z) * (forward scan + backward scan of SiLU(conv(x))) for xz = [x, z], then out_proj if given.
 
-    Source: Vision Mamba, arXiv 2401.09417, algorithm 1, lines 3 to 20.
+    Source: Vision Mamba, arXiv 2401.09417, algorithm 1, lines 3 to 21.
 
     Args:
         xz: (B, L, 2 D), bfloat16 or float16.
@@ -91,13 +93,16 @@ def mixer(
         D: Skip weight (D).
         conv_b: The same seven of the backward direction.
         scale: 0.5 averages the directions.
+        out_proj: (C, D). Inside, its operand need not be kept for the backward pass.
+        out_bias: (C).
 
     Returns:
-        (B, L, D) in xz's dtype; states and sums are float32, x_proj's and dt's products of two-byte numbers.
+        (B, L, D), or (B, L, C) with out_proj, in xz's dtype; states and sums are float32, the projections' products of
+        two-byte numbers.
     """
     from . import mixer_op  # noqa: F401  defines the operator
 
     return torch.ops.vim_timm.cuda_mixer(
         xz, conv, conv_bias, x_proj, dt, dt_bias, A_log, D,
-        conv_b, conv_bias_b, x_proj_b, dt_b, dt_bias_b, A_b_log, D_b, scale,
+        conv_b, conv_bias_b, x_proj_b, dt_b, dt_bias_b, A_b_log, D_b, out_proj, out_bias, scale,
     )  # fmt: skip

@@ -252,8 +252,8 @@ __device__ __forceinline__ void load_decays(float (&a)[OWN][OWN], const float* A
   }
 }
 
-// u, x, weight, bias, skip, A_log of both directions and bounds as in scan_forward; grad (batch, L, D), the gradient of
-// y. Q (2 batch, chunks, 16, D), only where CHUNKED: the gradient of the state that leaves each chunk.
+// u, x, weight, bias, skip, A_log of both directions and bounds as in scan_forward; grad (batch, L, D) with rows of 2 D,
+// the gradient of y. Q (2 batch, chunks, 16, D), only where CHUNKED: the gradient of the state that leaves each chunk.
 // grad_u, grad_delta (2, batch, L, D), the latter before softplus. Partial sums, to be added in a fixed order: part_x
 // (D / 32, 2, batch, L, 32) for B and C, part_A (2 batch, chunks, D, 16) for A_log, part_v (2 batch, chunks, 2, D) for
 // skip and bias. A grid of (D / 32, chunks, 2 batch) warps; `chunk` tokens, a multiple of 16 if there are several.
@@ -271,7 +271,7 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const floa
 
   const T* u = (reverse ? u_b : u_f) + w.row0 * dim + w.channel0;
   const T* x = (reverse ? x_b : x_f) + w.row0 * ROW;
-  grad += w.row0 * dim + w.channel0;
+  grad += w.row0 * 2 * dim + w.channel0;
   grad_u += ((long long)w.cell * length) * dim + w.channel0;
   grad_delta += ((long long)w.cell * length) * dim + w.channel0;
   bounds += (long long)w.cell * ((length + GROUP - 1) / GROUP) * STATE * dim + w.channel0;
@@ -283,7 +283,7 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const floa
       const int t0 = w.first(k), rows_left = w.end - t0;
       copy_projections(s, x + t0 * ROW, rows_left, w);
       copy_rows(s.u[k % 2], u + t0 * dim, dim, rows_left, w);
-      copy_rows(s.grad[k % 2], grad + t0 * dim, dim, rows_left, w);
+      copy_rows(s.grad[k % 2], grad + t0 * 2 * dim, 2 * dim, rows_left, w);
     }
     copies_commit();
   };
@@ -442,12 +442,12 @@ grad_states(const T* x_f, const T* x_b, const float* weight_f, const float* weig
   const int states = w.state(), own = w.channel();
   const bool reverse = w.flip;
   const T* x = (reverse ? x_b : x_f) + w.row0 * ROW;
-  grad += w.row0 * dim + w.channel0;
+  grad += w.row0 * 2 * dim + w.channel0;
   const auto copy_tile = [&](int k) {
     if (k < w.tiles) {
       const int t0 = w.first(k), rows_left = w.end - t0;
       copy_projections(s, x + t0 * ROW, rows_left, w);
-      copy_rows(s.grad[k % 2], grad + t0 * dim, dim, rows_left, w);
+      copy_rows(s.grad[k % 2], grad + t0 * 2 * dim, 2 * dim, rows_left, w);
     }
     copies_commit();
   };

@@ -104,7 +104,7 @@ __device__ __forceinline__ void widen_b_and_c(Warp& s, int lane) {
 
 // What becomes of a tile's y, which stands in place of the step sizes: a direction's part, or the gated sum.
 __device__ __forceinline__ void finish(const Warp& s, bool second, T* out, long long out_stride, T* grad_y,
-                                       long long grad_stride, float scale, int rows_left, int lane) {
+                                       T* gated, long long gated_stride, float scale, int rows_left, int lane) {
 #pragma unroll
   for (int i = 0; i < TILE * CHANNELS / 8 / 32; i++) {
     const int piece = i * 32 + lane, row = piece / 8, column = piece % 8 * 8;
@@ -118,7 +118,7 @@ __device__ __forceinline__ void finish(const Warp& s, bool second, T* out, long 
 #if GRAD
       const uint4 g4 = *(const uint4*)&s.grad[row][column];
       const T2 g2[4] = {g4.x, g4.y, g4.z, g4.w};
-      T2 through[4];
+      T2 through[4], product[4];
 #endif
 #pragma unroll
       for (int k = 0; k < 4; k++) {
@@ -128,14 +128,17 @@ __device__ __forceinline__ void finish(const Warp& s, bool second, T* out, long 
 #if GRAD
         const float2 g = unpack(g2[k]);
         through[k] = pack(g.x * scale * z.x * s0, g.y * scale * z.y * s1);
+        product[k] = pack(y0 * z.x * s0, y1 * z.y * s1);
         result[k] = pack(y0 * g.x * s0 * (1.f + z.x * (1.f - s0)), y1 * g.y * s1 * (1.f + z.y * (1.f - s1)));
 #else
         result[k] = pack(y0 * z.x * s0, y1 * z.y * s1);
 #endif
       }
 #if GRAD
-      if (row < rows_left)
-        *(uint4*)&grad_y[row * grad_stride + column] = make_uint4(through[0], through[1], through[2], through[3]);
+      if (row < rows_left) {
+        *(uint4*)&grad_y[row * out_stride + column] = make_uint4(through[0], through[1], through[2], through[3]);
+        *(uint4*)&gated[row * gated_stride + column] = make_uint4(product[0], product[1], product[2], product[3]);
+      }
 #endif
     } else {
 #pragma unroll
@@ -146,16 +149,17 @@ __device__ __forceinline__ void finish(const Warp& s, bool second, T* out, long 
 }
 
 // u, x of both directions: (batch, L, D) and (batch, L, ROW) contiguous, ROW as in common.cuh; weight (D, RANK), bias,
-// skip (D), A_log (D, 16) float32; z, GRAD's grad and out (batch, L, D) with rows of the given strides.
+// skip (D), A_log (D, 16) float32; z and out (batch, L, D) with rows of the given strides.
 // LOCAL: the state at the exit of each chunk from zero (H) and the chunk's sum of step sizes (S); nothing else.
 // CARRY: the scan starts from the states in H (2 batch, chunks, 16, D), else from zero.
 // KEEP: the state on entry of every 4 tokens, in two bytes, to BOUNDS (2 batch, ceil(L / 4), 16, D).
-// GRAD: instead of the output, from the output's gradient `grad`: the gradient of z to OUT and that of y to GRAD_Y.
+// GRAD: from the output's gradient `grad` (batch, L, D) the gradient of z to OUT and that of y to GRAD_Y, whose rows lie
+// as OUT's; the output itself to GATED (batch, L, D), which may be `grad`: a thread has read what it overwrites.
 extern "C" __global__ void __launch_bounds__(64, BLOCKS)
 scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float* weight_f, const float* weight_b,
              const float* bias_f, const float* bias_b, const float* A_f, const float* A_b, const float* skip_f,
              const float* skip_b, const T* z, long long z_stride, T* out, long long out_stride, const T* grad,
-             T* grad_y, float* H, float* S, T* bounds, float scale, int batch, int length, int dim, int chunk) {
+             T* grad_y, T* gated, float* H, float* S, T* bounds, float scale, int batch, int length, int dim, int chunk) {
   __shared__ Warp shared[2];
   const int lane = threadIdx.x % 32;
   const bool reverse = threadIdx.x >= 32;
@@ -171,7 +175,8 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float
   z += first_row * z_stride + channel0;
   out += first_row * out_stride + channel0;
   grad += first_row * dim + channel0;
-  grad_y += first_row * dim + channel0;
+  grad_y += first_row * out_stride + channel0;
+  gated += first_row * dim + channel0;
 
   const float* weight = (reverse ? weight_b : weight_f) + (long long)channel0 * RANK;
   for (int i = lane; i < CHANNELS * RANK_PAD / 2; i += 32) {
@@ -294,8 +299,8 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float
     }
     copies_wait<EARLY ? 1 : 2>();  // z and its companions
 #if !LOCAL
-    finish(s, second, out + (long long)t0 * out_stride, out_stride, grad_y + (long long)t0 * dim, dim, scale, rows_left,
-           lane);
+    finish(s, second, out + (long long)t0 * out_stride, out_stride, grad_y + (long long)t0 * out_stride,
+           gated + (long long)t0 * dim, dim, scale, rows_left, lane);
 #endif
     __syncwarp();  // the next tile overwrites what other lanes may still read
   }

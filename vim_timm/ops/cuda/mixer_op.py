@@ -1,8 +1,8 @@
-"""The inside of a bidirectional Mamba block, from in_proj's output to out_proj's input, as one dispatcher op.
+"""The inside of a bidirectional Mamba block, from in_proj's output to out_proj's input or output, as one dispatcher op.
 
 A short sequence takes three kernels: convolution, projection (a batched product), scan with step sizes and gate. What a
 composition of operators would keep for the backward pass (both convolutions' results, projections, both step sizes, the
-ungated sum) is computed again there from in_proj's output.
+ungated and the gated sum) is computed again there from in_proj's output.
 """
 
 import math
@@ -30,12 +30,13 @@ PARAMETERS = (
     'Tensor conv{0}, Tensor? conv_bias{0}, Tensor x_proj{0}, Tensor dt{0}, Tensor dt_bias{0}, '
     'Tensor A_log{0}, Tensor D{0}'
 )
-OPERANDS = f'Tensor xz, {PARAMETERS.format("")}, {PARAMETERS.format("_b")}, float scale'
+OPERANDS = f'Tensor xz, {PARAMETERS.format("")}, {PARAMETERS.format("_b")}, Tensor? out_proj'
+GRADIENTS = ', '.join(7 * ['Tensor'])
 
 # Defined in a library, not by `custom_op`, whose wrappers cost the host a third of a call.
 definitions = torch.library.Library('vim_timm', 'FRAGMENT')
-definitions.define(f'cuda_mixer({OPERANDS}) -> Tensor')
-definitions.define(f'cuda_mixer_backward(Tensor grad, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+definitions.define(f'cuda_mixer({OPERANDS}, Tensor? out_bias, float scale) -> Tensor')
+definitions.define(f'cuda_mixer_backward(Tensor grad, {OPERANDS}, float scale) -> ({GRADIENTS})')
 
 
 class Direction(NamedTuple):
@@ -90,6 +91,7 @@ class Mixer:
         self.scale = operands[-1]
         forward, backward = as_float(*operands[:7]), as_float(*operands[7:14])
         self.directions = forward, backward
+        self.out_proj = None if operands[14] is None else operands[14].to(xz.dtype)
         self.batch, self.length, width = xz.shape
         self.dim = width // 2
         self.rank = forward.dt.shape[1]
@@ -137,7 +139,8 @@ class Mixer:
 
     def scan(
         self, u: Tensor, x: Tensor, out: Tensor, H: Optional[Tensor], S: Optional[Tensor] = None,
-        grad: Optional[Tensor] = None, grad_y: Optional[Tensor] = None, bounds: Optional[Tensor] = None,
+        grad: Optional[Tensor] = None, grad_y: Optional[Tensor] = None, gated: Optional[Tensor] = None,
+        bounds: Optional[Tensor] = None,
     ) -> None:  # fmt: skip
         local = S is not None
         flags = dict(LOCAL=local, CARRY=H is not None and not local, KEEP=bounds is not None, GRAD=grad is not None)
@@ -146,16 +149,28 @@ class Mixer:
         module.launch(
             'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64, *u, *x, *self.both('dt'),
             *self.both('dt_bias'), *self.both('A_log'), *self.both('skip'), z, 2 * self.dim,
-            out, out.stride(1), grad, grad_y, H, S, bounds, self.scale, self.batch, self.length, self.dim,
+            out, out.stride(1), grad, grad_y, gated, H, S, bounds, self.scale, self.batch, self.length, self.dim,
             self.cut.chunk,
         )  # fmt: skip
 
     def scan_forward(self, u: Tensor, x: Tensor) -> Tensor:
         """The gated output (B, L, D)."""
-        out = self.empty(self.batch, self.length, self.dim)
         H = self.first_states(u, x)[0] if self.cut.chunks > 1 else None
+        out = self.empty(self.batch, self.length, self.dim)
         self.scan(u, x, out, H)
         return out
+
+    def gated(self) -> Tensor:
+        """The gated output (B, L, D)."""
+        u, packed = self.convolve()
+        return self.scan_forward(u, self.project(u, packed))
+
+    def forward(self, out_bias: Optional[Tensor]) -> Tensor:
+        """out_proj of the gated output (B, L, C), or without out_proj the gated output."""
+        out = self.gated()
+        if self.out_proj is None:
+            return out
+        return F.linear(out, self.out_proj, None if out_bias is None else out_bias.to(out.dtype))
 
     def carry(self, contributions: Tensor, S: Tensor, against: bool) -> Tensor:
         states = torch.empty_like(contributions)
@@ -176,7 +191,7 @@ class Mixer:
 
     def scan_backward(self, u: Tensor, x: Tensor, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor]) -> List[Tensor]:
         """Gradients of u and of the step sizes before softplus (2, B, L, D), of B and C (2, B, L, 32), of A_log
-        (2, D, 16), of D and dt_bias (2, 2, D)."""
+        (2, D, 16), of D and dt_bias (2, 2, D). grad_y has rows of 2 D."""
         chunks = self.cut.chunks
         grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
         sizes = (self.batch, self.length, self.dim, self.cut.chunk)
@@ -207,13 +222,28 @@ class Mixer:
         )  # fmt: skip
         return sums.sum(0)
 
-    def scan_gradients(self, u: Tensor, x: Tensor, grad: Tensor, grad_xz: Tensor) -> List[Tensor]:
-        """Those of `scan_backward` from the output's gradient; the gradient of z to the second half of grad_xz."""
+    def gate_backward(
+        self, u: Tensor, x: Tensor, grad: Tensor, grad_y: Tensor, grad_z: Tensor
+    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        """The gradient of out_proj's weight (C, D), kept states, and the chunks' sums of step sizes; writes those of
+        y and z."""
         H, S = self.first_states(u, x) if self.cut.chunks > 1 else (None, None)
-        grad_y = self.empty(self.batch, self.length, self.dim)
         bounds = self.empty(2 * self.batch, math.ceil(self.length / KEPT), STATE, self.dim)
-        self.scan(u, x, grad_xz[..., self.dim :], H, grad=grad, grad_y=grad_y, bounds=bounds)
-        return self.scan_backward(u, x, grad_y, bounds, S)
+        if self.out_proj is None:
+            self.scan(u, x, grad_z, H, grad=grad, grad_y=grad_y, gated=torch.empty_like(grad), bounds=bounds)
+            return self.empty(0), bounds, S
+        gated = through = grad @ self.out_proj
+        self.scan(u, x, grad_z, H, grad=through, grad_y=grad_y, gated=gated, bounds=bounds)
+        return grad.flatten(0, 1).t() @ gated.flatten(0, 1), bounds, S
+
+    def scan_gradients(self, u: Tensor, x: Tensor, grad: Tensor, grad_xz: Tensor) -> List[Tensor]:
+        """Those of `scan_backward` and of out_proj's weight from the result's gradient.
+
+        The gradient of z goes to the second half of grad_xz; the first half holds that of y until `conv_backward`.
+        """
+        grad_y, grad_z = grad_xz.chunk(2, dim=-1)
+        grad_out_proj, bounds, S = self.gate_backward(u, x, grad, grad_y, grad_z)
+        return [*self.scan_backward(u, x, grad_y, bounds, S), grad_out_proj]
 
     def dt_backward(self, x: Tensor, grad_delta: Tensor, grad_bc: Tensor) -> Tuple[Tensor, Tensor]:
         """Gradients of the projections (2, B * L, ROW) and of dt (2, D, R).
@@ -229,30 +259,30 @@ class Mixer:
 
     def backward(self, grad: Tensor) -> List[Tensor]:
         """Gradients of xz, of four taps and the bias (2, 5, D), of x_proj (2, ROW, D), of dt (2, D, R), of A_log
-        (2, D, 16), of D and dt_bias (2, 2, D)."""
+        (2, D, 16), of D and dt_bias (2, 2, D), of out_proj (C, D) or nothing (0)."""
         u, packed = self.convolve()
         x = self.project(u, packed)
         grad_xz = torch.empty_like(self.xz)
-        grad_u, grad_delta, grad_bc, grad_A, grad_v = self.scan_gradients(u, x, aligned(grad), grad_xz)
+        grad_u, grad_delta, grad_bc, grad_A, grad_v, grad_out = self.scan_gradients(u, x, aligned(grad), grad_xz)
         grad_x, grad_weight_dt = self.dt_backward(x, grad_delta, grad_bc)
         u, grad_u = u.view(2, -1, self.dim), grad_u.view(2, -1, self.dim)
         grad_project = torch.stack([torch.mm(g.t(), v) for g, v in zip(grad_x, u)])
         grad_u.baddbmm_(grad_x, packed)
         taps = self.conv_backward(grad_u, grad_xz)
-        return [grad_xz, taps, grad_project, grad_weight_dt, grad_A, grad_v]
+        return [grad_xz, taps, grad_project, grad_weight_dt, grad_A, grad_v, grad_out]
 
 
 def run(*operands: Any) -> Tensor:
-    """The gated output (B, L, D)."""
-    mixer = Mixer(*operands)
+    """`Mixer.forward`."""
+    *others, out_bias, scale = operands
+    mixer = Mixer(*others, scale)
     with torch.cuda.device_of(mixer.xz):
-        u, packed = mixer.convolve()
-        return mixer.scan_forward(u, mixer.project(u, packed))
+        return mixer.forward(out_bias)
 
 
 def fake(*operands: Any) -> Tensor:
     batch, length, width = operands[0].shape
-    return operands[0].new_empty((batch, length, width // 2))
+    return operands[0].new_empty((batch, length, width // 2 if operands[15] is None else operands[15].shape[0]))
 
 
 def run_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
@@ -263,7 +293,7 @@ def run_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
 
 
 def fake_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
-    xz, dt = operands[0], operands[4]
+    xz, dt, out_proj = operands[0], operands[4], operands[15]
     dim = xz.shape[2] // 2
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -276,6 +306,7 @@ def fake_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
         empty(2, dim, dt.shape[1], dtype=xz.dtype),
         empty(2, dim, STATE, dtype=torch.float32),
         empty(2, 2, dim, dtype=torch.float32),
+        empty(*(0,) if out_proj is None else out_proj.shape, dtype=xz.dtype),
     )
 
 
@@ -285,20 +316,23 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
 
 
 def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-    operands = ctx.saved_tensors
-    grad_xz, taps, project, dt, A_log, vectors = torch.ops.vim_timm.cuda_mixer_backward(grad, *operands, ctx.scale)
+    *operands, out_bias = ctx.saved_tensors
+    found = torch.ops.vim_timm.cuda_mixer_backward(grad, *operands, ctx.scale)
+    grad_xz, taps, project, dt, A_log, vectors, out_proj = found
     width, rank = operands[1].shape[1], operands[4].shape[1]
     grads: List[Tensor] = [grad_xz]
     for i in range(2):
         project_i = torch.cat([project[i, :rank], project[i, padded_rank(rank) :]])
         grads += [taps[i, 4 - width : 4].t(), taps[i, 4], project_i, dt[i], vectors[i, 1], A_log[i], vectors[i, 0]]
-    return (*(None if p is None else g.to(p.dtype) for g, p in zip(grads, operands)), None)
+    grads.append(out_proj)
+    grad_bias = None if out_bias is None else grad.sum((0, 1)).to(out_bias.dtype)
+    return (*(None if p is None else g.to(p.dtype) for g, p in zip(grads, operands)), grad_bias, None)
 
 
 register(definitions, 'cuda_mixer', run, fake, save_operands, backward, run_backward, fake_backward, no_double_backward)
 
 
-def mixer_flop(xz_shape: Any, dt_shape: Any) -> int:
+def inside_flop(xz_shape: Any, dt_shape: Any) -> int:
     """Both directions: convolution, projections as matrix products, and the scan as in `scan_op.scan_flop`."""
     batch, length, width = xz_shape
     rank = dt_shape[1]
@@ -306,13 +340,16 @@ def mixer_flop(xz_shape: Any, dt_shape: Any) -> int:
     return 2 * batch * length * (width // 2) * per_channel
 
 
+def out_flop(xz_shape: Any, out_proj_shape: Any) -> int:
+    batch, length, width = xz_shape
+    return 0 if out_proj_shape is None else 2 * batch * length * (width // 2) * out_proj_shape[0]
+
+
 @register_flop_formula(torch.ops.vim_timm.cuda_mixer)
-def _(xz: Any, conv: Any, conv_bias: Any, x_proj: Any, dt: Any, *args: Any, **kwargs: Any) -> int:
-    return mixer_flop(xz, dt)
+def _(*operands: Any, **kwargs: Any) -> int:
+    return inside_flop(operands[0], operands[4]) + out_flop(operands[0], operands[15])
 
 
 @register_flop_formula(torch.ops.vim_timm.cuda_mixer_backward)
-def _(
-    grad: Any, xz: Any, conv: Any, conv_bias: Any, x_proj: Any, dt: Any, *args: Any, **kwargs: Any
-) -> int:  # fmt: skip
-    return 3 * mixer_flop(xz, dt)
+def _(grad: Any, *operands: Any, **kwargs: Any) -> int:
+    return 3 * inside_flop(operands[0], operands[4]) + 2 * out_flop(operands[0], operands[15])
