@@ -161,7 +161,7 @@ class Mixer:
         return out
 
     def gated(self) -> Tensor:
-        """The gated output (B, L, D)."""
+        """The gated output (B, L, D); on return all that led to it is free."""
         u, packed = self.convolve()
         return self.scan_forward(u, self.project(u, packed))
 
@@ -232,7 +232,7 @@ class Mixer:
         if self.out_proj is None:
             self.scan(u, x, grad_z, H, grad=grad, grad_y=grad_y, gated=torch.empty_like(grad), bounds=bounds)
             return self.empty(0), bounds, S
-        gated = through = grad @ self.out_proj
+        gated = through = grad @ self.out_proj  # the kernel puts the output where it has read its gradient
         self.scan(u, x, grad_z, H, grad=through, grad_y=grad_y, gated=gated, bounds=bounds)
         return grad.flatten(0, 1).t() @ gated.flatten(0, 1), bounds, S
 
