@@ -97,6 +97,8 @@ inline void arrive(Barrier& barrier, int size) {
 
 inline void __syncwarp() { arrive(warp_barriers[threadIdx.x / 32], 32); }
 inline void meet(int size) { arrive(block_barrier, size); }
+inline void block_sync() { arrive(block_barrier, blockDim.x); }
+#define DYNAMIC_SHARED(TYPE, name) static TYPE name
 
 // f(of), where of(i) is what lane i of the warp offers.
 template <class X, class F>

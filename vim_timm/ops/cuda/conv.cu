@@ -1,11 +1,10 @@
-// The short depthwise convolution of both directions with SiLU, in one pass over the tokens, forward and backward.
+// The short depthwise convolution of both directions with SiLU, forward together with the projection of its result, and
+// backward.
 //
-// The same four rows x[t .. t + 3] give the forward direction's output at t + 3 (tap k meets x[t + k]) and the backward
-// direction's at t (tap k meets x[t + 3 - k]). So a warp walks over its tokens, and three before them, with a window of
-// four rows in registers, eight steps at a time: the next eight rows are on their way while these are used, for what
-// limits it is memory. A convolution narrower than 4 has zeros before its first tap.
+// The same rows x[t - 3 .. t + 3] give both directions' outputs at t: tap k meets x[t - 3 + k] forward and x[t + 3 - k]
+// backward. A convolution narrower than 4 has zeros before its first tap.
 //
-// Macros beside common.cuh's: WIDTH (1 to 4), HAS_BIAS (0 or 1).
+// Macros beside common.cuh's: WIDTH (1 to 4), HAS_BIAS (0 or 1), WARPS (of a block of conv_project).
 
 constexpr int REACH = 3, GROUP = 8;
 
@@ -60,8 +59,13 @@ struct Taps {
   __device__ __forceinline__ Taps(const float* weight, const float* bias_, int channel) {
 #pragma unroll
     for (int c = 0; c < C; c++) {
+#if WIDTH == 4
+      const float4 v = *(const float4*)&weight[(channel + c) * 4];
+      tap[0][c] = v.x, tap[1][c] = v.y, tap[2][c] = v.z, tap[3][c] = v.w;
+#else
 #pragma unroll
       for (int k = 0; k < 4; k++) tap[k][c] = k < 4 - WIDTH ? 0.f : weight[(channel + c) * WIDTH + k - (4 - WIDTH)];
+#endif
       bias[c] = HAS_BIAS ? bias_[channel + c] : 0.f;
     }
   }
@@ -83,73 +87,129 @@ struct Place {
 };
 
 // Projection weights (RANK + 32, dim) float32 of both directions to packed (2, ROW, dim), zeros from RANK to RANK_PAD.
-__device__ void pack_weights(const float* forward, const float* backward, T* packed, int dim, int thread, int threads) {
-  for (int i = thread; i < ROW * dim / 2; i += threads) {
-    const int row = 2 * i / dim, source = row < RANK ? row : row - (RANK_PAD - RANK);
-    float2 f = {}, b = {};
-    if (row < RANK || row >= RANK_PAD) {
-      f = *(const float2*)&forward[source * dim + 2 * i % dim];
-      b = *(const float2*)&backward[source * dim + 2 * i % dim];
-    }
-    ((T2*)packed)[i] = pack(f.x, f.y);
-    ((T2*)packed)[ROW * dim / 2 + i] = pack(b.x, b.y);
+extern "C" __global__ void __launch_bounds__(256)
+pack_weights(const float* forward, const float* backward, T* packed, int dim) {
+  const int i = 2 * (blockIdx.x * 256 + threadIdx.x), row = i / dim, column = i % dim;
+  if (row >= ROW) return;
+  const int source = row < RANK ? row : row - (RANK_PAD - RANK);
+  float2 f = {}, b = {};
+  if (row < RANK || row >= RANK_PAD) {
+    f = *(const float2*)&forward[source * dim + column];
+    b = *(const float2*)&backward[source * dim + column];
   }
+  *(T2*)&packed[i] = pack(f.x, f.y);
+  *(T2*)&packed[ROW * dim + i] = pack(b.x, b.y);
 }
 
-// u of both directions (batch, L, dim) contiguous from x (batch, L, dim) with rows of x_stride. Blocks from `blocks` on
-// pack the weights of the projection that comes next.
-extern "C" __global__ void __launch_bounds__(128, 4)
-conv_forward(const T* x, long long x_stride, const float* weight_f, const float* weight_b, const float* bias_f,
-             const float* bias_b, T* u_f, T* u_b, const float* project_f, const float* project_b, T* packed, int blocks,
-             int batch, int length, int dim, int span) {
-  if (blockIdx.x >= blocks) {
-    pack_weights(project_f, project_b, packed, dim, (blockIdx.x - blocks) * 128 + threadIdx.x,
-                 (gridDim.x - blocks) * 128);
-    return;
-  }
-  const Place place(4, length, dim, span);
-  if (place.channel >= dim || place.entry >= batch) return;
-  const Taps<4> f(weight_f, bias_f, place.channel), b(weight_b, bias_b, place.channel);
-  const long long row0 = (long long)place.entry * length;
-  x += row0 * x_stride + place.channel;
-  u_f += row0 * dim + place.channel;
-  u_b += row0 * dim + place.channel;
+constexpr int TOKENS = 16;   // of a warp, the height of a product
+constexpr int PART = 64;     // channels that a block has in shared memory at once
+constexpr int ROWS = WARPS * TOKENS + 2 * REACH;
 
-  int t = place.begin - REACH;
-  Row<2> window[REACH + GROUP];
-  Raw<2> next[GROUP];
-#pragma unroll
-  for (int i = 0; i < REACH; i++) window[i] = widen(load_row<2>(x, x_stride, t + i, length));
-#pragma unroll
-  for (int i = 0; i < GROUP; i++) next[i] = load_row<2>(x, x_stride, t + REACH + i, length);
-  for (; t < place.end; t += GROUP) {
-#pragma unroll
-    for (int i = 0; i < GROUP; i++) {
-      window[REACH + i] = widen(next[i]);
-      next[i] = load_row<2>(x, x_stride, t + REACH + GROUP + i, length);
+// Rows of 128 bytes. Where products are read from them, pieces of 16 bytes stand at `piece ^ row % 8`, against conflicts.
+struct Shared {
+  alignas(16) T x[2][ROWS][PART];
+  alignas(16) T weight[2][2 * ROW][PART];
+  alignas(16) T u[WARPS][2][TOKENS][PART];
+};
+
+// u of both directions (tokens, dim) contiguous, and their projections (2, tokens, ROW), from x (tokens, dim) with rows
+// of x_stride; sequences of `length` tokens one after the other. A warp owns 16 tokens, whatever sequences they are of: a
+// lane convolves two channels of them, then they are a factor of the matrix unit. `packed` as from pack_weights.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 8)
+conv_project(const T* x, long long x_stride, const float* weight_f, const float* weight_b, const float* bias_f,
+             const float* bias_b, const T* packed, T* u_f, T* u_b, T* projected, int tokens, int length, int dim) {
+  DYNAMIC_SHARED(Shared, s);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int block0 = blockIdx.x * WARPS * TOKENS, first = block0 + warp * TOKENS;
+  const auto copy_part = [&](int part, int stage) {
+    for (int i = threadIdx.x; i < ROWS * PART / 8; i += 32 * WARPS) {
+      const int row = i / 8, column = i % 8 * 8, token = block0 + row - REACH;
+      const bool valid = token >= 0 && token < tokens;
+      copy16(&s.x[stage][row][column], x + (valid ? token : 0) * x_stride + part * PART + column, valid);
     }
+    for (int i = threadIdx.x; i < 2 * ROW * PART / 8; i += 32 * WARPS) {
+      const int row = i / 8, piece = i % 8;
+      copy16(&s.weight[stage][row][(piece ^ row % 8) * 8], packed + (long long)row * dim + part * PART + piece * 8, true);
+    }
+    copies_commit();
+  };
+
+  float acc[2][ROW / 8][4] = {};
+  const int parts = dim / PART, position = first % length;
+  // Whether all rows that the warp sees are of one sequence.
+  const bool whole = position >= REACH && position + TOKENS + REACH <= length;
+  copy_part(0, 0);
+#pragma unroll 1
+  for (int part = 0; part < parts; part++) {
+    const int stage = part % 2, channel = part * PART + 2 * lane;
+    const Taps<2> f(weight_f, bias_f, channel), b(weight_b, bias_b, channel);
+    block_sync();  // the last part's products are done
+    if (part + 1 < parts) copy_part(part + 1, stage ^ 1);
+    else copies_commit();
+    copies_wait<1>();
+    block_sync();
+
+    const auto convolve = [&](bool all) {
+      float2 row[2 * REACH + 1];
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) {
-      float y[4], y_b[4];
+      for (int i = 0; i < 2 * REACH; i++) row[i] = unpack(*(const T2*)&s.x[stage][warp * TOKENS + i][2 * lane]);
 #pragma unroll
-      for (int c = 0; c < 4; c++) {
-        y[c] = f.bias[c];
-        y_b[c] = b.bias[c];
+      for (int t = 0; t < TOKENS; t++) {
+        row[2 * REACH] = unpack(*(const T2*)&s.x[stage][warp * TOKENS + t + 2 * REACH][2 * lane]);
+        const int at = all ? 0 : (position + t) % length;
+        float y[2][2] = {{f.bias[0], f.bias[1]}, {b.bias[0], b.bias[1]}};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-          y[c] = fmaf(f.tap[k][c], window[i + k].at[c], y[c]);
-          y_b[c] = fmaf(b.tap[k][c], window[i + 3 - k].at[c], y_b[c]);
+          float2 before = row[k], after = row[2 * REACH - k];
+          if (!all && at < REACH - k) before = make_float2(0.f, 0.f);
+          if (!all && at + REACH - k >= length) after = make_float2(0.f, 0.f);
+          y[0][0] = fmaf(f.tap[k][0], before.x, y[0][0]);
+          y[0][1] = fmaf(f.tap[k][1], before.y, y[0][1]);
+          y[1][0] = fmaf(b.tap[k][0], after.x, y[1][0]);
+          y[1][1] = fmaf(b.tap[k][1], after.y, y[1][1]);
         }
-        y[c] *= sigmoid(y[c]);
-        y_b[c] *= sigmoid(y_b[c]);
-      }
-      const int t_f = t + i + REACH, t_b = t + i;
-      if (t_f < place.end) store_row<2>(&u_f[(long long)t_f * dim], y);
-      if (t_b >= place.begin && t_b < place.end) store_row<2>(&u_b[(long long)t_b * dim], y_b);
-    }
 #pragma unroll
-    for (int i = 0; i < REACH; i++) window[i] = window[GROUP + i];
+        for (int d = 0; d < 2; d++) {
+          const T2 v = pack(y[d][0] * sigmoid(y[d][0]), y[d][1] * sigmoid(y[d][1]));
+          *(T2*)&s.u[warp][d][t][(lane / 4 ^ t % 8) * 8 + lane % 4 * 2] = v;
+          if (first + t < tokens) *(T2*)&(d ? u_b : u_f)[(long long)(first + t) * dim + channel] = v;
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * REACH; i++) row[i] = row[i + 1];
+      }
+    };
+    if (whole) convolve(true);
+    else convolve(false);
+    __syncwarp();
+#pragma unroll
+    for (int d = 0; d < 2; d++)
+#pragma unroll
+      for (int k = 0; k < PART / 16; k++) {
+        unsigned a[4];
+        load_matrices(a, &s.u[warp][d][lane % 16][((2 * k + lane / 16) ^ lane % 8) * 8]);
+#pragma unroll
+        for (int n = 0; n < ROW / 16; n++) {
+          unsigned w[4];
+          const int row = d * ROW + 16 * n + lane / 16 * 8 + lane % 8;
+          load_matrices(w, &s.weight[stage][row][((2 * k + lane / 8 % 2) ^ row % 8) * 8]);
+          multiply(acc[d][2 * n], a, w[0], w[1]);
+          multiply(acc[d][2 * n + 1], a, w[2], w[3]);
+        }
+      }
+    __syncwarp();
   }
+#pragma unroll
+  for (int d = 0; d < 2; d++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int token = first + lane / 4 + 8 * half;
+      if (token < tokens) {
+#pragma unroll
+        for (int n = 0; n < ROW / 8; n++)
+          *(T2*)&projected[((long long)d * tokens + token) * ROW + 8 * n + lane % 4 * 2] =
+              pack(acc[d][n][2 * half], acc[d][n][2 * half + 1]);
+      }
+    }
 }
 
 // The gradient before the activation of y.

@@ -21,8 +21,7 @@ STATE = 16
 CHANNELS = 64  # of a block of the scan, two warps
 TILE = 16  # tokens
 MIN_CHUNK = 64
-CONV_WARPS, CONV_BACKWARD_WARPS = 16, 12  # on a multiprocessor, as many as registers allow
-PACKING_BLOCKS = 16
+CONV_BACKWARD_WARPS = 12  # on a multiprocessor, as many as registers allow
 BACKWARD_CHANNELS = 32  # of a block of the scan's backward, one warp
 BACKWARD_BLOCKS = 8
 KEPT = 4  # tokens between two states that the backward pass starts again from
@@ -117,25 +116,27 @@ class Mixer:
         span = 8 * math.ceil(self.length / max(1, wanted) / 8)
         return span, math.ceil(groups * self.batch * math.ceil(self.length / span) / 4)
 
-    def conv_module(self) -> Module:
+    def conv_module(self, warps: int) -> Module:
         conv, bias = self.directions[0][:2]
-        return self.module('conv.cu', WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None))
+        return self.module('conv.cu', WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None), WARPS=warps)
 
-    def convolve(self) -> Tuple[Tensor, Tensor]:
-        """u (2, B, L, D) and the packed weights of the projection (2, ROW, D)."""
+    def project(self) -> Tuple[Tensor, Tensor, Tensor]:
+        """u (2, B, L, D), its projections dt, B and C (2, B, L, ROW), and their packed weights (2, ROW, D)."""
+        tokens = self.batch * self.length
+        warps = 4 if tokens >= 64 * multiprocessors(self.xz.device) else 1
         u = self.empty(2, self.batch, self.length, self.dim)
+        x = self.empty(2, self.batch, self.length, self.row)
         packed = self.empty(2, self.row, self.dim)
-        span, blocks = self.span(128, CONV_WARPS)
-        self.conv_module().launch(
-            'conv_forward', (blocks + PACKING_BLOCKS, 1, 1), 128, self.xz, 2 * self.dim, *self.both('conv'),
-            *self.both('conv_bias'), *u, *self.both('x_proj'), packed, blocks, self.batch, self.length, self.dim, span,
+        module = self.conv_module(warps)
+        blocks = math.ceil(self.row * self.dim / 512)
+        module.launch('pack_weights', (blocks, 1, 1), 256, *self.both('x_proj'), packed, self.dim)
+        # two parts of x, with three neighbours, and of the weights, and each warp's part of u, 64 channels each
+        shared = 128 * (2 * (16 * warps + 6) + 4 * self.row + 32 * warps)
+        module.launch(
+            'conv_project', (math.ceil(tokens / (16 * warps)), 1, 1), 32 * warps, self.xz, 2 * self.dim,
+            *self.both('conv'), *self.both('conv_bias'), packed, *u, x, tokens, self.length, self.dim, shared=shared,
         )  # fmt: skip
-        return u, packed
-
-    def project(self, u: Tensor, packed: Tensor) -> Tensor:
-        """dt, B and C of both directions (2, B, L, ROW)."""
-        x = torch.bmm(u.view(2, -1, self.dim), packed.transpose(1, 2))
-        return x.view(2, self.batch, self.length, self.row)
+        return u, x, packed
 
     def scan(
         self, u: Tensor, x: Tensor, out: Tensor, H: Optional[Tensor], S: Optional[Tensor] = None,
@@ -162,8 +163,8 @@ class Mixer:
 
     def gated(self) -> Tensor:
         """The gated output (B, L, D); on return all that led to it is free."""
-        u, packed = self.convolve()
-        return self.scan_forward(u, self.project(u, packed))
+        u, x, _ = self.project()
+        return self.scan_forward(u, x)
 
     def forward(self, out_bias: Optional[Tensor]) -> Tensor:
         """out_proj of the gated output (B, L, C), or without out_proj the gated output."""
@@ -216,7 +217,7 @@ class Mixer:
         """The gradient of x to the first half of grad_xz; returns those of four taps and the bias (2, 5, D)."""
         span, blocks = self.span(64, CONV_BACKWARD_WARPS)
         sums = self.empty(self.batch * math.ceil(self.length / span), 2, 5, self.dim, dtype=torch.float32)
-        self.conv_module().launch(
+        self.conv_module(1).launch(
             'conv_backward', (blocks, 1, 1), 128, self.xz, 2 * self.dim, *self.both('conv'),
             *self.both('conv_bias'), *grad_u, grad_xz, sums, self.batch, self.length, self.dim, span,
         )  # fmt: skip
@@ -260,8 +261,7 @@ class Mixer:
     def backward(self, grad: Tensor) -> List[Tensor]:
         """Gradients of xz, of four taps and the bias (2, 5, D), of x_proj (2, ROW, D), of dt (2, D, R), of A_log
         (2, D, 16), of D and dt_bias (2, 2, D), of out_proj (C, D) or nothing (0)."""
-        u, packed = self.convolve()
-        x = self.project(u, packed)
+        u, x, packed = self.project()
         grad_xz = torch.empty_like(self.xz)
         grad_u, grad_delta, grad_bc, grad_A, grad_v, grad_out = self.scan_gradients(u, x, aligned(grad), grad_xz)
         grad_x, grad_weight_dt = self.dt_backward(x, grad_delta, grad_bc)

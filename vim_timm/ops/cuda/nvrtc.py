@@ -68,18 +68,23 @@ class Module:
         self.module = checked(driver.cuModuleLoadData(cubin))
         self.functions: Dict[str, Any] = {}
 
-    def function(self, name: str) -> Any:
+    def function(self, name: str, shared: int) -> Any:
         if name not in self.functions:
-            self.functions[name] = checked(self.driver.cuModuleGetFunction(self.module, name.encode()))
+            function = checked(self.driver.cuModuleGetFunction(self.module, name.encode()))
+            limit = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            checked(self.driver.cuFuncSetAttribute(function, limit, shared))
+            self.functions[name] = function
         return self.functions[name]
 
-    def launch(self, name: str, grid: Tuple[int, int, int], threads: int, *arguments: Argument) -> None:
-        """Runs a kernel with these arguments on the current stream."""
+    def launch(
+        self, name: str, grid: Tuple[int, int, int], threads: int, *arguments: Argument, shared: int = 0
+    ) -> None:  # fmt: skip
+        """Runs a kernel with these arguments on the current stream, with so many bytes of dynamic shared memory."""
         words, addresses = packed(arguments)
         stream = torch.cuda.current_stream().cuda_stream
         checked(
             self.driver.cuLaunchKernel(
-                self.function(name), *grid, threads, 1, 1, 0, stream, ctypes.addressof(addresses), 0
+                self.function(name, shared), *grid, threads, 1, 1, shared, stream, ctypes.addressof(addresses), 0
             )
         )
         del words  # the launch has copied them

@@ -68,6 +68,13 @@ __device__ __forceinline__ void copies_wait() {
   __syncwarp();
 }
 
+__device__ __forceinline__ void block_sync() { __syncthreads(); }
+
+// A block's shared memory, of the size that the launch asks for.
+#define DYNAMIC_SHARED(TYPE, name)               \
+  extern __shared__ __align__(16) char memory[]; \
+  TYPE& name = *(TYPE*)memory
+
 // Waits until so many threads of the block have come here, wherever each of them stands in the program.
 __device__ __forceinline__ void meet(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
