@@ -4,7 +4,7 @@
 // The same rows x[t - 3 .. t + 3] give both directions' outputs at t: tap k meets x[t - 3 + k] forward and x[t + 3 - k]
 // backward. A convolution narrower than 4 has zeros before its first tap.
 //
-// Macros beside common.cuh's: WIDTH (1 to 4), HAS_BIAS (0 or 1), WARPS (of a block of conv_project).
+// Macros beside common.cuh's: WIDTH (1 to 4), HAS_BIAS, PROJECT (0 or 1, see conv_project).
 
 constexpr int REACH = 3, GROUP = 8;
 
@@ -101,51 +101,66 @@ pack_weights(const float* forward, const float* backward, T* packed, int dim) {
   *(T2*)&packed[ROW * dim + i] = pack(b.x, b.y);
 }
 
-constexpr int TOKENS = 16;   // of a warp, the height of a product
-constexpr int PART = 64;     // channels that a block has in shared memory at once
+constexpr int WARPS = PROJECT ? 4 : 1;  // of a block
+constexpr int TOKENS = 16;              // of a warp, the height of a product
+constexpr int PART = 64;                // channels that a block has in shared memory at once
 constexpr int ROWS = WARPS * TOKENS + 2 * REACH;
 
-// Rows of 128 bytes. Where products are read from them, pieces of 16 bytes stand at `piece ^ row % 8`, against conflicts.
+// Rows of 128 bytes. Where pieces of 16 bytes are read from rows at once, they stand at `piece ^ row % 8`, against conflicts.
 struct Shared {
   alignas(16) T x[2][ROWS][PART];
-  alignas(16) T weight[2][2 * ROW][PART];
   alignas(16) T u[WARPS][2][TOKENS][PART];
+#if PROJECT
+  alignas(16) T weight[2][2 * ROW][PART];
+#endif
 };
 
-// u of both directions (tokens, dim) contiguous, and their projections (2, tokens, ROW), from x (tokens, dim) with rows
-// of x_stride; sequences of `length` tokens one after the other. A warp owns 16 tokens, whatever sequences they are of: a
-// lane convolves two channels of them, then they are a factor of the matrix unit. `packed` as from pack_weights.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 8)
+// u of both directions (tokens, dim) contiguous from x (tokens, dim) with rows of x_stride; sequences of `length` tokens
+// one after the other. PROJECT: their projections (2, tokens, ROW) too. A warp owns 16 tokens, whatever sequences they are
+// of: a lane convolves two channels of them, then they are a factor of the matrix unit. `packed` as from pack_weights.
+// A grid of (tokens / (16 WARPS), PROJECT ? 1 : dim / 64) blocks.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, PROJECT ? 3 : 8)
 conv_project(const T* x, long long x_stride, const float* weight_f, const float* weight_b, const float* bias_f,
              const float* bias_b, const T* packed, T* u_f, T* u_b, T* projected, int tokens, int length, int dim) {
   DYNAMIC_SHARED(Shared, s);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int block0 = blockIdx.x * WARPS * TOKENS, first = block0 + warp * TOKENS;
+  const int first_part = PROJECT ? 0 : blockIdx.y, end = PROJECT ? dim / PART : first_part + 1;
+  // A thread copies one piece of every 4 WARPS-th row.
+  const int copied = threadIdx.x / 8, piece = threadIdx.x % 8;
+  const T* from = x + (long long)(block0 + copied - REACH) * x_stride + piece * 8;
   const auto copy_part = [&](int part, int stage) {
-    for (int i = threadIdx.x; i < ROWS * PART / 8; i += 32 * WARPS) {
-      const int row = i / 8, column = i % 8 * 8, token = block0 + row - REACH;
-      const bool valid = token >= 0 && token < tokens;
-      copy16(&s.x[stage][row][column], x + (valid ? token : 0) * x_stride + part * PART + column, valid);
+#pragma unroll
+    for (int i = 0; i < ROWS; i += 4 * WARPS) {
+      const int row = i + copied, token = block0 + row - REACH;
+      if (i + 4 * WARPS <= ROWS || row < ROWS)
+        copy16(&s.x[stage][row][piece * 8], from + (i * x_stride + part * PART), token >= 0 && token < tokens);
     }
-    for (int i = threadIdx.x; i < 2 * ROW * PART / 8; i += 32 * WARPS) {
-      const int row = i / 8, piece = i % 8;
-      copy16(&s.weight[stage][row][(piece ^ row % 8) * 8], packed + (long long)row * dim + part * PART + piece * 8, true);
-    }
+#if PROJECT
+#pragma unroll
+    for (int i = 0; i < 2 * ROW; i += 4 * WARPS)
+      copy16(&s.weight[stage][i + copied][(piece ^ copied % 8) * 8],
+             packed + ((i + copied) * dim + part * PART + piece * 8), true);
+#endif
     copies_commit();
   };
 
-  float acc[2][ROW / 8][4] = {};
-  const int parts = dim / PART, position = first % length;
+  const int position = first % length;
   // Whether all rows that the warp sees are of one sequence.
-  const bool whole = position >= REACH && position + TOKENS + REACH <= length;
-  copy_part(0, 0);
+  const bool whole = position >= REACH && position + TOKENS + REACH <= length && first + TOKENS <= tokens;
+#if PROJECT
+  float acc[2][ROW / 8][4] = {};
+#endif
+  copy_part(first_part, first_part % 2);
 #pragma unroll 1
-  for (int part = 0; part < parts; part++) {
+  for (int part = first_part; part < end; part++) {
     const int stage = part % 2, channel = part * PART + 2 * lane;
     const Taps<2> f(weight_f, bias_f, channel), b(weight_b, bias_b, channel);
     block_sync();  // the last part's products are done
-    if (part + 1 < parts) copy_part(part + 1, stage ^ 1);
-    else copies_commit();
+    if (part + 1 < end)
+      copy_part(part + 1, stage ^ 1);
+    else
+      copies_commit();
     copies_wait<1>();
     block_sync();
 
@@ -169,18 +184,29 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
           y[1][1] = fmaf(b.tap[k][1], after.y, y[1][1]);
         }
 #pragma unroll
-        for (int d = 0; d < 2; d++) {
-          const T2 v = pack(y[d][0] * sigmoid(y[d][0]), y[d][1] * sigmoid(y[d][1]));
-          *(T2*)&s.u[warp][d][t][(lane / 4 ^ t % 8) * 8 + lane % 4 * 2] = v;
-          if (first + t < tokens) *(T2*)&(d ? u_b : u_f)[(long long)(first + t) * dim + channel] = v;
-        }
+        for (int d = 0; d < 2; d++)
+          *(T2*)&s.u[warp][d][t][(lane / 4 ^ t % 8) * 8 + lane % 4 * 2] =
+              pack(y[d][0] * sigmoid(y[d][0]), y[d][1] * sigmoid(y[d][1]));
 #pragma unroll
         for (int i = 0; i < 2 * REACH; i++) row[i] = row[i + 1];
       }
     };
-    if (whole) convolve(true);
-    else convolve(false);
+    if (whole)
+      convolve(true);
+    else
+      convolve(false);
     __syncwarp();
+#pragma unroll
+    for (int d = 0; d < 2; d++) {
+      T* to = (d ? u_b : u_f) + (long long)(first + lane / 8) * dim + part * PART + lane % 8 * 8;
+#pragma unroll
+      for (int t = 0; t < TOKENS; t += 4) {
+        const int row = t + lane / 8;
+        const uint4 v = *(const uint4*)&s.u[warp][d][row][(lane % 8 ^ row % 8) * 8];
+        if (whole || first + row < tokens) *(uint4*)&to[t * dim] = v;
+      }
+    }
+#if PROJECT
 #pragma unroll
     for (int d = 0; d < 2; d++)
 #pragma unroll
@@ -191,13 +217,15 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
         for (int n = 0; n < ROW / 16; n++) {
           unsigned w[4];
           const int row = d * ROW + 16 * n + lane / 16 * 8 + lane % 8;
-          load_matrices(w, &s.weight[stage][row][((2 * k + lane / 8 % 2) ^ row % 8) * 8]);
+          load_matrices(w, &s.weight[stage][row][((2 * k + lane / 8 % 2) ^ lane % 8) * 8]);
           multiply(acc[d][2 * n], a, w[0], w[1]);
           multiply(acc[d][2 * n + 1], a, w[2], w[3]);
         }
       }
     __syncwarp();
+#endif
   }
+#if PROJECT
 #pragma unroll
   for (int d = 0; d < 2; d++)
 #pragma unroll
@@ -210,6 +238,7 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
               pack(acc[d][n][2 * half], acc[d][n][2 * half + 1]);
       }
     }
+#endif
 }
 
 // The gradient before the activation of y.

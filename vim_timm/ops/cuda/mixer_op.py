@@ -116,26 +116,33 @@ class Mixer:
         span = 8 * math.ceil(self.length / max(1, wanted) / 8)
         return span, math.ceil(groups * self.batch * math.ceil(self.length / span) / 4)
 
-    def conv_module(self, warps: int) -> Module:
+    def conv_module(self, **flags: int) -> Module:
         conv, bias = self.directions[0][:2]
-        return self.module('conv.cu', WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None), WARPS=warps)
+        return self.module('conv.cu', WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None), **flags)
 
     def project(self) -> Tuple[Tensor, Tensor, Tensor]:
-        """u (2, B, L, D), its projections dt, B and C (2, B, L, ROW), and their packed weights (2, ROW, D)."""
+        """u (2, B, L, D), its projections dt, B and C (2, B, L, ROW), and their packed weights (2, ROW, D).
+
+        One kernel where blocks of 64 tokens fill the device, else a convolution by parts of the channels and a product.
+        """
         tokens = self.batch * self.length
-        warps = 4 if tokens >= 64 * multiprocessors(self.xz.device) else 1
+        fused = tokens >= 64 * multiprocessors(self.xz.device)
+        warps = 4 if fused else 1
         u = self.empty(2, self.batch, self.length, self.dim)
-        x = self.empty(2, self.batch, self.length, self.row)
         packed = self.empty(2, self.row, self.dim)
-        module = self.conv_module(warps)
+        module = self.conv_module(PROJECT=int(fused))
         blocks = math.ceil(self.row * self.dim / 512)
         module.launch('pack_weights', (blocks, 1, 1), 256, *self.both('x_proj'), packed, self.dim)
-        # two parts of x, with three neighbours, and of the weights, and each warp's part of u, 64 channels each
-        shared = 128 * (2 * (16 * warps + 6) + 4 * self.row + 32 * warps)
+        x = self.empty(2, self.batch, self.length, self.row) if fused else None
+        # 64 channels of two parts of x with three neighbours, of a warp's u, and of two parts of the weights
+        shared = 128 * (2 * (16 * warps + 6) + 32 * warps + (4 * self.row if fused else 0))
         module.launch(
-            'conv_project', (math.ceil(tokens / (16 * warps)), 1, 1), 32 * warps, self.xz, 2 * self.dim,
-            *self.both('conv'), *self.both('conv_bias'), packed, *u, x, tokens, self.length, self.dim, shared=shared,
+            'conv_project', (math.ceil(tokens / (16 * warps)), 1 if fused else self.dim // 64, 1), 32 * warps, self.xz,
+            2 * self.dim, *self.both('conv'), *self.both('conv_bias'), packed, *u, x, tokens, self.length, self.dim,
+            shared=shared,
         )  # fmt: skip
+        if x is None:
+            x = torch.bmm(u.view(2, -1, self.dim), packed.transpose(1, 2)).view(2, self.batch, self.length, self.row)
         return u, x, packed
 
     def scan(
@@ -217,7 +224,7 @@ class Mixer:
         """The gradient of x to the first half of grad_xz; returns those of four taps and the bias (2, 5, D)."""
         span, blocks = self.span(64, CONV_BACKWARD_WARPS)
         sums = self.empty(self.batch * math.ceil(self.length / span), 2, 5, self.dim, dtype=torch.float32)
-        self.conv_module(1).launch(
+        self.conv_module(PROJECT=0).launch(
             'conv_backward', (blocks, 1, 1), 128, self.xz, 2 * self.dim, *self.both('conv'),
             *self.both('conv_bias'), *grad_u, grad_xz, sums, self.batch, self.length, self.dim, span,
         )  # fmt: skip
