@@ -130,14 +130,14 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
   const int copied = threadIdx.x / 8, piece = threadIdx.x % 8;
   const T* from = x + (long long)(block0 + copied - REACH) * x_stride + piece * 8;
   const auto copy_part = [&](int part, int stage) {
-#pragma unroll
+#pragma unroll(ROW > 64 ? 1 : 8)  // where registers are short
     for (int i = 0; i < ROWS; i += 4 * WARPS) {
       const int row = i + copied, token = block0 + row - REACH;
-      if (i + 4 * WARPS <= ROWS || row < ROWS)
+      if (row < ROWS)
         copy16(&s.x[stage][row][piece * 8], from + (i * x_stride + part * PART), token >= 0 && token < tokens);
     }
 #if PROJECT
-#pragma unroll
+#pragma unroll(ROW > 64 ? 1 : 8)
     for (int i = 0; i < 2 * ROW; i += 4 * WARPS)
       copy16(&s.weight[stage][i + copied][(piece ^ copied % 8) * 8],
              packed + ((i + copied) * dim + part * PART + piece * 8), true);
