@@ -97,6 +97,7 @@ inline void arrive(Barrier& barrier, int size) {
 
 inline void __syncwarp() { arrive(warp_barriers[threadIdx.x / 32], 32); }
 inline void meet(int size) { arrive(block_barrier, size); }
+inline int anew(int x) { return x; }
 inline void block_sync() { arrive(block_barrier, blockDim.x); }
 #define DYNAMIC_SHARED(TYPE, name) static TYPE name
 
@@ -165,6 +166,12 @@ inline void copy16(void* shared, const void* global, bool valid) {
   }
   std::memset(shared, 0xff, 16);
   self().copies.back().push_back(copy);
+}
+
+inline void store16(void* global, uint4 v, bool valid) {
+  if (!valid) return;
+  check_aligned(global, 16);
+  std::memcpy(global, &v, 16);
 }
 
 inline void copies_commit() { self().copies.emplace_back(); }

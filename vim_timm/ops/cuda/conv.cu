@@ -127,27 +127,26 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
   const int block0 = blockIdx.x * WARPS * TOKENS, first = block0 + warp * TOKENS;
   const int first_part = PROJECT ? 0 : blockIdx.y, end = PROJECT ? dim / PART : first_part + 1;
   // A thread copies one piece of every 4 WARPS-th row.
-  const int copied = threadIdx.x / 8, piece = threadIdx.x % 8;
-  const T* from = x + (long long)(block0 + copied - REACH) * x_stride + piece * 8;
   const auto copy_part = [&](int part, int stage) {
-#pragma unroll(ROW > 64 ? 1 : 8)  // where registers are short
-    for (int i = 0; i < ROWS; i += 4 * WARPS) {
+    const int thread = anew(threadIdx.x), copied = thread / 8, piece = thread % 8 * 8;
+    const T* from = x + (block0 + copied - REACH) * x_stride + part * PART + piece;
+#pragma unroll
+    for (int i = 0; i < ROWS; i += 4 * WARPS, from += 4 * WARPS * x_stride) {
       const int row = i + copied, token = block0 + row - REACH;
-      if (row < ROWS)
-        copy16(&s.x[stage][row][piece * 8], from + (i * x_stride + part * PART), token >= 0 && token < tokens);
+      if (row < ROWS) copy16(&s.x[stage][row][piece], from, token >= 0 && token < tokens);
     }
 #if PROJECT
-#pragma unroll(ROW > 64 ? 1 : 8)
-    for (int i = 0; i < 2 * ROW; i += 4 * WARPS)
-      copy16(&s.weight[stage][i + copied][(piece ^ copied % 8) * 8],
-             packed + ((i + copied) * dim + part * PART + piece * 8), true);
+    const T* weight = packed + (copied * dim + part * PART + piece);
+#pragma unroll
+    for (int i = 0; i < 2 * ROW; i += 4 * WARPS, weight += 4 * WARPS * dim)
+      copy16(&s.weight[stage][i + copied][piece ^ copied % 8 * 8], weight, true);
 #endif
     copies_commit();
   };
 
   const int position = first % length;
   // Whether all rows that the warp sees are of one sequence.
-  const bool whole = position >= REACH && position + TOKENS + REACH <= length && first + TOKENS <= tokens;
+  const bool whole = position >= REACH && position + TOKENS + REACH <= length;
 #if PROJECT
   float acc[2][ROW / 8][4] = {};
 #endif
@@ -165,13 +164,13 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
     block_sync();
 
     const auto convolve = [&](bool all) {
+      int at = all ? 0 : anew(position);
       float2 row[2 * REACH + 1];
 #pragma unroll
       for (int i = 0; i < 2 * REACH; i++) row[i] = unpack(*(const T2*)&s.x[stage][warp * TOKENS + i][2 * lane]);
 #pragma unroll
       for (int t = 0; t < TOKENS; t++) {
         row[2 * REACH] = unpack(*(const T2*)&s.x[stage][warp * TOKENS + t + 2 * REACH][2 * lane]);
-        const int at = all ? 0 : (position + t) % length;
         float y[2][2] = {{f.bias[0], f.bias[1]}, {b.bias[0], b.bias[1]}};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -189,6 +188,7 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
               pack(y[d][0] * sigmoid(y[d][0]), y[d][1] * sigmoid(y[d][1]));
 #pragma unroll
         for (int i = 0; i < 2 * REACH; i++) row[i] = row[i + 1];
+        at = at + 1 == length ? 0 : at + 1;
       }
     };
     if (whole)
@@ -198,26 +198,30 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
     __syncwarp();
 #pragma unroll
     for (int d = 0; d < 2; d++) {
-      T* to = (d ? u_b : u_f) + (long long)(first + lane / 8) * dim + part * PART + lane % 8 * 8;
+      const int own = anew(lane);
+      T* to = (d ? u_b : u_f) + (long long)(first + own / 8) * dim + part * PART + own % 8 * 8;
+      uint4 v[TOKENS / 4];
 #pragma unroll
-      for (int t = 0; t < TOKENS; t += 4) {
-        const int row = t + lane / 8;
-        const uint4 v = *(const uint4*)&s.u[warp][d][row][(lane % 8 ^ row % 8) * 8];
-        if (whole || first + row < tokens) *(uint4*)&to[t * dim] = v;
+      for (int i = 0; i < TOKENS / 4; i++) {
+        const int row = 4 * i + own / 8;
+        v[i] = *(const uint4*)&s.u[warp][d][row][(own % 8 ^ row % 8) * 8];
       }
+#pragma unroll
+      for (int i = 0; i < TOKENS / 4; i++, to += 4 * dim) store16(to, v[i], 4 * i + own / 8 < tokens - first);
     }
 #if PROJECT
+    const int reader = anew(lane);
 #pragma unroll
     for (int d = 0; d < 2; d++)
 #pragma unroll
       for (int k = 0; k < PART / 16; k++) {
         unsigned a[4];
-        load_matrices(a, &s.u[warp][d][lane % 16][((2 * k + lane / 16) ^ lane % 8) * 8]);
+        load_matrices(a, &s.u[warp][d][reader % 16][((2 * k + reader / 16) ^ reader % 8) * 8]);
 #pragma unroll
         for (int n = 0; n < ROW / 16; n++) {
           unsigned w[4];
-          const int row = d * ROW + 16 * n + lane / 16 * 8 + lane % 8;
-          load_matrices(w, &s.weight[stage][row][((2 * k + lane / 8 % 2) ^ lane % 8) * 8]);
+          const int row = d * ROW + 16 * n + reader / 16 * 8 + reader % 8;
+          load_matrices(w, &s.weight[stage][row][((2 * k + reader / 8 % 2) ^ reader % 8) * 8]);
           multiply(acc[d][2 * n], a, w[0], w[1]);
           multiply(acc[d][2 * n + 1], a, w[2], w[3]);
         }

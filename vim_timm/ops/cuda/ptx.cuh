@@ -59,6 +59,13 @@ __device__ __forceinline__ void copy16(void* shared, const void* global, bool va
                "r"(valid ? 16 : 0));
 }
 
+// 16 bytes to global memory where `valid`; without a branch, which would part the instructions around it.
+__device__ __forceinline__ void store16(void* global, uint4 v, bool valid) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(global),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"((unsigned)valid)
+               : "memory");
+}
+
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;"); }
 
 // Waits until all but the newest `PENDING` groups of copies have arrived, for every lane of the warp.
@@ -66,6 +73,12 @@ template <int PENDING>
 __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
   __syncwarp();
+}
+
+// x, computed anew: what follows from it is not kept in registers, of which a loop may have none left.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
