@@ -86,10 +86,16 @@ struct Place {
   }
 };
 
-// Projection weights (RANK + 32, dim) float32 of both directions to packed (2, ROW, dim), zeros from RANK to RANK_PAD.
+// Weights in two bytes. Those of the projection, (RANK + 32, dim) float32 of each direction, to packed (2, ROW, dim) with
+// zeros from RANK to RANK_PAD, and `others` neighbouring numbers of out_proj.
 extern "C" __global__ void __launch_bounds__(256)
-pack_weights(const float* forward, const float* backward, T* packed, int dim) {
+pack_weights(const float* forward, const float* backward, T* packed, const float* out_proj, T* packed_out, int dim,
+             int others) {
   const int i = 2 * (blockIdx.x * 256 + threadIdx.x), row = i / dim, column = i % dim;
+  if (i < others) {
+    const float2 v = *(const float2*)&out_proj[i];
+    *(T2*)&packed_out[i] = pack(v.x, v.y);
+  }
   if (row >= ROW) return;
   const int source = row < RANK ? row : row - (RANK_PAD - RANK);
   float2 f = {}, b = {};

@@ -90,7 +90,7 @@ class Mixer:
         self.scale = operands[-1]
         forward, backward = as_float(*operands[:7]), as_float(*operands[7:14])
         self.directions = forward, backward
-        self.out_proj = None if operands[14] is None else operands[14].to(xz.dtype)
+        self.out_proj: Optional[Tensor] = operands[14]  # in xz's type from `project` on
         self.batch, self.length, width = xz.shape
         self.dim = width // 2
         self.rank = forward.dt.shape[1]
@@ -120,6 +120,22 @@ class Mixer:
         conv, bias = self.directions[0][:2]
         return self.module('conv.cu', WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None), **flags)
 
+    def pack_weights(self, module: Module) -> Tensor:
+        """x_proj's weights (2, ROW, D) in xz's type; out_proj's become so too."""
+        packed, weight = self.empty(2, self.row, self.dim), self.out_proj
+        others = 0
+        if weight is not None:
+            weight = aligned(weight)
+            if weight.dtype == torch.float32:
+                others, self.out_proj = weight.numel(), self.empty(*weight.shape)
+            else:
+                self.out_proj = weight.to(self.xz.dtype)
+        blocks = math.ceil(max(self.row * self.dim, others) / 512)
+        module.launch(
+            'pack_weights', (blocks, 1, 1), 256, *self.both('x_proj'), packed, weight, self.out_proj, self.dim, others
+        )  # fmt: skip
+        return packed
+
     def project(self) -> Tuple[Tensor, Tensor, Tensor]:
         """u (2, B, L, D), its projections dt, B and C (2, B, L, ROW), and their packed weights (2, ROW, D).
 
@@ -129,10 +145,8 @@ class Mixer:
         fused = tokens >= 64 * multiprocessors(self.xz.device)
         warps = 4 if fused else 1
         u = self.empty(2, self.batch, self.length, self.dim)
-        packed = self.empty(2, self.row, self.dim)
         module = self.conv_module(PROJECT=int(fused))
-        blocks = math.ceil(self.row * self.dim / 512)
-        module.launch('pack_weights', (blocks, 1, 1), 256, *self.both('x_proj'), packed, self.dim)
+        packed = self.pack_weights(module)
         x = self.empty(2, self.batch, self.length, self.row) if fused else None
         # 64 channels of two parts of x with three neighbours, of a warp's u, and of two parts of the weights
         shared = 128 * (2 * (16 * warps + 6) + 32 * warps + (4 * self.row if fused else 0))
