@@ -192,14 +192,16 @@ def test_runs_are_bit_equal_and_equal_compiled_and_captured_ones(out):
         return with_gradients(function, tensors, weight)
 
     eager = run(lambda *t: 2 * mixer(*t))
-    for other in (lambda *t: 2 * mixer(*t), torch.compile(lambda *t: 2 * mixer(*t), fullgraph=True)):
-        assert all(torch.equal(a, b) for a, b in zip(eager, run(other)))
+    assert all(torch.equal(a, b) for a, b in zip(eager, run(lambda *t: 2 * mixer(*t))))
+    compiled = run(torch.compile(lambda *t: 2 * mixer(*t), fullgraph=True))
+    # cuBLAS may take another kernel for out_proj
+    assert all(error(a, b) < 5e-3 if out else torch.equal(a, b) for a, b in zip(compiled, eager))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = 2 * mixer(*tensors)
     captured.fill_(float('nan'))
     graph.replay()
-    assert torch.equal(captured, eager[0])
+    assert error(captured, eager[0]) < 5e-3 if out else torch.equal(captured, eager[0])
 
 
 class LowRank(nn.Module):
@@ -275,13 +277,16 @@ def test_large_activations_stay_within_a_percent():
 def test_a_model_gives_the_same_with_and_without_fusion(name):
     model = timm.create_model(name).cuda().eval()
     images = torch.randn(2, 3, *model.patch_embed.img_size, device='cuda')
-    results = []
-    for backend in ('auto', 'triton'):
+
+    def gradients(backend, autocast):
         model.zero_grad()
-        with use_scan_backend(backend), torch.autocast('cuda', torch.bfloat16):
+        with use_scan_backend(backend), torch.autocast('cuda', torch.bfloat16, enabled=autocast):
             model(images).float().square().sum().backward()
-        results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert all(error(a, b) < 0.1 for a, b in zip(*results))
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    wanted, fused, composed = gradients('triton', False), gradients('auto', True), gradients('triton', True)
+    for f, c, w in zip(fused, composed, wanted):
+        assert error(f, w) < 1e-2 + 2 * error(c, w)
 
 
 @only_gpu
@@ -316,6 +321,10 @@ def test_double_backward_names_the_reference():
         torch.autograd.grad(grad.float().sum(), xz)
 
 
+def test_shared_memory_of_the_projection_fits_every_gpu():
+    assert mixer_op.project_shared(padded_rank(cuda.MAX_RANK) + 2 * STATE, 4, True) <= 99 * 1024
+
+
 def test_limits_are_named_before_any_launch():
     xz = torch.empty(1, 3, 128, device='meta')
     assert 'CUDA tensors' in cuda.unsupported(xz, 16, 12, 4)
@@ -342,7 +351,11 @@ def test_kernels_compile_for_every_gpu(capability):
         for local, carry, keep, grad in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 1)):
             flags = (('BLOCKS', blocks), ('LOCAL', local), ('CARRY', carry), ('KEEP', keep), ('GRAD', grad))
             assert compile_cubin(('ptx.cuh', 'common.cuh', 'forward.cu'), capability, common + flags)
-        assert compile_cubin(('ptx.cuh', 'common.cuh', 'conv.cu'), capability, (*common, ('WIDTH', 4), ('HAS_BIAS', 1)))
+        taps = (*common, ('WIDTH', 4), ('HAS_BIAS', 1))
+        assert compile_cubin(('ptx.cuh', 'common.cuh', 'taps.cuh', 'conv_backward.cu'), capability, taps)
+        for fused in (0, 1):
+            files = ('ptx.cuh', 'common.cuh', 'taps.cuh', 'project.cu')
+            assert compile_cubin(files, capability, (*taps, ('PROJECT', fused)))
         assert compile_cubin(
             ('ptx.cuh', 'common.cuh', 'backward.cu'), capability, (*common, ('BLOCKS', 8), ('CHUNKED', 1))
         )

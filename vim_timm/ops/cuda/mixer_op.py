@@ -82,6 +82,12 @@ def cut(batch: int, length: int, dim: int, rank: int, sms: int) -> Cut:
     return Cut(chunk, math.ceil(length / chunk), blocks)
 
 
+def project_shared(row: int, warps: int, fused: bool) -> int:
+    """Bytes of shared memory of a block of project.cu: 64 channels each of two parts of x with three neighbours, of
+    what warps convolve, and of two parts of the weights."""
+    return 128 * (2 * (16 * warps + 6) + 32 * warps + (4 * row if fused else 0))
+
+
 class Mixer:
     """The operands as the kernels take them, and the launches of one call."""
 
@@ -104,21 +110,14 @@ class Mixer:
         forward, backward = self.directions
         return getattr(forward, name), getattr(backward, name)
 
-    def module(self, file: str, **flags: int) -> Module:
+    def module(self, *files: str, **flags: int) -> Module:
         half = int(self.xz.dtype == torch.float16)
         macros = dict(HALF=half, RANK=self.rank, RANK_PAD=self.row - 2 * STATE, **flags)
-        return load(self.xz.device, ('ptx.cuh', 'common.cuh', file), tuple(macros.items()))
+        return load(self.xz.device, ('ptx.cuh', 'common.cuh', *files), tuple(macros.items()))
 
-    def span(self, channels: int, warps: int) -> Tuple[int, int]:
-        """Tokens of a warp of the convolution that owns `channels` channels, and blocks of four such warps."""
-        groups = math.ceil(self.dim / channels)
-        wanted = warps * multiprocessors(self.xz.device) // (groups * self.batch)
-        span = 8 * math.ceil(self.length / max(1, wanted) / 8)
-        return span, math.ceil(groups * self.batch * math.ceil(self.length / span) / 4)
-
-    def conv_module(self, **flags: int) -> Module:
+    def conv_module(self, file: str, **flags: int) -> Module:
         conv, bias = self.directions[0][:2]
-        return self.module('conv.cu', WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None), **flags)
+        return self.module('taps.cuh', file, WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None), **flags)
 
     def pack_weights(self, module: Module) -> Tensor:
         """x_proj's weights (2, ROW, D) in xz's type; out_proj's become so too."""
@@ -145,15 +144,13 @@ class Mixer:
         fused = tokens >= 64 * multiprocessors(self.xz.device)
         warps = 4 if fused else 1
         u = self.empty(2, self.batch, self.length, self.dim)
-        module = self.conv_module(PROJECT=int(fused))
+        module = self.conv_module('project.cu', PROJECT=int(fused))
         packed = self.pack_weights(module)
         x = self.empty(2, self.batch, self.length, self.row) if fused else None
-        # 64 channels of two parts of x with three neighbours, of a warp's u, and of two parts of the weights
-        shared = 128 * (2 * (16 * warps + 6) + 32 * warps + (4 * self.row if fused else 0))
         module.launch(
             'conv_project', (math.ceil(tokens / (16 * warps)), 1 if fused else self.dim // 64, 1), 32 * warps, self.xz,
             2 * self.dim, *self.both('conv'), *self.both('conv_bias'), packed, *u, x, tokens, self.length, self.dim,
-            shared=shared,
+            shared=project_shared(self.row, warps, fused),
         )  # fmt: skip
         if x is None:
             x = torch.bmm(u.view(2, -1, self.dim), packed.transpose(1, 2)).view(2, self.batch, self.length, self.row)
@@ -236,9 +233,12 @@ class Mixer:
 
     def conv_backward(self, grad_u: Tensor, grad_xz: Tensor) -> Tensor:
         """The gradient of x to the first half of grad_xz; returns those of four taps and the bias (2, 5, D)."""
-        span, blocks = self.span(64, CONV_BACKWARD_WARPS)
+        groups = self.dim // 64  # of channels, for a warp takes 64
+        wanted = CONV_BACKWARD_WARPS * multiprocessors(self.xz.device) // (groups * self.batch)
+        span = 8 * math.ceil(self.length / max(1, wanted) / 8)  # tokens of a warp
+        blocks = math.ceil(groups * self.batch * math.ceil(self.length / span) / 4)
         sums = self.empty(self.batch * math.ceil(self.length / span), 2, 5, self.dim, dtype=torch.float32)
-        self.conv_module(PROJECT=0).launch(
+        self.conv_module('conv_backward.cu').launch(
             'conv_backward', (blocks, 1, 1), 128, self.xz, 2 * self.dim, *self.both('conv'),
             *self.both('conv_bias'), *grad_u, grad_xz, sums, self.batch, self.length, self.dim, span,
         )  # fmt: skip
