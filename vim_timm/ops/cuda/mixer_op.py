@@ -1,8 +1,8 @@
 """The inside of a bidirectional Mamba block, from in_proj's output to out_proj's input or output, as one dispatcher op.
 
-A short sequence takes three kernels: convolution, projection (a batched product), scan with step sizes and gate. What a
-composition of operators would keep for the backward pass (both convolutions' results, projections, both step sizes, the
-ungated and the gated sum) is computed again there from in_proj's output.
+A short sequence takes three kernels: weights in two bytes, convolution and projection, scan with step sizes and gate.
+What a composition of operators would keep for the backward pass (both convolutions' results, projections, both step
+sizes, the ungated and the gated sum) is computed again there from in_proj's output.
 """
 
 import math
