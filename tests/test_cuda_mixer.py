@@ -161,6 +161,32 @@ def test_operators_pass_opcheck(out, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+def test_autocast_to_another_type_changes_nothing(monkeypatch):
+    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
+    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+    tensors = operands(2, 5, 64, 12, device='cpu', out=32)
+    weight = torch.randn(2, 5, 32)
+
+    def cast(*leaves):
+        with torch.autocast('cpu', torch.float16):
+            return mixer(*leaves)
+
+    wanted, found = (with_gradients(function, tensors, weight) for function in (mixer, cast))
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted))
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+def test_one_token_may_have_any_stride(monkeypatch):
+    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
+    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+    xz, *rest = operands(3, 1, 64, 12, device='cpu')
+    strange = torch.empty(1, 3, 128, dtype=xz.dtype).transpose(0, 1).copy_(xz)
+    weight = torch.randn(3, 1, 64)
+    wanted, found = (with_gradients(mixer, [x, *rest], weight) for x in (xz, strange))
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted))
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_operands_may_lie_anywhere(monkeypatch):
     monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)

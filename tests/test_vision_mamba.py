@@ -415,6 +415,14 @@ def test_embedded_tokens_are_freed_after_the_first_block():
     assert alive == [False]
 
 
+def test_a_quantized_model_runs_under_autocast():
+    model = timm.create_model('test_vim').eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    images = torch.rand(1, 3, *model.patch_embed.img_size)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert torch.isfinite(quantized(images)).all()
+
+
 def test_a_product_operand_is_cast_where_autocast_would():
     x = torch.randn(3, 4).t()
     assert as_product_operand(x) is x

@@ -38,6 +38,7 @@ from vim_timm.layers.autocast import as_product_operand
 from vim_timm.layers.mamba import ScanType
 from vim_timm.layers.norm import at_least_float32
 from vim_timm.layers.patch_embed import Size
+from vim_timm.layers.plain import is_plain
 from vim_timm.layers.pos_embed import resample_pos_embed
 from vim_timm.models.checkpoint import CheckpointError, check_names, check_shape, load_weights
 
@@ -69,7 +70,12 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.drop_path(self.ls(self.mixer(as_product_operand(self.norm(x)))))
+        y = self.norm(x)
+        if not torch.jit.is_scripting():
+            # a wrapped or quantized in_proj may want float32
+            if isinstance(self.mixer, BiMamba) and is_plain(self.mixer.in_proj):
+                y = as_product_operand(y)
+        return x + self.drop_path(self.ls(self.mixer(y)))
 
 
 class VisionMamba(nn.Module):

@@ -5,6 +5,7 @@ What a composition of operators would keep for the backward pass (both convoluti
 sizes, the ungated and the gated sum) is computed again there from in_proj's output.
 """
 
+import contextlib
 import math
 from typing import Any, List, NamedTuple, Optional, Tuple
 
@@ -283,7 +284,7 @@ class Mixer:
         """Gradients of xz, of four taps and the bias (2, 5, D), of x_proj (2, ROW, D), of dt (2, D, R), of A_log
         (2, D, 16), of D and dt_bias (2, 2, D), of out_proj (C, D) or nothing (0)."""
         u, x, packed = self.project()
-        grad_xz = torch.empty_like(self.xz)
+        grad_xz = self.empty(*self.xz.shape)  # not empty_like: axes of one token may have any stride
         grad_u, grad_delta, grad_bc, grad_A, grad_v, grad_out = self.scan_gradients(u, x, aligned(grad), grad_xz)
         grad_x, grad_weight_dt = self.dt_backward(x, grad_delta, grad_bc)
         u, grad_u = u.view(2, -1, self.dim), grad_u.view(2, -1, self.dim)
@@ -293,11 +294,19 @@ class Mixer:
         return [grad_xz, taps, grad_project, grad_weight_dt, grad_A, grad_v, grad_out]
 
 
+def no_casts(x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off where it would make torch's products inside the operator another type than x's."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == x.dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
 def run(*operands: Any) -> Tensor:
     """`Mixer.forward`."""
     *others, out_bias, scale = operands
     mixer = Mixer(*others, scale)
-    with torch.cuda.device_of(mixer.xz):
+    with torch.cuda.device_of(mixer.xz), no_casts(mixer.xz):
         return mixer.forward(out_bias)
 
 
@@ -309,7 +318,7 @@ def fake(*operands: Any) -> Tensor:
 def run_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
     """The gradients of `Mixer.backward`."""
     mixer = Mixer(*operands)
-    with torch.cuda.device_of(mixer.xz):
+    with torch.cuda.device_of(mixer.xz), no_casts(mixer.xz):
         return tuple(mixer.backward(grad))
 
 
