@@ -161,6 +161,32 @@ def test_operators_pass_opcheck(out, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+@pytest.mark.parametrize(
+    'size, dtype',
+    [
+        (dict(batch=12, length=1, dim=64, rank=4), torch.bfloat16),
+        (dict(batch=2, length=37, dim=64, rank=16, width=3), torch.float16),
+        (dict(batch=2, length=77, dim=128, rank=24, bias=False), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_projection_in_one_kernel_agrees_as_plain_cpp(size, dtype, poison, monkeypatch):
+    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
+    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 0)  # so that few tokens fill it
+    xz, *parameters = operands(**size, device='cpu', dtype=dtype)
+    u, rows, packed = mixer_op.Mixer(xz, *parameters, None, 0.5).project()
+    for i, reverse in enumerate((False, True)):
+        conv, bias, x_proj = parameters[7 * i : 7 * i + 3]
+        wanted = reference.conv_one_direction(
+            xz[..., : size['dim']].double(), conv.double(), None if bias is None else bias.double(), True, reverse
+        )
+        assert error(u[i], wanted) < 4e-3
+        kept = torch.cat([packed[i, : size['rank']], packed[i, padded_rank(size['rank']) :]])
+        assert torch.equal(kept, x_proj.to(dtype))
+        assert error(rows[i], u[i].double() @ packed[i].double().t()) < 4e-3
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_autocast_to_another_type_changes_nothing(monkeypatch):
     monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
