@@ -95,7 +95,7 @@ def measure_fused(batch: int, dim: int, length: int) -> dict[str, float]:
     u, x, _ = mixer.project()
     grad = torch.randn(batch, length, dim, device='cuda', dtype=torch.bfloat16)
     return {
-        'fused_conv': captured_ms(mixer.project),
+        'fused_project': captured_ms(mixer.project),
         'fused_scan': captured_ms(lambda: mixer.scan_forward(u, x)),
         'fused_scan_backward': captured_ms(lambda: mixer.scan_gradients(u, x, grad, torch.empty_like(mixer.xz))),
         'fused_block_backward': captured_ms(lambda: mixer.backward(grad)),

@@ -99,6 +99,13 @@ def assert_agrees(size, dtype, device):
 
 
 @pytest.fixture
+def emulator(monkeypatch):
+    """The kernels as plain C++, for a device of 132 multiprocessors."""
+    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
+    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+
+
+@pytest.fixture
 def poison(monkeypatch):
     """Whatever a kernel leaves unwritten is NaN."""
     empty, empty_like = torch.empty, torch.empty_like
@@ -140,17 +147,13 @@ SMALL_SIZES = [
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('size', SMALL_SIZES, ids=str)
-def test_kernels_agree_with_float64_as_plain_cpp(size, dtype, poison, monkeypatch):
-    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
-    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+def test_kernels_agree_with_float64_as_plain_cpp(size, dtype, poison, emulator):
     assert_agrees(size, dtype, 'cpu')
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 @pytest.mark.parametrize('out', [0, 24])
-def test_operators_pass_opcheck(out, monkeypatch):
-    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
-    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+def test_operators_pass_opcheck(out, emulator):
     tensors = operands(1, 5, 64, 12, out=out, device='cpu')
     tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
     out_proj = [t.requires_grad_() for t in tensors][15:] or [None, None]
@@ -170,8 +173,7 @@ def test_operators_pass_opcheck(out, monkeypatch):
     ],
     ids=str,
 )
-def test_the_projection_in_one_kernel_agrees_as_plain_cpp(size, dtype, poison, monkeypatch):
-    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
+def test_the_projection_in_one_kernel_agrees_as_plain_cpp(size, dtype, poison, emulator, monkeypatch):
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 0)  # so that few tokens fill it
     xz, *parameters = operands(**size, device='cpu', dtype=dtype)
     u, rows, packed = mixer_op.Mixer(xz, *parameters, None, 0.5).project()
@@ -187,9 +189,7 @@ def test_the_projection_in_one_kernel_agrees_as_plain_cpp(size, dtype, poison, m
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
-def test_autocast_to_another_type_changes_nothing(monkeypatch):
-    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
-    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+def test_autocast_to_another_type_changes_nothing(emulator):
     tensors = operands(2, 5, 64, 12, device='cpu', out=32)
     weight = torch.randn(2, 5, 32)
 
@@ -202,9 +202,7 @@ def test_autocast_to_another_type_changes_nothing(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
-def test_one_token_may_have_any_stride(monkeypatch):
-    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
-    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+def test_one_token_may_have_any_stride(emulator):
     xz, *rest = operands(3, 1, 64, 12, device='cpu')
     strange = torch.empty(1, 3, 128, dtype=xz.dtype).transpose(0, 1).copy_(xz)
     weight = torch.randn(3, 1, 64)
@@ -213,9 +211,7 @@ def test_one_token_may_have_any_stride(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
-def test_operands_may_lie_anywhere(monkeypatch):
-    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
-    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
+def test_operands_may_lie_anywhere(emulator):
     tensors = operands(1, 5, 64, 12, out=24, device='cpu')
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in tensors]
     weight = torch.randn(1, 5, 24)
@@ -270,10 +266,8 @@ class LowRank(nn.Module):
 
 
 @pytest.fixture
-def block(monkeypatch):
+def block(monkeypatch, emulator):
     """A mixer whose inside is the fused kernels as plain C++, under bfloat16 autocast."""
-    monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
-    monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
     monkeypatch.setattr(mamba, 'fused_mixer', lambda *sizes: cuda.mixer)
     torch.manual_seed(0)
     with torch.autocast('cpu', torch.bfloat16):

@@ -13,6 +13,7 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tu
 import torch
 
 from vim_timm.ops import chunked, cpu, cuda, export, mamba_ssm_adapter, reference, triton_kernels
+from vim_timm.ops.operators import autocast_off
 
 _logger = logging.getLogger('vim_timm')
 
@@ -155,13 +156,6 @@ def _announce(name: str, u: torch.Tensor, A: torch.Tensor) -> None:
         _logger.info('selective scan runs on the `%s` backend', name)
 
 
-def _autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Scans decide their own precision: float32 state whatever autocast says."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def dispatch_scan(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -185,7 +179,7 @@ def dispatch_scan(
     """`reference.scan` on the chosen backend."""
     name = choose(u, A)
     _announce(name, u, A)
-    with _autocast_off(u):
+    with autocast_off(u):
         return BACKENDS[name].scan(
             u, delta, A, B, C, D, delta_bias, u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b, z, scale,
             delta_softplus, A_is_log,
@@ -202,5 +196,5 @@ def dispatch_conv(
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """`reference.conv` on the chosen backend."""
     name = choose(x, weight)
-    with _autocast_off(x):
+    with autocast_off(x):
         return BACKENDS[name].conv(x, weight, bias, weight_b, bias_b, silu)

@@ -1,8 +1,16 @@
 """Registers a kernel's operator with torch: what runs, what fake tensors see, its gradient as a second operator."""
 
+import contextlib
 from typing import Any, Callable
 
 import torch
+
+
+def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Kernels decide their own precision, whatever autocast says on x's device."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def register(

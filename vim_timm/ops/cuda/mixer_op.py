@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..operators import register
+from ..operators import autocast_off, register
 from ..triton_kernels.launch import multiprocessors, no_double_backward
 from .nvrtc import Module, load
 
@@ -296,10 +296,8 @@ class Mixer:
 
 def no_casts(x: Tensor) -> contextlib.AbstractContextManager:
     """Autocast off where it would make torch's products inside the operator another type than x's."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == x.dtype:
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
+    same = torch.get_autocast_dtype(x.device.type) == x.dtype
+    return contextlib.nullcontext() if same else autocast_off(x)
 
 
 def run(*operands: Any) -> Tensor:
