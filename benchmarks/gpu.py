@@ -92,12 +92,12 @@ def mixer_operands(batch: int, dim: int, length: int, state: int = 16) -> list[t
 def measure_fused(batch: int, dim: int, length: int) -> dict[str, float]:
     """The fused scan, which projects step sizes and gates too, and the whole inside of a block."""
     mixer = Mixer(*mixer_operands(batch, dim, length), None, 0.5)
-    u, x, _ = mixer.project()
+    p = mixer.project()
     grad = torch.randn(batch, length, dim, device='cuda', dtype=torch.bfloat16)
     return {
         'fused_project': captured_ms(mixer.project),
-        'fused_scan': captured_ms(lambda: mixer.scan_forward(u, x)),
-        'fused_scan_backward': captured_ms(lambda: mixer.scan_gradients(u, x, grad, torch.empty_like(mixer.xz))),
+        'fused_scan': captured_ms(lambda: mixer.scan_forward(p)),
+        'fused_scan_backward': captured_ms(lambda: mixer.scan_gradients(p, grad, torch.empty_like(mixer.xz))),
         'fused_block_backward': captured_ms(lambda: mixer.backward(grad)),
     }
 

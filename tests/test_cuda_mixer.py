@@ -176,7 +176,7 @@ def test_operators_pass_opcheck(out, emulator):
 def test_the_projection_in_one_kernel_agrees_as_plain_cpp(size, dtype, poison, emulator, monkeypatch):
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 0)  # so that few tokens fill it
     xz, *parameters = operands(**size, device='cpu', dtype=dtype)
-    u, rows, packed = mixer_op.Mixer(xz, *parameters, None, 0.5).project()
+    u, rows, packed, dt, _ = mixer_op.Mixer(xz, *parameters, None, 0.5).project()
     for i, reverse in enumerate((False, True)):
         conv, bias, x_proj = parameters[7 * i : 7 * i + 3]
         wanted = reference.conv_one_direction(
@@ -185,6 +185,7 @@ def test_the_projection_in_one_kernel_agrees_as_plain_cpp(size, dtype, poison, e
         assert error(u[i], wanted) < 4e-3
         kept = torch.cat([packed[i, : size['rank']], packed[i, padded_rank(size['rank']) :]])
         assert torch.equal(kept, x_proj.to(dtype))
+        assert torch.equal(dt[i, :, : size['rank']], parameters[7 * i + 3].to(dtype)) and not dt[i, :, size['rank'] :].any()
         assert error(rows[i], u[i].double() @ packed[i].double().t()) < 4e-3
 
 

@@ -74,7 +74,7 @@ struct Barrier {
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 inline std::vector<Thread> threads;
 inline std::vector<Barrier> warp_barriers;
-inline Barrier block_barrier;
+inline Barrier block_barrier, named_barriers[16];
 inline ucontext_t scheduler;
 
 inline Thread& self() { return threads[threadIdx.x]; }
@@ -96,7 +96,10 @@ inline void arrive(Barrier& barrier, int size) {
 }
 
 inline void __syncwarp() { arrive(warp_barriers[threadIdx.x / 32], 32); }
-inline void meet(int size) { arrive(block_barrier, size); }
+template <int BARRIER>
+void meet(int size) {
+  arrive(named_barriers[BARRIER], size);
+}
 inline int anew(int x) { return x; }
 inline void block_sync() { arrive(block_barrier, blockDim.x); }
 #define DYNAMIC_SHARED(TYPE, name) static TYPE name

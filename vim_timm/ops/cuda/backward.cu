@@ -71,13 +71,11 @@ __device__ __forceinline__ void copy_rows(T (*to)[CHANNELS], const T* from, int 
   }
 }
 
-__device__ __forceinline__ void load_weights(Shared& s, const float* weight, const float* bias, const Walk& w) {
-  weight += (long long)w.channel0 * RANK;
-  for (int i = w.lane; i < CHANNELS * RANK_PAD / 2; i += 32) {
-    const int c = i / (RANK_PAD / 2), r = i % (RANK_PAD / 2) * 2;
-    const float w0 = r < RANK ? weight[c * RANK + r] : 0.f, w1 = r + 1 < RANK ? weight[c * RANK + r + 1] : 0.f;
-    *(T2*)&s.weight[c][r] = pack(w0, w1);
-  }
+// The warp's rows of the step sizes' weights and their bias, which the first tile needs.
+__device__ __forceinline__ void copy_weights(Shared& s, const T* weight, const float* bias, const Walk& w) {
+  weight += (long long)w.channel0 * RANK_PAD;
+#pragma unroll
+  for (int i = w.lane * 8; i < CHANNELS * RANK_PAD; i += 32 * 8) copy16(&s.weight[0][0] + i, weight + i, true);
   s.bias[w.lane] = bias[w.channel0 + w.lane];
 }
 
@@ -259,7 +257,7 @@ __device__ __forceinline__ void load_decays(float (&a)[OWN][OWN], const float* A
 // skip and bias. A grid of (D / 32, chunks, 2 batch) warps; `chunk` tokens, a multiple of 16 if there are several.
 // Offsets in a sequence are 32 bits: 4 L D < 2^31.
 extern "C" __global__ void __launch_bounds__(32, BLOCKS)
-scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float* weight_f, const float* weight_b,
+scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* weight_f, const T* weight_b,
               const float* bias_f, const float* bias_b, const float* A_f, const float* A_b, const float* skip_f,
               const float* skip_b, const T* grad, const T* bounds, const float* Q, T* grad_u, T* grad_delta,
               float* part_x, float* part_A, float* part_v, int batch, int length, int dim, int chunk) {
@@ -300,11 +298,11 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const floa
     }
     copies_commit();
   };
+  copy_weights(s, reverse ? weight_b : weight_f, reverse ? bias_b : bias_f, w);
   copy_tile(0);
   copy_bounds(0, 3);
   copy_bounds(0, 2);
 
-  load_weights(s, reverse ? weight_b : weight_f, reverse ? bias_b : bias_f, w);
   float a[OWN][OWN], q[OWN][OWN], grad_A[OWN][OWN];
   load_decays(a, reverse ? A_b : A_f, w);
   const float skip = (reverse ? skip_b : skip_f)[w.channel0 + single];
@@ -434,7 +432,7 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const floa
 // Q (2 batch, chunks, 16, D): the gradient of the state that enters each chunk, from zero at the chunk's end.
 // Grid as above.
 extern "C" __global__ void __launch_bounds__(32, 12)
-grad_states(const T* x_f, const T* x_b, const float* weight_f, const float* weight_b, const float* bias_f,
+grad_states(const T* x_f, const T* x_b, const T* weight_f, const T* weight_b, const float* bias_f,
             const float* bias_b, const float* A_f, const float* A_b, const T* grad, float* Q, int batch, int length,
             int dim, int chunk) {
   __shared__ Shared s;
@@ -451,8 +449,8 @@ grad_states(const T* x_f, const T* x_b, const float* weight_f, const float* weig
     }
     copies_commit();
   };
+  copy_weights(s, reverse ? weight_b : weight_f, reverse ? bias_b : bias_f, w);
   copy_tile(0);
-  load_weights(s, reverse ? weight_b : weight_f, reverse ? bias_b : bias_f, w);
   float a[OWN][OWN], q[OWN][OWN] = {};
   load_decays(a, reverse ? A_b : A_f, w);
 #pragma unroll 1

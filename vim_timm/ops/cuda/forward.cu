@@ -1,10 +1,11 @@
 // Both directions of a selective scan, with the step size projection before and the gate after it.
 //
 // A block is two warps on the same 64 channels and tokens, one for each direction; a lane owns two channels and keeps
-// their states in registers. A direction walks over tiles of 16 tokens. For a tile it first does what needs no order:
-// step sizes by the matrix unit, softplus, B and C as float32. Then come the 16 steps, whose scarce resource is the
-// special-function unit: 16 exponentials for each channel and token. Steps are free of branches and of global memory, so
-// that the assembler can spread the exponentials among the multiplications.
+// their states in registers. A direction walks over tiles of 16 tokens, whose rows lie in shared memory in scan order (row
+// p is token p ^ flip). For a tile it first does what needs no order: step sizes by the matrix unit, softplus, B and C as
+// float32. Then come the 16 steps, whose scarce resource is the special-function unit: 16 exponentials for each channel and
+// token. Four steps are free of branches, of stores to shared memory and of reads from global memory, so that the assembler
+// can spread the exponentials among the multiplications.
 //
 // The directions meet in the middle. Up to there each leaves its y in OUT; beyond, where the other one has been, it adds
 // what it finds, gates the sum and writes the result. So no sum over directions and no gate pass over memory remain.
@@ -42,35 +43,47 @@ __device__ __forceinline__ float decay(float x, int part) {
   return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
 }
 
-// Copies columns of 16 token rows that start at `first`; rows from `end` on become zeros.
-template <int WIDTH>
-__device__ __forceinline__ void copy_rows(T (*to)[WIDTH], const T* from, long long stride, int rows_left, int lane) {
-  constexpr int PIECES = WIDTH / 8;
+// Copies the projections of 16 tokens; tokens from `rows_left` on become zeros. These rows stay in order of tokens.
+__device__ __forceinline__ void copy_projections(Warp& s, const T* x, int rows_left, int lane) {
 #pragma unroll
-  for (int i = 0; i < (TILE * PIECES + 31) / 32; i++) {
-    int piece = i * 32 + lane;
-    int row = piece / PIECES, column = piece % PIECES * 8;
-    if (TILE * PIECES % 32 == 0 || row < TILE) {
-      bool valid = row < rows_left;
-      copy16(&to[row][column], from + (valid ? row : 0) * stride + column, valid);
-    }
+  for (int i = 0; i < TILE * ROW / 8 / 32; i++) {
+    const int at = (i * 32 + lane) * 8;
+    copy16(&s.x[0][0] + at, x + at, at < rows_left * ROW);
   }
 }
 
-// The 16 x 64 step sizes: softplus(dt W^T + bias), 0 beyond the end so that the state stays as it is.
-__device__ __forceinline__ void step_sizes(Warp& s, int rows_left, int lane) {
+// The same for 64 channels; these rows lie in scan order.
+__device__ __forceinline__ void copy_rows(T (*to)[CHANNELS], const T* from, long long stride, int rows_left, int flip,
+                                          int lane) {
+#pragma unroll
+  for (int i = 0; i < TILE; i += 4) {
+    const int row = i + lane / 8, column = lane % 8 * 8, token = row ^ flip;
+    copy16(&to[row][column], from + token * stride + column, token < rows_left);
+  }
+}
+
+// The step sizes: softplus(dt W^T + bias), 0 beyond the end so that the state stays as it is.
+__device__ __forceinline__ void step_sizes(Warp& s, int rows_left, int flip, int lane) {
   float acc[CHANNELS / 8][4];
   const int column = lane % 4 * 2, row = lane / 4;
 #pragma unroll
   for (int j = 0; j < CHANNELS / 8; j++) {
-    float2 b = *(const float2*)&s.bias[8 * j + column];
+    const float2 b = *(const float2*)&s.bias[8 * j + column];
     acc[j][0] = acc[j][2] = b.x;
     acc[j][1] = acc[j][3] = b.y;
+  }
+  if (rows_left < TILE) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const bool valid = ((row + i / 2 * 8) ^ flip) < rows_left;
+#pragma unroll
+      for (int j = 0; j < CHANNELS / 8; j++) acc[j][i] = valid ? acc[j][i] : NO_STEP;
+    }
   }
 #pragma unroll
   for (int k = 0; k < RANK_PAD; k += 16) {
     unsigned a[4], b[4];
-    load_matrices(a, &s.x[lane % 16][k + lane / 16 * 8]);
+    load_matrices(a, &s.x[lane % 16 ^ flip][k + lane / 16 * 8]);
 #pragma unroll
     for (int j = 0; j < CHANNELS / 8; j += 2) {
       load_matrices(b, &s.weight[8 * j + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
@@ -83,20 +96,18 @@ __device__ __forceinline__ void step_sizes(Warp& s, int rows_left, int lane) {
   for (int j = 0; j < CHANNELS / 8; j++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      bool valid = row + 8 * half < rows_left;
-      float2 d = make_float2(softplus(acc[j][2 * half]), softplus(acc[j][2 * half + 1]));
-      if (!valid) d = make_float2(0.f, 0.f);
+      const float2 d = make_float2(softplus(acc[j][2 * half]), softplus(acc[j][2 * half + 1]));
       *(float2*)&s.delta[row + 8 * half][(8 * j + column) ^ swap] = d;
     }
   }
 }
 
-__device__ __forceinline__ void widen_b_and_c(Warp& s, int lane) {
+__device__ __forceinline__ void widen_b_and_c(Warp& s, int flip, int lane) {
 #pragma unroll
-  for (int i = 0; i < TILE * 4 / 32; i++) {
-    int row = (i * 32 + lane) / 4, column = lane % 4 * 8;
-    uint4 v = *(const uint4*)&s.x[row][RANK_PAD + column];
-    float2 p = unpack(v.x), q = unpack(v.y), r = unpack(v.z), t = unpack(v.w);
+  for (int i = 0; i < TILE; i += 8) {
+    const int row = i + lane / 4, column = lane % 4 * 8;
+    const uint4 v = *(const uint4*)&s.x[row ^ flip][RANK_PAD + column];
+    const float2 p = unpack(v.x), q = unpack(v.y), r = unpack(v.z), t = unpack(v.w);
     *(float4*)&s.bc[row][column] = make_float4(p.x, p.y, q.x, q.y);
     *(float4*)&s.bc[row][column + 4] = make_float4(r.x, r.y, t.x, t.y);
   }
@@ -104,10 +115,10 @@ __device__ __forceinline__ void widen_b_and_c(Warp& s, int lane) {
 
 // What becomes of a tile's y, which stands in place of the step sizes: a direction's part, or the gated sum.
 __device__ __forceinline__ void finish(const Warp& s, bool second, T* out, long long out_stride, T* grad_y,
-                                       T* gated, long long gated_stride, float scale, int rows_left, int lane) {
+                                       T* gated, long long gated_stride, float scale, int rows_left, int flip, int lane) {
 #pragma unroll
-  for (int i = 0; i < TILE * CHANNELS / 8 / 32; i++) {
-    const int piece = i * 32 + lane, row = piece / 8, column = piece % 8 * 8;
+  for (int i = 0; i < TILE; i += 4) {
+    const int row = i + lane / 8, column = lane % 8 * 8, token = row ^ flip;
     const float* from = &s.delta[row][column ^ ((row & 3) << 3)];
     float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
     float y[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -135,34 +146,36 @@ __device__ __forceinline__ void finish(const Warp& s, bool second, T* out, long 
 #endif
       }
 #if GRAD
-      if (row < rows_left) {
-        *(uint4*)&grad_y[row * out_stride + column] = make_uint4(through[0], through[1], through[2], through[3]);
-        *(uint4*)&gated[row * gated_stride + column] = make_uint4(product[0], product[1], product[2], product[3]);
+      if (token < rows_left) {
+        *(uint4*)&grad_y[token * out_stride + column] = make_uint4(through[0], through[1], through[2], through[3]);
+        *(uint4*)&gated[token * gated_stride + column] = make_uint4(product[0], product[1], product[2], product[3]);
       }
 #endif
     } else {
 #pragma unroll
       for (int k = 0; k < 4; k++) result[k] = pack(y[2 * k], y[2 * k + 1]);
     }
-    if (row < rows_left) *(uint4*)&out[row * out_stride + column] = make_uint4(result[0], result[1], result[2], result[3]);
+    if (token < rows_left)
+      *(uint4*)&out[token * out_stride + column] = make_uint4(result[0], result[1], result[2], result[3]);
   }
 }
 
-// u, x of both directions: (batch, L, D) and (batch, L, ROW) contiguous, ROW as in common.cuh; weight (D, RANK), bias,
-// skip (D), A_log (D, 16) float32; z and out (batch, L, D) with rows of the given strides.
+// u, x of both directions: (batch, L, D) and (batch, L, ROW) contiguous, ROW as in common.cuh; weight (D,
+// RANK_PAD); bias, skip (D), A_log (D, 16) float32; z and out (batch, L, D) with rows of the given strides.
 // LOCAL: the state at the exit of each chunk from zero (H) and the chunk's sum of step sizes (S); nothing else.
 // CARRY: the scan starts from the states in H (2 batch, chunks, 16, D), else from zero.
 // KEEP: the state on entry of every 4 tokens, in two bytes, to BOUNDS (2 batch, ceil(L / 4), 16, D).
 // GRAD: from the output's gradient `grad` (batch, L, D) the gradient of z to OUT and that of y to GRAD_Y, whose rows lie
 // as OUT's; the output itself to GATED (batch, L, D), which may be `grad`: a thread has read what it overwrites.
 extern "C" __global__ void __launch_bounds__(64, BLOCKS)
-scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float* weight_f, const float* weight_b,
+scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* weight_f, const T* weight_b,
              const float* bias_f, const float* bias_b, const float* A_f, const float* A_b, const float* skip_f,
              const float* skip_b, const T* z, long long z_stride, T* out, long long out_stride, const T* grad,
              T* grad_y, T* gated, float* H, float* S, T* bounds, float scale, int batch, int length, int dim, int chunk) {
   __shared__ Warp shared[2];
   const int lane = threadIdx.x % 32;
   const bool reverse = threadIdx.x >= 32;
+  const int flip = reverse ? TILE - 1 : 0;
   Warp& s = shared[reverse];
   const int channel0 = blockIdx.x * CHANNELS, entry = blockIdx.z;
   const int cell = reverse ? batch + entry : entry;
@@ -178,11 +191,18 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float
   grad_y += first_row * out_stride + channel0;
   gated += first_row * dim + channel0;
 
-  const float* weight = (reverse ? weight_b : weight_f) + (long long)channel0 * RANK;
-  for (int i = lane; i < CHANNELS * RANK_PAD / 2; i += 32) {
-    int c = i / (RANK_PAD / 2), r = i % (RANK_PAD / 2) * 2;
-    float w0 = r < RANK ? weight[c * RANK + r] : 0.f, w1 = r + 1 < RANK ? weight[c * RANK + r + 1] : 0.f;
-    *(T2*)&s.weight[c][r] = pack(w0, w1);
+  // Three groups of copies, each waited for where it is used: projections, u, and z with its companions.
+  {
+    const int t0 = begin + (reverse ? tiles - 1 : 0) * TILE;
+    const T* weight = (reverse ? weight_b : weight_f) + (long long)channel0 * RANK_PAD;
+#pragma unroll
+    for (int i = lane * 8; i < CHANNELS * RANK_PAD; i += 32 * 8) copy16(&s.weight[0][0] + i, weight + i, true);
+    copy_projections(s, x + (long long)t0 * ROW, end - t0, lane);
+    copies_commit();
+    if (!EARLY) {
+      copy_rows(s.u, u + (long long)t0 * dim, dim, end - t0, flip, lane);
+      copies_commit();
+    }
   }
   const int channel = channel0 + 2 * lane;
   *(float2*)&s.bias[2 * lane] = *(const float2*)&(reverse ? bias_b : bias_f)[channel];
@@ -215,92 +235,83 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float
 #if KEEP
   bounds += (long long)cell * ((length + 3) / 4) * STATE * dim + channel;
 #endif
-  int column[4];  // of this lane's step sizes in row r, by r & 3 in scan order
+  int column[4];  // of this lane's step sizes in row r, by r & 3
 #pragma unroll
-  for (int k = 0; k < 4; k++) column[k] = (2 * lane) ^ ((reverse ? 3 - k : k) << 3);
+  for (int j = 0; j < 4; j++) column[j] = 2 * lane ^ j << 3;
 
-  {
-    const int t0 = begin + (reverse ? tiles - 1 : 0) * TILE;
-    copy_rows(s.x, x + (long long)t0 * ROW, ROW, end - t0, lane);
-    copies_commit();
-    if (!EARLY) {
-      copy_rows(s.u, u + (long long)t0 * dim, dim, end - t0, lane);
-      copies_commit();
-    }
-  }
-  // Three groups of copies, each waited for where it is used: projections, u, and z with its companions.
   for (int k = 0; k < tiles; k++) {
     const int tile = reverse ? tiles - 1 - k : k;
     const int t0 = begin + tile * TILE, rows_left = end - t0, next = reverse ? t0 - TILE : t0 + TILE;
     const bool second = !LOCAL && (reverse ? tile < middle : tile >= middle);
-    if (!LOCAL && k == (reverse ? tiles - middle : middle)) meet(64);
+    if (!LOCAL && k == (reverse ? tiles - middle : middle)) meet<1>(64);
     if (EARLY) {
-      copy_rows(s.u, u + (long long)t0 * dim, dim, rows_left, lane);
+      copy_rows(s.u, u + (long long)t0 * dim, dim, rows_left, flip, lane);
       copies_commit();
     }
     if (second) {
-      copy_rows(s.z, z + (long long)t0 * z_stride, z_stride, rows_left, lane);
-      copy_rows(s.other, out + (long long)t0 * out_stride, out_stride, rows_left, lane);
+      copy_rows(s.z, z + (long long)t0 * z_stride, z_stride, rows_left, flip, lane);
+      copy_rows(s.other, out + (long long)t0 * out_stride, out_stride, rows_left, flip, lane);
 #if GRAD
-      copy_rows(s.grad, grad + (long long)t0 * dim, dim, rows_left, lane);
+      copy_rows(s.grad, grad + (long long)t0 * dim, dim, rows_left, flip, lane);
 #endif
     }
     copies_commit();
     copies_wait<2>();  // the projections
-    step_sizes(s, rows_left, lane);
-    widen_b_and_c(s, lane);
-    __syncwarp();
-    if (k + 1 < tiles) copy_rows(s.x, x + (long long)next * ROW, ROW, end - next, lane);
+    step_sizes(s, rows_left, flip, lane);
+    widen_b_and_c(s, flip, lane);
+    copies_wait<1>();  // u
+    if (k + 1 < tiles) copy_projections(s, x + (long long)next * ROW, end - next, lane);
     copies_commit();
-    copies_wait<2>();  // u
 
-    const int sign = reverse ? -1 : 1, steps = min(TILE, (rows_left + 3) / 4 * 4);
-    int row = reverse ? steps - 1 : 0;
+    // Rows of no token are the last ones, or against their order the first.
+    const int steps = min(TILE, (rows_left + 3) / 4 * 4), first = reverse ? TILE - steps : 0;
 #pragma unroll 1
-    for (int i = 0; i < steps; i += 4) {
+    for (int row = first; row < first + steps; row += 4) {
 #if KEEP
-      T* to = bounds + (long long)((t0 + row) / 4) * STATE * dim;
+      T* to = bounds + (long long)((t0 + (row ^ (flip & ~3))) / 4) * STATE * dim;
 #pragma unroll
       for (int n = 0; n < STATE; n++) *(T2*)&to[(long long)n * dim] = pack(h[0][n], h[1][n]);
 #endif
+      float y[4][2];
 #pragma unroll
-      for (int j = 0; j < 4; j++, row += sign) {
-        const float2 d = *(const float2*)&s.delta[row][column[j]];
-        const float2 v = unpack(*(const T2*)&s.u[row][2 * lane]);
+      for (int j = 0; j < 4; j++) {
+        const float2 d = *(const float2*)&s.delta[row + j][column[j]];
+        const float2 v = unpack(*(const T2*)&s.u[row + j][2 * lane]);
         const float x0 = d.x * v.x, x1 = d.y * v.y;
-        float y0[2] = {skip.x * v.x, 0.f}, y1[2] = {skip.y * v.y, 0.f};
+        y[j][0] = skip.x * v.x;
+        y[j][1] = skip.y * v.y;
 #pragma unroll
         for (int n = 0; n < STATE; n += 4) {
-          float4 b4 = *(const float4*)&s.bc[row][n], c4 = *(const float4*)&s.bc[row][STATE + n];
+          const float4 b4 = *(const float4*)&s.bc[row + j][n], c4 = *(const float4*)&s.bc[row + j][STATE + n];
           const float b[4] = {b4.x, b4.y, b4.z, b4.w}, c[4] = {c4.x, c4.y, c4.z, c4.w};
 #pragma unroll
           for (int m = 0; m < 4; m++) {
             h[0][n + m] = fmaf(decay(d.x * a[0][n + m], m), h[0][n + m], x0 * b[m]);
             h[1][n + m] = fmaf(decay(d.y * a[1][n + m], m), h[1][n + m], x1 * b[m]);
-            if (!LOCAL) {
-              y0[m % 2] = fmaf(h[0][n + m], c[m], y0[m % 2]);
-              y1[m % 2] = fmaf(h[1][n + m], c[m], y1[m % 2]);
-            }
+            y[j][0] = fmaf(h[0][n + m], c[m], y[j][0]);
+            y[j][1] = fmaf(h[1][n + m], c[m], y[j][1]);
           }
         }
 #if LOCAL
         total.x += d.x;
         total.y += d.y;
-#else
-        // In place of the step sizes, which no other lane reads.
-        *(float2*)&s.delta[row][column[j]] = make_float2(y0[0] + y0[1], y1[0] + y1[1]);
 #endif
       }
+#if !LOCAL
+      // In place of the step sizes, which no other lane reads.
+#pragma unroll
+      for (int j = 0; j < 4; j++) *(float2*)&s.delta[row + j][column[j]] = make_float2(y[j][0], y[j][1]);
+#endif
     }
     __syncwarp();
     if (!EARLY) {
-      if (k + 1 < tiles) copy_rows(s.u, u + (long long)next * dim, dim, end - next, lane);
+      if (k + 1 < tiles) copy_rows(s.u, u + (long long)next * dim, dim, end - next, flip, lane);
       copies_commit();
     }
     copies_wait<EARLY ? 1 : 2>();  // z and its companions
 #if !LOCAL
     finish(s, second, out + (long long)t0 * out_stride, out_stride, grad_y + (long long)t0 * out_stride,
-           gated + (long long)t0 * dim, dim, scale, rows_left, lane);
+           gated + (long long)t0 * dim, dim, scale, rows_left, flip, lane);
 #endif
     __syncwarp();  // the next tile overwrites what other lanes may still read
   }
@@ -309,7 +320,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const float
   for (int n = 0; n < STATE; n++) *(float2*)&H[(long long)n * dim] = make_float2(h[0][n], h[1][n]);
   *(float2*)&S[((long long)cell * gridDim.y + blockIdx.y) * dim + channel] = total;
 #else
-  if ((reverse ? tiles - middle : middle) == tiles) meet(64);
+  if ((reverse ? tiles - middle : middle) == tiles) meet<1>(64);
 #endif
 }
 

@@ -61,6 +61,17 @@ def as_float(*parameters: Any) -> Direction:
     return Direction(*(None if p is None else aligned(p.float()) for p in parameters))  # type: ignore[arg-type]
 
 
+class Projected(NamedTuple):
+    """What a scan reads, u (2, B, L, D) and its projections dt, B and C (2, B, L, ROW), and weights in two bytes: x_proj
+    (2, ROW, D), dt (2, D, RANK_PAD), out_proj (C, D) or None."""
+
+    u: Tensor
+    x: Tensor
+    x_proj: Tensor
+    dt: Tensor
+    out_proj: Optional[Tensor]
+
+
 class Cut(NamedTuple):
     """How a scan is cut: tokens of a chunk, chunks of a sequence, blocks that a multiprocessor has to hold."""
 
@@ -97,7 +108,7 @@ class Mixer:
         self.scale = operands[-1]
         forward, backward = as_float(*operands[:7]), as_float(*operands[7:14])
         self.directions = forward, backward
-        self.out_proj: Optional[Tensor] = operands[14]  # in xz's type from `project` on
+        self.out_proj: Optional[Tensor] = operands[14]
         self.batch, self.length, width = xz.shape
         self.dim = width // 2
         self.rank = forward.dt.shape[1]
@@ -120,45 +131,44 @@ class Mixer:
         conv, bias = self.directions[0][:2]
         return self.module('taps.cuh', file, WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None), **flags)
 
-    def pack_weights(self, module: Module) -> Tensor:
-        """x_proj's weights (2, ROW, D) in xz's type; out_proj's become so too."""
-        packed, weight = self.empty(2, self.row, self.dim), self.out_proj
-        others = 0
+    def pack_weights(self, module: Module) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        """Weights of x_proj, dt and out_proj as in `Projected`."""
+        x_proj, dt = self.empty(2, self.row, self.dim), self.empty(2, self.dim, self.row - 2 * STATE)
+        weight, out_proj, others = self.out_proj, None, 0
         if weight is not None:
             weight = aligned(weight)
             if weight.dtype == torch.float32:
-                others, self.out_proj = weight.numel(), self.empty(*weight.shape)
+                others, out_proj = weight.numel(), self.empty(*weight.shape)
             else:
-                self.out_proj = weight.to(self.xz.dtype)
+                out_proj = weight.to(self.xz.dtype)
         blocks = math.ceil(max(self.row * self.dim, others) / 512)
         module.launch(
-            'pack_weights', (blocks, 1, 1), 256, *self.both('x_proj'), packed, weight, self.out_proj, self.dim, others
+            'pack_weights', (blocks, 1, 1), 256, *self.both('x_proj'), *self.both('dt'), weight, x_proj, dt, out_proj,
+            self.dim, others,
         )  # fmt: skip
-        return packed
+        return x_proj, dt, out_proj
 
-    def project(self) -> Tuple[Tensor, Tensor, Tensor]:
-        """u (2, B, L, D), its projections dt, B and C (2, B, L, ROW), and their packed weights (2, ROW, D).
-
-        One kernel where blocks of 64 tokens fill the device, else a convolution by parts of the channels and a product.
-        """
+    def project(self) -> Projected:
+        """One kernel where blocks of 64 tokens fill the device, else a convolution by parts of the channels and a
+        product."""
         tokens = self.batch * self.length
         fused = tokens >= 64 * multiprocessors(self.xz.device)
         warps = 4 if fused else 1
         u = self.empty(2, self.batch, self.length, self.dim)
         module = self.conv_module('project.cu', PROJECT=int(fused))
-        packed = self.pack_weights(module)
+        x_proj, dt, out_proj = self.pack_weights(module)
         x = self.empty(2, self.batch, self.length, self.row) if fused else None
         module.launch(
             'conv_project', (math.ceil(tokens / (16 * warps)), 1 if fused else self.dim // 64, 1), 32 * warps, self.xz,
-            2 * self.dim, *self.both('conv'), *self.both('conv_bias'), packed, *u, x, tokens, self.length, self.dim,
+            2 * self.dim, *self.both('conv'), *self.both('conv_bias'), x_proj, *u, x, tokens, self.length, self.dim,
             shared=project_shared(self.row, warps, fused),
         )  # fmt: skip
         if x is None:
-            x = torch.bmm(u.view(2, -1, self.dim), packed.transpose(1, 2)).view(2, self.batch, self.length, self.row)
-        return u, x, packed
+            x = torch.bmm(u.view(2, -1, self.dim), x_proj.transpose(1, 2)).view(2, self.batch, self.length, self.row)
+        return Projected(u, x, x_proj, dt, out_proj)
 
     def scan(
-        self, u: Tensor, x: Tensor, out: Tensor, H: Optional[Tensor], S: Optional[Tensor] = None,
+        self, p: Projected, out: Tensor, H: Optional[Tensor], S: Optional[Tensor] = None,
         grad: Optional[Tensor] = None, grad_y: Optional[Tensor] = None, gated: Optional[Tensor] = None,
         bounds: Optional[Tensor] = None,
     ) -> None:  # fmt: skip
@@ -167,30 +177,30 @@ class Mixer:
         module = self.module('forward.cu', BLOCKS=self.cut.blocks, **{name: int(flag) for name, flag in flags.items()})
         z = self.xz.data_ptr() + self.dim * self.xz.element_size()
         module.launch(
-            'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64, *u, *x, *self.both('dt'),
+            'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64, *p.u, *p.x, *p.dt,
             *self.both('dt_bias'), *self.both('A_log'), *self.both('skip'), z, 2 * self.dim,
             out, out.stride(1), grad, grad_y, gated, H, S, bounds, self.scale, self.batch, self.length, self.dim,
             self.cut.chunk,
         )  # fmt: skip
 
-    def scan_forward(self, u: Tensor, x: Tensor) -> Tensor:
+    def scan_forward(self, p: Projected) -> Tensor:
         """The gated output (B, L, D)."""
-        H = self.first_states(u, x)[0] if self.cut.chunks > 1 else None
+        H = self.first_states(p)[0] if self.cut.chunks > 1 else None
         out = self.empty(self.batch, self.length, self.dim)
-        self.scan(u, x, out, H)
+        self.scan(p, out, H)
         return out
 
-    def gated(self) -> Tensor:
-        """The gated output (B, L, D); on return all that led to it is free."""
-        u, x, _ = self.project()
-        return self.scan_forward(u, x)
+    def gated(self) -> Tuple[Tensor, Optional[Tensor]]:
+        """The gated output (B, L, D) and out_proj's weight; on return all else that led to them is free."""
+        p = self.project()
+        return self.scan_forward(p), p.out_proj
 
     def forward(self, out_bias: Optional[Tensor]) -> Tensor:
         """out_proj of the gated output (B, L, C), or without out_proj the gated output."""
-        out = self.gated()
-        if self.out_proj is None:
+        out, weight = self.gated()
+        if weight is None:
             return out
-        return F.linear(out, self.out_proj, None if out_bias is None else out_bias.to(out.dtype))
+        return F.linear(out, weight, None if out_bias is None else out_bias.to(out.dtype))
 
     def carry(self, contributions: Tensor, S: Tensor, against: bool) -> Tensor:
         states = torch.empty_like(contributions)
@@ -201,33 +211,33 @@ class Mixer:
         )  # fmt: skip
         return states
 
-    def first_states(self, u: Tensor, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def first_states(self, p: Projected) -> Tuple[Tensor, Tensor]:
         """The state on entry of each chunk (2 B, chunks, 16, D) and the chunk's sum of step sizes (2 B, chunks, D)."""
         cells = 2 * self.batch
         ends = self.empty(cells, self.cut.chunks, STATE, self.dim, dtype=torch.float32)
         S = self.empty(cells, self.cut.chunks, self.dim, dtype=torch.float32)
-        self.scan(u, x, u, ends, S)
+        self.scan(p, p.u, ends, S)
         return self.carry(ends, S, against=False), S
 
-    def scan_backward(self, u: Tensor, x: Tensor, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor]) -> List[Tensor]:
+    def scan_backward(self, p: Projected, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor]) -> List[Tensor]:
         """Gradients of u and of the step sizes before softplus (2, B, L, D), of B and C (2, B, L, 32), of A_log
         (2, D, 16), of D and dt_bias (2, 2, D). grad_y has rows of 2 D."""
         chunks = self.cut.chunks
         grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
         sizes = (self.batch, self.length, self.dim, self.cut.chunk)
         module = self.module('backward.cu', BLOCKS=BACKWARD_BLOCKS, CHUNKED=int(chunks > 1))
-        rows = [*x, *self.both('dt'), *self.both('dt_bias'), *self.both('A_log')]
+        rows = [*p.x, *p.dt, *self.both('dt_bias'), *self.both('A_log')]
         Q = None
         if S is not None:
             local = self.empty(2 * self.batch, chunks, STATE, self.dim, dtype=torch.float32)
             module.launch('grad_states', grid, 32, *rows, grad_y, local, *sizes)
             Q = self.carry(local, S, against=True)
-        grad_u, grad_delta = self.empty(*u.shape), self.empty(*u.shape)
+        grad_u, grad_delta = self.empty(*p.u.shape), self.empty(*p.u.shape)
         part_x = self.empty(grid[0], 2, self.batch, self.length, 2 * STATE, dtype=torch.float32)
         part_A = self.empty(2, self.batch * chunks, self.dim, STATE, dtype=torch.float32)
         part_v = self.empty(2, self.batch * chunks, 2, self.dim, dtype=torch.float32)
         module.launch(
-            'scan_backward', grid, 32, *u, *rows, *self.both('skip'), grad_y, bounds, Q, grad_u, grad_delta,
+            'scan_backward', grid, 32, *p.u, *rows, *self.both('skip'), grad_y, bounds, Q, grad_u, grad_delta,
             part_x, part_A, part_v, *sizes,
         )  # fmt: skip
         return [grad_u, grad_delta, part_x.sum(0), part_A.sum(1), part_v.sum(1)]
@@ -246,50 +256,49 @@ class Mixer:
         return sums.sum(0)
 
     def gate_backward(
-        self, u: Tensor, x: Tensor, grad: Tensor, grad_y: Tensor, grad_z: Tensor
+        self, p: Projected, grad: Tensor, grad_y: Tensor, grad_z: Tensor
     ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
         """The gradient of out_proj's weight (C, D), kept states, and the chunks' sums of step sizes; writes those of
         y and z."""
-        H, S = self.first_states(u, x) if self.cut.chunks > 1 else (None, None)
+        H, S = self.first_states(p) if self.cut.chunks > 1 else (None, None)
         bounds = self.empty(2 * self.batch, math.ceil(self.length / KEPT), STATE, self.dim)
-        if self.out_proj is None:
-            self.scan(u, x, grad_z, H, grad=grad, grad_y=grad_y, gated=torch.empty_like(grad), bounds=bounds)
+        if p.out_proj is None:
+            self.scan(p, grad_z, H, grad=grad, grad_y=grad_y, gated=torch.empty_like(grad), bounds=bounds)
             return self.empty(0), bounds, S
-        gated = through = grad @ self.out_proj  # the kernel puts the output where it has read its gradient
-        self.scan(u, x, grad_z, H, grad=through, grad_y=grad_y, gated=gated, bounds=bounds)
+        gated = through = grad @ p.out_proj  # the kernel puts the output where it has read its gradient
+        self.scan(p, grad_z, H, grad=through, grad_y=grad_y, gated=gated, bounds=bounds)
         return grad.flatten(0, 1).t() @ gated.flatten(0, 1), bounds, S
 
-    def scan_gradients(self, u: Tensor, x: Tensor, grad: Tensor, grad_xz: Tensor) -> List[Tensor]:
+    def scan_gradients(self, p: Projected, grad: Tensor, grad_xz: Tensor) -> List[Tensor]:
         """Those of `scan_backward` and of out_proj's weight from the result's gradient.
 
         The gradient of z goes to the second half of grad_xz; the first half holds that of y until `conv_backward`.
         """
         grad_y, grad_z = grad_xz.chunk(2, dim=-1)
-        grad_out_proj, bounds, S = self.gate_backward(u, x, grad, grad_y, grad_z)
-        return [*self.scan_backward(u, x, grad_y, bounds, S), grad_out_proj]
+        grad_out_proj, bounds, S = self.gate_backward(p, grad, grad_y, grad_z)
+        return [*self.scan_backward(p, grad_y, bounds, S), grad_out_proj]
 
-    def dt_backward(self, x: Tensor, grad_delta: Tensor, grad_bc: Tensor) -> Tuple[Tensor, Tensor]:
+    def dt_backward(self, p: Projected, grad_delta: Tensor, grad_bc: Tensor) -> Tuple[Tensor, Tensor]:
         """Gradients of the projections (2, B * L, ROW) and of dt (2, D, R).
 
         One product a direction: cuBLAS splits the sum over tokens only there. With RANK_PAD columns, for 12 are slow.
         """
         rank = self.row - 2 * STATE
-        grad_delta, x = grad_delta.view(2, -1, self.dim), x.view(2, -1, self.row)
-        dt = F.pad(torch.stack(self.both('dt')), [0, rank - self.rank]).to(x.dtype)
-        grad_x = torch.cat([torch.bmm(grad_delta, dt), grad_bc.view(2, -1, 2 * STATE).to(x.dtype)], -1)
+        grad_delta, x = grad_delta.view(2, -1, self.dim), p.x.view(2, -1, self.row)
+        grad_x = torch.cat([torch.bmm(grad_delta, p.dt), grad_bc.view(2, -1, 2 * STATE).to(x.dtype)], -1)
         weights = torch.stack([torch.mm(g.t(), r[:, :rank]) for g, r in zip(grad_delta, x)])
         return grad_x, weights[..., : self.rank].contiguous()
 
     def backward(self, grad: Tensor) -> List[Tensor]:
         """Gradients of xz, of four taps and the bias (2, 5, D), of x_proj (2, ROW, D), of dt (2, D, R), of A_log
         (2, D, 16), of D and dt_bias (2, 2, D), of out_proj (C, D) or nothing (0)."""
-        u, x, packed = self.project()
+        p = self.project()
         grad_xz = self.empty(*self.xz.shape)  # not empty_like: axes of one token may have any stride
-        grad_u, grad_delta, grad_bc, grad_A, grad_v, grad_out = self.scan_gradients(u, x, aligned(grad), grad_xz)
-        grad_x, grad_weight_dt = self.dt_backward(x, grad_delta, grad_bc)
-        u, grad_u = u.view(2, -1, self.dim), grad_u.view(2, -1, self.dim)
+        grad_u, grad_delta, grad_bc, grad_A, grad_v, grad_out = self.scan_gradients(p, aligned(grad), grad_xz)
+        grad_x, grad_weight_dt = self.dt_backward(p, grad_delta, grad_bc)
+        u, grad_u = p.u.view(2, -1, self.dim), grad_u.view(2, -1, self.dim)
         grad_project = torch.stack([torch.mm(g.t(), v) for g, v in zip(grad_x, u)])
-        grad_u.baddbmm_(grad_x, packed)
+        grad_u.baddbmm_(grad_x, p.x_proj)
         taps = self.conv_backward(grad_u, grad_xz)
         return [grad_xz, taps, grad_project, grad_weight_dt, grad_A, grad_v, grad_out]
 

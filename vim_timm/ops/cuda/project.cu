@@ -6,15 +6,24 @@
 //
 // Macros beside taps.cuh's: PROJECT (0 or 1, see conv_project).
 
-// Weights in two bytes. Those of the projection, (RANK + 32, dim) float32 of each direction, to packed (2, ROW, dim) with
-// zeros from RANK to RANK_PAD, and `others` neighbouring numbers of out_proj.
+// Weights in two bytes: those of the projection, (RANK + 32, dim) float32 of each direction, to packed (2, ROW, dim) with
+// zeros from RANK to RANK_PAD; of the step sizes, (dim, RANK) each, to packed_dt (2, dim, RANK_PAD); and `others`
+// neighbouring numbers of out_proj. A thread for two numbers of each.
 extern "C" __global__ void __launch_bounds__(256)
-pack_weights(const float* forward, const float* backward, T* packed, const float* out_proj, T* packed_out, int dim,
-             int others) {
+pack_weights(const float* forward, const float* backward, const float* dt_f, const float* dt_b, const float* out_proj,
+             T* packed, T* packed_dt, T* packed_out, int dim, int others) {
   const int i = 2 * (blockIdx.x * 256 + threadIdx.x), row = i / dim, column = i % dim;
   if (i < others) {
     const float2 v = *(const float2*)&out_proj[i];
     *(T2*)&packed_out[i] = pack(v.x, v.y);
+  }
+  if (i < dim * RANK_PAD) {
+    const int r = i % RANK_PAD, from = i / RANK_PAD * RANK + r;
+#pragma unroll
+    for (int d = 0; d < 2; d++) {
+      const float* dt = d ? dt_b : dt_f;
+      *(T2*)&packed_dt[d * dim * RANK_PAD + i] = pack(r < RANK ? dt[from] : 0.f, r + 1 < RANK ? dt[from + 1] : 0.f);
+    }
   }
   if (row >= ROW) return;
   const int source = row < RANK ? row : row - (RANK_PAD - RANK);

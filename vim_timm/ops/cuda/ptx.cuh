@@ -88,8 +88,12 @@ __device__ __forceinline__ void block_sync() { __syncthreads(); }
   extern __shared__ __align__(16) char memory[]; \
   TYPE& name = *(TYPE*)memory
 
-// Waits until so many threads of the block have come here, wherever each of them stands in the program.
-__device__ __forceinline__ void meet(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+// Waits until so many threads of the block have come to this barrier, wherever each stands in the program. Its number is
+// part of the instruction: a kernel whose numbers are not known takes all 16 barriers of a block, and too few blocks fit.
+template <int BARRIER>
+__device__ __forceinline__ void meet(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "r"(threads) : "memory");
+}
 
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
