@@ -229,19 +229,6 @@ inline void multiply_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, un
   });
 }
 
-inline void multiply_and_store(float* to, const float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
-                               int index) {
-  float sum[4] = {c[0], c[1], c[2], c[3]};
-  check_aligned(to, 16);
-  multiply_bf16(sum, a, b0, b1);
-  if (index == 0) std::memcpy(to, sum, 16);
-}
-
-inline float4 load_whole(const float* from) {
-  check_aligned(from, 16);
-  return *(const float4*)from;
-}
-
 // Runs fibers in turn until all have returned; false where none of them can go on.
 template <class Body>
 bool run_block(const Body& body) {

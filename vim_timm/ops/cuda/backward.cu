@@ -27,8 +27,7 @@ struct Shared {
   alignas(16) float input[TILE][CHANNELS];  // delta u
   alignas(16) T2 packed[PARTS][TILE][CHANNELS / 2];  // and as bfloat16
   alignas(16) float bc[TILE][2 * STATE];
-  alignas(16) T bounds[2][STATE][CHANNELS];
-  alignas(16) float sums[GROUP][2][2][8][4];  // of a step, for B and C: see sum_channels
+  alignas(16) T bounds[2][OWN][STATE / OWN][CHANNELS];  // state 4 i + j at [j][i], against bank conflicts
   float bias[CHANNELS];
 };
 
@@ -201,31 +200,38 @@ struct Operands {
   }
 };
 
-// Sums over channels of f times a vector: four for each two of the lane's states, namely with the vector of the lower
-// and of the upper half of the channels (the columns of the product are these two in turn). f belongs to one half; what
-// it makes with the other's vector is dropped by `total`.
-__device__ __forceinline__ void sum_channels(float (*to)[8][4], const float (&f)[OWN][OWN],
-                                             const Parts (&vector)[2], int lane) {
+// Adds to sums what a step's f times a vector is over the channels. Of the product's 8 columns two belong to the step,
+// one for the vector's lower and one for its upper half of the channels; its rows belong to one of the halves each.
+__device__ __forceinline__ void sum_channels(float (&sums)[2][4], const float (&f)[OWN][OWN], const Parts (&vector)[2],
+                                             int step, int lane) {
+  unsigned b[2][PARTS];
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) {
+    b[0][i] = lane / 8 == step ? vector[0].at[i] : 0;
+    b[1][i] = lane / 8 == step ? vector[1].at[i] : 0;
+  }
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const float(&low)[OWN] = f[2 * i], (&high)[OWN] = f[2 * i + 1];
+    const float(&low)[OWN] = f[i], (&high)[OWN] = f[i + 2];
     const Parts p[4] = {parts(low[0], low[1]), parts(high[0], high[1]), parts(low[2], low[3]), parts(high[2], high[3])};
     const unsigned a[4] = {p[0].at[0], p[1].at[0], p[2].at[0], p[3].at[0]};
-    float c[4] = {};
+    multiply_bf16(sums[i], a, b[0][0], b[1][0]);
 #if HALF
     const unsigned rest[4] = {p[0].at[1], p[1].at[1], p[2].at[1], p[3].at[1]};
-    multiply_bf16(c, rest, vector[0].at[0], vector[1].at[0]);
-    multiply_bf16(c, a, vector[0].at[1], vector[1].at[1]);
+    multiply_bf16(sums[i], rest, b[0][0], b[1][0]);
+    multiply_bf16(sums[i], a, b[0][1], b[1][1]);
 #endif
-    multiply_and_store(to[i][lane / 4], c, a, vector[0].at[0], vector[1].at[0], lane % 4);
   }
 }
 
-// The sums of a step for states 4 * quarter + 0..3.
-__device__ __forceinline__ float4 total(const float (*sums)[8][4], int quarter) {
-  const float4 a = load_whole(sums[0][2 * quarter]), b = load_whole(sums[0][2 * quarter + 1]);
-  const float4 c = load_whole(sums[1][2 * quarter]), d = load_whole(sums[1][2 * quarter + 1]);
-  return make_float4(a.x + b.y, a.z + b.w, c.x + d.y, c.z + d.w);
+// Both halves together: of step lane % 4, for the lane's first two states or, where it owns upper channels, the others.
+__device__ __forceinline__ float2 total(const float (&sums)[2][4], int lane) {
+  const bool upper = lane & 4;
+  float v[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    v[i] = (upper ? sums[i][3] : sums[i][0]) + __shfl_xor_sync(~0u, upper ? sums[i][1] : sums[i][2], 4);
+  return make_float2(v[0], v[1]);
 }
 
 // Sum over the four lanes that share four channels; a lane gets that of one channel.
@@ -292,8 +298,8 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
       const T* from = bounds + token(k, group) / GROUP * STATE * dim;
 #pragma unroll
       for (int i = 0; i < STATE * CHANNELS / 8 / 32; i++) {
-        const int row = (i * 32 + lane) / 4, column = lane % 4 * 8;
-        copy16(&s.bounds[group % 2][row][column], from + row * dim + column, true);
+        const int state = (i * 32 + lane) / 4, column = lane % 4 * 8;
+        copy16(&s.bounds[group % 2][state % OWN][state / OWN][column], from + state * dim + column, true);
       }
     }
     copies_commit();
@@ -332,8 +338,12 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
       if (token(k, group) < w.end) {
         float h[GROUP + 1][OWN][OWN], e[GROUP][OWN][OWN];
 #pragma unroll
-        for (int n = 0; n < OWN; n++) load4(h[0][n], &s.bounds[group % 2][states + n][own]);
-        // Operands are loaded a step ahead: a load cannot pass an earlier store.
+        for (int n = 0; n < OWN; n++) load4(h[0][n], &s.bounds[group % 2][n][lane / 8][own]);
+        // Of the group's four steps, one a lane of four.
+        const int summed = (row + lane % 4) ^ w.flip;
+        float* to = part_x + (t0 + summed) * (2 * STATE) + states + lane / 4 % 2 * 2;
+        float sum_c[2][4] = {}, sum_b[2][4] = {};
+        // Operands are loaded a step ahead, for a load cannot pass an earlier store.
         Operands next;
         next.load_state(s, stage, row, own, states);
 #pragma unroll
@@ -351,8 +361,10 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
           else
             next.load_gradient(s, stage, row + i, own, states);
           const Parts g2[2] = {parts(at.grad[0]), parts(at.grad[1])};
-          sum_channels(s.sums[i][1], h[i + 1], g2, lane);
+          sum_channels(sum_c, h[i + 1], g2, i, lane);
         }
+        const float2 total_c = total(sum_c, lane);
+        if (summed < rows_left) *(float2*)&to[STATE] = total_c;
         float grad_v[GROUP], grad_d[GROUP];
 #pragma unroll
         for (int i = GROUP - 1; i >= 0; i--) {
@@ -371,7 +383,7 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
               grad_A[n][c] = fmaf(p, at.d[c], grad_A[n][c]);
             }
           if (i > 0) next.load_gradient(s, stage, row + i - 1, own, states);
-          sum_channels(s.sums[i][0], grad_h, at.packed, lane);
+          sum_channels(sum_b, grad_h, at.packed, i, lane);
           grad_v[i] = sum_states(to_v, upper, odd);
           grad_d[i] = sum_states(to_d, upper, odd);
         }
@@ -393,10 +405,8 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
           s.u[stage][row + i][single] = (T)both;
           s.grad[stage][row + i][single] = (T)(both >> 16);
         }
-        const int step = lane / 8, column = lane % 8 * 4, token = (row + step) ^ w.flip;
-        if (token < rows_left)
-          *(float4*)&part_x[(t0 + token) * (2 * STATE) + column] =
-              total(s.sums[step][column / STATE], column % STATE / 4);
+        const float2 total_b = total(sum_b, lane);
+        if (summed < rows_left) *(float2*)to = total_b;
         __syncwarp();
       }
       if (group > 1)

@@ -118,27 +118,3 @@ __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], 
   multiply_bf16(c, a, b0, b1);
 #endif
 }
-
-// c + a * b of bf16: the lane's four results to shared memory where `index` is 0. The store is inside because a
-// branch would part the instructions around it, which the assembler can else interleave.
-__device__ __forceinline__ void multiply_and_store(float* to, const float (&c)[4], const unsigned (&a)[4], unsigned b0,
-                                                   unsigned b1, int index) {
-  asm volatile(
-      "{.reg .f32 c<4>; .reg .pred p; setp.eq.u32 p, %7, 0;"
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {c0, c1, c2, c3}, {%0, %1, %2, %3}, {%4, %5}, "
-      "{%8, %9, %10, %11};"
-      "@p st.shared.v4.f32 [%6], {c0, c1, c2, c3};}" ::"r"(a[0]),
-      "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(shared_address(to)), "r"(index), "f"(c[0]), "f"(c[1]),
-      "f"(c[2]), "f"(c[3])
-      : "memory");
-}
-
-// 16 bytes also where only half of them are used: single words of neighbouring rows would meet in a bank.
-__device__ __forceinline__ float4 load_whole(const float* from) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(shared_address(from))
-               : "memory");
-  return v;
-}
