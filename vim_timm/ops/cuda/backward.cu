@@ -279,7 +279,9 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
   grad_u += ((long long)w.cell * length) * dim + w.channel0;
   grad_delta += ((long long)w.cell * length) * dim + w.channel0;
   bounds += (long long)w.cell * ((length + GROUP - 1) / GROUP) * STATE * dim + w.channel0;
-  part_x += ((long long)blockIdx.x * 2 * batch + w.cell) * length * (2 * STATE);
+  // Of a group's four steps one lane of four writes the sums over channels.
+  const int summed = (lane ^ w.flip) % GROUP;
+  part_x += (((long long)blockIdx.x * 2 * batch + w.cell) * length + summed) * (2 * STATE) + states + lane / 4 % 2 * 2;
   const long long part = (long long)w.cell * gridDim.y + blockIdx.y;
 
   const auto copy_tile = [&](int k) {
@@ -291,23 +293,25 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
     }
     copies_commit();
   };
-  // The state on entry of rows 4 * group + 0..3 of the k-th tile.
-  const auto token = [&](int k, int group) { return w.first(k) + (group * GROUP ^ (w.flip & ~(GROUP - 1))); };
-  const auto copy_bounds = [&](int k, int group) {
-    if (k < w.tiles && token(k, group) < w.end) {
-      const T* from = bounds + token(k, group) / GROUP * STATE * dim;
-#pragma unroll
-      for (int i = 0; i < STATE * CHANNELS / 8 / 32; i++) {
-        const int state = (i * 32 + lane) / 4, column = lane % 4 * 8;
-        copy16(&s.bounds[group % 2][state % OWN][state / OWN][column], from + state * dim + column, true);
-      }
+  // Groups of four tokens, the first of them `now`, against scan order; the state on its entry is copied two groups ahead.
+  const int along = reverse ? GROUP : -GROUP;
+  int now = reverse ? w.begin : w.begin + w.tiles * TILE - GROUP, ahead = now;
+  const int copied = lane / 4, copied_column = lane % 4 * 8;
+  bounds += ((long long)now / GROUP * STATE + copied) * dim + copied_column;
+  const auto copy_bounds = [&](int slot) {
+    if (ahead >= w.begin && ahead < w.end) {
+      T* to = &s.bounds[slot][copied % OWN][copied / OWN][copied_column];
+      copy16(to, bounds, true);
+      copy16(to + 2 * CHANNELS, bounds + 8 * dim, true);  // 8 states on
     }
     copies_commit();
+    ahead += along;
+    bounds += along / GROUP * STATE * dim;
   };
   copy_weights(s, reverse ? weight_b : weight_f, reverse ? bias_b : bias_f, w);
   copy_tile(0);
-  copy_bounds(0, 3);
-  copy_bounds(0, 2);
+  copy_bounds(1);
+  copy_bounds(0);
 
   float a[OWN][OWN], q[OWN][OWN], grad_A[OWN][OWN];
   load_decays(a, reverse ? A_b : A_f, w);
@@ -331,17 +335,12 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
 #pragma unroll 1
     for (int group = TILE / GROUP - 1; group >= 0; group--) {
       const int row = group * GROUP;
-      if (group > 1)
-        copies_wait<2>();
-      else
-        copies_wait<1>();
-      if (token(k, group) < w.end) {
+      copies_wait<1>();  // all but the next group's state, and what has been asked for before it
+      if (now < w.end) {
         float h[GROUP + 1][OWN][OWN], e[GROUP][OWN][OWN];
 #pragma unroll
         for (int n = 0; n < OWN; n++) load4(h[0][n], &s.bounds[group % 2][n][lane / 8][own]);
-        // Of the group's four steps, one a lane of four.
-        const int summed = (row + lane % 4) ^ w.flip;
-        float* to = part_x + (t0 + summed) * (2 * STATE) + states + lane / 4 % 2 * 2;
+        float* to = part_x + now * (2 * STATE);
         float sum_c[2][4] = {}, sum_b[2][4] = {};
         // Operands are loaded a step ahead, for a load cannot pass an earlier store.
         Operands next;
@@ -364,7 +363,7 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
           sum_channels(sum_c, h[i + 1], g2, i, lane);
         }
         const float2 total_c = total(sum_c, lane);
-        if (summed < rows_left) *(float2*)&to[STATE] = total_c;
+        if (now + summed < w.end) *(float2*)&to[STATE] = total_c;
         float grad_v[GROUP], grad_d[GROUP];
 #pragma unroll
         for (int i = GROUP - 1; i >= 0; i--) {
@@ -406,13 +405,11 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
           s.grad[stage][row + i][single] = (T)(both >> 16);
         }
         const float2 total_b = total(sum_b, lane);
-        if (summed < rows_left) *(float2*)to = total_b;
+        if (now + summed < w.end) *(float2*)to = total_b;
         __syncwarp();
       }
-      if (group > 1)
-        copy_bounds(k, group - 2);
-      else
-        copy_bounds(k + 1, group + 2);
+      copy_bounds(group % 2);
+      now += along;
     }
     __syncwarp();
 #pragma unroll
