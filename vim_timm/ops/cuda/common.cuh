@@ -7,7 +7,6 @@ constexpr int ROW = RANK_PAD + 2 * STATE;  // a token's projections: dt, B, C
 constexpr int TILE = 16;                   // tokens that a warp prepares at once, the height of a matrix product
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
-constexpr float NO_STEP = -1e30f;  // whose softplus is 0
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp2_fast(x * -LOG2E)); }
 

@@ -52,13 +52,23 @@ __device__ __forceinline__ void copy_projections(Warp& s, const T* x, int rows_l
   }
 }
 
-// The same for 64 channels; these rows lie in scan order.
-__device__ __forceinline__ void copy_rows(T (*to)[CHANNELS], const T* from, long long stride, int rows_left, int flip,
-                                          int lane) {
+// A lane's part of a tile of 64 channels: 8 neighbouring ones in 4 rows, four apart. Rows lie in scan order.
+struct Piece {
+  int row, column, token, step;
+
+  __device__ __forceinline__ Piece(int flip, int lane) {
+    row = lane / 8;
+    column = lane % 8 * 8;
+    token = row ^ flip;
+    step = flip ? -4 : 4;  // from a row's token to the next one's
+  }
+};
+
+__device__ __forceinline__ void copy_rows(T (*to)[CHANNELS], const T* from, int stride, int rows_left, const Piece& p) {
 #pragma unroll
-  for (int i = 0; i < TILE; i += 4) {
-    const int row = i + lane / 8, column = lane % 8 * 8, token = row ^ flip;
-    copy16(&to[row][column], from + token * stride + column, token < rows_left);
+  for (int i = 0; i < 4; i++) {
+    const int token = p.token + i * p.step;
+    copy16(&to[p.row + 4 * i][p.column], from + (token * stride + p.column), token < rows_left);
   }
 }
 
@@ -71,14 +81,6 @@ __device__ __forceinline__ void step_sizes(Warp& s, int rows_left, int flip, int
     const float2 b = *(const float2*)&s.bias[8 * j + column];
     acc[j][0] = acc[j][2] = b.x;
     acc[j][1] = acc[j][3] = b.y;
-  }
-  if (rows_left < TILE) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const bool valid = ((row + i / 2 * 8) ^ flip) < rows_left;
-#pragma unroll
-      for (int j = 0; j < CHANNELS / 8; j++) acc[j][i] = valid ? acc[j][i] : NO_STEP;
-    }
   }
 #pragma unroll
   for (int k = 0; k < RANK_PAD; k += 16) {
@@ -100,6 +102,10 @@ __device__ __forceinline__ void step_sizes(Warp& s, int rows_left, int flip, int
       *(float2*)&s.delta[row + 8 * half][(8 * j + column) ^ swap] = d;
     }
   }
+  if (rows_left < TILE) {
+    __syncwarp();
+    for (int r = rows_left; r < TILE; r++) *(float2*)&s.delta[r ^ flip][2 * lane] = make_float2(0.f, 0.f);
+  }
 }
 
 __device__ __forceinline__ void widen_b_and_c(Warp& s, int flip, int lane) {
@@ -113,50 +119,64 @@ __device__ __forceinline__ void widen_b_and_c(Warp& s, int flip, int lane) {
   }
 }
 
-// What becomes of a tile's y, which stands in place of the step sizes: a direction's part, or the gated sum.
-__device__ __forceinline__ void finish(const Warp& s, bool second, T* out, long long out_stride, T* grad_y,
-                                       T* gated, long long gated_stride, float scale, int rows_left, int flip, int lane) {
+// A tile's y, which stands in place of the step sizes.
+__device__ __forceinline__ void load_y(float (&y)[8], const Warp& s, int row, int column) {
+  const float* from = &s.delta[row][column ^ ((row & 3) << 3)];
+  const float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
+  y[0] = low.x, y[1] = low.y, y[2] = low.z, y[3] = low.w;
+  y[4] = high.x, y[5] = high.y, y[6] = high.z, y[7] = high.w;
+}
+
+// One direction's y as it is.
+__device__ __forceinline__ void leave(const Warp& s, T* out, int out_stride, int rows_left, const Piece& p) {
 #pragma unroll
-  for (int i = 0; i < TILE; i += 4) {
-    const int row = i + lane / 8, column = lane % 8 * 8, token = row ^ flip;
-    const float* from = &s.delta[row][column ^ ((row & 3) << 3)];
-    float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
-    float y[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    T2 result[4];
-    if (second) {
-      const uint4 z4 = *(const uint4*)&s.z[row][column], o4 = *(const uint4*)&s.other[row][column];
-      const T2 z2[4] = {z4.x, z4.y, z4.z, z4.w}, o2[4] = {o4.x, o4.y, o4.z, o4.w};
+  for (int i = 0; i < 4; i++) {
+    const int token = p.token + i * p.step;
+    float y[8];
+    load_y(y, s, p.row + 4 * i, p.column);
+    const uint4 v = make_uint4(pack(y[0], y[1]), pack(y[2], y[3]), pack(y[4], y[5]), pack(y[6], y[7]));
+    store16(out + (token * out_stride + p.column), v, token < rows_left);
+  }
+}
+
+// The gated sum of both directions, or where its gradient has come the gradients.
+__device__ __forceinline__ void finish(const Warp& s, T* out, int out_stride, T* grad_y, T* gated, int gated_stride,
+                                       float scale, int rows_left, const Piece& p) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = p.row + 4 * i, token = p.token + i * p.step;
+    float y[8];
+    load_y(y, s, row, p.column);
+    const uint4 z4 = *(const uint4*)&s.z[row][p.column], o4 = *(const uint4*)&s.other[row][p.column];
+    const T2 z2[4] = {z4.x, z4.y, z4.z, z4.w}, o2[4] = {o4.x, o4.y, o4.z, o4.w};
+    T2 product[4];
 #if GRAD
-      const uint4 g4 = *(const uint4*)&s.grad[row][column];
-      const T2 g2[4] = {g4.x, g4.y, g4.z, g4.w};
-      T2 through[4], product[4];
+    const uint4 g4 = *(const uint4*)&s.grad[row][p.column];
+    const T2 g2[4] = {g4.x, g4.y, g4.z, g4.w};
+    T2 through[4], to_z[4];
 #endif
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const float2 z = unpack(z2[k]), o = unpack(o2[k]);
-        const float s0 = sigmoid(z.x), s1 = sigmoid(z.y);
-        const float y0 = (y[2 * k] + o.x) * scale, y1 = (y[2 * k + 1] + o.y) * scale;
+    for (int k = 0; k < 4; k++) {
+      const float2 z = unpack(z2[k]), o = unpack(o2[k]);
+      const float s0 = sigmoid(z.x), s1 = sigmoid(z.y);
+      const float y0 = (y[2 * k] + o.x) * scale, y1 = (y[2 * k + 1] + o.y) * scale;
+      product[k] = pack(y0 * z.x * s0, y1 * z.y * s1);
 #if GRAD
-        const float2 g = unpack(g2[k]);
-        through[k] = pack(g.x * scale * z.x * s0, g.y * scale * z.y * s1);
-        product[k] = pack(y0 * z.x * s0, y1 * z.y * s1);
-        result[k] = pack(y0 * g.x * s0 * (1.f + z.x * (1.f - s0)), y1 * g.y * s1 * (1.f + z.y * (1.f - s1)));
-#else
-        result[k] = pack(y0 * z.x * s0, y1 * z.y * s1);
+      const float2 g = unpack(g2[k]);
+      through[k] = pack(g.x * scale * z.x * s0, g.y * scale * z.y * s1);
+      to_z[k] = pack(y0 * g.x * s0 * (1.f + z.x * (1.f - s0)), y1 * g.y * s1 * (1.f + z.y * (1.f - s1)));
 #endif
-      }
-#if GRAD
-      if (token < rows_left) {
-        *(uint4*)&grad_y[token * out_stride + column] = make_uint4(through[0], through[1], through[2], through[3]);
-        *(uint4*)&gated[token * gated_stride + column] = make_uint4(product[0], product[1], product[2], product[3]);
-      }
-#endif
-    } else {
-#pragma unroll
-      for (int k = 0; k < 4; k++) result[k] = pack(y[2 * k], y[2 * k + 1]);
     }
-    if (token < rows_left)
-      *(uint4*)&out[token * out_stride + column] = make_uint4(result[0], result[1], result[2], result[3]);
+    const bool valid = token < rows_left;
+    const uint4 v = make_uint4(product[0], product[1], product[2], product[3]);
+    const int at = token * out_stride + p.column;
+#if GRAD
+    store16(gated + (token * gated_stride + p.column), v, valid);
+    store16(grad_y + at, make_uint4(through[0], through[1], through[2], through[3]), valid);
+    store16(out + at, make_uint4(to_z[0], to_z[1], to_z[2], to_z[3]), valid);
+#else
+    store16(out + at, v, valid);
+#endif
   }
 }
 
@@ -165,17 +185,19 @@ __device__ __forceinline__ void finish(const Warp& s, bool second, T* out, long 
 // LOCAL: the state at the exit of each chunk from zero (H) and the chunk's sum of step sizes (S); nothing else.
 // CARRY: the scan starts from the states in H (2 batch, chunks, 16, D), else from zero.
 // KEEP: the state on entry of every 4 tokens, in two bytes, to BOUNDS (2 batch, ceil(L / 4), 16, D).
+// Offsets in a sequence are 32 bits: 2 L D < 2^31.
 // GRAD: from the output's gradient `grad` (batch, L, D) the gradient of z to OUT and that of y to GRAD_Y, whose rows lie
 // as OUT's; the output itself to GATED (batch, L, D), which may be `grad`: a thread has read what it overwrites.
 extern "C" __global__ void __launch_bounds__(64, BLOCKS)
 scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* weight_f, const T* weight_b,
              const float* bias_f, const float* bias_b, const float* A_f, const float* A_b, const float* skip_f,
-             const float* skip_b, const T* z, long long z_stride, T* out, long long out_stride, const T* grad,
+             const float* skip_b, const T* z, int z_stride, T* out, int out_stride, const T* grad,
              T* grad_y, T* gated, float* H, float* S, T* bounds, float scale, int batch, int length, int dim, int chunk) {
   __shared__ Warp shared[2];
   const int lane = threadIdx.x % 32;
   const bool reverse = threadIdx.x >= 32;
   const int flip = reverse ? TILE - 1 : 0;
+  const Piece piece(flip, lane);
   Warp& s = shared[reverse];
   const int channel0 = blockIdx.x * CHANNELS, entry = blockIdx.z;
   const int cell = reverse ? batch + entry : entry;
@@ -197,10 +219,10 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
     const T* weight = (reverse ? weight_b : weight_f) + (long long)channel0 * RANK_PAD;
 #pragma unroll
     for (int i = lane * 8; i < CHANNELS * RANK_PAD; i += 32 * 8) copy16(&s.weight[0][0] + i, weight + i, true);
-    copy_projections(s, x + (long long)t0 * ROW, end - t0, lane);
+    copy_projections(s, x + t0 * ROW, end - t0, lane);
     copies_commit();
     if (!EARLY) {
-      copy_rows(s.u, u + (long long)t0 * dim, dim, end - t0, flip, lane);
+      copy_rows(s.u, u + t0 * dim, dim, end - t0, piece);
       copies_commit();
     }
   }
@@ -245,14 +267,14 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
     const bool second = !LOCAL && (reverse ? tile < middle : tile >= middle);
     if (!LOCAL && k == (reverse ? tiles - middle : middle)) meet<1>(64);
     if (EARLY) {
-      copy_rows(s.u, u + (long long)t0 * dim, dim, rows_left, flip, lane);
+      copy_rows(s.u, u + t0 * dim, dim, rows_left, piece);
       copies_commit();
     }
     if (second) {
-      copy_rows(s.z, z + (long long)t0 * z_stride, z_stride, rows_left, flip, lane);
-      copy_rows(s.other, out + (long long)t0 * out_stride, out_stride, rows_left, flip, lane);
+      copy_rows(s.z, z + t0 * z_stride, z_stride, rows_left, piece);
+      copy_rows(s.other, out + t0 * out_stride, out_stride, rows_left, piece);
 #if GRAD
-      copy_rows(s.grad, grad + (long long)t0 * dim, dim, rows_left, flip, lane);
+      copy_rows(s.grad, grad + t0 * dim, dim, rows_left, piece);
 #endif
     }
     copies_commit();
@@ -260,7 +282,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
     step_sizes(s, rows_left, flip, lane);
     widen_b_and_c(s, flip, lane);
     copies_wait<1>();  // u
-    if (k + 1 < tiles) copy_projections(s, x + (long long)next * ROW, end - next, lane);
+    if (k + 1 < tiles) copy_projections(s, x + next * ROW, end - next, lane);
     copies_commit();
 
     // Rows of no token are the last ones, or against their order the first.
@@ -305,13 +327,16 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
     }
     __syncwarp();
     if (!EARLY) {
-      if (k + 1 < tiles) copy_rows(s.u, u + (long long)next * dim, dim, end - next, flip, lane);
+      if (k + 1 < tiles) copy_rows(s.u, u + next * dim, dim, end - next, piece);
       copies_commit();
     }
     copies_wait<EARLY ? 1 : 2>();  // z and its companions
 #if !LOCAL
-    finish(s, second, out + (long long)t0 * out_stride, out_stride, grad_y + (long long)t0 * out_stride,
-           gated + (long long)t0 * dim, dim, scale, rows_left, flip, lane);
+    if (second)
+      finish(s, out + t0 * out_stride, out_stride, grad_y + t0 * out_stride, gated + t0 * dim, dim, scale, rows_left,
+             piece);
+    else
+      leave(s, out + t0 * out_stride, out_stride, rows_left, piece);
 #endif
     __syncwarp();  // the next tile overwrites what other lanes may still read
   }
