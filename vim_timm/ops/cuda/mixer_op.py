@@ -31,7 +31,7 @@ PARAMETERS = (
     'Tensor A_log{0}, Tensor D{0}'
 )
 OPERANDS = f'Tensor xz, {PARAMETERS.format("")}, {PARAMETERS.format("_b")}, Tensor? out_proj'
-GRADIENTS = ', '.join(7 * ['Tensor'])
+GRADIENTS = ', '.join(6 * ['Tensor'])
 
 # Defined in a library, not by `custom_op`, whose wrappers cost the host a third of a call.
 definitions = torch.library.Library('vim_timm', 'FRAGMENT')
@@ -219,9 +219,18 @@ class Mixer:
         self.scan(p, p.u, ends, S)
         return self.carry(ends, S, against=False), S
 
-    def scan_backward(self, p: Projected, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor]) -> List[Tensor]:
-        """Gradients of u and of the step sizes before softplus (2, B, L, D), of B and C (2, B, L, 32), of A_log
-        (2, D, 16), of D and dt_bias (2, 2, D). grad_y has rows of 2 D."""
+    def sum_rows(self, parts: Tensor) -> Tensor:
+        """Sums (G, N) of parts (G, P, N), float32, N a multiple of 128."""
+        groups, rows, columns = parts.shape
+        sums = self.empty(groups, columns, dtype=torch.float32)
+        self.module('sums.cu').launch('sum_rows', (columns // 128, groups, 1), 256, parts, sums, rows, columns)
+        return sums
+
+    def scan_backward(
+        self, p: Projected, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor]
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of u and of the step sizes before softplus (2, B, L, D); of the projections (2, B * L, ROW), with B's
+        and C's columns filled; of A_log (D, 16), D and dt_bias in a row (2, 18 D). grad_y has rows of 2 D."""
         chunks = self.cut.chunks
         grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
         sizes = (self.batch, self.length, self.dim, self.cut.chunk)
@@ -234,13 +243,17 @@ class Mixer:
             Q = self.carry(local, S, against=True)
         grad_u, grad_delta = self.empty(*p.u.shape), self.empty(*p.u.shape)
         part_x = self.empty(grid[0], 2, self.batch, self.length, 2 * STATE, dtype=torch.float32)
-        part_A = self.empty(2, self.batch * chunks, self.dim, STATE, dtype=torch.float32)
-        part_v = self.empty(2, self.batch * chunks, 2, self.dim, dtype=torch.float32)
+        part_p = self.empty(2, self.batch * chunks, (STATE + 2) * self.dim, dtype=torch.float32)
         module.launch(
             'scan_backward', grid, 32, *p.u, *rows, *self.both('skip'), grad_y, bounds, Q, grad_u, grad_delta,
-            part_x, part_A, part_v, *sizes,
+            part_x, part_p, *sizes,
         )  # fmt: skip
-        return [grad_u, grad_delta, part_x.sum(0), part_A.sum(1), part_v.sum(1)]
+        tokens = 2 * self.batch * self.length
+        grad_x = self.empty(2, tokens // 2, self.row)
+        self.module('sums.cu').launch(
+            'sum_projections', (math.ceil(tokens / 32), 1, 1), 256, part_x, grad_x, grid[0], tokens
+        )  # fmt: skip
+        return grad_u, grad_delta, grad_x, self.sum_rows(part_p)
 
     def conv_backward(self, grad_u: Tensor, grad_xz: Tensor) -> Tensor:
         """The gradient of x to the first half of grad_xz; returns those of four taps and the bias (2, 5, D)."""
@@ -253,7 +266,7 @@ class Mixer:
             'conv_backward', (blocks, 1, 1), 128, self.xz, 2 * self.dim, *self.both('conv'),
             *self.both('conv_bias'), *grad_u, grad_xz, sums, self.batch, self.length, self.dim, span,
         )  # fmt: skip
-        return sums.sum(0)
+        return self.sum_rows(sums.view(1, -1, 10 * self.dim)).view(2, 5, self.dim)
 
     def gate_backward(
         self, p: Projected, grad: Tensor, grad_y: Tensor, grad_z: Tensor
@@ -269,38 +282,40 @@ class Mixer:
         self.scan(p, grad_z, H, grad=through, grad_y=grad_y, gated=gated, bounds=bounds)
         return grad.flatten(0, 1).t() @ gated.flatten(0, 1), bounds, S
 
-    def scan_gradients(self, p: Projected, grad: Tensor, grad_xz: Tensor) -> List[Tensor]:
+    def scan_gradients(
+        self, p: Projected, grad: Tensor, grad_xz: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Those of `scan_backward` and of out_proj's weight from the result's gradient.
 
         The gradient of z goes to the second half of grad_xz; the first half holds that of y until `conv_backward`.
         """
         grad_y, grad_z = grad_xz.chunk(2, dim=-1)
         grad_out_proj, bounds, S = self.gate_backward(p, grad, grad_y, grad_z)
-        return [*self.scan_backward(p, grad_y, bounds, S), grad_out_proj]
+        return (*self.scan_backward(p, grad_y, bounds, S), grad_out_proj)
 
-    def dt_backward(self, p: Projected, grad_delta: Tensor, grad_bc: Tensor) -> Tuple[Tensor, Tensor]:
-        """Gradients of the projections (2, B * L, ROW) and of dt (2, D, R).
+    def dt_backward(self, p: Projected, grad_delta: Tensor, grad_x: Tensor) -> Tensor:
+        """The gradient of dt (2, D, R); writes grad_x's first columns.
 
         One product a direction: cuBLAS splits the sum over tokens only there. With RANK_PAD columns, for 12 are slow.
         """
         rank = self.row - 2 * STATE
         grad_delta, x = grad_delta.view(2, -1, self.dim), p.x.view(2, -1, self.row)
-        grad_x = torch.cat([torch.bmm(grad_delta, p.dt), grad_bc.view(2, -1, 2 * STATE).to(x.dtype)], -1)
+        torch.bmm(grad_delta, p.dt, out=grad_x[..., :rank])
         weights = torch.stack([torch.mm(g.t(), r[:, :rank]) for g, r in zip(grad_delta, x)])
-        return grad_x, weights[..., : self.rank].contiguous()
+        return weights[..., : self.rank].contiguous()
 
     def backward(self, grad: Tensor) -> List[Tensor]:
-        """Gradients of xz, of four taps and the bias (2, 5, D), of x_proj (2, ROW, D), of dt (2, D, R), of A_log
-        (2, D, 16), of D and dt_bias (2, 2, D), of out_proj (C, D) or nothing (0)."""
+        """Gradients of xz, of four taps and the bias (2, 5, D), of x_proj (2, ROW, D), of dt (2, D, R), of A_log (D, 16),
+        D and dt_bias in a row (2, 18 D), of out_proj (C, D) or nothing (0)."""
         p = self.project()
         grad_xz = self.empty(*self.xz.shape)  # not empty_like: axes of one token may have any stride
-        grad_u, grad_delta, grad_bc, grad_A, grad_v, grad_out = self.scan_gradients(p, aligned(grad), grad_xz)
-        grad_x, grad_weight_dt = self.dt_backward(p, grad_delta, grad_bc)
+        grad_u, grad_delta, grad_x, sums, grad_out = self.scan_gradients(p, aligned(grad), grad_xz)
+        grad_dt = self.dt_backward(p, grad_delta, grad_x)
         u, grad_u = p.u.view(2, -1, self.dim), grad_u.view(2, -1, self.dim)
         grad_project = torch.stack([torch.mm(g.t(), v) for g, v in zip(grad_x, u)])
         grad_u.baddbmm_(grad_x, p.x_proj)
         taps = self.conv_backward(grad_u, grad_xz)
-        return [grad_xz, taps, grad_project, grad_weight_dt, grad_A, grad_v, grad_out]
+        return [grad_xz, taps, grad_project, grad_dt, sums, grad_out]
 
 
 def no_casts(x: Tensor) -> contextlib.AbstractContextManager:
@@ -341,8 +356,7 @@ def fake_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
         empty(2, 5, dim, dtype=torch.float32),
         empty(2, padded_rank(dt.shape[1]) + 2 * STATE, dim, dtype=xz.dtype),
         empty(2, dim, dt.shape[1], dtype=xz.dtype),
-        empty(2, dim, STATE, dtype=torch.float32),
-        empty(2, 2, dim, dtype=torch.float32),
+        empty(2, (STATE + 2) * dim, dtype=torch.float32),
         empty(*(0,) if out_proj is None else out_proj.shape, dtype=xz.dtype),
     )
 
@@ -355,12 +369,13 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
 def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     *operands, out_bias = ctx.saved_tensors
     found = torch.ops.vim_timm.cuda_mixer_backward(grad, *operands, ctx.scale)
-    grad_xz, taps, project, dt, A_log, vectors, out_proj = found
-    width, rank = operands[1].shape[1], operands[4].shape[1]
+    grad_xz, taps, project, dt, sums, out_proj = found
+    (dim, width), rank = operands[1].shape, operands[4].shape[1]
     grads: List[Tensor] = [grad_xz]
     for i in range(2):
         project_i = torch.cat([project[i, :rank], project[i, padded_rank(rank) :]])
-        grads += [taps[i, 4 - width : 4].t(), taps[i, 4], project_i, dt[i], vectors[i, 1], A_log[i], vectors[i, 0]]
+        A_log, D, bias = sums[i].split([STATE * dim, dim, dim])
+        grads += [taps[i, 4 - width : 4].t(), taps[i, 4], project_i, dt[i], bias, A_log.view(dim, STATE), D]
     grads.append(out_proj)
     grad_bias = None if out_bias is None else grad.sum((0, 1)).to(out_bias.dtype)
     return (*(None if p is None else g.to(p.dtype) for g, p in zip(grads, operands)), grad_bias, None)

@@ -1,0 +1,42 @@
+// Partial sums of other kernels, added in a fixed order: two runs give the same bits.
+
+constexpr int WARPS = 8;
+
+// parts (groups, rows, columns) to sums (groups, columns), float32. A block takes 128 columns, its warps every eighth row.
+// A grid of (columns / 128, groups) blocks.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+sum_rows(const float* parts, float* sums, int rows, int columns) {
+  __shared__ float4 shared[WARPS][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 128 + lane * 4;
+  parts += (long long)blockIdx.y * rows * columns + column;
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+  for (int row = warp; row < rows; row += WARPS) {
+    const float4 v = *(const float4*)&parts[(long long)row * columns];
+    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+  }
+  shared[warp][lane] = sum;
+  block_sync();
+  if (warp > 0) return;
+#pragma unroll
+  for (int i = 1; i < WARPS; i++) {
+    const float4 v = shared[i][lane];
+    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+  }
+  *(float4*)&sums[(long long)blockIdx.y * columns + column] = sum;
+}
+
+// parts (rows, tokens, 32) float32, gradients of B and C, to the last 32 columns of (tokens, ROW), in two bytes. A thread
+// takes 4 columns of a token.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+sum_projections(const float* parts, T* sums, int rows, int tokens) {
+  const int i = blockIdx.x * 32 * WARPS + threadIdx.x, token = i / 8, column = i % 8 * 4;
+  if (token >= tokens) return;
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 6
+  for (int row = 0; row < rows; row++) {
+    const float4 v = *(const float4*)&parts[((long long)row * tokens + token) * (2 * STATE) + column];
+    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+  }
+  *(uint2*)&sums[(long long)token * ROW + RANK_PAD + column] = make_uint2(pack(sum.x, sum.y), pack(sum.z, sum.w));
+}
