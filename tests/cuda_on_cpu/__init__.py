@@ -18,7 +18,7 @@ class Module(nvrtc.Module):
     def __init__(self, library):
         self.library = library
 
-    def launch(self, name, grid, threads, *arguments, shared=0):
+    def launch(self, name, grid, threads, *arguments, shared=0, early=False):
         words, addresses = nvrtc.packed(arguments)
         if self.library['run_' + name]((ctypes.c_int * 3)(*grid), threads, addresses) != 0:
             raise RuntimeError(f'the threads of {name} wait for each other for ever')

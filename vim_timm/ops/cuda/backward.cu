@@ -259,8 +259,8 @@ __device__ __forceinline__ void load_decays(float (&a)[OWN][OWN], const float* A
 // u, x, weight, bias, skip, A_log of both directions and bounds as in scan_forward; grad (batch, L, D) with rows of 2 D,
 // the gradient of y. Q (2 batch, chunks, 16, D), only where CHUNKED: the gradient of the state that leaves each chunk.
 // grad_u, grad_delta (2, batch, L, D), the latter before softplus. Partial sums: part_x (D / 32, 2, batch, L, 32) for B and
-// C, part_p (2 batch, chunks, 18 D) for A_log (D, 16), skip (D) and bias (D). A grid of (D / 32, chunks, 2 batch) warps; `chunk` tokens, a multiple of 16 if there are several.
-// Offsets in a sequence are 32 bits: 4 L D < 2^31.
+// C, part_p (2 batch, chunks, 18 D) for A_log (D, 16), skip (D) and bias (D). A grid of (D / 32, chunks, 2 batch)
+// warps; `chunk` tokens, a multiple of 16 if there are several. Offsets in a sequence are 32 bits: 4 L D < 2^31.
 extern "C" __global__ void __launch_bounds__(32, BLOCKS)
 scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* weight_f, const T* weight_b,
               const float* bias_f, const float* bias_b, const float* A_f, const float* A_b, const float* skip_f,
@@ -341,12 +341,10 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
         for (int n = 0; n < OWN; n++) load4(h[0][n], &s.bounds[group % 2][n][lane / 8][own]);
         float* to = part_x + now * (2 * STATE);
         float sum_c[2][4] = {}, sum_b[2][4] = {};
-        // Operands are loaded a step ahead, for a load cannot pass an earlier store.
-        Operands next;
-        next.load_state(s, stage, row, own, states);
 #pragma unroll
         for (int i = 0; i < GROUP; i++) {
-          const Operands at = next;
+          Operands at;
+          at.load_state(s, stage, row + i, own, states);
 #pragma unroll
           for (int n = 0; n < OWN; n++)
 #pragma unroll
@@ -354,19 +352,17 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
               e[i][n][c] = exp2_fast(at.d[c] * a[n][c]);
               h[i + 1][n][c] = fmaf(e[i][n][c], h[i][n][c], at.v[c] * at.b[n]);
             }
-          if (i + 1 < GROUP)
-            next.load_state(s, stage, row + i + 1, own, states);
-          else
-            next.load_gradient(s, stage, row + i, own, states);
           const Parts g2[2] = {parts(at.grad[0]), parts(at.grad[1])};
           sum_channels(sum_c, h[i + 1], g2, i, lane);
         }
         const float2 total_c = total(sum_c, lane);
         if (now + summed < w.end) *(float2*)&to[STATE] = total_c;
+        const int again = anew(row);  // what both recurrences need is loaded twice: no registers are left to keep it
         float grad_v[GROUP], grad_d[GROUP];
 #pragma unroll
         for (int i = GROUP - 1; i >= 0; i--) {
-          const Operands at = next;
+          Operands at;
+          at.load_gradient(s, stage, again + i, own, states);
           float g[OWN], to_v[OWN], to_d[OWN], grad_h[OWN][OWN];
           at.widen(g);
 #pragma unroll
@@ -380,7 +376,6 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
               to_d[c] = n ? fmaf(p, a[n][c], to_d[c]) : p * a[n][c];
               grad_A[n][c] = fmaf(p, at.d[c], grad_A[n][c]);
             }
-          if (i > 0) next.load_gradient(s, stage, row + i - 1, own, states);
           sum_channels(sum_b, grad_h, at.packed, i, lane);
           grad_v[i] = sum_states(to_v, upper, odd);
           grad_d[i] = sum_states(to_d, upper, odd);

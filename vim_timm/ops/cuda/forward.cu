@@ -213,19 +213,6 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
   grad_y += first_row * out_stride + channel0;
   gated += first_row * dim + channel0;
 
-  // Three groups of copies, each waited for where it is used: projections, u, and z with its companions.
-  {
-    const int t0 = begin + (reverse ? tiles - 1 : 0) * TILE;
-    const T* weight = (reverse ? weight_b : weight_f) + (long long)channel0 * RANK_PAD;
-#pragma unroll
-    for (int i = lane * 8; i < CHANNELS * RANK_PAD; i += 32 * 8) copy16(&s.weight[0][0] + i, weight + i, true);
-    copy_projections(s, x + t0 * ROW, end - t0, lane);
-    copies_commit();
-    if (!EARLY) {
-      copy_rows(s.u, u + t0 * dim, dim, end - t0, piece);
-      copies_commit();
-    }
-  }
   const int channel = channel0 + 2 * lane;
   *(float2*)&s.bias[2 * lane] = *(const float2*)&(reverse ? bias_b : bias_f)[channel];
   const float2 skip = *(const float2*)&(reverse ? skip_b : skip_f)[channel];
@@ -240,6 +227,20 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
       const float log[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int m = 0; m < 4; m++) a[c][n + m] = -LOG2E * exp2_fast(log[m] * LOG2E);
+    }
+  }
+  wait_for_last_kernel();
+  // Three groups of copies, each waited for where it is used: projections, u, and z with its companions.
+  {
+    const int t0 = begin + (reverse ? tiles - 1 : 0) * TILE;
+    const T* weight = (reverse ? weight_b : weight_f) + (long long)channel0 * RANK_PAD;
+#pragma unroll
+    for (int i = lane * 8; i < CHANNELS * RANK_PAD; i += 32 * 8) copy16(&s.weight[0][0] + i, weight + i, true);
+    copy_projections(s, x + t0 * ROW, end - t0, lane);
+    copies_commit();
+    if (!EARLY) {
+      copy_rows(s.u, u + t0 * dim, dim, end - t0, piece);
+      copies_commit();
     }
   }
 #pragma unroll

@@ -161,7 +161,7 @@ class Mixer:
         module.launch(
             'conv_project', (math.ceil(tokens / (16 * warps)), 1 if fused else self.dim // 64, 1), 32 * warps, self.xz,
             2 * self.dim, *self.both('conv'), *self.both('conv_bias'), x_proj, *u, x, tokens, self.length, self.dim,
-            shared=project_shared(self.row, warps, fused),
+            shared=project_shared(self.row, warps, fused), early=True,
         )  # fmt: skip
         if x is None:
             x = torch.bmm(u.view(2, -1, self.dim), x_proj.transpose(1, 2)).view(2, self.batch, self.length, self.row)
@@ -180,7 +180,7 @@ class Mixer:
             'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64, *p.u, *p.x, *p.dt,
             *self.both('dt_bias'), *self.both('A_log'), *self.both('skip'), z, 2 * self.dim,
             out, out.stride(1), grad, grad_y, gated, H, S, bounds, self.scale, self.batch, self.length, self.dim,
-            self.cut.chunk,
+            self.cut.chunk, early=True,
         )  # fmt: skip
 
     def scan_forward(self, p: Projected) -> Tensor:

@@ -61,10 +61,11 @@ def compile_cubin(files: Tuple[str, ...], capability: int, macros: Tuple[Tuple[s
 class Module:
     """The kernels of one translation unit, loaded into a device's primary context."""
 
-    def __init__(self, cubin: bytes) -> None:
+    def __init__(self, cubin: bytes, capability: int) -> None:
         from cuda.bindings import driver
 
         self.driver = driver
+        self.overlaps = capability >= 90
         self.module = checked(driver.cuModuleLoadData(cubin))
         self.functions: Dict[str, Any] = {}
 
@@ -77,17 +78,33 @@ class Module:
         return self.functions[name]
 
     def launch(
-        self, name: str, grid: Tuple[int, int, int], threads: int, *arguments: Argument, shared: int = 0
+        self, name: str, grid: Tuple[int, int, int], threads: int, *arguments: Argument, shared: int = 0,
+        early: bool = False,
     ) -> None:  # fmt: skip
-        """Runs a kernel with these arguments on the current stream, with so many bytes of dynamic shared memory."""
+        """Runs a kernel with these arguments on the current stream, with so many bytes of dynamic shared memory.
+
+        An `early` kernel calls `wait_for_last_kernel` before it reads what others wrote. In a CUDA graph, where the
+        host's time is free, its blocks start while the last kernel ends.
+        """
         words, addresses = packed(arguments)
         stream = torch.cuda.current_stream().cuda_stream
-        checked(
-            self.driver.cuLaunchKernel(
-                self.function(name, shared), *grid, threads, 1, 1, shared, stream, ctypes.addressof(addresses), 0
-            )
-        )
+        function, first = self.function(name, shared), ctypes.addressof(addresses)
+        if early and self.overlaps and torch.cuda.is_current_stream_capturing():
+            checked(self.driver.cuLaunchKernelEx(self.overlapping(grid, threads, shared, stream), function, first, 0))
+        else:
+            checked(self.driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, first, 0))
         del words  # the launch has copied them
+
+    def overlapping(self, grid: Tuple[int, int, int], threads: int, shared: int, stream: int) -> Any:
+        """A launch whose blocks may start before the last kernel has ended."""
+        attribute, config = self.driver.CUlaunchAttribute(), self.driver.CUlaunchConfig()
+        attribute.id = self.driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = shared, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
 
 
 def packed(arguments: Sequence[Argument]) -> Tuple[Any, Any]:
@@ -113,4 +130,5 @@ def load(device: torch.device, files: Tuple[str, ...], macros: Tuple[Tuple[str, 
     """Compiles and loads once a process, device and set of macros."""
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
-        return Module(compile_cubin(files, 10 * major + minor, macros))
+        capability = 10 * major + minor
+        return Module(compile_cubin(files, capability, macros), capability)

@@ -12,6 +12,7 @@
 extern "C" __global__ void __launch_bounds__(256)
 pack_weights(const float* forward, const float* backward, const float* dt_f, const float* dt_b, const float* out_proj,
              T* packed, T* packed_dt, T* packed_out, int dim, int others) {
+  let_next_kernel_start();
   const int i = 2 * (blockIdx.x * 256 + threadIdx.x), row = i / dim, column = i % dim;
   if (i < others) {
     const float2 v = *(const float2*)&out_proj[i];
@@ -85,6 +86,8 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
 #if PROJECT
   float acc[2][ROW / 8][4] = {};
 #endif
+  wait_for_last_kernel();
+  let_next_kernel_start();
   copy_part(first_part, first_part % 2);
 #pragma unroll 1
   for (int part = first_part; part < end; part++) {

@@ -75,6 +75,20 @@ __device__ __forceinline__ void copies_wait() {
   __syncwarp();
 }
 
+// Of a kernel that starts early (`Module.launch`): what the last kernel wrote may be read from here on.
+__device__ __forceinline__ void wait_for_last_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// From here on the next kernel may start, if it starts early.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // x, computed anew: what follows from it is not kept in registers, of which a loop may have none left.
 __device__ __forceinline__ int anew(int x) {
   asm volatile("" : "+r"(x));
