@@ -176,11 +176,14 @@ class Mixer:
         flags = dict(LOCAL=local, CARRY=H is not None and not local, KEEP=bounds is not None, GRAD=grad is not None)
         module = self.module('forward.cu', BLOCKS=self.cut.blocks, **{name: int(flag) for name, flag in flags.items()})
         z = self.xz.data_ptr() + self.dim * self.xz.element_size()
+        blocks = self.dim // CHANNELS * self.cut.chunks * self.batch
+        # Fewer blocks would crowd on the multiprocessors that the last kernel leaves first.
+        early = blocks > (self.cut.blocks - 1) * multiprocessors(self.xz.device)
         module.launch(
             'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64, *p.u, *p.x, *p.dt,
             *self.both('dt_bias'), *self.both('A_log'), *self.both('skip'), z, 2 * self.dim,
             out, out.stride(1), grad, grad_y, gated, H, S, bounds, self.scale, self.batch, self.length, self.dim,
-            self.cut.chunk, early=True,
+            self.cut.chunk, early=early,
         )  # fmt: skip
 
     def scan_forward(self, p: Projected) -> Tensor:
