@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -185,7 +186,7 @@ def test_the_projection_in_one_kernel_agrees_as_plain_cpp(size, dtype, poison, e
         assert error(u[i], wanted) < 4e-3
         kept = torch.cat([packed[i, : size['rank']], packed[i, padded_rank(size['rank']) :]])
         assert torch.equal(kept, x_proj.to(dtype))
-        assert torch.equal(dt[i, :, : size['rank']], parameters[7 * i + 3].to(dtype)) and not dt[i, :, size['rank'] :].any()
+        assert torch.equal(dt[i], F.pad(parameters[7 * i + 3].to(dtype), [0, dt.shape[2] - size['rank']]))
         assert error(rows[i], u[i].double() @ packed[i].double().t()) < 4e-3
 
 
@@ -326,14 +327,19 @@ def test_a_model_gives_the_same_with_and_without_fusion(name):
     images = torch.randn(2, 3, *model.patch_embed.img_size, device='cuda')
 
     def gradients(backend, autocast):
+        """Of a parameter of all blocks together: one of a single block may be small and mostly noise."""
         model.zero_grad()
         with use_scan_backend(backend), torch.autocast('cuda', torch.bfloat16, enabled=autocast):
             model(images).float().square().sum().backward()
-        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        kinds = {}
+        for name, p in model.named_parameters():
+            kinds.setdefault(re.sub(r'\d+', '*', name), []).append(p.grad.flatten())
+        return {name: torch.cat(grads) for name, grads in kinds.items()}
 
     wanted, fused, composed = gradients('triton', False), gradients('auto', True), gradients('triton', True)
-    for f, c, w in zip(fused, composed, wanted):
-        assert error(f, w) < 1e-2 + 2 * error(c, w)
+    errors = {name: (error(fused[name], w), error(composed[name], w)) for name, w in wanted.items()}
+    worse = {name: pair for name, pair in errors.items() if not pair[0] < 2e-3 + 1.5 * pair[1]}
+    assert not worse, worse
 
 
 @only_gpu

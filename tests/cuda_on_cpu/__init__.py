@@ -19,8 +19,8 @@ class Module(nvrtc.Module):
         self.library = library
 
     def launch(self, name, grid, threads, *arguments, shared=0, early=False):
-        words, addresses = nvrtc.packed(arguments)
-        if self.library['run_' + name]((ctypes.c_int * 3)(*grid), threads, addresses) != 0:
+        arguments = ctypes.c_void_p(nvrtc.packed(arguments))
+        if self.library['run_' + name]((ctypes.c_int * 3)(*grid), threads, arguments) != 0:
             raise RuntimeError(f'the threads of {name} wait for each other for ever')
 
 

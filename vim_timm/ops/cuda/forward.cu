@@ -171,7 +171,7 @@ __device__ __forceinline__ void finish(const Warp& s, T* out, int out_stride, T*
     const uint4 v = make_uint4(product[0], product[1], product[2], product[3]);
     const int at = token * out_stride + p.column;
 #if GRAD
-    store16(gated + (token * gated_stride + p.column), v, valid);
+    store16(gated + (token * gated_stride + p.column), v, valid && gated);
     store16(grad_y + at, make_uint4(through[0], through[1], through[2], through[3]), valid);
     store16(out + at, make_uint4(to_z[0], to_z[1], to_z[2], to_z[3]), valid);
 #else
@@ -187,7 +187,8 @@ __device__ __forceinline__ void finish(const Warp& s, T* out, int out_stride, T*
 // KEEP: the state on entry of every 4 tokens, in two bytes, to BOUNDS (2 batch, ceil(L / 4), 16, D).
 // Offsets in a sequence are 32 bits: 2 L D < 2^31.
 // GRAD: from the output's gradient `grad` (batch, L, D) the gradient of z to OUT and that of y to GRAD_Y, whose rows lie
-// as OUT's; the output itself to GATED (batch, L, D), which may be `grad`: a thread has read what it overwrites.
+// as OUT's; the output itself to GATED (batch, L, D) if that is not null; it may be `grad`: a thread has read what it
+// overwrites.
 extern "C" __global__ void __launch_bounds__(64, BLOCKS)
 scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* weight_f, const T* weight_b,
              const float* bias_f, const float* bias_b, const float* A_f, const float* A_b, const float* skip_f,
@@ -211,7 +212,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
   out += first_row * out_stride + channel0;
   grad += first_row * dim + channel0;
   grad_y += first_row * out_stride + channel0;
-  gated += first_row * dim + channel0;
+  if (gated) gated += first_row * dim + channel0;
 
   const int channel = channel0 + 2 * lane;
   *(float2*)&s.bias[2 * lane] = *(const float2*)&(reverse ? bias_b : bias_f)[channel];
@@ -334,8 +335,8 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
     copies_wait<EARLY ? 1 : 2>();  // z and its companions
 #if !LOCAL
     if (second)
-      finish(s, out + t0 * out_stride, out_stride, grad_y + t0 * out_stride, gated + t0 * dim, dim, scale, rows_left,
-             piece);
+      finish(s, out + t0 * out_stride, out_stride, grad_y + t0 * out_stride, gated ? gated + t0 * dim : gated, dim, scale,
+             rows_left, piece);
     else
       leave(s, out + t0 * out_stride, out_stride, rows_left, piece);
 #endif

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..operators import autocast_off, register
 from ..triton_kernels.launch import multiprocessors, no_double_backward
-from .nvrtc import Module, load
+from .nvrtc import Argument, Module, load
 
 STATE = 16
 CHANNELS = 64  # of a block of the scan, two warps
@@ -57,13 +57,19 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
+def each(x: Tensor) -> Tuple[int, int]:
+    """The addresses of both directions' halves."""
+    first = x.data_ptr()
+    return first, first + x.numel() // 2 * x.element_size()
+
+
 def as_float(*parameters: Any) -> Direction:
     return Direction(*(None if p is None else aligned(p.float()) for p in parameters))  # type: ignore[arg-type]
 
 
 class Projected(NamedTuple):
-    """What a scan reads, u (2, B, L, D) and its projections dt, B and C (2, B, L, ROW), and weights in two bytes: x_proj
-    (2, ROW, D), dt (2, D, RANK_PAD), out_proj (C, D) or None."""
+    """What a scan reads, u (2, B, L, D) and its projections dt, B and C (2, B, L, ROW), and weights in two bytes:
+    x_proj (2, ROW, D), dt (2, D, RANK_PAD), out_proj (C, D) or None."""
 
     u: Tensor
     x: Tensor
@@ -160,8 +166,8 @@ class Mixer:
         x = self.empty(2, self.batch, self.length, self.row) if fused else None
         module.launch(
             'conv_project', (math.ceil(tokens / (16 * warps)), 1 if fused else self.dim // 64, 1), 32 * warps, self.xz,
-            2 * self.dim, *self.both('conv'), *self.both('conv_bias'), x_proj, *u, x, tokens, self.length, self.dim,
-            shared=project_shared(self.row, warps, fused), early=True,
+            2 * self.dim, *self.both('conv'), *self.both('conv_bias'), x_proj, *each(u), x, tokens, self.length,
+            self.dim, shared=project_shared(self.row, warps, fused), early=True,
         )  # fmt: skip
         if x is None:
             x = torch.bmm(u.view(2, -1, self.dim), x_proj.transpose(1, 2)).view(2, self.batch, self.length, self.row)
@@ -180,10 +186,10 @@ class Mixer:
         # Fewer blocks would crowd on the multiprocessors that the last kernel leaves first.
         early = blocks > (self.cut.blocks - 1) * multiprocessors(self.xz.device)
         module.launch(
-            'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64, *p.u, *p.x, *p.dt,
-            *self.both('dt_bias'), *self.both('A_log'), *self.both('skip'), z, 2 * self.dim,
-            out, out.stride(1), grad, grad_y, gated, H, S, bounds, self.scale, self.batch, self.length, self.dim,
-            self.cut.chunk, early=early,
+            'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64,
+            *each(p.u), *each(p.x), *each(p.dt), *self.both('dt_bias'), *self.both('A_log'), *self.both('skip'),
+            z, 2 * self.dim, out, out.stride(1), grad, grad_y, gated, H, S, bounds, self.scale, self.batch, self.length,
+            self.dim, self.cut.chunk, early=early,
         )  # fmt: skip
 
     def scan_forward(self, p: Projected) -> Tensor:
@@ -232,13 +238,13 @@ class Mixer:
     def scan_backward(
         self, p: Projected, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor]
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of u and of the step sizes before softplus (2, B, L, D); of the projections (2, B * L, ROW), with B's
-        and C's columns filled; of A_log (D, 16), D and dt_bias in a row (2, 18 D). grad_y has rows of 2 D."""
+        """Gradients of u and of the step sizes before softplus (2, B, L, D); of the projections (2, B * L, ROW), with
+        B's and C's columns filled; of A_log (D, 16), D and dt_bias in a row (2, 18 D). grad_y has rows of 2 D."""
         chunks = self.cut.chunks
         grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
         sizes = (self.batch, self.length, self.dim, self.cut.chunk)
         module = self.module('backward.cu', BLOCKS=BACKWARD_BLOCKS, CHUNKED=int(chunks > 1))
-        rows = [*p.x, *p.dt, *self.both('dt_bias'), *self.both('A_log')]
+        rows: List[Argument] = [*each(p.x), *each(p.dt), *self.both('dt_bias'), *self.both('A_log')]
         Q = None
         if S is not None:
             local = self.empty(2 * self.batch, chunks, STATE, self.dim, dtype=torch.float32)
@@ -248,7 +254,7 @@ class Mixer:
         part_x = self.empty(grid[0], 2, self.batch, self.length, 2 * STATE, dtype=torch.float32)
         part_p = self.empty(2, self.batch * chunks, (STATE + 2) * self.dim, dtype=torch.float32)
         module.launch(
-            'scan_backward', grid, 32, *p.u, *rows, *self.both('skip'), grad_y, bounds, Q, grad_u, grad_delta,
+            'scan_backward', grid, 32, *each(p.u), *rows, *self.both('skip'), grad_y, bounds, Q, grad_u, grad_delta,
             part_x, part_p, *sizes,
         )  # fmt: skip
         tokens = 2 * self.batch * self.length
@@ -267,7 +273,7 @@ class Mixer:
         sums = self.empty(self.batch * math.ceil(self.length / span), 2, 5, self.dim, dtype=torch.float32)
         self.conv_module('conv_backward.cu').launch(
             'conv_backward', (blocks, 1, 1), 128, self.xz, 2 * self.dim, *self.both('conv'),
-            *self.both('conv_bias'), *grad_u, grad_xz, sums, self.batch, self.length, self.dim, span,
+            *self.both('conv_bias'), *each(grad_u), grad_xz, sums, self.batch, self.length, self.dim, span,
         )  # fmt: skip
         return self.sum_rows(sums.view(1, -1, 10 * self.dim)).view(2, 5, self.dim)
 
@@ -279,7 +285,7 @@ class Mixer:
         H, S = self.first_states(p) if self.cut.chunks > 1 else (None, None)
         bounds = self.empty(2 * self.batch, math.ceil(self.length / KEPT), STATE, self.dim)
         if p.out_proj is None:
-            self.scan(p, grad_z, H, grad=grad, grad_y=grad_y, gated=torch.empty_like(grad), bounds=bounds)
+            self.scan(p, grad_z, H, grad=grad, grad_y=grad_y, bounds=bounds)
             return self.empty(0), bounds, S
         gated = through = grad @ p.out_proj  # the kernel puts the output where it has read its gradient
         self.scan(p, grad_z, H, grad=through, grad_y=grad_y, gated=gated, bounds=bounds)
@@ -308,8 +314,8 @@ class Mixer:
         return weights[..., : self.rank].contiguous()
 
     def backward(self, grad: Tensor) -> List[Tensor]:
-        """Gradients of xz, of four taps and the bias (2, 5, D), of x_proj (2, ROW, D), of dt (2, D, R), of A_log (D, 16),
-        D and dt_bias in a row (2, 18 D), of out_proj (C, D) or nothing (0)."""
+        """Gradients of xz, of four taps and the bias (2, 5, D), of x_proj (2, ROW, D), of dt (2, D, R), of A_log
+        (D, 16), D and dt_bias in a row (2, 18 D), of out_proj (C, D) or nothing (0)."""
         p = self.project()
         grad_xz = self.empty(*self.xz.shape)  # not empty_like: axes of one token may have any stride
         grad_u, grad_delta, grad_x, sums, grad_out = self.scan_gradients(p, aligned(grad), grad_xz)

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import importlib.util
 import struct
+import threading
 from pathlib import Path
 from typing import Any, Dict, Sequence, Tuple, Union
 
@@ -11,6 +12,7 @@ import torch
 
 SOURCES = Path(__file__).parent
 Argument = Union[torch.Tensor, int, float, None]
+MAX_ARGUMENTS = 64
 
 
 def missing() -> str:
@@ -86,14 +88,14 @@ class Module:
         An `early` kernel calls `wait_for_last_kernel` before it reads what others wrote. In a CUDA graph, where the
         host's time is free, its blocks start while the last kernel ends.
         """
-        words, addresses = packed(arguments)
-        stream = torch.cuda.current_stream().cuda_stream
-        function, first = self.function(name, shared), ctypes.addressof(addresses)
+        first = packed(arguments)
+        # torch.cuda.current_stream() would take the host longer than the launch.
+        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+        function = self.function(name, shared)
         if early and self.overlaps and torch.cuda.is_current_stream_capturing():
             checked(self.driver.cuLaunchKernelEx(self.overlapping(grid, threads, shared, stream), function, first, 0))
         else:
             checked(self.driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, first, 0))
-        del words  # the launch has copied them
 
     def overlapping(self, grid: Tuple[int, int, int], threads: int, shared: int, stream: int) -> Any:
         """A launch whose blocks may start before the last kernel has ended."""
@@ -107,22 +109,34 @@ class Module:
         return config
 
 
-def packed(arguments: Sequence[Argument]) -> Tuple[Any, Any]:
-    """Kernel arguments as words of 8 bytes and their addresses; a kernel reads as many bytes as its parameter has.
+class Words(threading.local):
+    """Where a thread puts a kernel's arguments until the launch has copied them: 8 bytes each, and their addresses."""
+
+    def __init__(self) -> None:
+        self.words = (ctypes.c_int64 * MAX_ARGUMENTS)()
+        first = ctypes.addressof(self.words)
+        self.addresses = (ctypes.c_void_p * MAX_ARGUMENTS)(*range(first, first + 8 * MAX_ARGUMENTS, 8))
+        self.first = ctypes.addressof(self.addresses)
+
+
+buffer = Words()
+
+
+def packed(arguments: Sequence[Argument]) -> int:
+    """The address of the addresses of kernel arguments; a kernel reads as many bytes as its parameter has.
 
     A tensor passes as its address, None as a null pointer, an integer as itself, a float in 4 bytes.
     """
-    words = (ctypes.c_int64 * len(arguments))(*[word(x) for x in arguments])
-    first = ctypes.addressof(words)
-    return words, (ctypes.c_void_p * len(arguments))(*range(first, first + 8 * len(arguments), 8))
+    buffer.words[: len(arguments)] = [word(x) for x in arguments]
+    return buffer.first
 
 
 def word(x: Argument) -> int:
+    if isinstance(x, int):
+        return x
     if isinstance(x, torch.Tensor):
         return x.data_ptr()
-    if isinstance(x, float):
-        return int.from_bytes(struct.pack('<f', x), 'little')
-    return x or 0
+    return 0 if x is None else int.from_bytes(struct.pack('<f', x), 'little')
 
 
 @functools.lru_cache(maxsize=None)
