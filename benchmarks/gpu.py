@@ -205,8 +205,8 @@ def measure_models(options: argparse.Namespace, train: bool) -> list[dict]:
 
 
 def ratios(rows: list[dict]) -> list[dict]:
-    """Vim over DeiT for each size, mode and model: the speed of the fastest way of each, and in eager mode speed and peak
-    memory (what a CUDA graph holds is not counted)."""
+    """Vim over DeiT for each size, mode and model: the speed of the fastest way of each; speed and peak memory in
+    eager mode (what a CUDA graph holds is not counted)."""
     found = []
     for size, train, model in sorted({(r['size'], r['train'], r['model'].split('_')[1]) for r in rows}):
         group = [r for r in rows if (r['size'], r['train']) == (size, train) and r['backend'] == 'auto']
