@@ -127,7 +127,6 @@ typedef unsigned int T2;
 
 inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
 inline float exp2_fast(float x) { return flushed(std::exp2(flushed(x))); }
-inline float log2_fast(float x) { return flushed(std::log2(flushed(x))); }
 inline float reciprocal(float x) { return flushed(1.f / flushed(x)); }
 
 inline float from_bf16(T v) { return __uint_as_float((unsigned)v << 16); }
