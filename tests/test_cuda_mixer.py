@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,77 @@ def test_plain_cpp_notices_a_missing_wait(tmp_path, monkeypatch):
     assert not torch.isfinite(cuda.mixer(*operands(1, 5, 64, 12, device='cpu'), 0.5)).all()
 
 
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+@pytest.mark.parametrize('state', [3, 4])
+def test_a_nan_decay_makes_its_channel_nan(state, emulator):
+    tensors = operands(1, 5, 64, 12, device='cpu')
+    tensors[6][1, state] = math.nan
+    y = mixer(*tensors)
+    assert y[..., 1].isnan().all() and y[..., 2:].isfinite().all()
+
+
+def test_directions_that_differ_are_refused():
+    xz, *parameters = operands(1, 5, 64, 12, device='cpu')
+    parameters[1] = None
+    with pytest.raises(ValueError, match='both a bias or none'):
+        mixer(xz, *parameters)
+
+
+def test_a_thread_without_a_context_gets_one():
+    """Autograd's thread may launch before torch has used CUDA in it."""
+
+    class Driver:
+        bound = False
+
+        def cuDeviceGet(self, ordinal):
+            return 0, ordinal
+
+        def cuDevicePrimaryCtxRetain(self, device):
+            return 0, f'context of {device}'
+
+        def cuCtxSetCurrent(self, context):
+            self.bound = context == 'context of 0'
+            return (0,)
+
+    module = object.__new__(nvrtc.Module)
+    module.driver = Driver()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, 'current_device', lambda: 0)
+        assert (
+            module.in_context(lambda: (0, 'done') if module.driver.bound else (nvrtc.INVALID_CONTEXT, None)) == 'done'
+        )
+    with pytest.raises(RuntimeError, match='failed'):
+        module.in_context(lambda: (1,))
+
+
+@only_gpu
+def test_a_new_thread_launches():
+    tensors = operands(8, 197, 384, 12)
+    wanted, found = mixer(*tensors), []
+    thread = threading.Thread(target=lambda: found.append(mixer(*tensors)))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], wanted)
+
+
+@only_gpu
+def test_captured_gradients_in_chunks_are_those_of_an_eager_run():
+    tensors = operands(2, 4096, 384, 12)
+    grad = torch.randn(2, 4096, 384, device='cuda', dtype=torch.bfloat16)
+
+    def run():
+        return torch.ops.vim_timm.cuda_mixer_backward(grad, *tensors, None, 0.5)
+
+    wanted = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for f in found:
+        f.fill_(float('nan'))
+    graph.replay()
+    assert all(error(f, w) < 5e-3 for f, w in zip(found[:-1], wanted))
+
+
 @only_gpu
 @pytest.mark.parametrize('batch, out', [(8, 0), (8, 192), (128, 0)])  # in the last one a captured scan starts early
 def test_runs_are_bit_equal_and_equal_compiled_and_captured_ones(batch, out):
@@ -396,12 +468,12 @@ def test_short_sequences_stay_whole_and_chunks_cover_long_ones():
 )
 @pytest.mark.parametrize('capability', [80, 86, 89, 90, 100, 120])
 def test_kernels_compile_for_every_gpu(capability):
-    """More shared memory than the 48 KiB that every GPU gives a block fails to compile."""
+    """More static shared memory than the 48 KiB that every GPU gives a block fails to compile."""
     from vim_timm.ops.cuda.nvrtc import compile_cubin
 
     for half, rank, blocks in ((0, 12, 6), (1, 48, 5)):
         common = (('HALF', half), ('RANK', rank), ('RANK_PAD', padded_rank(rank)))
-        for local, carry, keep, grad in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 1)):
+        for local, carry, keep, grad in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 1), (0, 1, 1, 1)):
             flags = (('BLOCKS', blocks), ('LOCAL', local), ('CARRY', carry), ('KEEP', keep), ('GRAD', grad))
             assert compile_cubin(('ptx.cuh', 'common.cuh', 'forward.cu'), capability, common + flags)
         taps = (*common, ('WIDTH', 4), ('HAS_BIAS', 1))
@@ -409,6 +481,7 @@ def test_kernels_compile_for_every_gpu(capability):
         for fused in (0, 1):
             files = ('ptx.cuh', 'common.cuh', 'taps.cuh', 'project.cu')
             assert compile_cubin(files, capability, (*taps, ('PROJECT', fused)))
-        assert compile_cubin(
-            ('ptx.cuh', 'common.cuh', 'backward.cu'), capability, (*common, ('BLOCKS', 8), ('CHUNKED', 1))
-        )
+        for chunked in (0, 1):
+            files = ('ptx.cuh', 'common.cuh', 'backward.cu')
+            assert compile_cubin(files, capability, (*common, ('BLOCKS', 8), ('CHUNKED', chunked)))
+        assert compile_cubin(('ptx.cuh', 'common.cuh', 'sums.cu'), capability, common)

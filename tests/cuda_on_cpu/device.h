@@ -242,6 +242,7 @@ bool run_block(const Body& body) {
   };
   warp_barriers.assign(threads.size() / 32, {});
   block_barrier = {};
+  for (Barrier& barrier : named_barriers) barrier = {};
   for (Thread& thread : threads) {
     thread.done = false;
     thread.copies.assign(1, {});

@@ -54,7 +54,7 @@ def unsupported(xz: Tensor, state: int, rank: int, width: int) -> str:
     if xz.shape[0] > 32767:
         return f'The fused CUDA kernels take batches up to 32767 (the grid of a GPU), not {xz.shape[0]}.'
     if xz.shape[1] * xz.shape[2] >= 2**30:
-        return f'The fused CUDA kernels take sequences of up to {2**30 // xz.shape[2]} tokens, not {xz.shape[1]}.'
+        return f'The fused CUDA kernels take sequences of up to {(2**30 - 1) // xz.shape[2]} tokens, not {xz.shape[1]}.'
     return ''
 
 
@@ -99,8 +99,14 @@ def mixer(
     Returns:
         (B, L, D), or (B, L, C) with out_proj, in xz's dtype; states and sums are float32, the projections' products of
         two-byte numbers.
+
+    Raises:
+        ValueError: the directions' convolutions differ in width, or only one has a bias.
     """
     from . import mixer_op  # noqa: F401  defines the operator
+
+    if (conv_bias is None) != (conv_bias_b is None) or conv.shape != conv_b.shape:
+        raise ValueError('The convolutions of both directions must have the same width, and both a bias or none.')
 
     return torch.ops.vim_timm.cuda_mixer(
         xz, conv, conv_bias, x_proj, dt, dt_bias, A_log, D,

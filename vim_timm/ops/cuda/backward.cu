@@ -334,7 +334,7 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
 #pragma unroll 1
     for (int group = TILE / GROUP - 1; group >= 0; group--) {
       const int row = group * GROUP;
-      copies_wait<1>();  // all but the next group's state, and what has been asked for before it
+      copies_wait<1>();  // for this group's state; what was asked for last, the next state or a tile, may be on its way
       if (now < w.end) {
         float h[GROUP + 1][OWN][OWN], e[GROUP][OWN][OWN];
 #pragma unroll

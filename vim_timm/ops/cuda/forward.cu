@@ -13,8 +13,8 @@
 // Macros beside common.cuh's: LOCAL, CARRY, KEEP, GRAD (0 or 1, see scan_forward), BLOCKS (of a multiprocessor).
 
 constexpr int CHANNELS = 64;
-// A tile's u is asked for before the tile's work or, where more else is on its way, after the last one's steps.
-constexpr bool EARLY = !LOCAL && !GRAD;
+// Whether a tile's u is asked for before the tile's work, or already after the last one's steps.
+constexpr bool U_LATE = !LOCAL && !GRAD;
 
 struct Warp {
   alignas(16) T x[TILE][ROW];
@@ -33,10 +33,12 @@ struct Warp {
 // Whether the multiplication units have time for a part of the exponentials, as measured.
 constexpr bool MIXED = LOCAL || (!GRAD && BLOCKS > 5);
 
-// 2^x for x <= 0; for an eighth of the states, if MIXED, not by the special-function unit: 2^i for the nearest integer i by
-// its bits, the rest by a polynomial (relative error 3e-6).
+__device__ __forceinline__ constexpr bool by_polynomial(int state) { return MIXED && state % 8 == 3; }
+
+// 2^x for x <= 0; for some states not by the special-function unit: 2^i for the nearest integer i by its bits, the rest by a
+// polynomial (relative error 3e-6).
 __device__ __forceinline__ float decay(float x, int state) {
-  if (!MIXED || state % 8 != 3) return exp2_fast(x);
+  if (!by_polynomial(state)) return exp2_fast(x);
   x = fmaxf(x, -126.f);
   const float shifted = x + 12582912.f, rest = x - (shifted - 12582912.f);  // 1.5 * 2^23: i in the lowest bits
   float p = fmaf(rest, 0.00958285294f, 0.0559064262f);
@@ -219,7 +221,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
 
   const int channel = channel0 + 2 * lane;
   *(float2*)&s.bias[2 * lane] = *(const float2*)&(reverse ? bias_b : bias_f)[channel];
-  const float2 skip = *(const float2*)&(reverse ? skip_b : skip_f)[channel];
+  float2 skip = *(const float2*)&(reverse ? skip_b : skip_f)[channel];
   float a[2][STATE], h[2][STATE];
   const float* A = (reverse ? A_b : A_f) + (long long)channel * STATE;
   H += ((long long)cell * gridDim.y + blockIdx.y) * STATE * dim + channel;
@@ -230,9 +232,14 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
       const float4 v = *(const float4*)&A[c * STATE + n];
       const float log[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-      for (int m = 0; m < 4; m++) a[c][n + m] = -LOG2E * exp2_fast(log[m] * LOG2E);
+      for (int m = 0; m < 4; m++) {
+        a[c][n + m] = -LOG2E * exp2_fast(log[m] * LOG2E);
+        // The polynomial would lose a NaN.
+        if (by_polynomial(n + m) && log[m] != log[m]) (c ? skip.y : skip.x) = log[m];
+      }
     }
   }
+  // What has been read so far was there before the kernel ahead of the last one began: that one never starts early.
   wait_for_last_kernel();
   // Three groups of copies, each waited for where it is used: projections, u, and z with its companions.
   {
@@ -242,7 +249,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
     for (int i = lane * 8; i < CHANNELS * RANK_PAD; i += 32 * 8) copy16(&s.weight[0][0] + i, weight + i, true);
     copy_projections(s, x + t0 * ROW, end - t0, lane);
     copies_commit();
-    if (!EARLY) {
+    if (!U_LATE) {
       copy_rows(s.u, u + t0 * dim, dim, end - t0, piece);
       copies_commit();
     }
@@ -271,7 +278,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
     const int t0 = begin + tile * TILE, rows_left = end - t0, next = reverse ? t0 - TILE : t0 + TILE;
     const bool second = !LOCAL && (reverse ? tile < middle : tile >= middle);
     if (!LOCAL && k == (reverse ? tiles - middle : middle)) meet<1>(64);
-    if (EARLY) {
+    if (U_LATE) {
       copy_rows(s.u, u + t0 * dim, dim, rows_left, piece);
       copies_commit();
     }
@@ -331,11 +338,11 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
 #endif
     }
     __syncwarp();
-    if (!EARLY) {
+    if (!U_LATE) {
       if (k + 1 < tiles) copy_rows(s.u, u + next * dim, dim, end - next, piece);
       copies_commit();
     }
-    copies_wait<EARLY ? 1 : 2>();  // z and its companions
+    copies_wait<U_LATE ? 1 : 2>();  // z and its companions
 #if !LOCAL
     if (second)
       finish(s, out + t0 * out_stride, out_stride, grad_y + t0 * out_stride, gated ? gated + t0 * dim : gated, dim, scale,

@@ -1,6 +1,7 @@
 """The inside of a bidirectional Mamba block, from in_proj's output to out_proj's input or output, as one dispatcher op.
 
-A short sequence takes three kernels: weights in two bytes, convolution and projection, scan with step sizes and gate.
+A batch of short sequences takes three kernels: weights in two bytes, convolution and projection, scan with step sizes
+and gate. Few tokens take a product for the projection, long sequences in small batches three kernels for the scan.
 What a composition of operators would keep for the backward pass (both convolutions' results, projections, both step
 sizes, the ungated and the gated sum) is computed again there from in_proj's output.
 """
@@ -92,7 +93,7 @@ def padded_rank(rank: int) -> int:
 
 def cut(batch: int, length: int, dim: int, rank: int, sms: int) -> Cut:
     """Cuts a scan so that blocks fill the device; in chunks it computes its exponentials twice."""
-    blocks = 6 if padded_rank(rank) <= 32 else 5  # what shared memory and registers hold
+    blocks = 6 if padded_rank(rank) <= 32 else 5  # what shared memory and registers hold, without gradients
     programs = batch * dim // CHANNELS
     if programs >= sms or length < 2 * MIN_CHUNK:
         return Cut(length, 1, blocks)

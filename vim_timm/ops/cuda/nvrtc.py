@@ -6,13 +6,14 @@ import importlib.util
 import struct
 import threading
 from pathlib import Path
-from typing import Any, Dict, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Sequence, Tuple, Union
 
 import torch
 
 SOURCES = Path(__file__).parent
 Argument = Union[torch.Tensor, int, float, None]
 MAX_ARGUMENTS = 64
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 def missing() -> str:
@@ -67,8 +68,9 @@ class Module:
         from cuda.bindings import driver
 
         self.driver = driver
-        self.overlaps = capability >= 90
-        self.module = checked(driver.cuModuleLoadData(cubin))
+        # The only GPU that this was measured on; edges of this kind in a captured graph are as old as CUDA 12.3.
+        self.overlaps = capability == 90 and checked(driver.cuDriverGetVersion()) >= 12030
+        self.module = self.in_context(lambda: driver.cuModuleLoadData(cubin))
         self.functions: Dict[str, Any] = {}
 
     def function(self, name: str, shared: int) -> Any:
@@ -79,23 +81,36 @@ class Module:
             self.functions[name] = function
         return self.functions[name]
 
+    def in_context(self, call: Callable[[], Sequence[Any]]) -> Any:
+        """`checked(call())`. A thread in which torch has not used CUDA yet, as autograd's may be, first gets the
+        context of its device."""
+        result = call()
+        if int(result[0]) == INVALID_CONTEXT:
+            device = checked(self.driver.cuDeviceGet(torch.cuda.current_device()))
+            checked(self.driver.cuCtxSetCurrent(checked(self.driver.cuDevicePrimaryCtxRetain(device))))
+            result = call()
+        return checked(result)
+
     def launch(
         self, name: str, grid: Tuple[int, int, int], threads: int, *arguments: Argument, shared: int = 0,
         early: bool = False,
     ) -> None:  # fmt: skip
         """Runs a kernel with these arguments on the current stream, with so many bytes of dynamic shared memory.
 
-        An `early` kernel calls `wait_for_last_kernel` before it reads what others wrote. In a CUDA graph, where the
-        host's time is free, its blocks start while the last kernel ends.
+        An `early` kernel calls `wait_for_last_kernel` before it reads what the last one wrote. In a CUDA graph, where
+        the host's time is free, its blocks start while the last kernel ends.
         """
         first = packed(arguments)
         # torch.cuda.current_stream() would take the host longer than the launch.
         stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         function = self.function(name, shared)
         if early and self.overlaps and torch.cuda.is_current_stream_capturing():
-            checked(self.driver.cuLaunchKernelEx(self.overlapping(grid, threads, shared, stream), function, first, 0))
+            config = self.overlapping(grid, threads, shared, stream)
+            self.in_context(lambda: self.driver.cuLaunchKernelEx(config, function, first, 0))
         else:
-            checked(self.driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, first, 0))
+            self.in_context(
+                lambda: self.driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, first, 0)
+            )
 
     def overlapping(self, grid: Tuple[int, int, int], threads: int, shared: int, stream: int) -> Any:
         """A launch whose blocks may start before the last kernel has ended."""

@@ -87,7 +87,7 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
   float acc[2][ROW / 8][4] = {};
 #endif
   wait_for_last_kernel();
-  let_next_kernel_start();
+  let_next_kernel_start();  // not before the wait: the scan reads parameters that it relies on being there
   copy_part(first_part, first_part % 2);
 #pragma unroll 1
   for (int part = first_part; part < end; part++) {
