@@ -103,6 +103,8 @@ def assert_agrees(size, dtype, device):
 @pytest.fixture
 def emulator(monkeypatch):
     """The kernels as plain C++, for a device of 132 multiprocessors."""
+    if shutil.which('c++') is None:
+        pytest.skip('needs a C++ compiler')
     monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load)
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
 
@@ -146,14 +148,12 @@ SMALL_SIZES = [
 ]
 
 
-@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('size', SMALL_SIZES, ids=str)
 def test_kernels_agree_with_float64_as_plain_cpp(size, dtype, poison, emulator):
     assert_agrees(size, dtype, 'cpu')
 
 
-@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 @pytest.mark.parametrize('out', [0, 24])
 def test_operators_pass_opcheck(out, emulator):
     tensors = operands(1, 5, 64, 12, out=out, device='cpu')
@@ -165,7 +165,6 @@ def test_operators_pass_opcheck(out, emulator):
     torch.library.opcheck(torch.ops.vim_timm.cuda_mixer_backward.default, backward, test_utils=tests)
 
 
-@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 @pytest.mark.parametrize(
     'size, dtype',
     [
@@ -191,7 +190,6 @@ def test_the_projection_in_one_kernel_agrees_as_plain_cpp(size, dtype, poison, e
         assert error(rows[i], u[i].double() @ packed[i].double().t()) < 4e-3
 
 
-@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_autocast_to_another_type_changes_nothing(emulator):
     tensors = operands(2, 5, 64, 12, device='cpu', out=32)
     weight = torch.randn(2, 5, 32)
@@ -204,7 +202,6 @@ def test_autocast_to_another_type_changes_nothing(emulator):
     assert all(torch.equal(f, w) for f, w in zip(found, wanted))
 
 
-@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_one_token_may_have_any_stride(emulator):
     xz, *rest = operands(3, 1, 64, 12, device='cpu')
     strange = torch.empty(1, 3, 128, dtype=xz.dtype).transpose(0, 1).copy_(xz)
@@ -213,7 +210,6 @@ def test_one_token_may_have_any_stride(emulator):
     assert all(torch.equal(f, w) for f, w in zip(found, wanted))
 
 
-@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_operands_may_lie_anywhere(emulator):
     tensors = operands(1, 5, 64, 12, out=24, device='cpu')
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in tensors]
@@ -233,7 +229,6 @@ def test_plain_cpp_notices_a_missing_wait(tmp_path, monkeypatch):
     assert not torch.isfinite(cuda.mixer(*operands(1, 5, 64, 12, device='cpu'), 0.5)).all()
 
 
-@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 @pytest.mark.parametrize('state', [3, 4])
 def test_a_nan_decay_makes_its_channel_nan(state, emulator):
     tensors = operands(1, 5, 64, 12, device='cpu')
@@ -348,7 +343,6 @@ def block(monkeypatch, emulator):
         yield BiMamba(32, proj_bias=True)
 
 
-@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_out_proj_inside_the_operator_is_the_module(block):
     x, weight = torch.randn(2, 2, 9, 32)
     x.requires_grad_()
@@ -362,7 +356,6 @@ def test_out_proj_inside_the_operator_is_the_module(block):
     assert all(torch.equal(a, b) for a, b in zip(inside, run()))
 
 
-@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_a_hook_and_a_wrapper_of_out_proj_take_effect(block):
     x = torch.randn(2, 9, 32)
     plain = block(x)
@@ -374,7 +367,6 @@ def test_a_hook_and_a_wrapper_of_out_proj_take_effect(block):
     assert not torch.equal(block(x), plain) and grad.any()
 
 
-@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_nothing_between_the_projections_is_kept_for_the_backward_pass(block):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

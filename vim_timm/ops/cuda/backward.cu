@@ -417,7 +417,7 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
     }
   }
 
-  part_p += part * 18 * dim;
+  part_p += part * (STATE + 2) * dim;
 #pragma unroll
   for (int c = 0; c < OWN; c++) {
     float v[OWN];

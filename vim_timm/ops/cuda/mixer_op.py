@@ -119,7 +119,8 @@ class Mixer:
         self.batch, self.length, width = xz.shape
         self.dim = width // 2
         self.rank = forward.dt.shape[1]
-        self.row = padded_rank(self.rank) + 2 * STATE
+        self.rank_pad = padded_rank(self.rank)
+        self.row = self.rank_pad + 2 * STATE
         self.cut = cut(self.batch, self.length, self.dim, self.rank, multiprocessors(xz.device))
 
     def empty(self, *shape: int, dtype: Optional[torch.dtype] = None) -> Tensor:
@@ -131,7 +132,7 @@ class Mixer:
 
     def module(self, *files: str, **flags: int) -> Module:
         half = int(self.xz.dtype == torch.float16)
-        macros = dict(HALF=half, RANK=self.rank, RANK_PAD=self.row - 2 * STATE, **flags)
+        macros = dict(HALF=half, RANK=self.rank, RANK_PAD=self.rank_pad, **flags)
         return load(self.xz.device, ('ptx.cuh', 'common.cuh', *files), tuple(macros.items()))
 
     def conv_module(self, file: str, **flags: int) -> Module:
@@ -140,7 +141,7 @@ class Mixer:
 
     def pack_weights(self, module: Module) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
         """Weights of x_proj, dt and out_proj as in `Projected`."""
-        x_proj, dt = self.empty(2, self.row, self.dim), self.empty(2, self.dim, self.row - 2 * STATE)
+        x_proj, dt = self.empty(2, self.row, self.dim), self.empty(2, self.dim, self.rank_pad)
         weight, out_proj, others = self.out_proj, None, 0
         if weight is not None:
             weight = aligned(weight)
@@ -308,10 +309,9 @@ class Mixer:
 
         One product a direction: cuBLAS splits the sum over tokens only there. With RANK_PAD columns, for 12 are slow.
         """
-        rank = self.row - 2 * STATE
         grad_delta, x = grad_delta.view(2, -1, self.dim), p.x.view(2, -1, self.row)
-        torch.bmm(grad_delta, p.dt, out=grad_x[..., :rank])
-        weights = torch.stack([torch.mm(g.t(), r[:, :rank]) for g, r in zip(grad_delta, x)])
+        torch.bmm(grad_delta, p.dt, out=grad_x[..., : self.rank_pad])
+        weights = torch.stack([torch.mm(g.t(), r[:, : self.rank_pad]) for g, r in zip(grad_delta, x)])
         return weights[..., : self.rank].contiguous()
 
     def backward(self, grad: Tensor) -> List[Tensor]:

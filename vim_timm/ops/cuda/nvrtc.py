@@ -70,25 +70,25 @@ class Module:
         self.driver = driver
         # The only GPU that this was measured on; edges of this kind in a captured graph are as old as CUDA 12.3.
         self.overlaps = capability == 90 and checked(driver.cuDriverGetVersion()) >= 12030
-        self.module = self.in_context(lambda: driver.cuModuleLoadData(cubin))
+        self.module = self.in_context(driver.cuModuleLoadData, cubin)
         self.functions: Dict[str, Any] = {}
 
     def function(self, name: str, shared: int) -> Any:
         if name not in self.functions:
-            function = checked(self.driver.cuModuleGetFunction(self.module, name.encode()))
+            function = self.in_context(self.driver.cuModuleGetFunction, self.module, name.encode())
             limit = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             checked(self.driver.cuFuncSetAttribute(function, limit, shared))
             self.functions[name] = function
         return self.functions[name]
 
-    def in_context(self, call: Callable[[], Sequence[Any]]) -> Any:
-        """`checked(call())`. A thread in which torch has not used CUDA yet, as autograd's may be, first gets the
-        context of its device."""
-        result = call()
+    def in_context(self, call: Callable[..., Sequence[Any]], *arguments: Any) -> Any:
+        """`checked(call(*arguments))`. A thread in which torch has not used CUDA yet, as autograd's may be, first gets
+        the context of its device."""
+        result = call(*arguments)
         if int(result[0]) == INVALID_CONTEXT:
             device = checked(self.driver.cuDeviceGet(torch.cuda.current_device()))
             checked(self.driver.cuCtxSetCurrent(checked(self.driver.cuDevicePrimaryCtxRetain(device))))
-            result = call()
+            result = call(*arguments)
         return checked(result)
 
     def launch(
@@ -106,11 +106,9 @@ class Module:
         function = self.function(name, shared)
         if early and self.overlaps and torch.cuda.is_current_stream_capturing():
             config = self.overlapping(grid, threads, shared, stream)
-            self.in_context(lambda: self.driver.cuLaunchKernelEx(config, function, first, 0))
+            self.in_context(self.driver.cuLaunchKernelEx, config, function, first, 0)
         else:
-            self.in_context(
-                lambda: self.driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, first, 0)
-            )
+            self.in_context(self.driver.cuLaunchKernel, function, *grid, threads, 1, 1, shared, stream, first, 0)
 
     def overlapping(self, grid: Tuple[int, int, int], threads: int, shared: int, stream: int) -> Any:
         """A launch whose blocks may start before the last kernel has ended."""

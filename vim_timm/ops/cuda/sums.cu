@@ -2,6 +2,10 @@
 
 constexpr int WARPS = 8;
 
+__device__ __forceinline__ void add(float4& sum, float4 v) {
+  sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+}
+
 // parts (groups, rows, columns) to sums (groups, columns), float32. A block takes 128 columns, its warps every eighth row.
 // A grid of (columns / 128, groups) blocks.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
@@ -11,18 +15,12 @@ sum_rows(const float* parts, float* sums, int rows, int columns) {
   parts += (long long)blockIdx.y * rows * columns + column;
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
-  for (int row = warp; row < rows; row += WARPS) {
-    const float4 v = *(const float4*)&parts[(long long)row * columns];
-    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-  }
+  for (int row = warp; row < rows; row += WARPS) add(sum, *(const float4*)&parts[(long long)row * columns]);
   shared[warp][lane] = sum;
   block_sync();
   if (warp > 0) return;
 #pragma unroll
-  for (int i = 1; i < WARPS; i++) {
-    const float4 v = shared[i][lane];
-    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-  }
+  for (int i = 1; i < WARPS; i++) add(sum, shared[i][lane]);
   *(float4*)&sums[(long long)blockIdx.y * columns + column] = sum;
 }
 
@@ -34,9 +32,7 @@ sum_projections(const float* parts, T* sums, int rows, int tokens) {
   if (token >= tokens) return;
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 6
-  for (int row = 0; row < rows; row++) {
-    const float4 v = *(const float4*)&parts[((long long)row * tokens + token) * (2 * STATE) + column];
-    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-  }
+  for (int row = 0; row < rows; row++)
+    add(sum, *(const float4*)&parts[((long long)row * tokens + token) * (2 * STATE) + column]);
   *(uint2*)&sums[(long long)token * ROW + RANK_PAD + column] = make_uint2(pack(sum.x, sum.y), pack(sum.z, sum.w));
 }
