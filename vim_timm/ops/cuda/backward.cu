@@ -259,7 +259,7 @@ __device__ __forceinline__ void load_decays(float (&a)[OWN][OWN], const float* A
 // u, x, weight, bias, skip, A_log of both directions and bounds as in scan_forward; grad (batch, L, D) with rows of 2 D,
 // the gradient of y. Q (2 batch, chunks, 16, D), only where CHUNKED: the gradient of the state that leaves each chunk.
 // grad_u, grad_delta (2, batch, L, D), the latter before softplus. Partial sums: part_x (D / 32, 2, batch, L, 32) for B and
-// C, part_p (2 batch, chunks, 18 D) for A_log (D, 16), skip (D) and bias (D). A grid of (D / 32, chunks, 2 batch)
+// C, part_p (2 batch, chunks, 18 D) for bias (D), A_log (D, 16) and skip (D). A grid of (D / 32, chunks, 2 batch)
 // warps; `chunk` tokens, a multiple of 16 if there are several. Offsets in a sequence are 32 bits: 4 L D < 2^31.
 extern "C" __global__ void __launch_bounds__(32, BLOCKS)
 scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* weight_f, const T* weight_b,
@@ -418,6 +418,8 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
   }
 
   part_p += part * (STATE + 2) * dim;
+  part_p[w.channel0 + single] = grad_bias;
+  part_p += dim;
 #pragma unroll
   for (int c = 0; c < OWN; c++) {
     float v[OWN];
@@ -425,9 +427,7 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
     for (int n = 0; n < OWN; n++) v[n] = grad_A[n][c] * a[n][c] * LN2;
     *(float4*)&part_p[(w.channel0 + own + c) * STATE + states] = make_float4(v[0], v[1], v[2], v[3]);
   }
-  part_p += STATE * dim + w.channel0 + single;
-  part_p[0] = grad_skip;
-  part_p[dim] = grad_bias;
+  part_p[STATE * dim + w.channel0 + single] = grad_skip;
 }
 
 // Q (2 batch, chunks, 16, D): the gradient of the state that enters each chunk, from zero at the chunk's end.

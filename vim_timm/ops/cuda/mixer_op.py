@@ -8,7 +8,7 @@ sizes, the ungated and the gated sum) is computed again there from in_proj's out
 
 import contextlib
 import math
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..operators import autocast_off, register
 from ..triton_kernels.launch import multiprocessors, no_double_backward
-from .nvrtc import Argument, Module, load
+from .nvrtc import Argument, Module, load, word
 
 STATE = 16
 CHANNELS = 64  # of a block of the scan, two warps
@@ -32,12 +32,11 @@ PARAMETERS = (
     'Tensor A_log{0}, Tensor D{0}'
 )
 OPERANDS = f'Tensor xz, {PARAMETERS.format("")}, {PARAMETERS.format("_b")}, Tensor? out_proj'
-GRADIENTS = ', '.join(6 * ['Tensor'])
 
 # Defined in a library, not by `custom_op`, whose wrappers cost the host a third of a call.
 definitions = torch.library.Library('vim_timm', 'FRAGMENT')
 definitions.define(f'cuda_mixer({OPERANDS}, Tensor? out_bias, float scale) -> Tensor')
-definitions.define(f'cuda_mixer_backward(Tensor grad, {OPERANDS}, float scale) -> ({GRADIENTS})')
+definitions.define(f'cuda_mixer_backward(Tensor grad, {OPERANDS}, float scale) -> (Tensor, Tensor)')
 
 
 class Direction(NamedTuple):
@@ -66,6 +65,23 @@ def each(x: Tensor) -> Tuple[int, int]:
 
 def as_float(*parameters: Any) -> Direction:
     return Direction(*(None if p is None else aligned(p.float()) for p in parameters))  # type: ignore[arg-type]
+
+
+class Addresses(NamedTuple):
+    """Where both directions' parameters lie, for a kernel's arguments."""
+
+    conv: Tuple[int, int]
+    conv_bias: Tuple[int, int]
+    x_proj: Tuple[int, int]
+    dt: Tuple[int, int]
+    dt_bias: Tuple[int, int]
+    A_log: Tuple[int, int]
+    skip: Tuple[int, int]
+
+
+def parameter_shapes(dim: int, width: int, rank: int) -> List[Tuple[int, ...]]:
+    """Of one direction's dt_bias, A_log, D, conv, conv_bias, dt and x_proj: the order of their gradients in memory."""
+    return [(dim,), (dim, STATE), (dim,), (dim, width), (dim,), (dim, rank), (rank + 2 * STATE, dim)]
 
 
 class Projected(NamedTuple):
@@ -115,29 +131,27 @@ class Mixer:
         self.scale = operands[-1]
         forward, backward = as_float(*operands[:7]), as_float(*operands[7:14])
         self.directions = forward, backward
+        self.at = Addresses(*((word(f), word(b)) for f, b in zip(forward, backward)))
         self.out_proj: Optional[Tensor] = operands[14]
-        self.batch, self.length, width = xz.shape
-        self.dim = width // 2
+        self.batch, self.length, _ = xz.shape
+        self.dim, self.width = forward.conv.shape
         self.rank = forward.dt.shape[1]
+        self.direction_size = sum(map(math.prod, parameter_shapes(self.dim, self.width, self.rank)))
         self.rank_pad = padded_rank(self.rank)
         self.row = self.rank_pad + 2 * STATE
+        half = int(xz.dtype == torch.float16)
+        self.macros = (('HALF', half), ('RANK', self.rank), ('RANK_PAD', self.rank_pad))
         self.cut = cut(self.batch, self.length, self.dim, self.rank, multiprocessors(xz.device))
 
     def empty(self, *shape: int, dtype: Optional[torch.dtype] = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.xz.dtype, device=self.xz.device)
 
-    def both(self, name: str) -> Tuple[Tensor, Tensor]:
-        forward, backward = self.directions
-        return getattr(forward, name), getattr(backward, name)
-
     def module(self, *files: str, **flags: int) -> Module:
-        half = int(self.xz.dtype == torch.float16)
-        macros = dict(HALF=half, RANK=self.rank, RANK_PAD=self.rank_pad, **flags)
-        return load(self.xz.device, ('ptx.cuh', 'common.cuh', *files), tuple(macros.items()))
+        return load(self.xz.device, ('ptx.cuh', 'common.cuh', *files), self.macros + tuple(flags.items()))
 
     def conv_module(self, file: str, **flags: int) -> Module:
-        conv, bias = self.directions[0][:2]
-        return self.module('taps.cuh', file, WIDTH=conv.shape[1], HAS_BIAS=int(bias is not None), **flags)
+        has_bias = int(self.directions[0].conv_bias is not None)
+        return self.module('taps.cuh', file, WIDTH=self.width, HAS_BIAS=has_bias, **flags)
 
     def pack_weights(self, module: Module) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
         """Weights of x_proj, dt and out_proj as in `Projected`."""
@@ -151,7 +165,7 @@ class Mixer:
                 out_proj = weight.to(self.xz.dtype)
         blocks = math.ceil(max(self.row * self.dim, others) / 512)
         module.launch(
-            'pack_weights', (blocks, 1, 1), 256, *self.both('x_proj'), *self.both('dt'), weight, x_proj, dt, out_proj,
+            'pack_weights', (blocks, 1, 1), 256, *self.at.x_proj, *self.at.dt, weight, x_proj, dt, out_proj,
             self.dim, others,
         )  # fmt: skip
         return x_proj, dt, out_proj
@@ -168,7 +182,7 @@ class Mixer:
         x = self.empty(2, self.batch, self.length, self.row) if fused else None
         module.launch(
             'conv_project', (math.ceil(tokens / (16 * warps)), 1 if fused else self.dim // 64, 1), 32 * warps, self.xz,
-            2 * self.dim, *self.both('conv'), *self.both('conv_bias'), x_proj, *each(u), x, tokens, self.length,
+            2 * self.dim, *self.at.conv, *self.at.conv_bias, x_proj, *each(u), x, tokens, self.length,
             self.dim, shared=project_shared(self.row, warps, fused), early=True,
         )  # fmt: skip
         if x is None:
@@ -189,7 +203,7 @@ class Mixer:
         early = blocks > (self.cut.blocks - 1) * multiprocessors(self.xz.device)
         module.launch(
             'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64,
-            *each(p.u), *each(p.x), *each(p.dt), *self.both('dt_bias'), *self.both('A_log'), *self.both('skip'),
+            *each(p.u), *each(p.x), *each(p.dt), *self.at.dt_bias, *self.at.A_log, *self.at.skip,
             z, 2 * self.dim, out, out.stride(1), grad, grad_y, gated, H, S, bounds, self.scale, self.batch, self.length,
             self.dim, self.cut.chunk, early=early,
         )  # fmt: skip
@@ -217,7 +231,7 @@ class Mixer:
         states = torch.empty_like(contributions)
         flags = dict(BLOCKS=self.cut.blocks, LOCAL=1, CARRY=0, KEEP=0, GRAD=0)
         self.module('forward.cu', **flags).launch(
-            'carry', (math.ceil(STATE * self.dim / 128), 2 * self.batch, 1), 128, *self.both('A_log'), contributions,
+            'carry', (math.ceil(STATE * self.dim / 128), 2 * self.batch, 1), 128, *self.at.A_log, contributions,
             states, S, self.batch, self.dim, self.cut.chunks, int(against),
         )  # fmt: skip
         return states
@@ -230,23 +244,21 @@ class Mixer:
         self.scan(p, p.u, ends, S)
         return self.carry(ends, S, against=False), S
 
-    def sum_rows(self, parts: Tensor) -> Tensor:
-        """Sums (G, N) of parts (G, P, N), float32, N a multiple of 128."""
+    def sum_rows(self, parts: Tensor, sums: Tensor, stride: int) -> None:
+        """Sums of parts (G, P, N), float32, N a multiple of 128: N numbers at each `stride`-th of sums."""
         groups, rows, columns = parts.shape
-        sums = self.empty(groups, columns, dtype=torch.float32)
-        self.module('sums.cu').launch('sum_rows', (columns // 128, groups, 1), 256, parts, sums, rows, columns)
-        return sums
+        self.module('sums.cu').launch('sum_rows', (columns // 128, groups, 1), 256, parts, sums, rows, columns, stride)
 
     def scan_backward(
-        self, p: Projected, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor]
-    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of u and of the step sizes before softplus (2, B, L, D); of the projections (2, B * L, ROW), with
-        B's and C's columns filled; of A_log (D, 16), D and dt_bias in a row (2, 18 D). grad_y has rows of 2 D."""
+        self, p: Projected, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor], weights: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """Gradients of u and of the step sizes before softplus (2, B, L, D), and of the projections (2, B * L, ROW), with
+        B's and C's columns filled; puts those of dt_bias, A_log and D in `weights`. grad_y has rows of 2 D."""
         chunks = self.cut.chunks
         grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
         sizes = (self.batch, self.length, self.dim, self.cut.chunk)
         module = self.module('backward.cu', BLOCKS=BACKWARD_BLOCKS, CHUNKED=int(chunks > 1))
-        rows: List[Argument] = [*each(p.x), *each(p.dt), *self.both('dt_bias'), *self.both('A_log')]
+        rows: List[Argument] = [*each(p.x), *each(p.dt), *self.at.dt_bias, *self.at.A_log]
         Q = None
         if S is not None:
             local = self.empty(2 * self.batch, chunks, STATE, self.dim, dtype=torch.float32)
@@ -256,7 +268,7 @@ class Mixer:
         part_x = self.empty(grid[0], 2, self.batch, self.length, 2 * STATE, dtype=torch.float32)
         part_p = self.empty(2, self.batch * chunks, (STATE + 2) * self.dim, dtype=torch.float32)
         module.launch(
-            'scan_backward', grid, 32, *each(p.u), *rows, *self.both('skip'), grad_y, bounds, Q, grad_u, grad_delta,
+            'scan_backward', grid, 32, *each(p.u), *rows, *self.at.skip, grad_y, bounds, Q, grad_u, grad_delta,
             part_x, part_p, *sizes,
         )  # fmt: skip
         tokens = 2 * self.batch * self.length
@@ -264,7 +276,8 @@ class Mixer:
         self.module('sums.cu').launch(
             'sum_projections', (math.ceil(tokens / 32), 1, 1), 256, part_x, grad_x, grid[0], tokens
         )  # fmt: skip
-        return grad_u, grad_delta, grad_x, self.sum_rows(part_p)
+        self.sum_rows(part_p, weights, self.direction_size)
+        return grad_u, grad_delta, grad_x
 
     def conv_backward(self, grad_u: Tensor, grad_xz: Tensor) -> Tensor:
         """The gradient of x to the first half of grad_xz; returns those of four taps and the bias (2, 5, D)."""
@@ -272,60 +285,73 @@ class Mixer:
         wanted = CONV_BACKWARD_WARPS * multiprocessors(self.xz.device) // (groups * self.batch)
         span = 8 * math.ceil(self.length / max(1, wanted) / 8)  # tokens of a warp
         blocks = math.ceil(groups * self.batch * math.ceil(self.length / span) / 4)
-        sums = self.empty(self.batch * math.ceil(self.length / span), 2, 5, self.dim, dtype=torch.float32)
+        parts = self.empty(1, self.batch * math.ceil(self.length / span), 10 * self.dim, dtype=torch.float32)
         self.conv_module('conv_backward.cu').launch(
-            'conv_backward', (blocks, 1, 1), 128, self.xz, 2 * self.dim, *self.both('conv'),
-            *self.both('conv_bias'), *each(grad_u), grad_xz, sums, self.batch, self.length, self.dim, span,
+            'conv_backward', (blocks, 1, 1), 128, self.xz, 2 * self.dim, *self.at.conv,
+            *self.at.conv_bias, *each(grad_u), grad_xz, parts, self.batch, self.length, self.dim, span,
         )  # fmt: skip
-        return self.sum_rows(sums.view(1, -1, 10 * self.dim)).view(2, 5, self.dim)
+        taps = self.empty(2, 5, self.dim, dtype=torch.float32)
+        self.sum_rows(parts, taps, 0)
+        return taps
 
     def gate_backward(
         self, p: Projected, grad: Tensor, grad_y: Tensor, grad_z: Tensor
-    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    ) -> Tuple[Optional[Tensor], Tensor, Optional[Tensor]]:
         """The gradient of out_proj's weight (C, D), kept states, and the chunks' sums of step sizes; writes those of
         y and z."""
         H, S = self.first_states(p) if self.cut.chunks > 1 else (None, None)
         bounds = self.empty(2 * self.batch, math.ceil(self.length / KEPT), STATE, self.dim)
         if p.out_proj is None:
             self.scan(p, grad_z, H, grad=grad, grad_y=grad_y, bounds=bounds)
-            return self.empty(0), bounds, S
-        gated = through = grad @ p.out_proj  # the kernel puts the output where it has read its gradient
+            return None, bounds, S
+        grad = grad.view(-1, grad.shape[2])
+        gated = through = torch.mm(grad, p.out_proj)  # the kernel puts the output where it has read its gradient
         self.scan(p, grad_z, H, grad=through, grad_y=grad_y, gated=gated, bounds=bounds)
-        return grad.flatten(0, 1).t() @ gated.flatten(0, 1), bounds, S
+        return torch.mm(grad.t(), gated), bounds, S
 
     def scan_gradients(
-        self, p: Projected, grad: Tensor, grad_xz: Tensor
-    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        self, p: Projected, grad: Tensor, grad_xz: Tensor, weights: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
         """Those of `scan_backward` and of out_proj's weight from the result's gradient.
 
         The gradient of z goes to the second half of grad_xz; the first half holds that of y until `conv_backward`.
         """
         grad_y, grad_z = grad_xz.chunk(2, dim=-1)
         grad_out_proj, bounds, S = self.gate_backward(p, grad, grad_y, grad_z)
-        return (*self.scan_backward(p, grad_y, bounds, S), grad_out_proj)
+        return (*self.scan_backward(p, grad_y, bounds, S, weights), grad_out_proj)
 
-    def dt_backward(self, p: Projected, grad_delta: Tensor, grad_x: Tensor) -> Tensor:
-        """The gradient of dt (2, D, R); writes grad_x's first columns.
+    def projection_gradients(
+        self, p: Projected, grad_delta: Tensor, grad_x: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        """Those of the weights, dt (2, D, RANK_PAD) and x_proj (2, ROW, D); writes grad_x's first columns.
 
         One product a direction: cuBLAS splits the sum over tokens only there. With RANK_PAD columns, for 12 are slow.
         """
-        grad_delta, x = grad_delta.view(2, -1, self.dim), p.x.view(2, -1, self.row)
+        u, x = p.u.view(2, -1, self.dim), p.x.view(2, -1, self.row)
+        grad_delta = grad_delta.view(2, -1, self.dim)
         torch.bmm(grad_delta, p.dt, out=grad_x[..., : self.rank_pad])
-        weights = torch.stack([torch.mm(g.t(), r[:, : self.rank_pad]) for g, r in zip(grad_delta, x)])
-        return weights[..., : self.rank].contiguous()
+        dt, x_proj = self.empty(*p.dt.shape), self.empty(*p.x_proj.shape)
+        for i in range(2):
+            torch.mm(grad_delta[i].t(), x[i, :, : self.rank_pad], out=dt[i])
+            torch.mm(grad_x[i].t(), u[i], out=x_proj[i])
+        return dt, x_proj
 
-    def backward(self, grad: Tensor) -> List[Tensor]:
-        """Gradients of xz, of four taps and the bias (2, 5, D), of x_proj (2, ROW, D), of dt (2, D, R), of A_log
-        (D, 16), D and dt_bias in a row (2, 18 D), of out_proj (C, D) or nothing (0)."""
+    def backward(self, grad: Tensor) -> Tuple[Tensor, Tensor]:
+        """Gradients of xz and of the parameters, float32 in the order of `parameter_shapes`."""
         p = self.project()
         grad_xz = self.empty(*self.xz.shape)  # not empty_like: axes of one token may have any stride
-        grad_u, grad_delta, grad_x, sums, grad_out = self.scan_gradients(p, aligned(grad), grad_xz)
-        grad_dt = self.dt_backward(p, grad_delta, grad_x)
-        u, grad_u = p.u.view(2, -1, self.dim), grad_u.view(2, -1, self.dim)
-        grad_project = torch.stack([torch.mm(g.t(), v) for g, v in zip(grad_x, u)])
-        grad_u.baddbmm_(grad_x, p.x_proj)
+        others = 0 if self.out_proj is None else self.out_proj.numel()
+        weights = self.empty(2 * self.direction_size + others, dtype=torch.float32)
+        grad_u, grad_delta, grad_x, out_proj = self.scan_gradients(p, aligned(grad), grad_xz, weights)
+        dt, x_proj = self.projection_gradients(p, grad_delta, grad_x)
+        grad_u.view(2, -1, self.dim).baddbmm_(grad_x, p.x_proj)
         taps = self.conv_backward(grad_u, grad_xz)
-        return [grad_xz, taps, grad_project, grad_dt, sums, grad_out]
+        threads = max((self.rank + 2 * STATE) * self.dim, others)
+        self.module('sums.cu').launch(
+            'widen_gradients', (math.ceil(threads / 256), 1, 1), 256, taps, dt, x_proj, out_proj, weights,
+            self.direction_size, self.dim, self.width, others,
+        )  # fmt: skip
+        return grad_xz, weights
 
 
 def no_casts(x: Tensor) -> contextlib.AbstractContextManager:
@@ -351,24 +377,20 @@ def run_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
     """The gradients of `Mixer.backward`."""
     mixer = Mixer(*operands)
     with torch.cuda.device_of(mixer.xz), no_casts(mixer.xz):
-        return tuple(mixer.backward(grad))
+        return mixer.backward(grad)
+
+
+def shapes(operands: Sequence[Any]) -> List[Tuple[int, ...]]:
+    """Of all parameters, as their gradients follow each other in memory."""
+    conv, dt, out_proj = operands[1], operands[4], operands[15]
+    both = 2 * parameter_shapes(*conv.shape, dt.shape[1])
+    return both if out_proj is None else [*both, tuple(out_proj.shape)]
 
 
 def fake_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
-    xz, dt, out_proj = operands[0], operands[4], operands[15]
-    dim = xz.shape[2] // 2
-
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=xz.device)
-
-    return (
-        torch.empty(xz.shape, dtype=xz.dtype, device=xz.device),
-        empty(2, 5, dim, dtype=torch.float32),
-        empty(2, padded_rank(dt.shape[1]) + 2 * STATE, dim, dtype=xz.dtype),
-        empty(2, dim, dt.shape[1], dtype=xz.dtype),
-        empty(2, (STATE + 2) * dim, dtype=torch.float32),
-        empty(*(0,) if out_proj is None else out_proj.shape, dtype=xz.dtype),
-    )
+    xz = operands[0]
+    numbers = sum(map(math.prod, shapes(operands)))
+    return xz.new_empty(xz.shape), xz.new_empty((numbers,), dtype=torch.float32)
 
 
 def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
@@ -378,17 +400,16 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
 
 def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     *operands, out_bias = ctx.saved_tensors
-    found = torch.ops.vim_timm.cuda_mixer_backward(grad, *operands, ctx.scale)
-    grad_xz, taps, project, dt, sums, out_proj = found
-    (dim, width), rank = operands[1].shape, operands[4].shape[1]
-    grads: List[Tensor] = [grad_xz]
-    for i in range(2):
-        project_i = torch.cat([project[i, :rank], project[i, padded_rank(rank) :]])
-        A_log, D, bias = sums[i].split([STATE * dim, dim, dim])
-        grads += [taps[i, 4 - width : 4].t(), taps[i, 4], project_i, dt[i], bias, A_log.view(dim, STATE), D]
-    grads.append(out_proj)
+    grad_xz, weights = torch.ops.vim_timm.cuda_mixer_backward.default(grad, *operands, ctx.scale)
+    places = shapes(operands)
+    found = [g.view(shape) for g, shape in zip(weights.split([*map(math.prod, places)]), places)]
+    grads: List[Any] = [grad_xz]
+    for dt_bias, A_log, D, conv, conv_bias, dt, x_proj in (found[:7], found[7:14]):
+        grads += [conv, conv_bias, x_proj, dt, dt_bias, A_log, D]
+    grads += found[14:] or [None]
     grad_bias = None if out_bias is None else grad.sum((0, 1)).to(out_bias.dtype)
-    return (*(None if p is None else g.to(p.dtype) for g, p in zip(grads, operands)), grad_bias, None)
+    of_operands = [None if p is None else g.to(p.dtype) for g, p in zip(grads, operands)]
+    return (*of_operands, grad_bias, None)
 
 
 register(definitions, 'cuda_mixer', run, fake, save_operands, backward, run_backward, fake_backward, no_double_backward)

@@ -140,7 +140,7 @@ def packed(arguments: Sequence[Argument]) -> int:
 
     A tensor passes as its address, None as a null pointer, an integer as itself, a float in 4 bytes.
     """
-    buffer.words[: len(arguments)] = [word(x) for x in arguments]
+    buffer.words[: len(arguments)] = [x if type(x) is int else word(x) for x in arguments]
     return buffer.first
 
 
