@@ -94,10 +94,11 @@ def measure_fused(batch: int, dim: int, length: int) -> dict[str, float]:
     mixer = Mixer(*mixer_operands(batch, dim, length), None, 0.5)
     p = mixer.project()
     grad = torch.randn(batch, length, dim, device='cuda', dtype=torch.bfloat16)
+    grad_xz, weights = torch.empty_like(mixer.xz), torch.empty(2 * mixer.direction_size, device='cuda')
     return {
         'fused_project': captured_ms(mixer.project),
         'fused_scan': captured_ms(lambda: mixer.scan_forward(p)),
-        'fused_scan_backward': captured_ms(lambda: mixer.scan_gradients(p, grad, torch.empty_like(mixer.xz))),
+        'fused_scan_backward': captured_ms(lambda: mixer.scan_gradients(p, grad, grad_xz, weights)),
         'fused_block_backward': captured_ms(lambda: mixer.backward(grad)),
     }
 

@@ -477,3 +477,4 @@ def test_kernels_compile_for_every_gpu(capability):
             compiles('taps.cuh', 'project.cu', WIDTH=4, HAS_BIAS=1, PROJECT=fused)
         compiles('backward.cu', BLOCKS=8, CHUNKED=half)
         compiles('sums.cu')
+        compiles('weights.cu')

@@ -199,6 +199,18 @@ inline void load_matrices(unsigned (&r)[4], const void* row) {
   });
 }
 
+inline void load_transposed(unsigned (&r)[4], const void* row) {
+  check_aligned(row, 16);
+  const int l = lane();
+  together(row, [&](auto of) {
+    for (int i = 0; i < 4; i++) {
+      const auto at = [&](int k) { return (unsigned)((const T*)of(8 * i + k))[l / 4]; };
+      r[i] = at(l % 4 * 2) | at(l % 4 * 2 + 1) << 16;
+    }
+    return 0;
+  });
+}
+
 struct Fragments {
   unsigned a[4], b[2];
 };

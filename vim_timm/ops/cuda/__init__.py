@@ -108,7 +108,7 @@ def mixer(
     if (conv_bias is None) != (conv_bias_b is None) or conv.shape != conv_b.shape:
         raise ValueError('The convolutions of both directions must have the same width, and both a bias or none.')
 
-    return torch.ops.vim_timm.cuda_mixer(
+    return torch.ops.vim_timm.cuda_mixer.default(
         xz, conv, conv_bias, x_proj, dt, dt_bias, A_log, D,
         conv_b, conv_bias_b, x_proj_b, dt_b, dt_bias_b, A_b_log, D_b, out_proj, out_bias, scale,
     )  # fmt: skip

@@ -17,13 +17,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..operators import autocast_off, register
 from ..triton_kernels.launch import multiprocessors, no_double_backward
-from .nvrtc import Argument, Module, load, word
+from .nvrtc import Argument, Module, load
 
 STATE = 16
 CHANNELS = 64  # of a block of the scan, two warps
 TILE = 16  # tokens
 MIN_CHUNK = 64
 CONV_BACKWARD_WARPS = 12  # on a multiprocessor, as many as registers allow
+PRODUCT_BLOCKS = 2  # on a multiprocessor, of sums of outer products; more write more sums
 BACKWARD_CHANNELS = 32  # of a block of the scan's backward, one warp
 BACKWARD_BLOCKS = 8
 KEPT = 4  # tokens between two states that the backward pass starts again from
@@ -39,21 +40,11 @@ definitions.define(f'cuda_mixer({OPERANDS}, Tensor? out_bias, float scale) -> Te
 definitions.define(f'cuda_mixer_backward(Tensor grad, {OPERANDS}, float scale) -> (Tensor, Tensor)')
 
 
-class Direction(NamedTuple):
-    """Parameters of one direction, float32 and contiguous: (D, W), (D), (R + 32, D), (D, R), (D), (D, 16), (D)."""
-
-    conv: Tensor
-    conv_bias: Optional[Tensor]
-    x_proj: Tensor
-    dt: Tensor
-    dt_bias: Tensor
-    A_log: Tensor
-    skip: Tensor
-
-
-def aligned(x: Tensor) -> Tensor:
-    """x, contiguous and at an address that 16 divides: the kernels read 16 bytes at once."""
-    x = x.contiguous()
+def aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as dtype, contiguous and at an address that 16 divides: the kernels read 16 bytes at once."""
+    if x.dtype == dtype and x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x  # by few calls, for a block has 14 parameters
+    x = x.to(dtype).contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
 
@@ -63,12 +54,9 @@ def each(x: Tensor) -> Tuple[int, int]:
     return first, first + x.numel() // 2 * x.element_size()
 
 
-def as_float(*parameters: Any) -> Direction:
-    return Direction(*(None if p is None else aligned(p.float()) for p in parameters))  # type: ignore[arg-type]
-
-
-class Addresses(NamedTuple):
-    """Where both directions' parameters lie, for a kernel's arguments."""
+class Parameters(NamedTuple):
+    """Addresses of both directions' parameters, float32 and contiguous: (D, W), (D), (R + 32, D), (D, R), (D), (D, 16),
+    (D); 0 for none."""
 
     conv: Tuple[int, int]
     conv_bias: Tuple[int, int]
@@ -117,6 +105,13 @@ def cut(batch: int, length: int, dim: int, rank: int, sms: int) -> Cut:
     return Cut(chunk, math.ceil(length / chunk), blocks)
 
 
+def gradient_blocks(programs: int, rank: int, sms: int) -> int:
+    """Blocks that a multiprocessor has to hold of a scan for gradients: the fewest, for they have more registers, with
+    which it takes no more rounds."""
+    held = 6 if padded_rank(rank) <= 16 else 5
+    return min(range(4, held + 1), key=lambda blocks: (math.ceil(programs / (blocks * sms)), blocks))
+
+
 def project_shared(row: int, warps: int, fused: bool) -> int:
     """Bytes of shared memory of a block of project.cu: 64 channels each of two parts of x with three neighbours, of
     what warps convolve, and of two parts of the weights."""
@@ -127,15 +122,15 @@ class Mixer:
     """The operands as the kernels take them, and the launches of one call."""
 
     def __init__(self, xz: Tensor, *operands: Any) -> None:
-        self.xz = aligned(xz)
+        self.xz = aligned(xz, xz.dtype)
         self.scale = operands[-1]
-        forward, backward = as_float(*operands[:7]), as_float(*operands[7:14])
-        self.directions = forward, backward
-        self.at = Addresses(*((word(f), word(b)) for f, b in zip(forward, backward)))
+        self.held = [None if p is None else aligned(p, torch.float32) for p in operands[:14]]
+        addresses = [0 if p is None else p.data_ptr() for p in self.held]
+        self.at = Parameters(*zip(addresses[:7], addresses[7:]))
         self.out_proj: Optional[Tensor] = operands[14]
         self.batch, self.length, _ = xz.shape
-        self.dim, self.width = forward.conv.shape
-        self.rank = forward.dt.shape[1]
+        self.dim, self.width = operands[0].shape
+        self.rank = operands[3].shape[1]
         self.direction_size = sum(map(math.prod, parameter_shapes(self.dim, self.width, self.rank)))
         self.rank_pad = padded_rank(self.rank)
         self.row = self.rank_pad + 2 * STATE
@@ -150,7 +145,7 @@ class Mixer:
         return load(self.xz.device, ('ptx.cuh', 'common.cuh', *files), self.macros + tuple(flags.items()))
 
     def conv_module(self, file: str, **flags: int) -> Module:
-        has_bias = int(self.directions[0].conv_bias is not None)
+        has_bias = int(self.at.conv_bias[0] != 0)
         return self.module('taps.cuh', file, WIDTH=self.width, HAS_BIAS=has_bias, **flags)
 
     def pack_weights(self, module: Module) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
@@ -158,8 +153,8 @@ class Mixer:
         x_proj, dt = self.empty(2, self.row, self.dim), self.empty(2, self.dim, self.rank_pad)
         weight, out_proj, others = self.out_proj, None, 0
         if weight is not None:
-            weight = aligned(weight)
             if weight.dtype == torch.float32:
+                weight = aligned(weight, torch.float32)
                 others, out_proj = weight.numel(), self.empty(*weight.shape)
             else:
                 out_proj = weight.to(self.xz.dtype)
@@ -196,11 +191,12 @@ class Mixer:
     ) -> None:  # fmt: skip
         local = S is not None
         flags = dict(LOCAL=local, CARRY=H is not None and not local, KEEP=bounds is not None, GRAD=grad is not None)
-        module = self.module('forward.cu', BLOCKS=self.cut.blocks, **{name: int(flag) for name, flag in flags.items()})
         z = self.xz.data_ptr() + self.dim * self.xz.element_size()
-        blocks = self.dim // CHANNELS * self.cut.chunks * self.batch
+        blocks, sms = self.dim // CHANNELS * self.cut.chunks * self.batch, multiprocessors(self.xz.device)
+        held = self.cut.blocks if grad is None else gradient_blocks(blocks, self.rank, sms)
+        module = self.module('forward.cu', BLOCKS=held, **{name: int(flag) for name, flag in flags.items()})
         # Fewer blocks would crowd on the multiprocessors that the last kernel leaves first.
-        early = blocks > (self.cut.blocks - 1) * multiprocessors(self.xz.device)
+        early = blocks > (held - 1) * sms
         module.launch(
             'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64,
             *each(p.u), *each(p.x), *each(p.dt), *self.at.dt_bias, *self.at.A_log, *self.at.skip,
@@ -320,21 +316,22 @@ class Mixer:
         grad_out_proj, bounds, S = self.gate_backward(p, grad, grad_y, grad_z)
         return (*self.scan_backward(p, grad_y, bounds, S, weights), grad_out_proj)
 
-    def projection_gradients(
-        self, p: Projected, grad_delta: Tensor, grad_x: Tensor
-    ) -> Tuple[Tensor, Tensor]:
-        """Those of the weights, dt (2, D, RANK_PAD) and x_proj (2, ROW, D); writes grad_x's first columns.
-
-        One product a direction: cuBLAS splits the sum over tokens only there. With RANK_PAD columns, for 12 are slow.
-        """
-        u, x = p.u.view(2, -1, self.dim), p.x.view(2, -1, self.row)
-        grad_delta = grad_delta.view(2, -1, self.dim)
-        torch.bmm(grad_delta, p.dt, out=grad_x[..., : self.rank_pad])
-        dt, x_proj = self.empty(*p.dt.shape), self.empty(*p.x_proj.shape)
-        for i in range(2):
-            torch.mm(grad_delta[i].t(), x[i, :, : self.rank_pad], out=dt[i])
-            torch.mm(grad_x[i].t(), u[i], out=x_proj[i])
-        return dt, x_proj
+    def projection_gradients(self, p: Projected, grad_delta: Tensor, grad_x: Tensor) -> Tensor:
+        """Those of the weights of dt and x_proj, side by side for each channel (2, D, RANK_PAD + ROW), float32; writes
+        grad_x's first columns."""
+        torch.bmm(grad_delta.view(2, -1, self.dim), p.dt, out=grad_x[..., : self.rank_pad])
+        tokens, columns = self.batch * self.length, self.rank_pad + self.row
+        groups = self.dim // 64  # of channels, for a block takes 64
+        spans = max(1, PRODUCT_BLOCKS * multiprocessors(self.xz.device) // (2 * groups))
+        span = 32 * math.ceil(tokens / (32 * spans))
+        parts = self.empty(2, math.ceil(tokens / span), self.dim * columns, dtype=torch.float32)
+        self.module('weights.cu').launch(
+            'sum_outer_products', (groups, parts.shape[1], 2), 128, grad_delta, p.u, p.x, grad_x, parts, tokens,
+            self.dim, span,
+        )  # fmt: skip
+        products = self.empty(2, self.dim, columns, dtype=torch.float32)
+        self.sum_rows(parts, products, self.dim * columns)
+        return products
 
     def backward(self, grad: Tensor) -> Tuple[Tensor, Tensor]:
         """Gradients of xz and of the parameters, float32 in the order of `parameter_shapes`."""
@@ -342,13 +339,13 @@ class Mixer:
         grad_xz = self.empty(*self.xz.shape)  # not empty_like: axes of one token may have any stride
         others = 0 if self.out_proj is None else self.out_proj.numel()
         weights = self.empty(2 * self.direction_size + others, dtype=torch.float32)
-        grad_u, grad_delta, grad_x, out_proj = self.scan_gradients(p, aligned(grad), grad_xz, weights)
-        dt, x_proj = self.projection_gradients(p, grad_delta, grad_x)
+        grad_u, grad_delta, grad_x, out_proj = self.scan_gradients(p, aligned(grad, self.xz.dtype), grad_xz, weights)
+        products = self.projection_gradients(p, grad_delta, grad_x)
         grad_u.view(2, -1, self.dim).baddbmm_(grad_x, p.x_proj)
         taps = self.conv_backward(grad_u, grad_xz)
         threads = max((self.rank + 2 * STATE) * self.dim, others)
-        self.module('sums.cu').launch(
-            'widen_gradients', (math.ceil(threads / 256), 1, 1), 256, taps, dt, x_proj, out_proj, weights,
+        self.module('weights.cu').launch(
+            'place_gradients', (math.ceil(threads / 256), 1, 1), 256, taps, products, out_proj, weights,
             self.direction_size, self.dim, self.width, others,
         )  # fmt: skip
         return grad_xz, weights

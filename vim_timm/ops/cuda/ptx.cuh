@@ -109,6 +109,13 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row)
                : "r"(shared_address(row)));
 }
 
+// Each of the four matrices transposed.
+__device__ __forceinline__ void load_transposed(unsigned (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row)));
+}
+
 // c (16 x 8) += a (16 x 16) * b (16 x 8), of bf16 whatever the tensors are.
 __device__ __forceinline__ void multiply_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -1,4 +1,4 @@
-// Partial sums of other kernels, added in a fixed order: two runs give the same bits. And gradients of weights as float32.
+// Partial sums of other kernels, added in a fixed order: two runs give the same bits.
 
 constexpr int WARPS = 8;
 
@@ -35,25 +35,4 @@ sum_projections(const float* parts, T* sums, int rows, int tokens) {
   for (int row = 0; row < rows; row++)
     add(sum, *(const float4*)&parts[((long long)row * tokens + token) * (2 * STATE) + column]);
   *(uint2*)&sums[(long long)token * ROW + RANK_PAD + column] = make_uint2(pack(sum.x, sum.y), pack(sum.z, sum.w));
-}
-
-// Gradients of weights to where `Mixer.backward` returns them, `direction` numbers of each direction, the first of which
-// sum_rows has written: of four taps and the bias (2, 5, dim), dt (2, dim, RANK_PAD), x_proj (2, ROW, dim), and `others`
-// of out_proj. A thread for one number of each.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
-widen_gradients(const float* taps, const T* dt, const T* x_proj, const T* out_proj, float* weights, int direction, int dim,
-                int width, int others) {
-  const int i = blockIdx.x * 32 * WARPS + threadIdx.x, row = i / dim;
-#pragma unroll
-  for (int d = 0; d < 2; d++, taps += 5 * dim, dt += dim * RANK_PAD, x_proj += ROW * dim) {
-    float* to = weights + d * direction + (STATE + 2) * dim;
-    if (row < width) to[i] = taps[(4 - width + i % width) * dim + i / width];
-    to += width * dim;
-    if (row == 0) to[i] = taps[4 * dim + i];
-    to += dim;
-    if (row < RANK) to[i] = unpack(dt[i / RANK * RANK_PAD + i % RANK]).x;
-    to += RANK * dim;
-    if (row < RANK + 2 * STATE) to[i] = unpack(x_proj[row < RANK ? i : i + (RANK_PAD - RANK) * dim]).x;
-  }
-  if (i < others) weights[2 * direction + i] = unpack(out_proj[i]).x;
 }
