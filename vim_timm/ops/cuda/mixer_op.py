@@ -275,16 +275,17 @@ class Mixer:
         self.sum_rows(part_p, weights, self.direction_size)
         return grad_u, grad_delta, grad_x
 
-    def conv_backward(self, grad_u: Tensor, grad_xz: Tensor) -> Tensor:
-        """The gradient of x to the first half of grad_xz; returns those of four taps and the bias (2, 5, D)."""
-        groups = self.dim // 64  # of channels, for a warp takes 64
+    def conv_backward(self, p: Projected, grad_u: Tensor, grad_x: Tensor, grad_xz: Tensor) -> Tensor:
+        """The gradient of x to the first half of grad_xz, from those of u by the scan and of its projections; returns
+        those of four taps and the bias (2, 5, D)."""
+        groups = self.dim // 64  # of channels, for a block takes 64
         wanted = CONV_BACKWARD_WARPS * multiprocessors(self.xz.device) // (groups * self.batch)
         span = 8 * math.ceil(self.length / max(1, wanted) / 8)  # tokens of a warp
-        blocks = math.ceil(groups * self.batch * math.ceil(self.length / span) / 4)
-        parts = self.empty(1, self.batch * math.ceil(self.length / span), 10 * self.dim, dtype=torch.float32)
+        spans = self.batch * math.ceil(self.length / span)
+        parts = self.empty(1, spans, 10 * self.dim, dtype=torch.float32)
         self.conv_module('conv_backward.cu').launch(
-            'conv_backward', (blocks, 1, 1), 128, self.xz, 2 * self.dim, *self.at.conv,
-            *self.at.conv_bias, *each(grad_u), grad_xz, parts, self.batch, self.length, self.dim, span,
+            'conv_backward', (groups * math.ceil(spans / 4), 1, 1), 128, self.xz, 2 * self.dim, *self.at.conv,
+            *self.at.conv_bias, grad_u, grad_x, p.x_proj, grad_xz, parts, self.batch, self.length, self.dim, span,
         )  # fmt: skip
         taps = self.empty(2, 5, self.dim, dtype=torch.float32)
         self.sum_rows(parts, taps, 0)
@@ -341,8 +342,7 @@ class Mixer:
         weights = self.empty(2 * self.direction_size + others, dtype=torch.float32)
         grad_u, grad_delta, grad_x, out_proj = self.scan_gradients(p, aligned(grad, self.xz.dtype), grad_xz, weights)
         products = self.projection_gradients(p, grad_delta, grad_x)
-        grad_u.view(2, -1, self.dim).baddbmm_(grad_x, p.x_proj)
-        taps = self.conv_backward(grad_u, grad_xz)
+        taps = self.conv_backward(p, grad_u, grad_x, grad_xz)
         threads = max((self.rank + 2 * STATE) * self.dim, others)
         self.module('weights.cu').launch(
             'place_gradients', (math.ceil(threads / 256), 1, 1), 256, taps, products, out_proj, weights,
