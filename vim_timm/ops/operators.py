@@ -50,8 +50,8 @@ def register(
     fake_backward: Callable[..., Any],
     refuse_second_derivative: Callable[..., Any],
 ) -> None:
-    """Gives `vim_timm::NAME` and `vim_timm::NAME_backward`, which `library` has defined, their implementations. They are
-    called with all their operands by position.
+    """Gives `vim_timm::NAME` and `vim_timm::NAME_backward`, which `library` has defined, their implementations. They
+    are called with all their operands by position.
 
     Args:
         save: Autograd's `setup_context`.

@@ -248,8 +248,8 @@ class Mixer:
     def scan_backward(
         self, p: Projected, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor], weights: Tensor
     ) -> Tuple[Tensor, Tensor, Tensor]:
-        """Gradients of u and of the step sizes before softplus (2, B, L, D), and of the projections (2, B * L, ROW), with
-        B's and C's columns filled; puts those of dt_bias, A_log and D in `weights`. grad_y has rows of 2 D."""
+        """Gradients of u and of the step sizes before softplus (2, B, L, D), and of the projections (2, B * L, ROW),
+        with B's and C's columns filled; puts those of dt_bias, A_log and D in `weights`. grad_y has rows of 2 D."""
         chunks = self.cut.chunks
         grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
         sizes = (self.batch, self.length, self.dim, self.cut.chunk)
@@ -335,7 +335,7 @@ class Mixer:
         return products
 
     def backward(self, grad: Tensor) -> Tuple[Tensor, Tensor]:
-        """Gradients of xz and of the parameters, float32 in the order of `parameter_shapes`."""
+        """Gradients of xz and of the parameters, float32 in the order of `parameter_shapes` and out_proj last."""
         p = self.project()
         grad_xz = self.empty(*self.xz.shape)  # not empty_like: axes of one token may have any stride
         others = 0 if self.out_proj is None else self.out_proj.numel()
@@ -379,9 +379,9 @@ def run_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
 
 def shapes(operands: Sequence[Any]) -> List[Tuple[int, ...]]:
     """Of all parameters, as their gradients follow each other in memory."""
-    conv, dt, out_proj = operands[1], operands[4], operands[15]
-    both = 2 * parameter_shapes(*conv.shape, dt.shape[1])
-    return both if out_proj is None else [*both, tuple(out_proj.shape)]
+    (dim, width), rank, out_proj = operands[1].shape, operands[4].shape[1], operands[15]
+    both = 2 * parameter_shapes(dim, width, rank)
+    return both if out_proj is None else [*both, out_proj.shape]
 
 
 def fake_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
