@@ -50,19 +50,26 @@ def register(
     fake_backward: Callable[..., Any],
     refuse_second_derivative: Callable[..., Any],
 ) -> None:
-    """Gives `vim_timm::NAME` and `vim_timm::NAME_backward`, which `library` has defined, their implementations. They
-    are called with all their operands by position.
+    """Gives `vim_timm::NAME` and `vim_timm::NAME_backward`, which `library` has defined without defaults and without
+    operands that go by keyword only, their implementations.
 
     Args:
-        save: Autograd's `setup_context`.
+        save: Keeps what `differentiate` needs, from autograd's context, the operands and the output.
         differentiate: Autograd's `backward`, which calls NAME_backward.
     """
+    implement(library, name, run, fake, save, differentiate)
+    implement(library, f'{name}_backward', run_backward, fake_backward, lambda *_: None, refuse_second_derivative)
 
-    def implement(name: str, run: Any, fake: Any, save: Any, differentiate: Any) -> None:
-        library.impl(name, run, 'CompositeExplicitAutograd')
-        torch.library.register_fake(f'vim_timm::{name}', fake, lib=library)
-        operator = getattr(torch.ops.vim_timm, name).default
-        library.impl(name, differentiable(operator, save, differentiate), 'Autograd')
 
-    implement(name, run, fake, save, differentiate)
-    implement(f'{name}_backward', run_backward, fake_backward, lambda *_: None, refuse_second_derivative)
+def implement(
+    library: torch.library.Library,
+    name: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None],
+    differentiate: Callable[..., Any],
+) -> None:
+    library.impl(name, run, 'CompositeExplicitAutograd')
+    torch.library.register_fake(f'vim_timm::{name}', fake, lib=library)
+    operator = getattr(torch.ops.vim_timm, name).default
+    library.impl(name, differentiable(operator, save, differentiate), 'Autograd')

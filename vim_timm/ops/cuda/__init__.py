@@ -98,7 +98,7 @@ def mixer(
 
     Returns:
         (B, L, D), or (B, L, C) with out_proj, in xz's dtype; states and sums are float32, the projections' products of
-        two-byte numbers.
+        two-byte numbers. Gradients of float32 parameters are views of one tensor.
 
     Raises:
         ValueError: the directions' convolutions differ in width, or only one has a bias.

@@ -20,11 +20,12 @@ from ..triton_kernels.launch import multiprocessors, no_double_backward
 from .nvrtc import Argument, Module, load
 
 STATE = 16
-CHANNELS = 64  # of a block of the scan, two warps
+CHANNELS = 64  # of a block of the scan, two warps, and of the other kernels' blocks
 TILE = 16  # tokens
 MIN_CHUNK = 64
 CONV_BACKWARD_WARPS = 12  # on a multiprocessor, as many as registers allow
 PRODUCT_BLOCKS = 2  # on a multiprocessor, of sums of outer products; more write more sums
+PRODUCT_TOKENS = 32  # that such a block has in shared memory at once
 BACKWARD_CHANNELS = 32  # of a block of the scan's backward, one warp
 BACKWARD_BLOCKS = 8
 KEPT = 4  # tokens between two states that the backward pass starts again from
@@ -43,7 +44,7 @@ definitions.define(f'cuda_mixer_backward(Tensor grad, {OPERANDS}, float scale) -
 def aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as dtype, contiguous and at an address that 16 divides: the kernels read 16 bytes at once."""
     if x.dtype == dtype and x.is_contiguous() and x.data_ptr() % 16 == 0:
-        return x  # by few calls, for a block has 14 parameters
+        return x  # the common case in few calls: a block has 15 parameters
     x = x.to(dtype).contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
@@ -54,8 +55,8 @@ def each(x: Tensor) -> Tuple[int, int]:
     return first, first + x.numel() // 2 * x.element_size()
 
 
-class Parameters(NamedTuple):
-    """Addresses of both directions' parameters, float32 and contiguous: (D, W), (D), (R + 32, D), (D, R), (D), (D, 16),
+class Addresses(NamedTuple):
+    """Of both directions' parameters, float32 and contiguous: (D, W), (D), (R + 32, D), (D, R), (D), (D, 16),
     (D); 0 for none."""
 
     conv: Tuple[int, int]
@@ -106,10 +107,10 @@ def cut(batch: int, length: int, dim: int, rank: int, sms: int) -> Cut:
 
 
 def gradient_blocks(programs: int, rank: int, sms: int) -> int:
-    """Blocks that a multiprocessor has to hold of a scan for gradients: the fewest, for they have more registers, with
-    which it takes no more rounds."""
-    held = 6 if padded_rank(rank) <= 16 else 5
-    return min(range(4, held + 1), key=lambda blocks: (math.ceil(programs / (blocks * sms)), blocks))
+    """Blocks that a multiprocessor has to hold of a scan for gradients: as many as shared memory does, or four, which
+    have more registers, where these take no more rounds."""
+    most = {16: 6, 32: 5, 48: 4}[padded_rank(rank)]
+    return 4 if math.ceil(programs / (4 * sms)) <= math.ceil(programs / (most * sms)) else most
 
 
 def project_shared(row: int, warps: int, fused: bool) -> int:
@@ -124,9 +125,10 @@ class Mixer:
     def __init__(self, xz: Tensor, *operands: Any) -> None:
         self.xz = aligned(xz, xz.dtype)
         self.scale = operands[-1]
-        self.held = [None if p is None else aligned(p, torch.float32) for p in operands[:14]]
-        addresses = [0 if p is None else p.data_ptr() for p in self.held]
-        self.at = Parameters(*zip(addresses[:7], addresses[7:]))
+        # Copies among them have to live as long as their addresses.
+        self.parameters = [None if p is None else aligned(p, torch.float32) for p in operands[:14]]
+        addresses = [0 if p is None else p.data_ptr() for p in self.parameters]
+        self.at = Addresses(*zip(addresses[:7], addresses[7:]))
         self.out_proj: Optional[Tensor] = operands[14]
         self.batch, self.length, _ = xz.shape
         self.dim, self.width = operands[0].shape
@@ -241,7 +243,7 @@ class Mixer:
         return self.carry(ends, S, against=False), S
 
     def sum_rows(self, parts: Tensor, sums: Tensor, stride: int) -> None:
-        """Sums of parts (G, P, N), float32, N a multiple of 128: N numbers at each `stride`-th of sums."""
+        """Sums of parts (G, P, N), float32, N a multiple of 128: those of group g to sums[g * stride :]."""
         groups, rows, columns = parts.shape
         self.module('sums.cu').launch('sum_rows', (columns // 128, groups, 1), 256, parts, sums, rows, columns, stride)
 
@@ -278,7 +280,7 @@ class Mixer:
     def conv_backward(self, p: Projected, grad_u: Tensor, grad_x: Tensor, grad_xz: Tensor) -> Tensor:
         """The gradient of x to the first half of grad_xz, from those of u by the scan and of its projections; returns
         those of four taps and the bias (2, 5, D)."""
-        groups = self.dim // 64  # of channels, for a block takes 64
+        groups = self.dim // CHANNELS
         wanted = CONV_BACKWARD_WARPS * multiprocessors(self.xz.device) // (groups * self.batch)
         span = 8 * math.ceil(self.length / max(1, wanted) / 8)  # tokens of a warp
         spans = self.batch * math.ceil(self.length / span)
@@ -288,14 +290,14 @@ class Mixer:
             *self.at.conv_bias, grad_u, grad_x, p.x_proj, grad_xz, parts, self.batch, self.length, self.dim, span,
         )  # fmt: skip
         taps = self.empty(2, 5, self.dim, dtype=torch.float32)
-        self.sum_rows(parts, taps, 0)
+        self.sum_rows(parts, taps, taps.numel())
         return taps
 
     def gate_backward(
         self, p: Projected, grad: Tensor, grad_y: Tensor, grad_z: Tensor
     ) -> Tuple[Optional[Tensor], Tensor, Optional[Tensor]]:
-        """The gradient of out_proj's weight (C, D), kept states, and the chunks' sums of step sizes; writes those of
-        y and z."""
+        """The gradient of out_proj's weight (C, D) or None, kept states, and the chunks' sums of step sizes; writes
+        those of y and z."""
         H, S = self.first_states(p) if self.cut.chunks > 1 else (None, None)
         bounds = self.empty(2 * self.batch, math.ceil(self.length / KEPT), STATE, self.dim)
         if p.out_proj is None:
@@ -322,9 +324,9 @@ class Mixer:
         grad_x's first columns."""
         torch.bmm(grad_delta.view(2, -1, self.dim), p.dt, out=grad_x[..., : self.rank_pad])
         tokens, columns = self.batch * self.length, self.rank_pad + self.row
-        groups = self.dim // 64  # of channels, for a block takes 64
+        groups = self.dim // CHANNELS
         spans = max(1, PRODUCT_BLOCKS * multiprocessors(self.xz.device) // (2 * groups))
-        span = 32 * math.ceil(tokens / (32 * spans))
+        span = PRODUCT_TOKENS * math.ceil(tokens / (PRODUCT_TOKENS * spans))
         parts = self.empty(2, math.ceil(tokens / span), self.dim * columns, dtype=torch.float32)
         self.module('weights.cu').launch(
             'sum_outer_products', (groups, parts.shape[1], 2), 128, grad_delta, p.u, p.x, grad_x, parts, tokens,
@@ -335,7 +337,7 @@ class Mixer:
         return products
 
     def backward(self, grad: Tensor) -> Tuple[Tensor, Tensor]:
-        """Gradients of xz and of the parameters, float32 in the order of `parameter_shapes` and out_proj last."""
+        """Gradients of xz and of the parameters, float32: both directions as in `parameter_shapes`, then out_proj."""
         p = self.project()
         grad_xz = self.empty(*self.xz.shape)  # not empty_like: axes of one token may have any stride
         others = 0 if self.out_proj is None else self.out_proj.numel()
@@ -377,8 +379,8 @@ def run_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
         return mixer.backward(grad)
 
 
-def shapes(operands: Sequence[Any]) -> List[Tuple[int, ...]]:
-    """Of all parameters, as their gradients follow each other in memory."""
+def all_shapes(operands: Sequence[Any]) -> List[Tuple[int, ...]]:
+    """Those of all parameters, as their gradients follow each other in memory."""
     (dim, width), rank, out_proj = operands[1].shape, operands[4].shape[1], operands[15]
     both = 2 * parameter_shapes(dim, width, rank)
     return both if out_proj is None else [*both, out_proj.shape]
@@ -386,7 +388,7 @@ def shapes(operands: Sequence[Any]) -> List[Tuple[int, ...]]:
 
 def fake_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
     xz = operands[0]
-    numbers = sum(map(math.prod, shapes(operands)))
+    numbers = sum(map(math.prod, all_shapes(operands)))
     return xz.new_empty(xz.shape), xz.new_empty((numbers,), dtype=torch.float32)
 
 
@@ -398,8 +400,8 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
 def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     *operands, out_bias = ctx.saved_tensors
     grad_xz, weights = torch.ops.vim_timm.cuda_mixer_backward.default(grad, *operands, ctx.scale)
-    places = shapes(operands)
-    found = [g.view(shape) for g, shape in zip(weights.split([*map(math.prod, places)]), places)]
+    shapes = all_shapes(operands)
+    found = [g.view(shape) for g, shape in zip(weights.split([*map(math.prod, shapes)]), shapes)]
     grads: List[Any] = [grad_xz]
     for dt_bias, A_log, D, conv, conv_bias, dt, x_proj in (found[:7], found[7:14]):
         grads += [conv, conv_bias, x_proj, dt, dt_bias, A_log, D]

@@ -6,8 +6,8 @@ __device__ __forceinline__ void add(float4& sum, float4 v) {
   sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
 }
 
-// parts (groups, rows, columns) to `columns` numbers at each `stride`-th of sums, float32. A block takes 128 columns, its warps every eighth row.
-// A grid of (columns / 128, groups) blocks.
+// parts (groups, rows, columns), float32: the sum over the rows of group g to sums + g * stride. A block takes 128 columns,
+// its warps every eighth row. A grid of (columns / 128, groups) blocks.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 sum_rows(const float* parts, float* sums, int rows, int columns, int stride) {
   __shared__ float4 shared[WARPS][32];
