@@ -57,19 +57,11 @@ def register(
         save: Keeps what `differentiate` needs, from autograd's context, the operands and the output.
         differentiate: Autograd's `backward`, which calls NAME_backward.
     """
-    implement(library, name, run, fake, save, differentiate)
-    implement(library, f'{name}_backward', run_backward, fake_backward, lambda *_: None, refuse_second_derivative)
-
-
-def implement(
-    library: torch.library.Library,
-    name: str,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    save: Callable[..., None],
-    differentiate: Callable[..., Any],
-) -> None:
-    library.impl(name, run, 'CompositeExplicitAutograd')
-    torch.library.register_fake(f'vim_timm::{name}', fake, lib=library)
-    operator = getattr(torch.ops.vim_timm, name).default
-    library.impl(name, differentiable(operator, save, differentiate), 'Autograd')
+    for operator, kernel, meta, keep, gradient in (
+        (name, run, fake, save, differentiate),
+        (f'{name}_backward', run_backward, fake_backward, lambda *_: None, refuse_second_derivative),
+    ):
+        library.impl(operator, kernel, 'CompositeExplicitAutograd')
+        torch.library.register_fake(f'vim_timm::{operator}', meta, lib=library)
+        overload = getattr(torch.ops.vim_timm, operator).default
+        library.impl(operator, differentiable(overload, keep, gradient), 'Autograd')
