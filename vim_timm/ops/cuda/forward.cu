@@ -239,7 +239,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
       }
     }
   }
-  // What has been read so far was there before the kernel ahead of the last one began: that one never starts early.
+  // What has been read so far was there before pack_weights, which conv_project waits for before it lets others start.
   wait_for_last_kernel();
   // Three groups of copies, each waited for where it is used: projections, u, and z with its companions.
   {

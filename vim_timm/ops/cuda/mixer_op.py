@@ -7,6 +7,7 @@ sizes, the ungated and the gated sum) is computed again there from in_proj's out
 """
 
 import contextlib
+import functools
 import math
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -133,12 +134,16 @@ class Mixer:
         self.batch, self.length, _ = xz.shape
         self.dim, self.width = operands[0].shape
         self.rank = operands[3].shape[1]
-        self.direction_size = sum(map(math.prod, parameter_shapes(self.dim, self.width, self.rank)))
         self.rank_pad = padded_rank(self.rank)
         self.row = self.rank_pad + 2 * STATE
         half = int(xz.dtype == torch.float16)
         self.macros = (('HALF', half), ('RANK', self.rank), ('RANK_PAD', self.rank_pad))
         self.cut = cut(self.batch, self.length, self.dim, self.rank, multiprocessors(xz.device))
+
+    @functools.cached_property
+    def direction_size(self) -> int:
+        """Numbers in the gradients of one direction's parameters."""
+        return sum(map(math.prod, parameter_shapes(self.dim, self.width, self.rank)))
 
     def empty(self, *shape: int, dtype: Optional[torch.dtype] = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.xz.dtype, device=self.xz.device)
@@ -178,8 +183,8 @@ class Mixer:
         x_proj, dt, out_proj = self.pack_weights(module)
         x = self.empty(2, self.batch, self.length, self.row) if fused else None
         module.launch(
-            'conv_project', (math.ceil(tokens / (16 * warps)), 1 if fused else self.dim // 64, 1), 32 * warps, self.xz,
-            2 * self.dim, *self.at.conv, *self.at.conv_bias, x_proj, *each(u), x, tokens, self.length,
+            'conv_project', (math.ceil(tokens / (16 * warps)), 1 if fused else self.dim // CHANNELS, 1), 32 * warps,
+            self.xz, 2 * self.dim, *self.at.conv, *self.at.conv_bias, x_proj, *each(u), x, tokens, self.length,
             self.dim, shared=project_shared(self.row, warps, fused), early=True,
         )  # fmt: skip
         if x is None:
