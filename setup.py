@@ -27,7 +27,7 @@ ARM64 = {'aarch64', 'arm64'}
 
 
 def instruction_sets():
-    """(name, float lanes of a vector, compiler flags) of every build of kernel.c for this machine's architecture."""
+    """(name, float lanes of a vector, compiler flags) of every build of the kernel for this machine's architecture."""
     machine = platform.machine()
     if machine in X86:
         return [
@@ -119,7 +119,7 @@ setup(
         Extension(
             'vim_timm.ops.cpu.libvim_timm_cpu',
             sources=['vim_timm/ops/cpu/kernel.c', 'vim_timm/ops/cpu/runtime.c'],
-            depends=['vim_timm/ops/cpu/runtime.h'],
+            depends=sorted(str(part.relative_to(ROOT)) for part in (ROOT / 'vim_timm/ops/cpu').glob('*.h')),
             extra_link_args=['-s'] if sys.platform.startswith('linux') else [],
             optional=True,
         )

@@ -3,6 +3,7 @@
 import concurrent.futures
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -420,3 +421,22 @@ def test_the_environment_chooses_the_build():
 def test_without_the_library_the_reason_tells_the_mend(monkeypatch):
     monkeypatch.setattr(library, '_PATH', Path('nowhere/libvim_timm_cpu.so'))
     assert 'C compiler' in library._prepare() and 'pip install' in library._prepare()
+
+
+def test_a_library_of_another_version_is_not_called(monkeypatch):
+    """A structure of another size would be read past its end."""
+    monkeypatch.setitem(library._expected, 'CHUNK', 32)
+    monkeypatch.setitem(library._expected, 'Scan', 8)
+    found = library._prepare()
+    assert 'CHUNK is 64 and not 32, Scan is 640 and not 8' in found and 'setup.py build_ext' in found
+
+
+@pytest.mark.skipif(shutil.which('cc') is None, reason='no C compiler')
+def test_a_library_that_does_not_name_its_sizes_is_not_called(monkeypatch, tmp_path):
+    source, older = tmp_path / 'older.c', tmp_path / 'older.so'
+    names = ('const char *vim_timm_instruction_sets(void) { return "baseline"; }', 'void vim_timm_set_team(void *p) {}')
+    source.write_text('\n'.join(names))
+    subprocess.run(['cc', '-shared', '-fPIC', source, '-o', older], check=True)
+    monkeypatch.setattr(library, '_PATH', older)
+    monkeypatch.setattr(library, '_library', None)
+    assert 'not of this version' in library._prepare()

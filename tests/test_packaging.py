@@ -57,7 +57,8 @@ def names(wheel):
 def test_a_wheel_holds_the_kernel_and_names_no_python(checkout, tmp_path):
     wheel = wheel_of(checkout, tmp_path / 'out')
     assert wheel.name.split('-')[2:] == ['py3', 'none', f'linux_{platform.machine()}.whl']
-    assert {KERNEL, 'vim_timm/py.typed', 'vim_timm/ops/cpu/kernel.c'} <= names(wheel)
+    parts = {f'vim_timm/ops/cpu/{part.name}' for part in (ROOT / 'vim_timm/ops/cpu').glob('*.[ch]')}
+    assert {KERNEL, 'vim_timm/py.typed', *parts} <= names(wheel)
     assert not [name for name in names(wheel) if name.startswith(('tests/', 'benchmarks/'))]
 
 

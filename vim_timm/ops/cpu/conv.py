@@ -25,6 +25,7 @@ from vim_timm.ops.operators import register
 
 # The C structure Convolution: four Rows, two weights, biases and their gradients each, seven integers.
 _STRUCT = struct.Struct('@27q')
+library.expect('Convolution', _STRUCT.size)
 
 _INPUTS = 'Tensor x, Tensor weight, Tensor? bias, Tensor? weight_b, Tensor? bias_b'
 _definitions = torch.library.Library('vim_timm', 'FRAGMENT')

@@ -20,6 +20,7 @@ _HOW_TO_BUILD = (
 )
 
 _lock = threading.Lock()
+_expected: dict[str, int] = {}
 _library: Optional[ctypes.CDLL] = None
 _instruction_set = ''
 _problem: Optional[str] = None
@@ -58,6 +59,11 @@ def problem() -> str:
     return _problem
 
 
+def expect(name: str, value: int) -> None:
+    """Have a number of `numbers` in kernel.c, which the caller relies on, compared when the library is opened."""
+    _expected[name] = value
+
+
 def call(function: str, arguments: bytes) -> None:
     """Run an entry point of the build in use on a packed C structure; the interpreter lock is released meanwhile.
 
@@ -79,6 +85,9 @@ def _prepare() -> str:
     library.vim_timm_set_team.argtypes = [ctypes.c_void_p]
     choices = library.vim_timm_instruction_sets().decode().split()
     wanted = os.environ.get('VIM_TIMM_CPU_ISA') or choices[0]
+    mismatches = [found for build in choices if (found := _mismatch(library, build))]
+    if mismatches:
+        return f'the compiled kernel {_PATH.name} is not of this version ({mismatches[0]}): {_HOW_TO_BUILD}'
     try:
         select(wanted)
     except ValueError as error:
@@ -93,6 +102,24 @@ def _open() -> ctypes.CDLL:
     if _library is None:
         _library = ctypes.CDLL(str(_PATH))
     return _library
+
+
+class _Number(ctypes.Structure):
+    _fields_ = [('name', ctypes.c_char_p), ('value', ctypes.c_int64)]
+
+
+def _mismatch(library: ctypes.CDLL, build: str) -> str:
+    """Where a build's structures and constants are not those that Python packs arguments by, else ''."""
+    try:
+        table = ctypes.cast(getattr(library, f'numbers_{build}'), ctypes.POINTER(_Number))
+    except AttributeError:
+        return f'its build {build} does not name its sizes'
+    found: dict[str, int] = {}
+    while table[len(found)].name:
+        found[table[len(found)].name.decode()] = table[len(found)].value
+    names = sorted(name for name in found.keys() | _expected if found.get(name) != _expected.get(name))
+    differences = ', '.join(f'{name} is {found.get(name)} and not {_expected.get(name)}' for name in names)
+    return f'in its build {build} {differences}' if names else ''
 
 
 def _share_threads(library: ctypes.CDLL) -> None:

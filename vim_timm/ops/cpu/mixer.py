@@ -30,6 +30,7 @@ from vim_timm.ops.operators import register
 
 # The C structure Mixer: two directions of sixteen pointers, five Rows, seven integers, one double.
 _STRUCT = struct.Struct('@54qd')
+library.expect('Mixer', _STRUCT.size)
 _PARAMETERS = (
     'Tensor conv{0}, Tensor? conv_bias{0}, Tensor x_proj{0}, Tensor dt{0}, Tensor? dt_bias{0}, '
     'Tensor A_log{0}, Tensor D{0}'

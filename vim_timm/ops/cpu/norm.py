@@ -14,6 +14,7 @@ from vim_timm.ops.operators import register
 
 # The C structure Norm: five pointers, three integers, one double.
 _STRUCT = struct.Struct('@8qd')
+library.expect('Norm', _STRUCT.size)
 
 _definitions = torch.library.Library('vim_timm', 'FRAGMENT')
 _definitions.define('cpu_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor')

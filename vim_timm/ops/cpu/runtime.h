@@ -1,6 +1,5 @@
 /* Threads and scratch memory shared by every build of kernel.c. */
-#ifndef VIM_TIMM_RUNTIME_H
-#define VIM_TIMM_RUNTIME_H
+#pragma once
 
 #include <stddef.h>
 #include <stdint.h>
@@ -25,5 +24,3 @@ void vim_timm_free(void *memory);
 /* The same for a workspace that the next call may have again, as it is: its contents are anything. */
 void *vim_timm_borrow(size_t bytes);
 void vim_timm_give_back(void *borrowed);
-
-#endif

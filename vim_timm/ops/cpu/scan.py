@@ -24,14 +24,17 @@ from vim_timm.ops.cpu.tensors import (
 )
 from vim_timm.ops.operators import register
 
-_CHUNK = 64  # CHUNK in kernel.c: tokens between two kept states
-_PADDING = 16  # PADDING in kernel.c: the kept states' channels are padded to a multiple of it
+_CHUNK = 64  # tokens between two kept states
+_PADDING = 16  # the kept states' channels are padded to a multiple of it
+library.expect('CHUNK', _CHUNK)
+library.expect('PADDING', _PADDING)
 _NAMES = ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
 _PER_DIRECTION = len(_NAMES)
 _Z = 2 * _PER_DIRECTION  # position of z among the arguments
 
 # The C structure Scan: two directions, three Rows, eight integers, one double.
 _STRUCT = struct.Struct('@79qd')
+library.expect('Scan', _STRUCT.size)
 _NO_GRADIENTS = (0,) * 15
 _NO_DIRECTION = (0,) * 31
 
