@@ -15,17 +15,19 @@ from ..models.checkpoint import has_average, read_checkpoint, select_weights
 EXTENSION = '.pth.tar'
 
 
-def load_weights(model: torch.nn.Module, path: str, use_ema: bool) -> None:
+def load_weights(model: torch.nn.Module, path: str, use_ema: bool | None) -> None:
     """Load a training checkpoint, a state dict or a safetensors file strictly into a model.
 
     Args:
-        use_ema: take the moving average, where the checkpoint has one.
+        use_ema: take the moving average, where the checkpoint has one; None: where timm does, of its own checkpoints
+            (`state_dict_ema`) but not of those with a `model` and a `model_ema`.
 
     Raises:
         UserError: the file cannot be read, or the weights belong to another model.
     """
     content = read_checkpoint(path)
-    state = select_weights(content, use_ema and has_average(content))
+    use_ema = content.get('state_dict_ema') is not None if use_ema is None else use_ema and has_average(content)
+    state = select_weights(content, use_ema)
     with explain(f'checkpoint {path}'):
         own = model.state_dict()
         if state.keys() != own.keys():

@@ -140,7 +140,7 @@ def make_training_model(args: argparse.Namespace) -> torch.nn.Module:
         pretrained_cfg_overlay={**overlay, **args.pretrained_cfg_overlay} or None,
     )  # fmt: skip
     if args.initial_checkpoint:
-        load_weights(model, args.initial_checkpoint, use_ema=True)
+        load_weights(model, args.initial_checkpoint, use_ema=None)
     with explain(f'model {args.model}'), torch.no_grad():
         if args.head_init_scale is not None:
             for parameter in model.get_classifier().parameters():  # type: ignore[operator]

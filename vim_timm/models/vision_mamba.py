@@ -41,6 +41,7 @@ from vim_timm.layers.patch_embed import Size
 from vim_timm.layers.plain import is_plain
 from vim_timm.layers.pos_embed import resample_pos_embed
 from vim_timm.models.checkpoint import CheckpointError, check_names, check_shape, load_weights
+from vim_timm.models.pretrained import on_disk, packaged
 
 __all__ = ['VisionMamba']
 
@@ -650,7 +651,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: VisionMamba) -> Dict
                     old_size=list(_source_grid(model, state_dict.get('patch_embed.proj.weight'), num_patches)),
                     num_prefix_tokens=model.num_prefix_tokens,
                 )
-        check_shape(name, value, own[name])
+        if name in own:  # where the model has no head, timm drops the checkpoint's
+            check_shape(name, value, own[name])
         out[name] = value
     return out
 
@@ -669,7 +671,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
         'classifier': 'head',
         'license': 'apache-2.0',
         'paper_ids': 'arXiv:2401.09417',
-        'custom_load': 'hf',
+        'custom_load': True,
         **kwargs,
     }
 
@@ -682,8 +684,8 @@ def _hustvl(size: str, filename: str) -> Dict[str, Any]:
     )
 
 
-def _small_cfg() -> Dict[str, Any]:
-    return _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0)
+def _small_cfg(**kwargs: Any) -> Dict[str, Any]:
+    return _cfg(**{'num_classes': 10, 'input_size': (3, 32, 32), 'crop_pct': 1.0, **kwargs})
 
 
 default_cfgs = generate_default_cfgs(
@@ -703,6 +705,7 @@ default_cfgs = generate_default_cfgs(
         'vim_tiny_patch16_rope_ape_224.untrained': _cfg(),
         'vim_tiny_patch8_rope_ape_224.untrained': _cfg(),
         'vim_nano_patch4_32.untrained': _small_cfg(),
+        'vim_nano_patch4_32.cifar10': _small_cfg(**packaged('vim_nano_patch4_32.cifar10')),
         'vim_tiny_patch4_32.untrained': _small_cfg(),
         'vim_small_patch4_32.untrained': _small_cfg(),
         'test_vim.untrained': _cfg(input_size=(3, 160, 160), fixed_input_size=False, crop_pct=0.95),
@@ -711,10 +714,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vision_mamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    overlay = kwargs.get('pretrained_cfg_overlay')
-    if overlay and (overlay.get('file') or overlay.get('url')):
-        # timm takes another source to be in its own format, and would load `model_ema` of a DeiT-style file
-        kwargs['pretrained_cfg_overlay'] = {'custom_load': 'hf', **overlay}
+    if pretrained:
+        kwargs = on_disk(variant, kwargs)
     return build_model_with_cfg(
         VisionMamba,
         variant,

@@ -1,0 +1,120 @@
+"""Where published weights lie: in the package, a file, a folder, or on the Hugging Face Hub; always read by our reader.
+
+timm would open some of them itself: it takes `model_ema` of a file that holds `model` as well, and its errors about a
+damaged file are a pickle's. So every place is turned into a file on the disk before timm looks for the weights.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from timm.models import resolve_pretrained_cfg
+from timm.models._hub import hf_split
+
+from .checkpoint import CheckpointError
+
+PACKAGED = Path(__file__).parent.parent / 'weights'
+SUMS = 'SHA256SUMS'
+_NAMES = ('model.safetensors', 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth')
+_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.bin')
+
+
+def packaged(name: str) -> Dict[str, Any]:
+    """Entries of the configuration `architecture.tag` whose weights come with the package; {} where they do not.
+
+    Its folder in `weights/` is what `vim_timm.hub.publish` writes, and its config.json the one source of these entries.
+    """
+    folder = PACKAGED / name
+    if not (folder / 'config.json').is_file():
+        return {}
+    config = json.loads((folder / 'config.json').read_text())
+    entries = {key: value for key, value in config['pretrained_cfg'].items() if key not in ('tag', 'custom_load')}
+    entries.update(file=str(folder / _NAMES[0]), num_classes=config['num_classes'])
+    if 'label_names' in config:
+        entries['label_names'] = tuple(config['label_names'])
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()}
+
+
+def on_disk(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """The arguments of timm's model builder with the weights' place, wherever that is, as a file on this disk.
+
+    Args:
+        variant: name of the model.
+        kwargs: arguments of the builder, as the entrypoint got them.
+
+    Raises:
+        CheckpointError: a folder without weights, or packaged weights that were changed.
+        huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: they cannot be downloaded.
+    """
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')).to_dict()
+    file: Union[str, Path, None] = cfg.get('file')
+    if cfg.get('state_dict'):
+        file = None
+    elif cfg.get('source') == 'local-dir':
+        file = find_weights(cfg['file'])
+    elif cfg.get('hf_hub_id') and (cfg.get('source') == 'hf-hub' or not file):
+        file = _download(cfg['hf_hub_id'], cfg.get('hf_hub_filename'), kwargs.get('cache_dir'))
+    if file:
+        if Path(file).parent.parent == PACKAGED:
+            check_sum(file)
+        cfg.update(source='', file=str(file), custom_load=True)
+    elif cfg.get('url'):
+        cfg.update(custom_load=True)  # timm downloads it, we read it
+    return {**kwargs, 'pretrained_cfg': cfg, 'pretrained_cfg_overlay': None}
+
+
+def find_weights(folder: Union[str, Path]) -> Path:
+    """The file with the weights in a folder that was saved for the Hub, by timm's order of names.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(folder)
+    for name in _NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    for suffix in _SUFFIXES:
+        if found := sorted(folder.glob(f'*{suffix}')):
+            return found[0]
+    raise CheckpointError(f'there are no weights in the folder {folder}')
+
+
+def _download(hub_id: str, filename: Optional[str], cache_dir: Union[str, Path, None]) -> str:
+    """A file of a repository on the Hub, in the local cache; by default its weights, safetensors before a pickle."""
+    repository, revision = hf_split(hub_id)
+    where: Dict[str, Any] = dict(revision=revision, cache_dir=cache_dir)
+    if filename:
+        return hf_hub_download(repository, filename, **where)
+    try:
+        return hf_hub_download(repository, _NAMES[0], **where)
+    except EntryNotFoundError as error:
+        unreachable = isinstance(error, LocalEntryNotFoundError)
+        try:
+            return hf_hub_download(repository, _NAMES[1], local_files_only=unreachable, **where)
+        except EntryNotFoundError:
+            raise error from None
+
+
+def sha256(path: Union[str, Path]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_sum(path: Union[str, Path]) -> None:
+    """Compare a file with its line in the SHA256SUMS beside it.
+
+    Raises:
+        CheckpointError: it has none, or the file is another one.
+    """
+    path = Path(path)
+    lines = (path.parent / SUMS).read_text().splitlines()
+    sums = {name: digest for digest, name in (line.split() for line in lines)}
+    if sums.get(path.name) != sha256(path):
+        raise CheckpointError(f'{path} is damaged: its SHA-256 is not the one in {SUMS}; install vim-timm again')
