@@ -7,6 +7,7 @@ import torch
 
 from vim_timm import use_scan_backend
 from vim_timm.hub import from_original
+from vim_timm.layers.token_order import to_scan_order
 from vim_timm.models.vision_mamba import checkpoint_filter_fn
 
 CASES = golden_data.cases('models')
@@ -64,8 +65,8 @@ def test_every_block_in_float64(path):
         streams = [torch.cat([prefix, patches], dim=1) for patches, prefix in streams]
     for i, stream in enumerate(streams):
         # the original keeps a block's output apart from the stream it is added to
-        close(model._to_scan_order(stream), residual[str(i)] + hidden[str(i)], model.rope)
-    close(model._to_scan_order(final), arrays['norm_f_out'], model.rope)
+        close(to_scan_order(stream, model.class_token), residual[str(i)] + hidden[str(i)], model.rope)
+    close(to_scan_order(final, model.class_token), arrays['norm_f_out'], model.rope)
 
 
 @pytest.mark.parametrize('path', CASES, ids=lambda path: path.stem)

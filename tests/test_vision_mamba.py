@@ -92,7 +92,7 @@ def test_each_name_builds_its_model(name):
     assert model.pos_embed.shape == (1, side * side + prefix, width)
     assert (model.embed_dim, len(model.blocks)) == (width, depth)
     assert model.num_prefix_tokens == prefix
-    assert model.middle_token == (class_token == 'middle')
+    assert model.class_token == class_token
     assert model.global_pool == pool
     early = 'rope' in name
     assert model.rope == early

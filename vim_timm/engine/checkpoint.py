@@ -3,13 +3,13 @@
 import contextlib
 import glob
 import os
-import sys
 from typing import Any
 
 import torch
 
 from ..errors import UserError, explain
 from ..files import duplicate, write_atomically
+from ..models.adapt import filter_of
 from ..models.checkpoint import has_average, read_checkpoint, select_weights
 
 EXTENSION = '.pth.tar'
@@ -32,7 +32,7 @@ def load_weights(model: torch.nn.Module, path: str, use_ema: bool | None) -> Non
         own = model.state_dict()
         if state.keys() != own.keys():
             # The model's filter may know the file as an original or older layout, or name the family it belongs to.
-            filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+            filter_fn = filter_of(model)
             state = filter_fn(state, model) if filter_fn else state
         check_fit(model, state, path)
         model.load_state_dict(state)

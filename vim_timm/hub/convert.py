@@ -18,8 +18,9 @@ from timm.models import create_model, is_model, list_models
 from torch import nn
 
 from vim_timm.layers import BiMamba
+from vim_timm.layers.token_order import ClassToken
 from vim_timm.models.checkpoint import CheckpointError, describe_family, read_checkpoint, select_weights
-from vim_timm.models.vision_mamba import ClassToken, VisionMamba, checkpoint_filter_fn
+from vim_timm.models.vision_mamba import VisionMamba, checkpoint_filter_fn
 from vim_timm.version import __version__
 
 # arguments of the original's Mamba class under our names, and those that a loaded model does not show
@@ -335,7 +336,7 @@ def _signature(model: VisionMamba) -> tuple[Any, ...]:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     rope = (model.rope, model.rope and model.rope_residual)
     scales = [module.scale for module in model.modules() if isinstance(module, BiMamba)]
-    return shapes, model.patch_embed.stride, model.global_pool, model.middle_token, rope, scales
+    return shapes, model.patch_embed.stride, model.global_pool, model.class_token, rope, scales
 
 
 def write_safetensors(state_dict: Mapping[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:

@@ -1,8 +1,21 @@
 """nn.Modules made of `vim_timm.ops`."""
 
+from vim_timm.layers.block import Block
 from vim_timm.layers.mamba import BiMamba
 from vim_timm.layers.norm import LayerNorm, RmsNorm, get_norm_layer
 from vim_timm.layers.patch_embed import PatchEmbed
-from vim_timm.layers.rope import rope_tables, rotate
+from vim_timm.layers.rope import StreamRope, rope_tables, rotate
+from vim_timm.layers.token_order import Layout
 
-__all__ = ['BiMamba', 'LayerNorm', 'PatchEmbed', 'RmsNorm', 'get_norm_layer', 'rope_tables', 'rotate']
+__all__ = [
+    'BiMamba',
+    'Block',
+    'LayerNorm',
+    'Layout',
+    'PatchEmbed',
+    'RmsNorm',
+    'StreamRope',
+    'get_norm_layer',
+    'rope_tables',
+    'rotate',
+]

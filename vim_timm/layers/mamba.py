@@ -5,7 +5,7 @@ Shape suffixes: B batch, L tokens, C width (embed_dim), D channels (expand * C),
 """
 
 import math
-from typing import Final, Literal, Optional, Tuple, Union
+from typing import Final, Literal, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -117,6 +117,35 @@ class BiMamba(nn.Module):
                 nn.init.zeros_(self.dt_proj_b.bias)
             if self.bidirectional or self.shared:
                 self.A_b_log.copy_(self.A_log)
+
+    @torch.jit.ignore
+    def init_weights(self, depth: int, scheme: str) -> None:
+        """Draw the projections anew from the original's distributions, out_proj smaller in a deeper model.
+
+        Args:
+            scheme: '' the published initialization, 'early' the first release's.
+        """
+        early = scheme == 'early'
+        for name, linear in self.named_children():
+            if not isinstance(linear, nn.Linear):
+                continue
+            if early:
+                nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None and (early or name != 'dt_proj'):
+                nn.init.zeros_(linear.bias)
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+        with torch.no_grad():
+            self.out_proj.weight.div_(math.sqrt(depth))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the state space parameters, which weight decay must leave alone."""
+        return {name for name, _ in self.named_parameters(recurse=False)}
+
+    @torch.jit.ignore
+    def casts_operand(self) -> bool:
+        """Whether in_proj is plain; one that is wrapped or quantized may want float32."""
+        return is_plain(self.in_proj)
 
     def _step_sizes(self, dt_BLR: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Projected step sizes (B, L, D) and the bias that the scan still has to add.

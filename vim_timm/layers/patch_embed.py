@@ -1,5 +1,6 @@
 """Image to tokens: a convolution whose stride may be smaller than its patch."""
 
+import math
 from typing import Final, Optional, Tuple, Union
 
 import torch
@@ -88,12 +89,23 @@ class PatchEmbed(nn.Module):
             ValueError: img_size cannot be tiled and there is no padding.
         """
         super().__init__()
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
         self.patch_size = to_2tuple(patch_size)
         self.stride = self.patch_size if stride is None else to_2tuple(stride)
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
         self._set_img_size(img_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
+
+    def init_weights(self) -> None:
+        """Draw the projection as timm 0.4.12's `lecun_normal_`, with a zero bias.
+
+        A normal of variance 1 / fan_in, widened for a truncation that never bites.
+        """
+        fan_in = self.proj.weight[0].numel()
+        nn.init.trunc_normal_(self.proj.weight, std=math.sqrt(1.0 / fan_in) / 0.87962566103423978)
+        nn.init.constant_(self.get_parameter('proj.bias'), 0.0)
 
     def _set_img_size(self, img_size: Size) -> None:
         self.img_size = to_2tuple(img_size)

@@ -1,10 +1,22 @@
 """Two-dimensional rotary position embedding of whole tokens, as in Vision Mamba's first release."""
 
-from typing import Tuple
+from typing import NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
+
+
+class StreamRope(NamedTuple):
+    """How the residual stream is rotated before every block.
+
+    Attributes:
+        residual: Rotate the whole stream; False rotates only the latest block's contribution.
+        pretrained_grid: Grid side to which positions are scaled.
+    """
+
+    residual: bool = True
+    pretrained_grid: int = 14
 
 
 @register_notrace_function

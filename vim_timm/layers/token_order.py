@@ -1,0 +1,80 @@
+"""Where tokens stand: class token first at a model's surface, in scan order between its first and its last block.
+
+Functions of a placement of the class token: before patch M // 2 ('middle'), before all patches ('head'), two tokens
+before and after them ('double'), or nowhere ('none').
+"""
+
+from typing import List, Literal, NamedTuple, Optional, Tuple
+
+import torch
+
+ClassToken = Literal['middle', 'head', 'double', 'none']
+
+PREFIX_TOKENS = {'none': 0, 'head': 1, 'middle': 1, 'double': 2}
+
+
+class Layout(NamedTuple):
+    """Where the tokens (B, L, C) of a block stand.
+
+    Attributes:
+        grid: Rows and columns of the image's patches.
+        prefix: Places in 0 .. L - 1 of the tokens that are no patches, ascending; the others are patches in row-major
+            order.
+        keep: Row-major indices (B, L - len(prefix)) of the patches that are there, ascending; None where all are.
+    """
+
+    grid: Tuple[int, int]
+    prefix: List[int]
+    keep: Optional[torch.Tensor]
+
+
+def prefix_places(class_token: str, num_patches: int) -> List[int]:
+    """Places of the class tokens in the scan order of `num_patches` patches."""
+    if class_token == 'middle':
+        return [num_patches // 2]
+    if class_token == 'head':
+        return [0]
+    if class_token == 'double':
+        return [0, num_patches + 1]
+    places: List[int] = []
+    return places
+
+
+def to_scan_order(x: torch.Tensor, class_token: str) -> torch.Tensor:
+    """Tokens (B, L, C), or anything else of L rows, from [cls, patches] to the order in which they are scanned."""
+    if class_token == 'middle':
+        middle = (x.shape[1] - 1) // 2
+        return torch.cat([x[:, 1 : middle + 1], x[:, :1], x[:, middle + 1 :]], dim=1)
+    if class_token == 'double':
+        return torch.cat([x[:, :1], x[:, 2:], x[:, 1:2]], dim=1)
+    return x
+
+
+def to_prefix_order(x: torch.Tensor, class_token: str) -> torch.Tensor:
+    """The inverse of `to_scan_order`."""
+    if class_token == 'middle':
+        middle = (x.shape[1] - 1) // 2
+        return torch.cat([x[:, middle : middle + 1], x[:, :middle], x[:, middle + 1 :]], dim=1)
+    if class_token == 'double':
+        return torch.cat([x[:, :1], x[:, -1:], x[:, 1:-1]], dim=1)
+    return x
+
+
+def random_order(
+    num_tokens: int, class_token: str, move_class: bool, shuffle: bool, device: torch.device
+) -> torch.Tensor:
+    """A random scan order, as indices (L,) into the usual one.
+
+    Args:
+        move_class: Put the one class token ('middle' or 'head') at a random place.
+        shuffle: Shuffle all tokens.
+    """
+    order = torch.arange(num_tokens, device=device)
+    if move_class:
+        usual = prefix_places(class_token, num_tokens - 1)[0]
+        patches = torch.cat([order[:usual], order[usual + 1 :]])
+        place = int(torch.randint(num_tokens, [1]))
+        order = torch.cat([patches[:place], order[usual : usual + 1], patches[place:]])
+    if shuffle:
+        order = order[torch.randperm(num_tokens, device=device)]
+    return order
