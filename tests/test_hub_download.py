@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN, Hub, sha256
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -23,10 +23,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from vim_timm import train, validate
+from vim_timm import doctor, train, validate
 from vim_timm.hub import from_original
 from vim_timm.hub.convert import convert
+from vim_timm.hub.convert import main as convert_main
 from vim_timm.models.checkpoint import CheckpointError
+from vim_timm.models.pretrained import published
 
 SIZES = dict(depth=1, embed_dim=32)
 REPOSITORY, FILE = 'hustvl/Vim-tiny-midclstok', 'vim_t_midclstok_76p1acc.pth'
@@ -294,6 +296,34 @@ def test_safetensors_cut_anywhere_is_refused_and_the_cache_stays_usable(hub):
     timm.create_model('hf-hub:org/name', pretrained=True)
 
 
+def test_the_doctor_finds_flipped_bytes_in_the_cache(hub, capsys):
+    assert doctor.main(['--weights']) == 0
+    assert capsys.readouterr().out.count('not downloaded') >= 5
+    hub.add(REPOSITORY, {FILE: authors_file()})
+    build(pretrained=True)
+    assert doctor.main(['--weights']) == 0
+    assert 'as it should be' in capsys.readouterr().out
+    (blob,) = (path for path in Path(constants.HF_HUB_CACHE).rglob('blobs/*') if path.is_file())
+    with open(blob, 'r+b') as file:
+        file.seek(1000)
+        file.write(bytes([file.read(1)[0] ^ 1]))
+    assert doctor.main(['--weights']) == 2
+    output = capsys.readouterr()
+    assert 'vim_tiny_patch16_224.hustvl_in1k' in output.out and 'damaged' in output.out
+    assert output.err == 'doctor: error: 1 of 5 weights are damaged\n'
+
+
+def test_convert_finds_flipped_bytes(hub, tmp_path, capsys):
+    content = authors_file()
+    (tmp_path / 'in.pth').write_bytes(content)
+    out = str(tmp_path / 'out.safetensors')
+    flipped = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+    (tmp_path / 'SHA256SUMS').write_text(f'{sha256(flipped)}  in.pth\n')
+    for more in ([], ['--sha256', sha256(flipped)]):
+        assert convert_main([str(tmp_path / 'in.pth'), out, *more]) == 1
+        assert 'SHA-256' in capsys.readouterr().err and not os.path.exists(out)
+
+
 def test_a_pickle_that_would_run_code_is_refused(hub, tmp_path):
     class Evil:
         def __reduce__(self):
@@ -322,7 +352,6 @@ def test_the_environment_names_hub_and_cache(tmp_path):
 
 def test_no_configuration_claims_weights_that_it_has_not():
     """A tag of ours has a place for its weights only once they are there."""
-    for name in timm.list_models(module='vision_mamba', pretrained=True):
-        cfg = timm.get_pretrained_cfg(name)
+    for name, cfg in published().items():
         assert cfg.hf_hub_id in (None, *(f'hustvl/Vim-{size}-midclstok' for size in ('tiny', 'small', 'base'))), name
         assert cfg.hf_hub_id or Path(cfg.file).is_file()

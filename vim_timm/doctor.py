@@ -1,13 +1,24 @@
-"""`python -m vim_timm.doctor`: what this machine can run, and why not: versions, devices, scan backends."""
+"""`python -m vim_timm.doctor`: what this machine can run, and why not: versions, devices, scan backends.
 
+`--weights` checks the SHA-256 of published weights instead: of those in the package and in the Hub's cache.
+"""
+
+import argparse
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from timm.models._hub import hf_split
 
 from vim_timm import __version__, ops
+
+from .errors import UserError, run
+from .models.checkpoint import CheckpointError
+from .models.pretrained import check_sum, published
 
 _PACKAGES = ('torchvision', 'timm', 'triton', 'mamba-ssm', 'causal-conv1d')
 
@@ -70,9 +81,40 @@ def report() -> str:
     return '\n\n'.join('\n'.join([title, *(f'  {line}' for line in lines)]) for title, lines in sections.items())
 
 
-def main() -> int:
-    print(report())
-    return 0
+def weights() -> tuple[list[str], int]:
+    """A line for each published weight that says whether the file here is the right one, and the number of wrong ones.
+
+    Nothing is downloaded.
+    """
+    lines, damaged = [], 0
+    for name, cfg in published().items():
+        path = cfg.file
+        if not path:
+            repository, revision = hf_split(cfg.hf_hub_id)
+            path = try_to_load_from_cache(repository, cfg.hf_hub_filename, revision=revision)
+        try:
+            found = check_sum(path) if isinstance(path, str) else ''
+            text = f'SHA-256 {found}, as it should be' if found else f'not downloaded, from {cfg.hf_hub_id}'
+        except CheckpointError as error:
+            text, damaged = str(error), damaged + 1
+        lines.append(f'{name}: {text}')
+    return lines, damaged
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+
+    def body(arguments: Sequence[str]) -> None:
+        parser = argparse.ArgumentParser('vim_timm.doctor', description=__doc__.splitlines()[0])
+        parser.add_argument('--weights', action='store_true', help='check the SHA-256 of published weights instead')
+        if not parser.parse_args(arguments).weights:
+            return print(report())
+        lines, damaged = weights()
+        print('\n'.join(lines))
+        if damaged:
+            raise UserError(f'{damaged} of {len(lines)} weights are damaged')
+
+    return run(body, 'doctor', argv)
 
 
 if __name__ == '__main__':

@@ -20,6 +20,8 @@ from torch import nn
 from vim_timm.layers import BiMamba
 from vim_timm.layers.token_order import ClassToken
 from vim_timm.models.checkpoint import CheckpointError, describe_family, read_checkpoint, select_weights
+from vim_timm.models.pretrained import check_sum
+from vim_timm.models.pretrained import sha256 as file_sum
 from vim_timm.models.vision_mamba import VisionMamba, checkpoint_filter_fn
 from vim_timm.version import __version__
 
@@ -77,6 +79,7 @@ def from_original(
 
     Args:
         state_dict: the original's parameters and buffers, under its names.
+        device: with 'meta' the model takes the tensors of `state_dict` themselves, where they are, without a copy.
 
     Raises:
         ValueError: a mode that is not carried along (`flip_img_sequences_ratio`, `if_bidirectional`, ...), or a
@@ -170,13 +173,13 @@ def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
 
 
 def _load_strictly(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """`load_state_dict(strict=True)` whose error is one sentence."""
+    """`load_state_dict(strict=True)` whose error is one sentence; a model on `meta` takes the tensors themselves."""
     own = model.state_dict()
     for name in own.keys() ^ state_dict.keys():
         raise CheckpointError(f'the checkpoint {"lacks" if name in own else "has no use for"} {name}')
     for name, value in state_dict.items():
         _check_shape(name, value.shape, own[name].shape)
-    model.load_state_dict(state_dict, strict=True)
+    model.load_state_dict(state_dict, strict=True, assign=any(value.is_meta for value in own.values()))
 
 
 def load_original_file(path: str | Path, use_ema: bool = False) -> dict[str, torch.Tensor]:
@@ -273,18 +276,26 @@ def _bimamba_type(state_dict: Mapping[str, torch.Tensor]) -> str:
     return 'v1' if 'layers.0.mixer.A_b_log' in state_dict else 'none'
 
 
-def convert(source: str | Path, destination: str | Path, name: str = '', use_ema: bool = False) -> VisionMamba:
+def convert(
+    source: str | Path, destination: str | Path, name: str = '', use_ema: bool = False, sha256: str = ''
+) -> VisionMamba:
     """Rewrite an original checkpoint as safetensors under our names, and return the model it fits.
 
     The architecture is `name` if given, else the one that the file's own `args.model` names, else what the shapes tell.
-    Weights are renamed and reordered, never resampled. The file's metadata say where it came from.
+    Weights are renamed and reordered, never resampled. The file's metadata say where it came from. Nothing is copied:
+    tensors go from one file to the other, and those that are not converted are not read.
+
+    Args:
+        sha256: what the source's has to be, in hexadecimal; by default what a SHA256SUMS beside it or the Hub's cache
+            says, where they do.
 
     Raises:
         FileNotFoundError: no folder to write into.
         CheckpointError: the source cannot be read, is of another family or does not fit.
         RuntimeError: timm does not know `name`.
     """
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, mmap=True)
+    check_sum(source, sha256)
     state_dict = _tensors(select_weights(checkpoint, use_ema), source)
     args = checkpoint.get('args')
     trained = getattr(args, 'model', '')
@@ -294,7 +305,7 @@ def convert(source: str | Path, destination: str | Path, name: str = '', use_ema
         _load_strictly(model, checkpoint_filter_fn(state_dict, model))
         architecture = _architecture(model)
     else:
-        model = from_original(state_dict, **infer_arguments(state_dict))
+        model = from_original(state_dict, **infer_arguments(state_dict), device='meta')
         architecture = find_architecture(model)
     metadata = {
         'format': 'pt',
@@ -311,7 +322,8 @@ def _registered(name: str, state_dict: Mapping[str, torch.Tensor], img_size: Opt
     head = state_dict.get('head.weight')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the original's names are deprecated ones
-        model = create_model(name, num_classes=0 if head is None else len(head), img_size=img_size)
+        num_classes = 0 if head is None else len(head)
+        model = create_model(name, num_classes=num_classes, img_size=img_size, device='meta')
     if not isinstance(model, VisionMamba):
         raise CheckpointError(f'{name} is not a Vim')
     return model
@@ -360,16 +372,17 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument('destination', metavar='OUT.safetensors')
     parser.add_argument('--model', default='', metavar='NAME', help='architecture (default: told by the file)')
     parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
+    parser.add_argument('--sha256', default='', metavar='HEX', help="what IN.pth's SHA-256 has to be")
     args = parser.parse_args(argv)
     try:
         if not args.destination.endswith('.safetensors'):
             raise ValueError(f'{args.destination} must end in .safetensors')
-        model = convert(args.source, args.destination, args.model, args.use_ema)
+        model = convert(args.source, args.destination, args.model, args.use_ema, args.sha256)
     except (OSError, ValueError, RuntimeError) as error:
         print(f'convert: error: {(str(error) or repr(error)).splitlines()[0]}', file=sys.stderr)
         return 1
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f'{args.destination}: {count:,} parameters')
+    print(f'{args.destination}: {count:,} parameters, SHA-256 {file_sum(args.destination)}')
     return 0
 
 

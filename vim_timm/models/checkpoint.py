@@ -3,6 +3,7 @@
 import argparse
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, Set, Union
 
@@ -20,10 +21,13 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be read, or that is not for the model; the message is one sentence for a user."""
 
 
-def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
+def read_checkpoint(path: Union[str, Path], mmap: bool = False) -> Dict[str, Any]:
     """The whole content of a .safetensors or torch file on the CPU.
 
     Only tensors, plain containers and argparse.Namespace (DeiT-style `args`) are unpickled.
+
+    Args:
+        mmap: leave tensors in the file until they are used, which has to stay as it is as long as they are.
 
     Raises:
         CheckpointError: missing, truncated, or in need of running code.
@@ -36,7 +40,8 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch warns of foreign pickles, which end in a sentence below
-            content = torch.load(path, map_location='cpu', weights_only=True)
+            mmap = mmap and zipfile.is_zipfile(path)  # torch's older format cannot be mapped
+            content = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as e:
         if 'weights_only' in str(e) or 'Unsupported' in str(e):
             message = f'{path} is refused: it holds more than weights, a pickle that would run code'

@@ -6,12 +6,13 @@ damaged file are a pickle's. So every place is turned into a file on the disk be
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from timm.models import resolve_pretrained_cfg
+from timm.models import get_pretrained_cfg, list_models, model_entrypoint, resolve_pretrained_cfg
 from timm.models._hub import hf_split
 
 from .checkpoint import CheckpointError
@@ -28,7 +29,7 @@ def packaged(name: str) -> Dict[str, Any]:
     Its folder in `weights/` is what `vim_timm.hub.publish` writes, and its config.json the one source of these entries.
     """
     folder = PACKAGED / name
-    if not (folder / 'config.json').is_file():
+    if not ((folder / 'config.json').is_file() and (folder / SUMS).is_file()):
         return {}
     config = json.loads((folder / 'config.json').read_text())
     entries = {key: value for key, value in config['pretrained_cfg'].items() if key not in ('tag', 'custom_load')}
@@ -36,6 +37,16 @@ def packaged(name: str) -> Dict[str, Any]:
     if 'label_names' in config:
         entries['label_names'] = tuple(config['label_names'])
     return {key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()}
+
+
+def published() -> Dict[str, Any]:
+    """Configurations of this package's models that have weights, by name with tag (`architecture.tag`)."""
+    names = [name for name in list_models(pretrained=True) if _is_ours(name.partition('.')[0])]
+    return {name: get_pretrained_cfg(name) for name in names}
+
+
+def _is_ours(name: str) -> bool:
+    return model_entrypoint(name).__module__.startswith('vim_timm.')
 
 
 def on_disk(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
@@ -107,14 +118,25 @@ def sha256(path: Union[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def check_sum(path: Union[str, Path]) -> None:
-    """Compare a file with its line in the SHA256SUMS beside it.
+def known_sum(path: Union[str, Path]) -> str:
+    """SHA-256 that a file has to have: by the SHA256SUMS beside it, or by its name in the Hub's cache; else ''."""
+    path = Path(path)
+    sums = path.parent / SUMS
+    if sums.is_file():
+        lines = (line.split(maxsplit=1) for line in sums.read_text().splitlines())
+        return {name.lstrip('*'): digest for digest, name in lines}.get(path.name, '')
+    blob = path.resolve()
+    return blob.name if blob.parent.name == 'blobs' and re.fullmatch('[0-9a-f]{64}', blob.name) else ''
+
+
+def check_sum(path: Union[str, Path], expected: str = '') -> str:
+    """Compare a file's SHA-256 with the expected one, or the one that is known of it; '' where neither is.
 
     Raises:
-        CheckpointError: it has none, or the file is another one.
+        CheckpointError: it is another one.
     """
-    path = Path(path)
-    lines = (path.parent / SUMS).read_text().splitlines()
-    sums = {name: digest for digest, name in (line.split() for line in lines)}
-    if sums.get(path.name) != sha256(path):
-        raise CheckpointError(f'{path} is damaged: its SHA-256 is not the one in {SUMS}; install vim-timm again')
+    expected = (expected or known_sum(path)).lower()
+    found = sha256(path) if expected else ''
+    if found != expected:
+        raise CheckpointError(f'{path} is damaged: its SHA-256 is {found} and should be {expected}; get the file again')
+    return found
