@@ -6,9 +6,10 @@ import pytest
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
-from vim_timm import arguments, data, flags, train
-from vim_timm.engine import log, loop, setup
+from vim_timm import data, tasks, train
+from vim_timm.engine import build, log, loop, process
 from vim_timm.errors import UserError
+from vim_timm.settings import flags, parse
 
 # Every flag of timm's train.py (as of 1.0.29, then those that came later) and its default.
 TIMM = {
@@ -73,7 +74,7 @@ def name_of(flag: str) -> str:
 
 @pytest.fixture(scope='module')
 def defaults():
-    return vars(arguments.parse('train.py', flags.TRAIN, ['--dataset', 'digits'])[0])
+    return vars(parse.parse('train.py', flags.TRAIN, ['--dataset', 'digits'])[0])
 
 
 @pytest.mark.parametrize('flag', TIMM)
@@ -84,7 +85,7 @@ def test_default_is_timms(flag, defaults):
 
 @pytest.mark.parametrize('short', SHORT)
 def test_short_names_are_timms(short):
-    args, _ = arguments.parse('train.py', flags.TRAIN, ['--dataset', 'digits', short, '1'])
+    args, _ = parse.parse('train.py', flags.TRAIN, ['--dataset', 'digits', short, '1'])
     assert getattr(args, name_of(SHORT[short])) == 1
 
 
@@ -103,17 +104,24 @@ def test_unknown_flag_is_named(capsys):
 @pytest.mark.parametrize('flag', sorted(ROWS.keys() - set(REFUSED) - {'--worker-seeding'}))
 def test_no_flag_is_ignored(flag):
     """The code that runs a training, or timm's helper that it hands the settings to, reads the flag."""
-    sources = [data.loading, loop, setup, train, log, optimizer_kwargs, scheduler_kwargs]
+    sources = [data.loading, loop, build, process, tasks.classification, tasks, train, log]
+    sources += [optimizer_kwargs, scheduler_kwargs]
     code = ' '.join(inspect.getsource(source) for source in sources)
     name = name_of(flag)
     by_timm = {'input_size', 'img_size', 'in_chans', 'crop_pct', 'mean', 'std', 'interpolation'}
-    assert f'args.{name}' in code or f"'{name}'" in code or f'cfg.{name}' in code or name in by_timm
+    assert (
+        f'args.{name}' in code
+        or f'settings.{name}' in code
+        or f"'{name}'" in code
+        or f'cfg.{name}' in code
+        or name in by_timm
+    )
 
 
 def test_yaml_config_is_checked_like_the_command_line(tmp_path):
     config = tmp_path / 'config.yaml'
     config.write_text('batch-size: 7\nlr: 1e-3\nscale: [0.5, 1]\n')
-    args, chosen = arguments.parse('train.py', flags.TRAIN, ['-c', str(config), '--lr', '0.5'])
+    args, chosen = parse.parse('train.py', flags.TRAIN, ['-c', str(config), '--lr', '0.5'])
     assert (args.batch_size, args.lr, args.scale) == (7, 0.5, [0.5, 1.0])
     assert {'batch_size', 'lr', 'scale'} <= chosen
     for text, word in (
@@ -124,13 +132,13 @@ def test_yaml_config_is_checked_like_the_command_line(tmp_path):
     ):
         config.write_text(text)
         with pytest.raises(UserError, match=word if word != 'YAML' else 'one setting'):
-            arguments.parse('train.py', flags.TRAIN, ['-c', str(config)])
+            parse.parse('train.py', flags.TRAIN, ['-c', str(config)])
 
 
 def test_yaml_lr_in_exponent_notation_is_a_number(tmp_path):
     config = tmp_path / 'config.yaml'
     config.write_text('lr: 1e-3\n')  # a string to YAML 1.1
-    assert arguments.parse('train.py', flags.TRAIN, ['-c', str(config)])[0].lr == 1e-3
+    assert parse.parse('train.py', flags.TRAIN, ['-c', str(config)])[0].lr == 1e-3
 
 
 def test_bare_command_line_is_the_digits_recipe():

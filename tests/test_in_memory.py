@@ -16,6 +16,7 @@ from vim_timm import data, train, validate
 from vim_timm.data.device_augment import DRAWS, Augmentation, jitter, random_boxes, resampling
 from vim_timm.engine import Hooks
 from vim_timm.errors import Preempted, UserError
+from vim_timm.settings import Process
 
 BASE = '--model test_vit --img-size 16 --in-chans 1 --device cpu --workers 0 --batch-size 64 --log-interval 100'
 DIGITS = f'{BASE} --dataset digits --opt adamw --lr 1e-3 --warmup-epochs 0'.split()
@@ -30,15 +31,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def settings(*flags, rank=0, world_size=1):
-    args = train.parse_args([*DIGITS, '--data-in-memory', *flags])
-    args.torch_device, args.dtype, args.rank, args.world_size = torch.device('cpu'), torch.float32, rank, world_size
-    return args
+def settings(*flags):
+    return train.parse_args([*DIGITS, '--data-in-memory', *flags])
 
 
 def batches(*flags, epoch=0, start=0, **where):
-    args = settings(*flags, **where)
-    loader = data.train_loader(args, data.make_dataset(args, 'train', True, 1), CONFIG)
+    args = settings(*flags)
+    loader = data.train_loader(args, Process(**where), data.make_dataset(args, 'train', True, 1), CONFIG)
     torch.rand(7)  # whatever else draws numbers must not matter
     return list(loader.epoch(epoch, start))
 
@@ -145,22 +144,22 @@ def test_an_epoch_goes_on_where_it_stopped():
     whole = batches(*ALL, epoch=3)
     rest = batches(*ALL, epoch=3, start=5)
     assert len(rest) == len(whole) - 5
-    for (images, targets), (same_images, same_targets) in zip(whole[5:], rest):
-        assert torch.equal(images, same_images) and torch.equal(targets, same_targets)
+    for (images, targets, keys, _), (same_images, same_targets, same_keys, _) in zip(whole[5:], rest):
+        assert torch.equal(images, same_images) and torch.equal(targets, same_targets) and torch.equal(keys, same_keys)
     other = batches(*ALL, epoch=4)
     assert not torch.equal(whole[0][0], other[0][0])
 
 
 @pytest.mark.parametrize('repeats', [[], ['--epoch-repeats', '2'], ['--aug-repeats', '2']])
 def test_every_sample_has_its_own_augmentation(repeats):
-    images = torch.cat([part for part, _ in batches('--scale', '0.8', '1', *repeats)])
+    images = torch.cat([part for part, *_ in batches('--scale', '0.8', '1', *repeats)])
     assert len(images.flatten(1).unique(dim=0)) == len(images)
 
 
 def test_processes_share_a_batch_without_changing_it():
     whole = batches('--batch-size', '32')
     halves = [batches('--batch-size', '16', rank=rank, world_size=2) for rank in range(2)]
-    for (images, targets), (one, one_targets), (two, two_targets) in zip(whole, *halves):
+    for (images, targets, *_), (one, one_targets, *_), (two, two_targets, *_) in zip(whole, *halves):
         assert torch.allclose(images, torch.cat([one, two]), atol=1e-5)
         assert torch.equal(targets, torch.cat([one_targets, two_targets]))
 
@@ -245,7 +244,7 @@ def test_streams_are_refused():
 
     args = settings()
     with pytest.raises(UserError, match='stream'):
-        data.eval_loader(argparse.Namespace(**{**vars(args), 'dataset': 'hfids/x'}), Stream(), CONFIG)
+        data.eval_loader(argparse.Namespace(**{**vars(args), 'dataset': 'hfids/x'}), Process(), Stream(), CONFIG)
 
 
 def test_compressed_mnist_is_read_in_place(tmp_path, capsys):

@@ -20,8 +20,8 @@ from torchvision.datasets import cifar
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import doctor, original, train, validate
-from vim_timm.flags import TRAIN, VALIDATE
 from vim_timm.report import curves
+from vim_timm.settings.flags import TRAIN, VALIDATE
 
 ROOT = Path(__file__).parents[1]
 DOC = (ROOT / 'docs' / 'from-other-frameworks.md').read_text()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vim_timm import original
-from vim_timm.arguments import parse
-from vim_timm.flags import TRAIN, VALIDATE
+from vim_timm.settings.flags import TRAIN, VALIDATE
+from vim_timm.settings.parse import parse
 
 MIDCLS = 'bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2'
 TINY = f'vim_tiny_patch16_224_{MIDCLS}'

@@ -9,8 +9,8 @@ import timm
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import train, validate
-from vim_timm.arguments import parse
-from vim_timm.flags import VALIDATE
+from vim_timm.settings.flags import VALIDATE
+from vim_timm.settings.parse import parse
 
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 COMMANDS = [line for block in re.findall(r'```sh\n(.*?)```', README, re.DOTALL) for line in block.splitlines()]

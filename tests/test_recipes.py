@@ -11,9 +11,9 @@ import yaml
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import original, train
-from vim_timm.arguments import RECIPES
-from vim_timm.engine import setup
-from vim_timm.flags import TRAIN
+from vim_timm.engine import build
+from vim_timm.settings.flags import TRAIN
+from vim_timm.settings.parse import RECIPES
 
 PATHS = sorted(Path(str(RECIPES)).glob('*.yaml'))
 NAMES = [path.stem for path in PATHS]
@@ -114,8 +114,7 @@ def test_imagenet_recipes_are_the_authors_scripts(name, tmp_path):
 def test_effective_learning_rates_of_the_authors():
     for name, rate in (('imagenet_tiny', 1e-3), ('imagenet_small', 1e-3), ('imagenet_tiny_stride8', 1e-5)):
         args = train.parse_args(['--recipe', name])
-        args.world_size = 8
-        assert setup.learning_rate(args) == pytest.approx(rate)
+        assert build.learning_rate(args, world_size=8) == pytest.approx(rate)
 
 
 def test_cifar10_recipe_is_the_measured_run():

@@ -23,6 +23,7 @@ from vim_timm.report import curves, extras, plots, samples
 from vim_timm.report.evaluation import Evaluation, write_report
 from vim_timm.report.metrics import confused_pairs, measure, normalized
 from vim_timm.report.names import class_names
+from vim_timm.settings import Process
 
 FILES = {
     'report.html', 'report.json', 'per_class.csv', 'predictions.csv', 'confusion_matrix.csv', 'confusion_matrix.png',
@@ -240,9 +241,8 @@ def constant(tmp_path):
 def test_real_labels_go_by_file_name_and_skip_images_without_one(tmp_path, constant):
     (tmp_path / 'real.json').write_text(json.dumps([[1], [1], [0], [], [0, 1], [0]]))
     args = validate.parse_args([*constant, '--real-labels', str(tmp_path / 'real.json')])
-    validate.setup.start_process(args, args.chosen)
     # Of images 1, 2, 5 and 6: the broken one and the one without labels do not count.
-    assert validate.validate(args)['top1'] == 75
+    assert validate.validate(args, Process())['top1'] == 75
 
 
 @pytest.mark.parametrize('labels, message', [([[1]] * 5, 'another number'), (None, 'real.json')])
@@ -260,8 +260,7 @@ def test_test_time_pooling_is_for_models_with_a_map_of_features(tmp_path, weight
     save_file(model.state_dict(), str(tmp_path / 'r.safetensors'))
     flags = '--dataset digits --model test_resnet --in-chans 1 --img-size 224 --device cpu --workers 0 --test-pool'
     args = validate.parse_args([*flags.split(), '--checkpoint', str(tmp_path / 'r.safetensors'), '--num-classes', '10'])
-    validate.setup.start_process(args, args.chosen)
-    assert validate.validate(args)['crop_pct'] == 1.0
+    assert validate.validate(args, Process())['crop_pct'] == 1.0
 
 
 def test_training_draws_curves(tmp_path, capsys):

@@ -18,9 +18,11 @@ from timm.data.loader import adapt_to_chs
 
 from vim_timm import train, validate
 from vim_timm.data import Digits
-from vim_timm.engine import Hooks, setup
+from vim_timm.engine import Hooks
 from vim_timm.engine.checkpoint import Saver
 from vim_timm.errors import TrainingStopped
+from vim_timm.settings import Process
+from vim_timm.tasks import make_task
 
 BASE = '--device cpu --workers 0 --batch-size 64 --log-interval 100 --opt adamw --lr 1e-3 --epochs 1'
 DIGITS = f'{BASE} --dataset digits --model test_vit --img-size 16 --in-chans 1'
@@ -275,11 +277,10 @@ def test_distillation_from_a_teacher(tmp_path, run):
 def test_a_teacher_sees_images_normalized_as_it_wants_them(channels):
     size = (channels, 16, 16)
     args = train.parse_args(f'{DIGITS} --kd-model-name teacher'.split())
-    args.torch_device, args.dtype = torch.device('cpu'), torch.float32
     models = [timm.create_model('test_vit', num_classes=10, img_size=16, in_chans=channels) for _ in range(2)]
     args.kd_model_name = models[1]
     config = dict(mean=(0.2,) * channels, std=(0.5,) * channels, input_size=size)
-    task = setup.make_task(args, models[0], None, config)
+    task = make_task(args, Process(), models[0], config)
     images = torch.rand(2, *size)
     seen = task.teacher.normalize_input((images - 0.2) / 0.5, task.student_mean, task.student_std)
     mean, std = (

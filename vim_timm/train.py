@@ -17,14 +17,16 @@ from timm.utils import random_seed
 import vim_timm  # noqa: F401  registers the models with timm
 
 from . import data
-from .arguments import parse
-from .engine import setup
+from .engine import build
 from .engine.checkpoint import Saver
 from .engine.loop import Hooks, Trainer
+from .engine.process import start_process
 from .errors import UserError, explain, run
 from .files import write_atomically
-from .flags import TRAIN
 from .report.curves import write_curves
+from .settings.flags import TRAIN
+from .settings.parse import parse
+from .tasks import make_task
 
 PROGRAM = 'train.py'
 SHARES = (
@@ -130,31 +132,35 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
     with explain('--device-modules'):
         for module in args.device_modules or []:
             importlib.import_module(module)
-    setup.start_process(args, args.chosen)
+    process = start_process(args, args.chosen)
     random_seed(args.seed)
     datasets = make_datasets(args, hooks)
-    model = setup.make_training_model(args)
+    model = build.make_training_model(args, process)
     args.num_classes = args.settings['num_classes'] = args.num_classes or model.num_classes
     args.settings['model'] = args.model
     with explain('images'):
         data_config = resolve_input_data_config(model, vars(args))
-    model = setup.place_model(args, model, data_config['input_size'])
-    train_data = data.train_loader(args, datasets[0], data_config)
-    eval_data = data.eval_loader(args, datasets[1], data_config)
-    task = hooks.task(model, args) if hooks.task else setup.make_task(args, model, hooks.loss, data_config)
-    optimizer = setup.make_optimizer(args, task)
-    if args.model_ema and (args.rank == 0 or not args.model_ema_force_cpu):
+    model = build.place_model(args, process, model, data_config['input_size'])
+    loaders = (
+        data.train_loader(args, process, datasets[0], data_config),
+        data.eval_loader(args, process, datasets[1], data_config),
+    )
+    task = make_task(args, process, model, data_config, hooks.loss, hooks.task)
+    if 'eval_metric' not in args.chosen:
+        args.eval_metric = args.settings['eval_metric'] = task.create_evaluator().default_metric
+    optimizer = build.make_optimizer(args, process, task)
+    if args.model_ema and (process.primary or not args.model_ema_force_cpu):
         task.setup_ema(args.model_ema_decay, args.model_ema_warmup, device='cpu' if args.model_ema_force_cpu else None)  # type: ignore[arg-type]
     if args.torchcompile:
         with explain('--torchcompile'):
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-    if args.world_size > 1:
-        device_ids = [args.torch_device] if args.torch_device.type == 'cuda' else None
+    if process.world_size > 1:
+        device_ids = [process.device] if process.device.type == 'cuda' else None
         task.prepare_distributed(
             device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb, gradient_as_bucket_view=True
         )
     folder = output_folder(args, data_config['input_size'][-1])
-    trainer = Trainer(args, task, optimizer, train_data, eval_data, folder, hooks)
+    trainer = Trainer(args, process, task, optimizer, loaders, folder, hooks)
     resumed = checkpoint_to_resume(args, trainer.saver)
     if resumed:
         trainer.resume(resumed)
@@ -175,14 +181,14 @@ def announce(args: argparse.Namespace, trainer: Trainer, model: torch.nn.Module,
     """Print what is about to happen, the effective global batch and learning rate among it."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = 'x'.join(map(str, data_config['input_size']))
-    batch = args.batch_size * args.world_size * args.grad_accum_steps
-    precision = f'{args.amp_dtype} AMP' if args.amp else str(args.dtype).rpartition('.')[2]
+    process = trainer.process
+    batch = args.batch_size * process.world_size * args.grad_accum_steps
     trainer.progress.say(
         f'{args.model}: {parameters / 1e6:.2f} M parameters, input {size}, {args.num_classes} classes, '
-        f'on {args.world_size} x {args.device}, {precision}'
+        f'on {process.world_size} x {process.device}, {process.precision}'
     )
     trainer.progress.say(
-        f'global batch {batch} = {args.batch_size} images x {args.world_size} ranks x {args.grad_accum_steps} '
+        f'global batch {batch} = {args.batch_size} images x {process.world_size} ranks x {args.grad_accum_steps} '
         f'accumulated; {args.opt}, learning rate {args.lr:.4g}; {trainer.epochs} epochs of {trainer.batches} steps; '
         f'output in {trainer.folder}'
     )
@@ -194,7 +200,9 @@ def farewell(trainer: Trainer) -> None:
     if not ranking:
         return
     best = next(row for row in trainer.rows if row['epoch'] == ranking[0])
-    trainer.progress.say(f'best {trainer.args.eval_metric}: {best[trainer.metric]:.2f} in epoch {best["epoch"]}')
+    metric = trainer.args.eval_metric
+    shown = trainer.task.number(metric, best[trainer.metric])
+    trainer.progress.say(f'best {metric}: {shown} in epoch {best["epoch"]}')
     if trainer.primary:
         try:
             trainer.progress.say(f'curves: {write_curves(trainer.folder, trainer.rows)}')

@@ -13,26 +13,30 @@ import torch
 from timm.data import resolve_input_data_config
 from timm.layers import apply_test_time_pool
 from timm.models import safe_model_name
+from timm.task import ClassificationTask
 from timm.utils import check_batch_size_retry, decay_batch_step, natural_key, reparameterize_model
 
 import vim_timm  # noqa: F401  registers the models with timm
 
 from . import data
-from .arguments import parse
 from .data.real_labels import read_real_labels, real_accuracy
-from .engine import setup
+from .engine import build
 from .engine.checkpoint import load_weights
-from .engine.evaluate import Batch, Metric, evaluate
+from .engine.evaluate import Metric, Predicted, Watch, evaluate
 from .engine.log import Progress, Speed
+from .engine.process import catch_signals, start_process
 from .errors import Preempted, UserError, explain, run, sentence
 from .files import table, write_atomically
-from .flags import VALIDATE
 from .models.checkpoint import read_checkpoint
 from .report.evaluation import Evaluation, open_folder, write_report
 from .report.extras import require
 from .report.facts import facts
 from .report.metrics import measure
 from .report.names import class_names
+from .settings import Process
+from .settings.flags import VALIDATE
+from .settings.parse import parse
+from .tasks import adopt
 from .train import check, match_classes
 
 PROGRAM = 'validate.py'
@@ -74,7 +78,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def validate(args: argparse.Namespace, metrics: Mapping[str, Metric] | None = None) -> dict[str, Any]:
+def validate(args: argparse.Namespace, process: Process, metrics: Mapping[str, Metric] | None = None) -> dict[str, Any]:
     """Evaluate one model, and return timm's result row: top1, top1_err, top5, top5_err, param_count, img_size, ...
 
     Raises:
@@ -89,13 +93,15 @@ def validate(args: argparse.Namespace, metrics: Mapping[str, Metric] | None = No
     if labels is None:
         match_classes(args, dataset, args.split)
     real = read_real_labels(args.real_labels, dataset) if args.real_labels else None
-    model, parameters, data_config = _ready_model(args, labels)
-    loader = data.eval_loader(args, dataset, data_config)
-    progress, speed = Progress(args.rank == 0, args.log_freq), Speed(args, len(loader))
-    outputs: list[Batch] = []
+    model, parameters, data_config = _ready_model(args, process, labels)
+    loader = data.eval_loader(args, process, dataset, data_config)
+    task = adopt(ClassificationTask(model, device=process.device, dtype=process.dtype, verbose=False))
+    progress, speed = Progress(process.primary, args.log_freq), Speed(process, len(loader))
+    outputs: list[Predicted] = []
     on_all = outputs.append if args.report or real else None
-    with setup.catch_signals() as signals:
-        result = evaluate(model, loader, args, _more_metrics(args, metrics), on_all, progress, speed, signals)
+    with catch_signals() as signals:
+        watch = Watch(progress, speed, signals)
+        result = evaluate(task, loader, process, False, _more_metrics(args, metrics), on_all, watch)
     rate = speed.rate()
     if real:
         result.update(real_accuracy(real, outputs[0][0], outputs[0][2]))
@@ -106,16 +112,18 @@ def validate(args: argparse.Namespace, metrics: Mapping[str, Metric] | None = No
     row.update(count=result['count'], param_count=round(parameters / 1e6, 2), img_size=data_config['input_size'][-1])
     row.update(crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'])
     progress.say(f' * Acc@1 {row["top1"]:.3f} ({row["top1_err"]:.3f}) Acc@5 {row["top5"]:.3f} ({row["top5_err"]:.3f})')
-    if args.report and args.rank == 0:
+    if args.report and process.primary:
         scores = measure(*outputs[0], _class_names(dataset, labels))
-        write_report(args.report, Evaluation(row, facts(args, rate), scores, dataset))
+        write_report(args.report, Evaluation(row, facts(args, process, rate), scores, dataset))
         progress.say(f'report: {os.path.join(args.report, "report.html")}')
     return row
 
 
-def _ready_model(args: argparse.Namespace, labels: list[int] | None) -> tuple[torch.nn.Module, int, dict[str, Any]]:
+def _ready_model(
+    args: argparse.Namespace, process: Process, labels: list[int] | None
+) -> tuple[torch.nn.Module, int, dict[str, Any]]:
     """The model with its weights on its device, the number of its parameters, and its data settings."""
-    model: Any = setup.make_model(args)
+    model: Any = build.make_model(args, process)
     if args.checkpoint:
         load_weights(model, args.checkpoint, args.use_ema)
     if args.reparam:
@@ -131,7 +139,7 @@ def _ready_model(args: argparse.Namespace, labels: list[int] | None) -> tuple[to
             )
         model, pooled = apply_test_time_pool(model, data_config)
         data_config['crop_pct'] = 1.0 if pooled else data_config['crop_pct']
-    model = setup.place_model(args, model, data_config['input_size'])
+    model = build.place_model(args, process, model, data_config['input_size'])
     if labels is not None:
         model = torch.nn.Sequential(model, _Select(labels))
     if args.torchcompile:
@@ -182,11 +190,11 @@ def _more_metrics(args: argparse.Namespace, metrics: Mapping[str, Metric] | None
     return more
 
 
-def validate_with_retry(args: argparse.Namespace) -> dict[str, Any]:
+def validate_with_retry(args: argparse.Namespace, process: Process) -> dict[str, Any]:
     """`validate`, with half the batch as long as --retry is given and memory runs out."""
     while True:
         try:
-            return validate(args)
+            return validate(args, process)
         except RuntimeError as error:
             smaller = decay_batch_step(args.batch_size)
             if not args.retry or not check_batch_size_retry(str(error)) or smaller < 1:
@@ -211,13 +219,15 @@ def candidates(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{}]
 
 
-def _evaluate_choice(args: argparse.Namespace, choice: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+def _evaluate_choice(
+    args: argparse.Namespace, process: Process, choice: Mapping[str, Any], alone: bool
+) -> dict[str, Any]:
     """The result row of one of the candidates; each of several has its own folder in that of --report."""
     report = args.report
     if report and not alone:
         name = os.path.basename(choice.get('checkpoint', '')).partition('.')[0] or safe_model_name(choice['model'])
         report = os.path.join(report, name)
-    row = validate_with_retry(argparse.Namespace(**{**vars(args), **choice, 'report': report}))
+    row = validate_with_retry(argparse.Namespace(**{**vars(args), **choice, 'report': report}), process)
     return {**row, **({'checkpoint': choice['checkpoint']} if 'checkpoint' in choice else {})}
 
 
@@ -235,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body(arguments: Sequence[str]) -> None:
         args = parse_args(arguments)
-        setup.start_process(args, args.chosen)
+        process = start_process(args, args.chosen)
         try:
             choices = candidates(args)
             if not choices:
@@ -243,19 +253,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows, failures = [], []
             for choice in choices:
                 try:
-                    rows.append(_evaluate_choice(args, choice, alone=len(choices) == 1))
+                    rows.append(_evaluate_choice(args, process, choice, alone=len(choices) == 1))
                 except Preempted:
                     raise
                 except UserError as error:  # the others may do; those done are not lost
                     if len(choices) == 1:
                         raise
                     failures.append(f'{choice.get("checkpoint") or choice.get("model")}: {error}')
-                    if args.rank == 0:
+                    if process.primary:
                         print(failures[-1], flush=True)
                 rows.sort(key=lambda row: row['top1'], reverse=True)
-                if rows and args.rank == 0 and args.results_file:
+                if rows and process.primary and args.results_file:
                     write_results(args.results_file, rows, args.results_format)
-            if rows and args.rank == 0:
+            if rows and process.primary:
                 print(f'--result\n{json.dumps(rows if len(choices) > 1 else rows[0], indent=4)}')
             if failures:
                 raise UserError(f'{len(failures)} of {len(choices)} failed')

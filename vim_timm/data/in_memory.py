@@ -10,6 +10,8 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
+from ..settings import Process
+from .batch import Collate, Labels
 from .device_augment import DRAWS, Augmentation
 from .sampling import EpochBatches, Samples, SeededErasing, seed_everything
 
@@ -40,10 +42,10 @@ def make_augmentation(args: Any, data_config: dict[str, Any]) -> Augmentation:
     )
 
 
-def _stack(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor]:
     images = [image for image, _ in batch]
     _check_sizes(images)
-    return torch.stack(images), torch.tensor([target for _, target in batch], dtype=torch.int64)
+    return (torch.stack(images),)
 
 
 def _check_sizes(images: Sequence[torch.Tensor]) -> None:
@@ -70,7 +72,7 @@ def _check_memory(needed: int, device: torch.device) -> None:
 
 
 class InMemory:
-    """Batches of a data set that is decoded once: images (B, C, H, W) normalized in `dtype`, targets (B,) int64.
+    """Batches of a data set that is decoded once.
 
     The augmentation of a sample is a function of (seed, epoch, position in the epoch), so a run resumes anywhere, and
     does not depend on how many processes share a batch. Erasing is a function of (seed, epoch, step), as elsewhere.
@@ -83,11 +85,11 @@ class InMemory:
     """
 
     def __init__(
-        self, samples: Samples, sampler: EpochBatches, args: Any, data_config: dict[str, Any],
+        self, samples: Samples, sampler: EpochBatches, args: Any, process: Process, data_config: dict[str, Any],
         augment: Augmentation | None, erasing: float,
     ):  # fmt: skip
         self.sampler, self.augment = sampler, augment
-        self.device, self.dtype = args.torch_device, args.dtype
+        self.device, self.dtype = process.device, process.dtype
         channels = data_config['input_size'][0]
         self.mean, self.std = (
             torch.tensor([255 * value for value in adapt_to_chs(data_config[name], channels)], device=self.device)
@@ -98,26 +100,30 @@ class InMemory:
         self.random_erasing: SeededErasing | None = None
         if erasing > 0:
             eraser = RandomErasing(erasing, mode=args.remode, max_count=args.recount, device=self.device)
-            self.random_erasing = SeededErasing(eraser, args.seed, args.rank)
-        self.images, self.targets = self._decode(samples, args.workers)
+            self.random_erasing = SeededErasing(eraser, args.seed, process.rank)
+        self.images, self.labels = self._decode(samples, args.workers)
+        places = self.labels.keys[:, 2]  # others stand where a sample could not be read
+        self.replaced = not torch.equal(places, torch.arange(len(places), device=self.device))
 
-    def _decode(self, samples: Samples, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode(self, samples: Samples, workers: int) -> tuple[torch.Tensor, Labels]:
         batches = EpochBatches(len(samples), 256, samples.seed, rank=0, world=1, training=False, passes=1)
-        loader = DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=_stack)
+        loader = DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=Collate(_stack))
         images: list[torch.Tensor] = []
-        targets: list[torch.Tensor] = []
-        for part, labels in loader:
+        labels: list[Labels] = []
+        for part, of_part in loader:
             if not images:
                 _check_memory(part[0].numel() * len(samples), self.device)
             images.append(part)
-            targets.append(labels)
+            labels.append(of_part)
         _check_sizes(images)
-        return torch.cat(images).to(self.device), torch.cat(targets).to(self.device)
+        targets, keys = (torch.cat([getattr(part, name) for part in labels]) for name in ('targets', 'keys'))
+        complete = all(part.complete for part in labels)
+        return torch.cat(images).to(self.device), Labels(targets, keys, complete).to(self.device)
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, Labels]]:
         sampler = self.sampler
         keys = torch.tensor([key for batch in sampler for key in batch], dtype=torch.int64).to(self.device).view(-1, 3)
         uniform = None
@@ -131,4 +137,6 @@ class InMemory:
             images = images.to(self.dtype).sub_(self.mean).div_(self.std)
             if self.random_erasing:
                 images = self.random_erasing(images)
-            yield images, self.targets[rows[:, 2]]
+            places = rows[:, 2]
+            keys = torch.cat([rows[:, :2], self.labels.keys[places, 2:]], 1) if self.replaced else rows
+            yield images, Labels(self.labels.targets[places], keys, self.labels.complete)

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from torchvision.transforms import PILToTensor
 
 from ..errors import UserError, explain
+from ..settings import Process
+from .batch import Batch, Collate
 from .device_augment import Augmentation
 from .digits import Digits
 from .idx import FOLDERS, CompressedIdx, is_compressed
@@ -104,20 +106,18 @@ def _worker_init(_: int) -> None:
 
 
 class Loader:
-    """Batches of one split on the device: `for images, targets in loader.epoch(epoch, start)`.
-
-    images (B, C, H, W) are normalized, in the model's dtype; targets (B,) are int64.
-    """
+    """Batches of one split on the device: `for batch in loader.epoch(epoch, start)`."""
 
     def __init__(
-        self, dataset: Any, transform: Any, args: Any, data_config: dict[str, Any], training: bool,
+        self, dataset: Any, transform: Any, args: Any, process: Process, data_config: dict[str, Any], training: bool,
         augment: Augmentation | None = None,
     ):  # fmt: skip
         mode = getattr(dataset, 'image_mode', '')
         for part in transform if isinstance(transform, tuple) else [transform]:
             keep_posterizing(part)
         self.training, self.splits = training, args.aug_splits if training else 0
-        self.device, self.dtype, self.prefetch = args.torch_device, args.dtype, not args.no_prefetcher
+        self.process, self.prefetch = process, not args.no_prefetcher
+        self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
         self.dataset: Dataset
         options: dict[str, Any] = {}
         self.seed, self.generator = args.seed, torch.Generator()  # of the workers' own seeds
@@ -129,12 +129,12 @@ class Loader:
             if not training and args.dataset.startswith('wds/'):
                 reader = dataset.reader  # type: ignore[attr-defined]
                 reader.dist_rank, reader.dist_num_replicas = 0, 1
-                reader._split_by_node_and_worker = EvaluationShards(args.rank, args.world_size)
-            self.dataset = Stream(dataset, args.seed, args.rank, args.max_unreadable)
+                reader._split_by_node_and_worker = EvaluationShards(process.rank, process.world_size)
+            self.dataset = Stream(dataset, args.seed, process.rank, args.max_unreadable)
             options.update(batch_size=size, drop_last=training)
         else:
             self.dataset = Samples(dataset, transform, mode, args.seed, training, args.max_unreadable, self.splits)
-            common = len(dataset), size, args.seed, args.rank, args.world_size
+            common = len(dataset), size, args.seed, process.rank, process.world_size
             if training and args.aug_repeats:
                 options['batch_sampler'] = RepeatedBatches(*common, repeats=args.aug_repeats)
             else:
@@ -143,7 +143,7 @@ class Loader:
             self.dataset,
             num_workers=args.workers,
             pin_memory=args.pin_mem,
-            collate_fn=fast_collate if self.prefetch else default_collate,
+            collate_fn=Collate(fast_collate if self.prefetch else default_collate),
             # the readers of streams keep state from epoch to epoch, which a resumed run would not have
             persistent_workers=args.workers > 0 and not isinstance(self.dataset, Stream),
             generator=self.generator,
@@ -157,7 +157,7 @@ class Loader:
                 raise UserError(f'--data-in-memory needs images with an index, not the stream {args.dataset}')
             if args.no_prefetcher:
                 raise UserError('--data-in-memory cannot do --no-prefetcher: leave one of the two out')
-            self.loader: Any = InMemory(self.dataset, self.sampler, args, data_config, augment, erasing)
+            self.loader: Any = InMemory(self.dataset, self.sampler, args, process, data_config, augment, erasing)
         else:
             self.loader = self._prefetching(loader, args, data_config, erasing) if self.prefetch else loader
         if training and len(self) == 0:
@@ -166,21 +166,22 @@ class Loader:
     def _prefetching(self, loader: DataLoader, args: Any, data_config: dict[str, Any], erasing: float) -> Any:
         prefetching = PrefetchLoader(
             loader, mean=data_config['mean'], std=data_config['std'], channels=data_config['input_size'][0],
-            device=self.device, img_dtype=self.dtype, re_prob=erasing, re_mode=getattr(args, 'remode', 'const'),
-            re_count=getattr(args, 'recount', 1),
+            device=self.process.device, img_dtype=self.process.dtype, re_prob=erasing,
+            re_mode=getattr(args, 'remode', 'const'), re_count=getattr(args, 'recount', 1),
             re_num_splits=(self.splits or 2) if getattr(args, 'resplit', False) else 0,
         )  # fmt: skip
         if prefetching.random_erasing is not None:
             prefetching.random_erasing = SeededErasing(  # type: ignore[assignment]
-                prefetching.random_erasing, args.seed, args.rank
+                prefetching.random_erasing, args.seed, self.process.rank
             )
         return prefetching
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from batch `start` on."""
+        process, seen = self.process, 0
         if self.sampler is not None:
             self.sampler.epoch, self.sampler.start = epoch, start
         elif isinstance(self.dataset, Stream):
@@ -190,16 +191,22 @@ class Loader:
         if erasing is not None:
             erasing.epoch, erasing.step = epoch, start if self.sampler is not None else 0
         # A stream that is split unevenly may go on for longer on one rank: training must not, evaluation must.
-        for step, (images, targets) in enumerate(itertools.islice(self.loader, len(self) if self.training else None)):
-            if self.sampler is None and step < start:  # a stream has no index: replay it
-                continue
+        for step, (images, labels) in enumerate(itertools.islice(self.loader, len(self) if self.training else None)):
             if not self.prefetch:
-                images = images.to(self.device, self.dtype, non_blocking=True)
-                targets = targets.to(self.device, non_blocking=True)
-            yield images, targets
+                images = images.to(process.device, process.dtype, non_blocking=True)
+                labels = labels.to(process.device, non_blocking=True)
+            if self.sampler is None:
+                count = len(labels.keys)
+                numbers = torch.arange(seen, seen + count, device=process.device)
+                labels.keys[:, 1:] = (process.rank + process.world_size * numbers)[:, None]
+                seen += count
+                if step < start:  # a stream has no index: replay it
+                    continue
+            images = images.contiguous(memory_format=self.layout)
+            yield Batch(images, labels.targets, labels.keys, labels.complete)
 
 
-def train_loader(args: Any, dataset: Any, data_config: dict[str, Any]) -> Loader:
+def train_loader(args: Any, process: Process, dataset: Any, data_config: dict[str, Any]) -> Loader:
     """Loader of the training split with timm's augmentation flags."""
     splits = max(args.aug_splits, 0)
     with explain('augmentation'):
@@ -215,10 +222,11 @@ def train_loader(args: Any, dataset: Any, data_config: dict[str, Any]) -> Loader
             use_prefetcher=not args.no_prefetcher, separate=splits > 0,
         )  # fmt: skip
     augment = make_augmentation(args, data_config) if args.data_in_memory and not args.no_aug else None
-    return Loader(dataset, PILToTensor() if augment else transform, args, data_config, training=True, augment=augment)
+    transform = PILToTensor() if augment else transform
+    return Loader(dataset, transform, args, process, data_config, training=True, augment=augment)
 
 
-def eval_loader(args: Any, dataset: Any, data_config: dict[str, Any]) -> Loader:
+def eval_loader(args: Any, process: Process, dataset: Any, data_config: dict[str, Any]) -> Loader:
     """Loader of an evaluation split: every image on exactly one rank, resized and cropped as the model says."""
     transform = create_transform(
         data_config['input_size'], is_training=False, interpolation=data_config['interpolation'],
@@ -226,4 +234,4 @@ def eval_loader(args: Any, dataset: Any, data_config: dict[str, Any]) -> Loader:
         crop_mode=data_config.get('crop_mode'), crop_border_pixels=getattr(args, 'crop_border_pixels', None),
         use_prefetcher=not args.no_prefetcher,
     )  # fmt: skip
-    return Loader(dataset, transform, args, data_config, training=False)
+    return Loader(dataset, transform, args, process, data_config, training=False)

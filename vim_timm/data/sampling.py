@@ -140,8 +140,8 @@ class _Opened:
 class Samples(Dataset):
     """A data set fetched by key, with each sample's own seed; unreadable images are named, counted and replaced.
 
-    In training the next readable image takes the place of an unreadable one. In evaluation its label becomes -1, which
-    `evaluate.predictions` leaves out.
+    Items are (image, target, key). In training the next readable image takes the place of an unreadable one. In
+    evaluation the place in its key becomes -1, and `evaluate.predictions` leaves it out.
     """
 
     def __init__(self, dataset: Any, transform: Any, mode: str, seed: int, training: bool, limit: int, splits: int):
@@ -170,7 +170,7 @@ class Samples(Dataset):
                     self.reader.close()
                 self.unreadable.skip(self._name(candidate), sentence(error))
                 continue
-            return self._augment(image), (target if attempt == 0 or self.training else -1)
+            return self._augment(image), target, (epoch, position, candidate if attempt == 0 or self.training else -1)
         raise UserError('the data set has no readable image')
 
     def _augment(self, image: Any) -> Any:
@@ -196,7 +196,10 @@ class _Skipped(logging.Handler):
 
 
 class Stream(IterableDataset):
-    """A streamed data set with a seed for each sample, drawn from the epoch, the worker and the sample's place."""
+    """A streamed data set with a seed for each sample, drawn from the epoch, the worker and the sample's place.
+
+    Items are (image, target, key); a worker cannot number its samples among those of others, so the loader does.
+    """
 
     def __init__(self, dataset: IterableDataset, seed: int, rank: int, limit: int):
         self.dataset, self.seed, self.rank, self.limit = dataset, seed, rank, limit
@@ -217,9 +220,10 @@ class Stream(IterableDataset):
         try:
             source = iter(self.dataset)
             for place in range(1 << 62):
-                seed_everything(self.seed, int(self.epoch), self.rank, worker.id if worker else 0, place)
+                epoch = int(self.epoch)
+                seed_everything(self.seed, epoch, self.rank, worker.id if worker else 0, place)
                 try:
-                    yield next(source)
+                    yield *next(source), (epoch, 0, 0)
                 except StopIteration:
                     return
         except UNREADABLE as error:

@@ -1,92 +1,115 @@
-"""Evaluation that counts every image exactly once, on any number of ranks."""
+"""Evaluation that counts every sample exactly once, on any number of ranks."""
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from timm.task import ClassificationEvaluator
 
-from ..data import Loader
+from ..data import Batch, Loader
 from ..errors import Preempted
+from ..settings import Process
+from ..tasks import Task
 from .log import Progress, Speed
-from .setup import any_rank, autocast
+from .process import any_rank
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float]
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # logits, targets, places in the data set
+Predicted = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # outputs, targets, places in the data set
 
 
-def predictions(model: torch.nn.Module, loader: Loader, args: argparse.Namespace) -> Iterator[Batch]:
-    """Logits (B, classes) in float32, targets (B,) and places in the data set (B,) of this rank's images, in order.
+class Watch(NamedTuple):
+    """Who follows an evaluation while it runs.
 
-    Images that could not be read have target -1 and are left out.
+    Attributes:
+        progress: where to show how far it is.
+        speed: counts the samples.
+        signals: of `catch_signals`; the evaluation ends early when one comes to any rank.
     """
-    model.eval()
-    seen = 0
-    for images, targets in loader.epoch(0):
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode(), autocast(args):
-            logits = model(images)
-        known = targets >= 0
-        places = args.rank + args.world_size * torch.arange(seen, seen + len(targets), device=targets.device)
-        seen += len(targets)
-        yield logits.float()[known], targets[known], places[known]
+
+    progress: Progress
+    speed: Speed
+    signals: Sequence[int] = ()
 
 
-def _gather(parts: Sequence[Batch], world_size: int) -> Batch:
-    """Logits, targets and places of all ranks on the CPU, in the data set's order."""
+def readable(batch: Batch) -> Batch:
+    """The samples of a batch that could be read."""
+    if batch.complete:
+        return batch
+    known = batch.places >= 0
+    return Batch(batch.images[known], batch.targets[known], batch.keys[known])
+
+
+def predictions(task: Task, loader: Loader, process: Process, ema: bool = False) -> Iterator[tuple[Any, Batch]]:
+    """What the task predicts for this rank's samples (float32, for tensors), and the batches, in order.
+
+    Samples that could not be read are left out.
+
+    Args:
+        ema: predict with the average of the weights.
+    """
+    task.eval()
+    for batch in loader.epoch(0):
+        batch = readable(batch)
+        if not len(batch.keys):
+            continue
+        with torch.inference_mode(), process.autocast():
+            output = task.predict(batch, ema)
+        yield output.float() if isinstance(output, torch.Tensor) else output, batch
+
+
+def _gather(parts: Sequence[Predicted], world_size: int) -> Predicted:
+    """Outputs, targets and places of all ranks on the CPU, in the data set's order."""
     mine = tuple(torch.cat(tensors) for tensors in zip(*parts))
     everything: list[Any] = [mine]
     if world_size > 1:
         everything = [None] * world_size
         dist.all_gather_object(everything, mine)
-    shares = filter(None, everything)  # a rank may have no image
-    logits, targets, places = (torch.cat(tensors) for tensors in zip(*shares))
+    shares = filter(None, everything)  # a rank may have no sample
+    outputs, targets, places = (torch.cat(tensors) for tensors in zip(*shares))
     order = places.argsort()
-    return logits[order], targets[order], places[order]
+    return outputs[order], targets[order], places[order]
 
 
 def evaluate(
-    model: torch.nn.Module, loader: Loader, args: argparse.Namespace, metrics: Mapping[str, Metric] | None = None,
-    on_all: Callable[[Batch], Any] | None = None, progress: Progress | None = None, speed: Speed | None = None,
-    signals: Sequence[int] = (),
+    task: Task, loader: Loader, process: Process, ema: bool = False, metrics: Mapping[str, Metric] | None = None,
+    on_all: Callable[[Predicted], Any] | None = None, watch: Watch | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Loss, top-1 and top-5 (percent) and the number of images over the whole split, the same on every rank.
+    """The task's metrics and the number of samples (`count`) over the whole split, the same on every rank.
 
     Args:
-        metrics: further ones, each a function of all logits (N, classes) and targets (N,) on the CPU.
-        on_all: called once on every rank with all logits (N, classes), targets (N,) and places (N,) on the CPU, in the
+        ema: evaluate the average of the weights.
+        metrics: further ones, each a function of all outputs (N, ...) and targets (N, ...) on the CPU.
+        on_all: called once on every rank with all outputs (N, ...), targets (N, ...) and places (N,) on the CPU, in the
             data set's order.
-        progress: where to show how far it is.
-        speed: counts the images.
-        signals: of `catch_signals`; end early when one comes to any rank.
 
     Raises:
         Preempted: a signal came.
     """
-    evaluator, speed, steps = ClassificationEvaluator(args.torch_device), speed or Speed(args, len(loader)), len(loader)
+    evaluator, steps, count = task.create_evaluator(), len(loader), 0
     parts = []
-    for step, (logits, targets, places) in enumerate(predictions(model, loader, args), 1):
-        evaluator.update(logits, targets)
+    for step, (output, batch) in enumerate(predictions(task, loader, process, ema), 1):
+        evaluator.update(output, batch.targets)
         if metrics or on_all:
-            parts.append((logits.cpu(), targets.cpu(), places.cpu()))
-        speed.update(len(targets))
-        if progress and progress.due(step):
-            progress.show(f'evaluation [{step}/{steps}]  top-1 {evaluator.summary()["top1"]:.2f} %  {speed}')
-        if signals:  # the other ranks learn of it when they are done
+            parts.append((output.cpu(), batch.targets.cpu(), batch.places.cpu()))
+        count += len(batch.keys)
+        if watch is None:
+            continue
+        watch.speed.update(len(batch.keys))
+        if watch.progress.due(step):
+            known = task.describe(evaluator.summary(), [evaluator.default_metric])
+            watch.progress.show('  '.join(filter(None, (f'evaluation [{step}/{steps}]', known, str(watch.speed)))))
+        if watch.signals:  # the other ranks learn of it when they are done
             break
-    if any_rank(bool(signals), args):
+    if any_rank(bool(watch and watch.signals), process):
         raise Preempted('stopped by a signal in an evaluation: start it again')
-    distributed = args.world_size > 1
-    result = dict(evaluator.compute(distributed=distributed))
-    if distributed:
-        dist.all_reduce(evaluator.counts)
-    result['count'] = int(evaluator.counts[0])
+    result = dict(evaluator.compute(distributed=process.world_size > 1))
+    if process.world_size > 1:
+        total = torch.tensor(count, device=process.device)
+        dist.all_reduce(total)
+        count = int(total)
     if metrics or on_all:
-        logits, targets, places = _gather(parts, args.world_size)
+        outputs, targets, places = _gather(parts, process.world_size)
         if on_all:
-            on_all((logits, targets, places))
-        result.update({name: float(metric(logits, targets)) for name, metric in (metrics or {}).items()})
-    return result
+            on_all((outputs, targets, places))
+        result.update({name: float(metric(outputs, targets)) for name, metric in (metrics or {}).items()})
+    return {**result, 'count': count}

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import UserError
 from ..files import table, write_atomically
+from ..settings import Process
 
 
 def peak_memory(device: torch.device) -> str:
@@ -60,8 +61,8 @@ class Speed:
         steps: how many there will be.
     """
 
-    def __init__(self, args: argparse.Namespace, steps: int):
-        self.device, self.world_size, self.steps, self.step = args.torch_device, args.world_size, steps, 0
+    def __init__(self, process: Process, steps: int):
+        self.device, self.world_size, self.steps, self.step = process.device, process.world_size, steps, 0
         self.start, self.images = time.perf_counter(), 0
 
     def update(self, images: int) -> None:

@@ -13,14 +13,15 @@ from timm.models import clean_state_dict
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
-from torch.nn.parallel import DistributedDataParallel
 
-from ..data import Loader, seed_everything
+from ..data import Batch, Loader, seed_everything
 from ..errors import Preempted, TrainingStopped, UserError, explain
 from ..models.checkpoint import read_checkpoint
+from ..settings import Process
+from ..tasks import Task
 from . import checkpoint, log
-from .evaluate import Metric, evaluate
-from .setup import autocast, catch_signals, make_mixup
+from .evaluate import Metric, Watch, evaluate
+from .process import catch_signals
 
 
 @dataclasses.dataclass
@@ -28,12 +29,13 @@ class Hooks:
     """Where your own code enters a run.
 
     Attributes:
-        dataset: `dataset(split, training, args)` returns a map-style data set of (PIL image, class index), or None for
-            the data set that the flags name.
-        loss: module called with (logits, targets).
-        metrics: further metrics by name, each a function of all logits and targets; usable as --eval-metric.
+        dataset: `dataset(split, training, args)` returns a map-style data set of (PIL image, target), or None for the
+            data set that the flags name.
+        loss: module called with (output, targets).
+        metrics: further metrics by name, each a function of all outputs and targets; usable as --eval-metric.
         callback: called with the Trainer after every epoch's row is in `trainer.rows`.
-        task: `task(model, args)` returns a timm TrainingTask in place of classification.
+        task: `task(model, args)` returns a `vim_timm.tasks.Task`, or a TrainingTask of timm's, in place of
+            classification.
     """
 
     dataset: Callable[[str, bool, argparse.Namespace], Any] | None = None
@@ -52,23 +54,22 @@ class Trainer:
     """
 
     def __init__(
-        self, args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, train_data: Loader,
-        eval_data: Loader, folder: str, hooks: Hooks,
+        self, args: argparse.Namespace, process: Process, task: Task, optimizer: torch.optim.Optimizer,
+        loaders: tuple[Loader, Loader], folder: str, hooks: Hooks,
     ):  # fmt: skip
-        self.args, self.task, self.optimizer = args, task, optimizer
-        self.train_data, self.eval_data, self.folder, self.hooks = train_data, eval_data, folder, hooks
-        self.primary = args.rank == 0
-        self.scaler = torch.amp.GradScaler(args.torch_device.type, enabled=args.autocast_dtype == torch.float16)
-        self.batches = len(train_data)
+        self.args, self.process, self.task, self.optimizer = args, process, task, optimizer
+        (self.train_data, self.eval_data), self.folder, self.hooks = loaders, folder, hooks
+        self.primary = process.primary
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=process.autocast_dtype == torch.float16)
+        self.batches = len(self.train_data)
         self.updates = -(-self.batches // args.grad_accum_steps)
-        self.decreasing = 'loss' in args.eval_metric
+        known = (*task.create_evaluator().metric_names, *hooks.metrics)
+        if args.eval_metric not in known:
+            raise UserError(f'--eval-metric must be one of {", ".join(known)}, not {args.eval_metric!r}')
+        self.decreasing = task.decreasing(args.eval_metric)
         with explain('schedule'):
             options = scheduler_kwargs(args, decreasing_metric=self.decreasing)
             self.scheduler, self.epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=self.updates)
-        self.mixup = make_mixup(args)
-        known = ('loss', 'top1', 'top5', *hooks.metrics)
-        if args.eval_metric not in known:
-            raise UserError(f'--eval-metric must be one of {", ".join(known)}, not {args.eval_metric!r}')
         self.metric = f'{"ema" if self._evaluates_ema() else "eval"}_{args.eval_metric}'
         self.saver = checkpoint.Saver(folder, args.checkpoint_hist, args.checkpoint_every, self.metric, self.decreasing)
         self.progress = log.Progress(self.primary, args.log_interval)
@@ -80,7 +81,7 @@ class Trainer:
 
     def _reset_loss(self, values: Sequence[float] = (0.0, 0.0)) -> None:
         """The epoch's loss so far on this rank: its sum over images, and their number."""
-        device = self.args.torch_device
+        device = self.process.device
         dtype = torch.float32 if device.type == 'mps' else torch.float64
         self.loss_sum = torch.tensor(values, device=device, dtype=dtype)
 
@@ -91,8 +92,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs, in timm's checkpoint format; every rank must call it."""
-        losses = [self.loss_sum.tolist()] * self.args.world_size
-        if self.args.world_size > 1:
+        losses = [self.loss_sum.tolist()] * self.process.world_size
+        if self.process.world_size > 1:
             dist.all_gather_object(losses, losses[0])
         state = {
             'epoch': self.epoch - 1,
@@ -104,7 +105,7 @@ class Trainer:
             **(self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}),
             'progress': {
                 'epoch': self.epoch, 'step': self.step, 'loss': losses, 'nonfinite': self.nonfinite,
-                'skipped': self.skipped, 'batch': [self.args.batch_size, self.args.world_size],
+                'skipped': self.skipped, 'batch': [self.args.batch_size, self.process.world_size],
             },
             'history': self.rows,
         }  # fmt: skip
@@ -140,11 +141,11 @@ class Trainer:
         progress = content.get('progress', {})
         if self.step:
             size, world = progress['batch']
-            if [size, world] != [self.args.batch_size, self.args.world_size]:
+            if [size, world] != [self.args.batch_size, self.process.world_size]:
                 raise UserError(
                     f'{path} is from the middle of an epoch: resume it with --batch-size {size} on {world} ranks'
                 )
-            self._reset_loss(progress['loss'][self.args.rank])
+            self._reset_loss(progress['loss'][self.process.rank])
         self.nonfinite, self.skipped = progress.get('nonfinite', 0), progress.get('skipped', 0)
         if self.primary and self.rows and path == self.saver.path('last'):
             self.saver.tidy(self.rows)
@@ -173,6 +174,7 @@ class Trainer:
                 while self.epoch < self.epochs and not self._early_stop():
                     self._train_epoch()
                     self._finish_epoch()
+                    self.task.end_epoch(self)
                     if self.hooks.callback:
                         self.hooks.callback(self)
         finally:
@@ -197,43 +199,37 @@ class Trainer:
         if self.step == self.batches:
             return
         self.task.train()
-        if self.mixup:
-            self.mixup.mixup_enabled = not (args.mixup_off_epoch and self.epoch >= args.mixup_off_epoch)
         self.optimizer.zero_grad()
-        finite = torch.ones((), dtype=torch.bool, device=args.torch_device)
-        speed = log.Speed(args, (self.epochs - self.epoch) * self.batches - self.step)
-        for images, targets in self.train_data.epoch(self.epoch, self.step):
+        finite = torch.ones((), dtype=torch.bool, device=self.process.device)
+        speed = log.Speed(self.process, (self.epochs - self.epoch) * self.batches - self.step)
+        for batch in self.train_data.epoch(self.epoch, self.step):
             last = self.step + 1 == self.batches
             group = min(accum, self.batches - self.step // accum * accum)
             update = last or (self.step + 1) % accum == 0
-            loss = self._forward_backward(images, targets, group, update)
+            loss = self._forward_backward(batch, group, update)
             known = torch.isfinite(loss)
             finite &= known
-            self.loss_sum += torch.stack([loss.nan_to_num(0, 0, 0), known]) * len(targets)
-            speed.update(len(images))
+            self.loss_sum += torch.stack([loss.nan_to_num(0, 0, 0), known]) * len(batch.targets)
+            speed.update(len(batch.images))
             self.step += 1
             if self.primary and (last or self.progress.due(self.step)):
-                self._show(loss, speed, images, last)
+                self._show(loss, speed, batch.images, last)
             if update:
                 stop = self._update(finite)
                 finite.fill_(True)
                 every = args.recovery_interval
                 if stop or (every and not last and self.step // every > (self.step - group) // every):
                     self._save_recovery(stop)
-        if args.world_size > 1 and args.dist_bn:
-            distribute_bn(self.task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
+        if self.process.world_size > 1 and args.dist_bn:
+            distribute_bn(self.task.get_trainable_module(), self.process.world_size, args.dist_bn == 'reduce')
 
-    def _forward_backward(self, images: torch.Tensor, targets: torch.Tensor, group: int, sync: bool) -> torch.Tensor:
+    def _forward_backward(self, batch: Batch, group: int, sync: bool) -> torch.Tensor:
         """Accumulate the gradient of one batch and return its loss. All of its randomness depends on the step."""
-        args = self.args
-        seed_everything(args.seed, self.epoch, self.step, args.rank, device=True)
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        if self.mixup:
-            images, targets = self.mixup(images, targets)
+        seed_everything(self.args.seed, self.epoch, self.step, self.process.rank, device=True)
+        batch = self.task.prepare(batch, self.epoch)
         with contextlib.nullcontext() if sync else self.task.no_sync():
-            with autocast(args):
-                loss = self.task(images, targets)['loss']
+            with self.process.autocast():
+                loss = self.task.training_loss(batch)
             self.scaler.scale(loss / group).backward()
         return loss.detach()
 
@@ -246,9 +242,9 @@ class Trainer:
         args, optimizer = self.args, self.optimizer
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=args.torch_device)
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.process.device)
         flags = torch.stack([~(finite & torch.isfinite(norm)), torch.full_like(finite, bool(self.signals))]).int()
-        if args.world_size > 1:
+        if self.process.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         bad, stop = (bool(flag) for flag in flags.tolist())
         if bad:
@@ -264,7 +260,7 @@ class Trainer:
         number = self._update_number()
         if not bad and self.task.has_ema():
             self.task.update_ema(step=number)
-        if args.synchronize_step and args.torch_device.type == 'cuda':
+        if args.synchronize_step and self.process.device.type == 'cuda':
             torch.cuda.synchronize()
         if self.scheduler is not None:
             self.scheduler.step_update(number)
@@ -280,7 +276,7 @@ class Trainer:
             )
 
     def _show(self, loss: torch.Tensor, speed: log.Speed, images: torch.Tensor, last: bool) -> None:
-        rate, memory = self.optimizer.param_groups[0]['lr'], log.peak_memory(self.args.torch_device)
+        rate, memory = self.optimizer.param_groups[0]['lr'], log.peak_memory(self.process.device)
         (self.progress.say if last else self.progress.show)(
             f'epoch {self.epoch} [{self.step}/{self.batches}]  loss {loss.item():.4f}  lr {rate:.3g}  {speed}  '
             f'memory {memory}'
@@ -295,14 +291,14 @@ class Trainer:
         state = self.state()
         path = self.saver.save_recovery(state) if self.primary else 'by rank 0'
         if stop:
-            if self.args.world_size > 1:
+            if self.process.world_size > 1:
                 dist.barrier()  # nobody may leave, and be missed, while rank 0 writes
             raise Preempted(f'stopped by a signal; saved {path}; go on with --resume')
 
     def _finish_epoch(self) -> None:
         """Evaluate, step the schedule, write checkpoint and log."""
         args, total = self.args, self.loss_sum.clone()
-        if args.world_size > 1:
+        if self.process.world_size > 1:
             dist.all_reduce(total)
         row: dict[str, Any] = {'epoch': self.epoch, 'train_loss': float(total[0] / total[1].clamp(min=1))}
         if (self.epoch + 1) % args.val_interval == 0 or self.epoch + 1 == self.epochs:
@@ -327,13 +323,11 @@ class Trainer:
 
     def _evaluate(self, prefix: str) -> dict[str, Any]:
         """The columns of the log for the trained weights (eval) or their average (ema)."""
-        model: Any = self.task.get_eval_model(ema=prefix == 'ema')
-        model = model.module if isinstance(model, DistributedDataParallel) else model
-        result = evaluate(
-            model, self.eval_data, self.args, self.hooks.metrics, progress=self.progress, signals=self.signals
-        )
+        watch = Watch(self.progress, log.Speed(self.process, len(self.eval_data)), self.signals)
+        result = evaluate(self.task, self.eval_data, self.process, prefix == 'ema', self.hooks.metrics, watch=watch)
+        count = result.pop('count')
+        names = [name for name in result if name != 'loss']
         self.progress.say(
-            f'epoch {self.epoch} {prefix}: top-1 {result["top1"]:.2f} %  top-5 {result["top5"]:.2f} %  '
-            f'loss {result["loss"]:.4f}  ({result["count"]} images)'
+            f'epoch {self.epoch} {prefix}: {self.task.describe(result, [*names, "loss"])}  ({count} images)'
         )
-        return {f'{prefix}_{name}': value for name, value in result.items() if name != 'count'}
+        return {f'{prefix}_{name}': value for name, value in result.items()}

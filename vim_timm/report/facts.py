@@ -8,17 +8,19 @@ import timm
 import torch
 
 from ..engine.log import peak_memory
+from ..settings import Process
 from ..version import __version__
 
 
-def facts(args: argparse.Namespace, rate: float) -> dict[str, Any]:
+def facts(args: argparse.Namespace, process: Process, rate: float) -> dict[str, Any]:
     """What a report says about how it came about, by name."""
-    cuda = args.torch_device.type == 'cuda'
+    device = process.device
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
     return {
         'images_per_second': round(rate, 1),
-        'peak_memory': peak_memory(args.torch_device),
-        'device': f'{args.world_size} x {torch.cuda.get_device_name(args.torch_device) if cuda else args.device}',
-        'precision': f'{args.amp_dtype} AMP' if args.amp else str(args.dtype).rpartition('.')[2],
+        'peak_memory': peak_memory(device),
+        'device': f'{process.world_size} x {name}',
+        'precision': process.precision,
         'batch_size': args.batch_size,
         'data': ', '.join(filter(None, (args.dataset or args.data_dir, args.split))),
         'weights': f'{args.checkpoint or "published"}{" (moving average)" if args.use_ema else ""}',

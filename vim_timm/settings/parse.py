@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
-from .errors import UserError
+from ..errors import UserError
 from .flags import Row, refused
 
 RECIPES = importlib.resources.files('vim_timm') / 'recipes'

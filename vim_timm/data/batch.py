@@ -1,0 +1,76 @@
+"""What a loader yields: images, targets, and which samples they are of."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import default_collate
+
+Key = tuple[int, int, int]  # epoch, position in the epoch, place in the data set (-1: it could not be read)
+
+
+class Batch(NamedTuple):
+    """One step's samples on the device.
+
+    Attributes:
+        images: (B, C, H, W), normalized, in the model's dtype.
+        targets: (B,) int64 class indices, or whatever else the data set has, (B, ...).
+        keys: (B, 3) int64, of each sample the epoch, its position in the epoch (over all ranks) and its place in the
+            data set, which is -1 for a sample of an evaluation that could not be read. A stream has no index: there
+            the place is the position.
+        complete: whether every sample could be read.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    keys: torch.Tensor
+    complete: bool = True
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Places (B,) of the samples in the data set."""
+        return self.keys[:, 2]
+
+
+class Labels:
+    """Targets and keys of a batch, which travel to the device together."""
+
+    def __init__(self, targets: torch.Tensor, keys: torch.Tensor, complete: bool):
+        self.targets, self.keys, self.complete = targets, keys, complete
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> 'Labels':
+        """Copy both to a device."""
+        targets, keys = (part.to(device, non_blocking=non_blocking) for part in (self.targets, self.keys))
+        return Labels(targets, keys, self.complete)
+
+    def pin_memory(self) -> 'Labels':
+        """Copy both to pinned memory."""
+        return Labels(self.targets.pin_memory(), self.keys.pin_memory(), self.complete)
+
+
+def collate_targets(targets: list[Any]) -> torch.Tensor:
+    """Targets (B, ...): whole numbers as int64, others as float32."""
+    result = torch.as_tensor(default_collate(targets))
+    return result.float() if result.is_floating_point() else result.long()
+
+
+class Collate:
+    """Collates (image, target, key) to (images, `Labels`).
+
+    Args:
+        images: collates (image, 0) pairs, such as timm's `fast_collate`; the copies of an image that are augmented
+            apart stand in blocks of a batch each.
+    """
+
+    def __init__(self, images: Callable[[list[Any]], Any]):
+        self.images = images
+
+    def __call__(self, samples: list[tuple[Any, Any, Key]]) -> tuple[Any, Labels]:
+        images = self.images([(image, 0) for image, _, _ in samples])[0]
+        images = torch.cat(images) if isinstance(images, list) else images
+        targets = collate_targets([target for _, target, _ in samples])
+        keys = torch.tensor([key for _, _, key in samples], dtype=torch.int64)
+        copies = len(images) // len(samples)
+        if copies > 1:
+            targets, keys = targets.repeat(copies, *[1] * (targets.ndim - 1)), keys.repeat(copies, 1)
+        return images, Labels(targets, keys, bool((keys[:, 2] >= 0).all()))

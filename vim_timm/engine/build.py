@@ -1,0 +1,99 @@
+"""Models and optimizers from settings."""
+
+import argparse
+import difflib
+import os
+from typing import Any
+
+import timm
+import torch
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.models import create_model, get_deprecated_models, resolve_model_input_args
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.task import TrainingTask
+
+from ..errors import UserError, explain
+from ..settings import Process
+from .checkpoint import load_weights
+
+
+def make_model(args: argparse.Namespace, process: Process, **kwargs: Any) -> torch.nn.Module:
+    """The model that the flags describe, with its weights, on the device; `kwargs` go to `timm.create_model` too.
+
+    Raises:
+        UserError: unknown model or argument, a size that does not fit, weights that cannot be had or do not fit.
+    """
+    current = get_deprecated_models().get(args.model)
+    if current:  # timm's shim of a deprecated name would build the model without its configuration
+        if process.primary:
+            print(f'warning: --model {args.model} is a deprecated name of {current}, which is used', flush=True)
+        args.model = current
+    name = args.model.partition('.')[0]
+    if ':' not in args.model and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(f'there is no model {args.model!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    with explain(f'model {args.model}'):
+        kwargs.update(pretrained=args.pretrained, num_classes=args.num_classes, global_pool=args.gp)
+        return create_model(**resolve_model_input_args(args.model, vars(args), **kwargs, **args.model_kwargs))
+
+
+def place_model(
+    args: argparse.Namespace, process: Process, model: torch.nn.Module, input_size: tuple[int, int, int]
+) -> torch.nn.Module:
+    """Move the model to the device and try it once, before anything is written or a long run starts.
+
+    Raises:
+        UserError: the model cannot run here, such as a forced scan backend that is not available.
+    """
+    model.to(process.device, process.dtype)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    training = model.training
+    with explain(f'model {args.model}'), torch.no_grad(), process.autocast():
+        model.eval()(torch.zeros(1, *input_size, device=process.device, dtype=process.dtype))
+    return model.train(training)
+
+
+def make_training_model(args: argparse.Namespace, process: Process) -> torch.nn.Module:
+    """`make_model` plus what only training asks of it."""
+    if args.pretrained_path and not os.path.isfile(args.pretrained_path):
+        raise UserError(f'there is no file {args.pretrained_path}')
+    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
+    model = make_model(
+        args, process, drop_rate=args.drop,
+        drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
+        drop_block_rate=args.drop_block, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps,
+        pretrained_cfg_overlay={**overlay, **args.pretrained_cfg_overlay} or None,
+    )  # fmt: skip
+    if args.initial_checkpoint:
+        load_weights(model, args.initial_checkpoint, use_ema=None)
+    with explain(f'model {args.model}'), torch.no_grad():
+        if args.head_init_scale is not None:
+            for parameter in model.get_classifier().parameters():  # type: ignore[operator]
+                parameter.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            model.get_classifier().bias.fill_(args.head_init_bias)  # type: ignore[operator]
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
+        if args.split_bn:
+            model = convert_splitbn_model(model, max(args.aug_splits, 2))
+        if args.sync_bn and process.world_size > 1:
+            model = convert_sync_batchnorm(model)
+    return model
+
+
+def learning_rate(args: argparse.Namespace, world_size: int) -> float:
+    """--lr, or --lr-base scaled by the global batch as timm does."""
+    if args.lr:
+        return args.lr
+    ratio = args.batch_size * world_size * args.grad_accum_steps / args.lr_base_size
+    scale = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
+    return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+
+
+def make_optimizer(args: argparse.Namespace, process: Process, task: TrainingTask) -> torch.optim.Optimizer:
+    """timm's optimizer for the parameters that the task trains."""
+    args.lr = learning_rate(args, process.world_size)
+    with explain('optimizer'):
+        return create_optimizer_v2(task.get_trainable_module() or task, **optimizer_kwargs(cfg=args), **args.opt_kwargs)

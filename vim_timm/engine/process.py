@@ -1,0 +1,85 @@
+"""The processes of a run: device, process group, signals."""
+
+import argparse
+import contextlib
+import datetime
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from timm.layers import set_fast_norm
+from timm.utils import is_distributed_env, world_info_from_env
+
+from ..errors import UserError, explain
+from ..settings import Process
+
+
+def start_process(settings: argparse.Namespace, chosen: set[str]) -> Process:
+    """Choose the device, join the process group, and set what torch has for all of the process.
+
+    Args:
+        chosen: names of the settings that somebody chose.
+
+    Raises:
+        UserError: there is no such device, or the other processes cannot be reached.
+    """
+    name = settings.device
+    if name.partition(':')[0] == 'cuda' and not torch.cuda.is_available():
+        if 'device' in chosen:
+            raise UserError('there is no CUDA device here: leave --device out, or give --device cpu')
+        name = 'cpu'
+    local_rank, rank, world_size = world_info_from_env() if is_distributed_env() else (0, 0, 1)
+    if world_size > 1:
+        _join(settings, 'nccl' if name.startswith('cuda') else 'gloo', local_rank, rank, world_size)
+        name = f'cuda:{local_rank}' if name.startswith('cuda') else name
+    with explain(f'--device {name}'):
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    if settings.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device.index or 0)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    if settings.fast_norm:
+        set_fast_norm()
+    dtype = getattr(torch, settings.model_dtype or 'float32')
+    autocast_dtype = getattr(torch, settings.amp_dtype) if settings.amp else None
+    return Process(device, dtype, autocast_dtype, rank, local_rank, world_size)
+
+
+def _join(settings: argparse.Namespace, backend: str, local_rank: int, rank: int, world_size: int) -> None:
+    for name, value in (('RANK', rank), ('WORLD_SIZE', world_size), ('LOCAL_RANK', local_rank)):
+        os.environ[name] = str(value)  # SLURM sets none of these
+    with explain('cannot join the other processes'):
+        timeout = datetime.timedelta(seconds=settings.dist_timeout)
+        # Else NCCL's watchdog keeps the process for a minute more, for a dump that nobody asked for.
+        os.environ.setdefault('TORCH_NCCL_DUMP_ON_TIMEOUT', '0')
+        os.environ.setdefault('TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC', '1000')
+        dist.init_process_group(backend, timeout=timeout)
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGUSR1, by which schedulers announce the end of a job, land in the list and kill nobody."""
+    caught: list[int] = []
+    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
+    main = threading.current_thread() is threading.main_thread()  # no other may handle them
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers if main}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def any_rank(flag: bool, process: Process) -> bool:
+    """Whether the flag is set on any rank; every rank must ask."""
+    flags = torch.tensor(int(flag), device=process.device)
+    if process.world_size > 1:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)

@@ -1,0 +1,5 @@
+"""What a user chose, and where a process runs: flags and their ranges, parsing, facts of the process."""
+
+from .process import Process
+
+__all__ = ['Process']

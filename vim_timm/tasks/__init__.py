@@ -1,0 +1,39 @@
+"""What a run trains: a task owns its loss, what is evaluated, and the names and direction of the metrics.
+
+`make_task` builds the one that the settings name; `base.Task` says what the loop asks of one.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+
+from ..settings import Process
+from . import classification
+from .base import Task, adopt
+
+__all__ = ['Task', 'adopt', 'make_task']
+
+
+def make_task(
+    settings: argparse.Namespace, process: Process, model: torch.nn.Module, data_config: dict[str, Any],
+    loss: torch.nn.Module | None = None, custom: Callable[[torch.nn.Module, Any], TrainingTask] | None = None,
+) -> Task:  # fmt: skip
+    """The task that the settings name, around a model on its device.
+
+    Args:
+        data_config: input_size, mean and std of the images.
+        loss: called with (output, target), in place of the one that the settings name.
+        custom: `custom(model, settings)` returns a task in place of all this.
+    """
+    task = (
+        adopt(custom(model, settings))
+        if custom
+        else classification.make_task(settings, process, model, data_config, loss)
+    )
+    if task.mixup is None:
+        task.mixup = classification.make_mixup(settings, multi_label=getattr(task, 'multi_label', False))
+        task.mixup_off_epoch = settings.mixup_off_epoch
+    return task
