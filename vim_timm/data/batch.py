@@ -18,7 +18,7 @@ class Batch(NamedTuple):
         keys: (B, 3) int64, of each sample the epoch, its position in the epoch (over all ranks) and its place in the
             data set, which is -1 for a sample of an evaluation that could not be read. A stream has no index: there
             the place is the position.
-        complete: whether every sample could be read.
+        complete: whether the host knows that every sample could be read.
     """
 
     images: torch.Tensor
