@@ -10,6 +10,7 @@ import torch
 MAX_STATE = 256
 WARPS_PER_SM = 12  # of 64 channels; measured on an H200, more chunks cost more than they hide
 MIN_CHUNK = 32
+GROUP = 4  # steps a program takes at once; the backward pass computes states again from each group's first
 INTERPRET = os.environ.get('TRITON_INTERPRET', '0') == '1'
 
 

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .launch import INTERPRET, Plan, alignment, common_rows, multiprocessors, no_double_backward, or_else, plan
+from .launch import GROUP, INTERPRET, Plan, alignment, common_rows, multiprocessors, no_double_backward, or_else, plan
 
 OPERANDS = (
     'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, '
     'Tensor? u_b, Tensor? delta_b, Tensor? A_b, Tensor? B_b, Tensor? C_b, Tensor? D_b, Tensor? delta_bias_b, '
     'Tensor? z, float scale, bool delta_softplus, bool A_is_log'
 )
-GROUP = 4  # steps a program takes at once; the backward pass computes states again from each group's first
 
 
 def padded(state: int) -> int:
