@@ -74,7 +74,7 @@ def name_of(flag: str) -> str:
 
 @pytest.fixture(scope='module')
 def defaults():
-    return vars(parse.parse('train.py', flags.TRAIN, ['--dataset', 'digits'])[0])
+    return vars(parse.parse('train.py', flags.TRAIN, ['--dataset', 'digits']))
 
 
 @pytest.mark.parametrize('flag', TIMM)
@@ -85,7 +85,7 @@ def test_default_is_timms(flag, defaults):
 
 @pytest.mark.parametrize('short', SHORT)
 def test_short_names_are_timms(short):
-    args, _ = parse.parse('train.py', flags.TRAIN, ['--dataset', 'digits', short, '1'])
+    args = parse.parse('train.py', flags.TRAIN, ['--dataset', 'digits', short, '1'])
     assert getattr(args, name_of(SHORT[short])) == 1
 
 
@@ -121,9 +121,9 @@ def test_no_flag_is_ignored(flag):
 def test_yaml_config_is_checked_like_the_command_line(tmp_path):
     config = tmp_path / 'config.yaml'
     config.write_text('batch-size: 7\nlr: 1e-3\nscale: [0.5, 1]\n')
-    args, chosen = parse.parse('train.py', flags.TRAIN, ['-c', str(config), '--lr', '0.5'])
+    args = parse.parse('train.py', flags.TRAIN, ['-c', str(config), '--lr', '0.5'])
     assert (args.batch_size, args.lr, args.scale) == (7, 0.5, [0.5, 1.0])
-    assert {'batch_size', 'lr', 'scale'} <= chosen
+    assert {'batch_size', 'lr', 'scale'} <= args.chosen
     for text, word in (
         ('batchsize: 7', 'batchsize'),
         ('tta: 2', '--tta'),
@@ -138,7 +138,7 @@ def test_yaml_config_is_checked_like_the_command_line(tmp_path):
 def test_yaml_lr_in_exponent_notation_is_a_number(tmp_path):
     config = tmp_path / 'config.yaml'
     config.write_text('lr: 1e-3\n')  # a string to YAML 1.1
-    assert parse.parse('train.py', flags.TRAIN, ['-c', str(config)])[0].lr == 1e-3
+    assert parse.parse('train.py', flags.TRAIN, ['-c', str(config)]).lr == 1e-3
 
 
 def test_bare_command_line_is_the_digits_recipe():

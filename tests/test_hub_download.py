@@ -29,6 +29,7 @@ from vim_timm.hub.convert import convert
 from vim_timm.hub.convert import main as convert_main
 from vim_timm.models.checkpoint import CheckpointError
 from vim_timm.models.pretrained import published
+from vim_timm.settings import Process
 
 SIZES = dict(depth=1, embed_dim=32)
 REPOSITORY, FILE = 'hustvl/Vim-tiny-midclstok', 'vim_t_midclstok_76p1acc.pth'
@@ -177,8 +178,7 @@ class TestEveryRouteGivesModel:
         hub.add(REPOSITORY, {FILE: path.read_bytes()})
         common = '--dataset digits --device cpu --num-classes 1000 --model-kwargs depth=1 embed_dim=32'
         args = train.parse_args(f'{common} --model vim_tiny_patch16_224 {flags.format(path=path)}'.split())
-        train.setup.start_process(args, set())
-        model = train.setup.make_training_model(args)
+        model = train.build.make_training_model(args, Process())
         if args.pretrained_path:  # timm makes a new head for these
             model.head.load_state_dict({'weight': expected(1)['head.weight'], 'bias': expected(1)['head.bias']})
         assert same(model, expected(1))
@@ -189,8 +189,7 @@ class TestEveryRouteGivesModel:
             f'--dataset digits --device cpu --num-classes 1000 --model vim_tiny_patch16_224 --checkpoint {path} {flag}'
         )
         args = validate.parse_args([*line.split(), *flag.split(), '--model-kwargs', 'depth=1', 'embed_dim=32'])
-        validate.setup.start_process(args, set())
-        assert same(validate._ready_model(args, None)[0], expected(seed))
+        assert same(validate._ready_model(args, Process(), None)[0], expected(seed))
 
     def test_convert(self, path, tmp_path, monkeypatch):
         monkeypatch.setattr('vim_timm.hub.convert.find_architecture', lambda model: '')

@@ -112,7 +112,7 @@ def settings(line: str, world_size: int = 1) -> dict:
     args = original.build_parser().parse_args(shlex.split(line))
     translation = original.translate(args, set(), world_size)
     table = {'train': TRAIN, 'validate': VALIDATE}[translation.script]
-    return vars(parse(translation.script, table, translation.arguments)[0])
+    return vars(parse(translation.script, table, translation.arguments))
 
 
 def run(line: str, capsys) -> tuple[int, str, str]:
@@ -197,7 +197,7 @@ def test_printed_line_is_a_command(capsys):
     _, out, _ = run('--dry-run --model vim_tiny --data-path "my data"', capsys)
     words = shlex.split(out.splitlines()[-1])
     assert words[:3] == ['python', '-m', 'vim_timm.train']
-    assert parse('train', TRAIN, words[3:])[0].data_dir == 'my data'
+    assert parse('train', TRAIN, words[3:]).data_dir == 'my data'
 
 
 def test_image_folders_of_other_than_1000_classes_get_a_head_of_their_size(tmp_path, capsys):

@@ -23,7 +23,7 @@ def test_commands_parse(line):
     name = next(word for word in words if word.startswith(('train', 'validate', 'vim_timm.')))
     arguments = words[words.index(name) + 1 :]
     if 'validate' in name:
-        args, _ = parse(validate.PROGRAM, VALIDATE, arguments)
+        args = parse(validate.PROGRAM, VALIDATE, arguments)
     else:
         args = train.parse_args(arguments)
     assert args.data_dir

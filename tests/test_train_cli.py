@@ -278,7 +278,7 @@ def test_a_teacher_sees_images_normalized_as_it_wants_them(channels):
     size = (channels, 16, 16)
     args = train.parse_args(f'{DIGITS} --kd-model-name teacher'.split())
     models = [timm.create_model('test_vit', num_classes=10, img_size=16, in_chans=channels) for _ in range(2)]
-    args.kd_model_name = models[1]
+    args = args.replace(kd_model_name=models[1])
     config = dict(mean=(0.2,) * channels, std=(0.5,) * channels, input_size=size)
     task = make_task(args, Process(), models[0], config)
     images = torch.rand(2, *size)

@@ -1,6 +1,5 @@
 """Train a model: `python -m vim_timm.train --help`. Without arguments it trains a small Vim on handwritten digits."""
 
-import argparse
 import importlib
 import os
 import sys
@@ -24,51 +23,26 @@ from .engine.process import start_process
 from .errors import UserError, explain, run
 from .files import write_atomically
 from .report.curves import write_curves
+from .settings import Settings
 from .settings.flags import TRAIN
 from .settings.parse import parse
 from .tasks import make_task
 
 PROGRAM = 'train.py'
-SHARES = (
-    'drop', 'drop_path', 'drop_connect', 'drop_block', 'smoothing', 'reprob', 'hflip', 'vflip', 'mixup_prob',
-    'mixup_switch_prob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'model_ema_decay',
-)  # fmt: skip
 LAYERS = ('data', 'config', 'recipe')  # where settings came from, which args.yaml need not say
 DESCRIPTION = """Train an image classifier with timm's library; flags have the names, defaults and meanings of timm's
 train.py. Without data, recipe or --config it trains on the embedded digits (the recipe `digits`)."""
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """Settings of a run, checked as far as they can be without a model.
-
-    `args.settings` holds the plain values, for checkpoints; `args.chosen` the names that somebody chose.
-    """
-    args, chosen = parse(PROGRAM, TRAIN, argv, DESCRIPTION, fallback_recipe='digits')
+def parse_args(argv: Sequence[str]) -> Settings:
+    """Settings of a run, checked as far as they can be without a model."""
+    args = parse(PROGRAM, TRAIN, argv, DESCRIPTION, fallback_recipe='digits')
     check(args)
-    args.settings, args.chosen = vars(args).copy(), chosen
     return args
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse values that cannot be meant."""
-    for name, least in (
-        ('epochs', 1), ('batch_size', 1), ('validation_batch_size', 1), ('grad_accum_steps', 1), ('workers', 0),
-        ('num_classes', 1), ('in_chans', 1), ('img_size', 1), ('checkpoint_hist', 1), ('log_interval', 1),
-        ('val_interval', 1), ('warmup_epochs', 0), ('cooldown_epochs', 0), ('start_epoch', 0), ('recovery_interval', 0),
-        ('lr', 0), ('lr_base', 0), ('weight_decay', 0), ('early_stop_patience', 0), ('max_nonfinite', 1), ('seed', 0),
-        ('max_unreadable', 0), ('dist_timeout', 1), ('aug_repeats', 0), ('clip_grad', 0), ('crop_pct', 0.01),
-        *((name, 0) for name in SHARES),
-    ):  # fmt: skip
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            raise UserError(f'--{name.replace("_", "-")} must be at least {least}, not {value}')
-    for name in (*SHARES, 'crop_pct'):
-        if (getattr(args, name, None) or 0) > 1:
-            raise UserError(f'--{name.replace("_", "-")} must be at most 1, not {getattr(args, name)}')
-    for name in ('scale', 'ratio', 'cutmix_minmax'):
-        pair = getattr(args, name, None)
-        if pair and not (len(pair) == 2 and 0 < pair[0] <= pair[1]):
-            raise UserError(f'--{name.replace("_", "-")} takes two numbers above 0, the smaller first, not {pair}')
+def check(args: Settings) -> None:
+    """Refuse settings that contradict each other."""
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise UserError(f'--amp needs float32 weights, not --model-dtype {args.model_dtype}')
     if getattr(args, 'lr_base_scale', '') not in ('', 'linear', 'sqrt'):
@@ -83,22 +57,21 @@ def check(args: argparse.Namespace) -> None:
         raise UserError('--aug-splits must be 2 or more, and --jsd-loss needs it')
 
 
-def match_classes(args: argparse.Namespace, dataset: Any, split: str) -> None:
-    """Take the number of classes from the data set, or refuse one that contradicts it."""
+def match_classes(args: Settings, dataset: Any, split: str) -> Settings:
+    """The settings with the number of classes of the data set; one that contradicts it is refused."""
     count = data.count_classes(dataset)
-    if args.num_classes is None:
-        args.num_classes = count
-    elif count is not None and count != args.num_classes:
+    if None not in (args.num_classes, count) and count != args.num_classes:
         raise UserError(f'--num-classes is {args.num_classes}, but split {split!r} of the data has {count} classes')
+    return args if count is None else args.replace(num_classes=count)
 
 
-def output_folder(args: argparse.Namespace, image_size: int) -> str:
+def output_folder(args: Settings, image_size: int) -> str:
     """Folder of this run, not created yet."""
     name = args.experiment or '-'.join([time.strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)])
     return os.path.join(args.output or os.path.join('.', 'output', 'train'), name)
 
 
-def checkpoint_to_resume(args: argparse.Namespace, saver: Saver) -> str:
+def checkpoint_to_resume(args: Settings, saver: Saver) -> str:
     """The file that --resume means, or ''."""
     if args.resume != 'auto':
         if args.resume and not os.path.isfile(args.resume):
@@ -109,19 +82,19 @@ def checkpoint_to_resume(args: argparse.Namespace, saver: Saver) -> str:
     return saver.newest()
 
 
-def make_datasets(args: argparse.Namespace, hooks: Hooks) -> tuple[Any, Any]:
-    """Data sets of the training and the evaluation split."""
+def make_datasets(args: Settings, hooks: Hooks) -> tuple[Settings, list[Any]]:
+    """Data sets of the training and the evaluation split, and the settings with what follows from them."""
     channels = args.in_chans or (args.input_size or [3])[0]
     sets = []
     for split, training in ((args.train_split, True), (args.val_split, False)):
         dataset = hooks.dataset(split, training, args) if hooks.dataset else None
         dataset = dataset if dataset is not None else data.make_dataset(args, split, training, channels)
-        match_classes(args, dataset, split)
+        args = match_classes(args, dataset, split)
         sets.append(dataset)
-    return sets[0], sets[1]
+    return args, sets
 
 
-def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
+def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     """Run the training that `args` (from `parse_args`) describe, and return its Trainer.
 
     Raises:
@@ -132,12 +105,12 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
     with explain('--device-modules'):
         for module in args.device_modules or []:
             importlib.import_module(module)
-    process = start_process(args, args.chosen)
+    process = start_process(args)
     random_seed(args.seed)
-    datasets = make_datasets(args, hooks)
+    args, datasets = make_datasets(args, hooks)
+    args = args.replace(model=build.current_name(args.model, process))
     model = build.make_training_model(args, process)
-    args.num_classes = args.settings['num_classes'] = args.num_classes or model.num_classes
-    args.settings['model'] = args.model
+    args = args.replace(num_classes=args.num_classes or model.num_classes)
     with explain('images'):
         data_config = resolve_input_data_config(model, vars(args))
     model = build.place_model(args, process, model, data_config['input_size'])
@@ -147,7 +120,7 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
     )
     task = make_task(args, process, model, data_config, hooks.loss, hooks.task)
     if 'eval_metric' not in args.chosen:
-        args.eval_metric = args.settings['eval_metric'] = task.create_evaluator().default_metric
+        args = args.replace(eval_metric=task.create_evaluator().default_metric)
     optimizer = build.make_optimizer(args, process, task)
     if args.model_ema and (process.primary or not args.model_ema_force_cpu):
         task.setup_ema(args.model_ema_decay, args.model_ema_warmup, device='cpu' if args.model_ema_force_cpu else None)  # type: ignore[arg-type]
@@ -171,25 +144,26 @@ def train(args: argparse.Namespace, hooks: Hooks | None = None) -> Trainer:
     if trainer.primary:
         with explain('--output'):
             os.makedirs(folder, exist_ok=True)
-        text = yaml.safe_dump({name: value for name, value in args.settings.items() if name not in LAYERS})
+        text = yaml.safe_dump({name: value for name, value in vars(args).items() if name not in LAYERS})
         write_atomically(os.path.join(folder, 'args.yaml'), text)
     trainer.run()
     return trainer
 
 
-def announce(args: argparse.Namespace, trainer: Trainer, model: torch.nn.Module, data_config: dict[str, Any]) -> None:
+def announce(args: Settings, trainer: Trainer, model: torch.nn.Module, data_config: dict[str, Any]) -> None:
     """Print what is about to happen, the effective global batch and learning rate among it."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = 'x'.join(map(str, data_config['input_size']))
     process = trainer.process
     batch = args.batch_size * process.world_size * args.grad_accum_steps
+    rate = build.learning_rate(args, process.world_size)
     trainer.progress.say(
         f'{args.model}: {parameters / 1e6:.2f} M parameters, input {size}, {args.num_classes} classes, '
         f'on {process.world_size} x {process.device}, {process.precision}'
     )
     trainer.progress.say(
         f'global batch {batch} = {args.batch_size} images x {process.world_size} ranks x {args.grad_accum_steps} '
-        f'accumulated; {args.opt}, learning rate {args.lr:.4g}; {trainer.epochs} epochs of {trainer.batches} steps; '
+        f'accumulated; {args.opt}, learning rate {rate:.4g}; {trainer.epochs} epochs of {trainer.batches} steps; '
         f'output in {trainer.folder}'
     )
 

@@ -1,6 +1,5 @@
 """Evaluate a checkpoint or published weights: `python -m vim_timm.validate --help`."""
 
-import argparse
 import glob
 import json
 import os
@@ -33,7 +32,7 @@ from .report.extras import require
 from .report.facts import facts
 from .report.metrics import measure
 from .report.names import class_names
-from .settings import Process
+from .settings import Process, Settings
 from .settings.flags import VALIDATE
 from .settings.parse import parse
 from .tasks import adopt
@@ -53,9 +52,9 @@ _DATA = {'data_dir', 'dataset', 'class_map', 'input_img_mode', 'input_key', 'tar
 _INHERITED = {**{name: name for name in _SAME.split()}, 'val_split': 'split', 'val_num_samples': 'num_samples'}
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> Settings:
     """Settings of an evaluation: defaults, what the checkpoint says, --config, flags."""
-    first, chosen = parse(PROGRAM, VALIDATE, argv, DESCRIPTION)
+    first = parse(PROGRAM, VALIDATE, argv, DESCRIPTION)
     if not first.checkpoint and not first.pretrained:
         runs = glob.glob(os.path.join('output', 'train', '*', 'model_best.pth.tar'))
         newest = f' (the newest run here has {max(runs, key=os.path.getmtime)})' if runs else ''
@@ -65,20 +64,19 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         saved = read_checkpoint(first.checkpoint).get('args')
         if isinstance(saved, dict):
             layer = {ours: saved[theirs] for theirs, ours in _INHERITED.items() if saved.get(theirs) is not None}
-        if chosen & {'data_dir', 'dataset'}:  # other data than it was trained on
+        if first.chosen & {'data_dir', 'dataset'}:  # other data than it was trained on
             layer = {name: value for name, value in layer.items() if name not in _DATA}
-    args, _ = parse(PROGRAM, VALIDATE, argv, DESCRIPTION, layer=layer)
-    args.chosen = chosen
+    args = parse(PROGRAM, VALIDATE, argv, DESCRIPTION, layer=(f'checkpoint {first.checkpoint}', layer))
+    args = Settings(vars(args), first.chosen)
     if not args.data_dir and not args.dataset:
-        args.dataset = 'digits'
+        args = args.replace(dataset='digits')
     check(args)
     if args.results_file and not os.path.isdir(os.path.dirname(args.results_file) or '.'):
         raise UserError(f'--results-file {args.results_file}: there is no such folder')
-    args.val_num_samples, args.validation_batch_size = args.num_samples, None
-    return args
+    return args.replace(val_num_samples=args.num_samples, validation_batch_size=None)
 
 
-def validate(args: argparse.Namespace, process: Process, metrics: Mapping[str, Metric] | None = None) -> dict[str, Any]:
+def validate(args: Settings, process: Process, metrics: Mapping[str, Metric] | None = None) -> dict[str, Any]:
     """Evaluate one model, and return timm's result row: top1, top1_err, top5, top5_err, param_count, img_size, ...
 
     Raises:
@@ -90,8 +88,9 @@ def validate(args: argparse.Namespace, process: Process, metrics: Mapping[str, M
     channels = args.in_chans or (args.input_size or [3])[0]
     dataset = data.make_dataset(args, args.split, False, channels)
     labels = _valid_labels(args)
+    args = args.replace(model=build.current_name(args.model, process))
     if labels is None:
-        match_classes(args, dataset, args.split)
+        args = match_classes(args, dataset, args.split)
     real = read_real_labels(args.real_labels, dataset) if args.real_labels else None
     model, parameters, data_config = _ready_model(args, process, labels)
     loader = data.eval_loader(args, process, dataset, data_config)
@@ -120,10 +119,10 @@ def validate(args: argparse.Namespace, process: Process, metrics: Mapping[str, M
 
 
 def _ready_model(
-    args: argparse.Namespace, process: Process, labels: list[int] | None
+    args: Settings, process: Process, labels: list[int] | None
 ) -> tuple[torch.nn.Module, int, dict[str, Any]]:
     """The model with its weights on its device, the number of its parameters, and its data settings."""
-    model: Any = build.make_model(args, process)
+    model: Any = build.make_model(args)
     if args.checkpoint:
         load_weights(model, args.checkpoint, args.use_ema)
     if args.reparam:
@@ -165,14 +164,14 @@ class _Select(torch.nn.Module):
         return logits[:, self.labels]
 
 
-def _valid_labels(args: argparse.Namespace) -> list[int] | None:
+def _valid_labels(args: Settings) -> list[int] | None:
     if not args.valid_labels:
         return None
     with explain(f'--valid-labels {args.valid_labels}'), open(args.valid_labels) as file:
         return [int(line) for line in file if line.strip()]
 
 
-def _more_metrics(args: argparse.Namespace, metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
+def _more_metrics(args: Settings, metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
     """The caller's metrics and --metrics-avg's."""
     more = dict(metrics or {})
     if args.metrics_avg:
@@ -190,7 +189,7 @@ def _more_metrics(args: argparse.Namespace, metrics: Mapping[str, Metric] | None
     return more
 
 
-def validate_with_retry(args: argparse.Namespace, process: Process) -> dict[str, Any]:
+def validate_with_retry(args: Settings, process: Process) -> dict[str, Any]:
     """`validate`, with half the batch as long as --retry is given and memory runs out."""
     while True:
         try:
@@ -200,10 +199,10 @@ def validate_with_retry(args: argparse.Namespace, process: Process) -> dict[str,
             if not args.retry or not check_batch_size_retry(str(error)) or smaller < 1:
                 raise
             print(f'batch size {args.batch_size} does not fit ({sentence(error)}); trying {smaller}', flush=True)
-            args.batch_size = smaller
+            args = args.replace(batch_size=smaller)
 
 
-def candidates(args: argparse.Namespace) -> list[dict[str, Any]]:
+def candidates(args: Settings) -> list[dict[str, Any]]:
     """What to evaluate: a folder of checkpoints, a file with model names, a pattern, or the one model."""
     if os.path.isdir(args.checkpoint):
         files = [
@@ -219,15 +218,13 @@ def candidates(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{}]
 
 
-def _evaluate_choice(
-    args: argparse.Namespace, process: Process, choice: Mapping[str, Any], alone: bool
-) -> dict[str, Any]:
+def _evaluate_choice(args: Settings, process: Process, choice: Mapping[str, Any], alone: bool) -> dict[str, Any]:
     """The result row of one of the candidates; each of several has its own folder in that of --report."""
     report = args.report
     if report and not alone:
         name = os.path.basename(choice.get('checkpoint', '')).partition('.')[0] or safe_model_name(choice['model'])
         report = os.path.join(report, name)
-    row = validate_with_retry(argparse.Namespace(**{**vars(args), **choice, 'report': report}), process)
+    row = validate_with_retry(args.replace(**choice, report=report), process)
     return {**row, **({'checkpoint': choice['checkpoint']} if 'checkpoint' in choice else {})}
 
 
@@ -245,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body(arguments: Sequence[str]) -> None:
         args = parse_args(arguments)
-        process = start_process(args, args.chosen)
+        process = start_process(args)
         try:
             choices = candidates(args)
             if not choices:

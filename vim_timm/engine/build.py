@@ -1,6 +1,5 @@
 """Models and optimizers from settings."""
 
-import argparse
 import difflib
 import os
 from typing import Any
@@ -13,25 +12,34 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import TrainingTask
 
 from ..errors import UserError, explain
-from ..settings import Process
+from ..settings import Process, Settings
 from .checkpoint import load_weights
 
 
-def make_model(args: argparse.Namespace, process: Process, **kwargs: Any) -> torch.nn.Module:
-    """The model that the flags describe, with its weights, on the device; `kwargs` go to `timm.create_model` too.
+def current_name(name: str, process: Process) -> str:
+    """The name of a model, where this one is deprecated its current name.
 
     Raises:
-        UserError: unknown model or argument, a size that does not fit, weights that cannot be had or do not fit.
+        UserError: there is no such model.
     """
-    current = get_deprecated_models().get(args.model)
+    current = get_deprecated_models().get(name)
     if current:  # timm's shim of a deprecated name would build the model without its configuration
         if process.primary:
-            print(f'warning: --model {args.model} is a deprecated name of {current}, which is used', flush=True)
-        args.model = current
-    name = args.model.partition('.')[0]
-    if ':' not in args.model and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f'there is no model {args.model!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
+            print(f'warning: --model {name} is a deprecated name of {current}, which is used', flush=True)
+        return current
+    known = name.partition('.')[0]
+    if ':' not in name and not timm.is_model(known):
+        near = difflib.get_close_matches(known, timm.list_models(), n=3)
+        raise UserError(f'there is no model {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
+    return name
+
+
+def make_model(args: Settings, **kwargs: Any) -> torch.nn.Module:
+    """The model that the flags describe, with its weights; `kwargs` go to `timm.create_model` too.
+
+    Raises:
+        UserError: an unknown argument, a size that does not fit, weights that cannot be had or do not fit.
+    """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     with explain(f'model {args.model}'):
         kwargs.update(pretrained=args.pretrained, num_classes=args.num_classes, global_pool=args.gp)
@@ -39,7 +47,7 @@ def make_model(args: argparse.Namespace, process: Process, **kwargs: Any) -> tor
 
 
 def place_model(
-    args: argparse.Namespace, process: Process, model: torch.nn.Module, input_size: tuple[int, int, int]
+    args: Settings, process: Process, model: torch.nn.Module, input_size: tuple[int, int, int]
 ) -> torch.nn.Module:
     """Move the model to the device and try it once, before anything is written or a long run starts.
 
@@ -55,13 +63,13 @@ def place_model(
     return model.train(training)
 
 
-def make_training_model(args: argparse.Namespace, process: Process) -> torch.nn.Module:
+def make_training_model(args: Settings, process: Process) -> torch.nn.Module:
     """`make_model` plus what only training asks of it."""
     if args.pretrained_path and not os.path.isfile(args.pretrained_path):
         raise UserError(f'there is no file {args.pretrained_path}')
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     model = make_model(
-        args, process, drop_rate=args.drop,
+        args, drop_rate=args.drop,
         drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
         drop_block_rate=args.drop_block, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps,
         pretrained_cfg_overlay={**overlay, **args.pretrained_cfg_overlay} or None,
@@ -83,17 +91,17 @@ def make_training_model(args: argparse.Namespace, process: Process) -> torch.nn.
     return model
 
 
-def learning_rate(args: argparse.Namespace, world_size: int) -> float:
+def learning_rate(args: Settings, world_size: int) -> float:
     """--lr, or --lr-base scaled by the global batch as timm does."""
-    if args.lr:
+    if args.lr is not None:
         return args.lr
     ratio = args.batch_size * world_size * args.grad_accum_steps / args.lr_base_size
     scale = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
     return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
 
 
-def make_optimizer(args: argparse.Namespace, process: Process, task: TrainingTask) -> torch.optim.Optimizer:
+def make_optimizer(args: Settings, process: Process, task: TrainingTask) -> torch.optim.Optimizer:
     """timm's optimizer for the parameters that the task trains."""
-    args.lr = learning_rate(args, process.world_size)
+    options = optimizer_kwargs(cfg=args.replace(lr=learning_rate(args, process.world_size)))
     with explain('optimizer'):
-        return create_optimizer_v2(task.get_trainable_module() or task, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        return create_optimizer_v2(task.get_trainable_module() or task, **options, **args.opt_kwargs)

@@ -1,6 +1,5 @@
 """What a run tells: a line of progress, the log files, and experiment trackers."""
 
-import argparse
 import datetime
 import importlib
 import json
@@ -14,7 +13,7 @@ import torch
 
 from ..errors import UserError
 from ..files import table, write_atomically
-from ..settings import Process
+from ..settings import Process, Settings
 
 
 def peak_memory(device: torch.device) -> str:
@@ -98,7 +97,7 @@ class Trackers:
         UserError: one of them is not installed.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: Settings):
         self.args, self.board, self.loggers = args, None, []
         if args.tensorboard:
             self.board = self._import('torch.utils.tensorboard', '--tensorboard', 'tensorboard')
@@ -122,7 +121,7 @@ class Trackers:
         more['resume'] = 'must' if args.wandb_resume_id else None
         for logger in self.loggers:
             logger.init(
-                project=args.wandb_project or 'vim-timm', name=os.path.basename(folder), config=args.settings,
+                project=args.wandb_project or 'vim-timm', name=os.path.basename(folder), config=vars(args),
                 **(more if logger.__name__ == 'wandb' else {}),
             )  # fmt: skip
 

@@ -1,6 +1,5 @@
 """The training loop. Its whole state is model, average, optimizer, scaler, the log's rows and (epoch, step)."""
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -17,7 +16,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from ..data import Batch, Loader, seed_everything
 from ..errors import Preempted, TrainingStopped, UserError, explain
 from ..models.checkpoint import read_checkpoint
-from ..settings import Process
+from ..settings import Process, Settings
 from ..tasks import Task
 from . import checkpoint, log
 from .evaluate import Metric, Watch, evaluate
@@ -38,11 +37,11 @@ class Hooks:
             classification.
     """
 
-    dataset: Callable[[str, bool, argparse.Namespace], Any] | None = None
+    dataset: Callable[[str, bool, Settings], Any] | None = None
     loss: torch.nn.Module | None = None
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
     callback: Callable[['Trainer'], Any] | None = None
-    task: Callable[[torch.nn.Module, argparse.Namespace], TrainingTask] | None = None
+    task: Callable[[torch.nn.Module, Settings], TrainingTask] | None = None
 
 
 class Trainer:
@@ -54,7 +53,7 @@ class Trainer:
     """
 
     def __init__(
-        self, args: argparse.Namespace, process: Process, task: Task, optimizer: torch.optim.Optimizer,
+        self, args: Settings, process: Process, task: Task, optimizer: torch.optim.Optimizer,
         loaders: tuple[Loader, Loader], folder: str, hooks: Hooks,
     ):  # fmt: skip
         self.args, self.process, self.task, self.optimizer = args, process, task, optimizer
@@ -98,7 +97,7 @@ class Trainer:
         state = {
             'epoch': self.epoch - 1,
             'arch': self.args.model,
-            'args': self.args.settings,
+            'args': dict(vars(self.args)),
             'optimizer': self.optimizer.state_dict(),
             'version': 2,
             **self.task.get_checkpoint_state(),

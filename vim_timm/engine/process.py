@@ -1,6 +1,5 @@
 """The processes of a run: device, process group, signals."""
 
-import argparse
 import contextlib
 import datetime
 import os
@@ -14,21 +13,18 @@ from timm.layers import set_fast_norm
 from timm.utils import is_distributed_env, world_info_from_env
 
 from ..errors import UserError, explain
-from ..settings import Process
+from ..settings import Process, Settings
 
 
-def start_process(settings: argparse.Namespace, chosen: set[str]) -> Process:
+def start_process(settings: Settings) -> Process:
     """Choose the device, join the process group, and set what torch has for all of the process.
-
-    Args:
-        chosen: names of the settings that somebody chose.
 
     Raises:
         UserError: there is no such device, or the other processes cannot be reached.
     """
     name = settings.device
     if name.partition(':')[0] == 'cuda' and not torch.cuda.is_available():
-        if 'device' in chosen:
+        if 'device' in settings.chosen:
             raise UserError('there is no CUDA device here: leave --device out, or give --device cpu')
         name = 'cpu'
     local_rank, rank, world_size = world_info_from_env() if is_distributed_env() else (0, 0, 1)
@@ -52,7 +48,7 @@ def start_process(settings: argparse.Namespace, chosen: set[str]) -> Process:
     return Process(device, dtype, autocast_dtype, rank, local_rank, world_size)
 
 
-def _join(settings: argparse.Namespace, backend: str, local_rank: int, rank: int, world_size: int) -> None:
+def _join(settings: Settings, backend: str, local_rank: int, rank: int, world_size: int) -> None:
     for name, value in (('RANK', rank), ('WORLD_SIZE', world_size), ('LOCAL_RANK', local_rank)):
         os.environ[name] = str(value)  # SLURM sets none of these
     with explain('cannot join the other processes'):

@@ -1,6 +1,5 @@
 """How an evaluation came about: its speed, hardware, data and versions."""
 
-import argparse
 import time
 from typing import Any
 
@@ -8,11 +7,11 @@ import timm
 import torch
 
 from ..engine.log import peak_memory
-from ..settings import Process
+from ..settings import Process, Settings
 from ..version import __version__
 
 
-def facts(args: argparse.Namespace, process: Process, rate: float) -> dict[str, Any]:
+def facts(args: Settings, process: Process, rate: float) -> dict[str, Any]:
     """What a report says about how it came about, by name."""
     device = process.device
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)

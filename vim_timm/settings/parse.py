@@ -1,19 +1,134 @@
-"""From a command line to settings: defaults, then a recipe, then --config, then the flags that were given."""
+"""From a command line to settings: defaults, then a recipe, then --config, then the flags that were given.
+
+Whatever a setting comes from, it is checked against its row of the table.
+"""
 
 import argparse
+import datetime
 import importlib.resources
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from timm.utils import ParseKwargs
 
 from ..errors import UserError
 from .flags import Row, refused
+from .ranges import ANY, Range
 
 RECIPES = importlib.resources.files('vim_timm') / 'recipes'
 _UNSET = object()
+_SOURCES = ('data', 'config', 'recipe')  # flags of every program, which name further settings
+
+
+class Settings(argparse.Namespace):
+    """Settings by name, read-only; `vars(settings)` are their plain values, as timm and checkpoints take them.
+
+    Attributes:
+        chosen: names of those that somebody chose.
+    """
+
+    __slots__ = ('chosen',)
+    chosen: frozenset[str]
+
+    def __init__(self, values: Mapping[str, Any], chosen: Iterable[str] = ()):
+        vars(self).update(values)
+        object.__setattr__(self, 'chosen', frozenset(chosen))
+
+    def __setattr__(self, name: str, value: Any = None) -> None:
+        raise AttributeError(f'settings are read-only: settings.replace({name}=...) makes others')
+
+    __delattr__ = __setattr__  # type: ignore[assignment]
+
+    def replace(self, **changes: Any) -> 'Settings':
+        """The same settings but for some."""
+        return Settings({**vars(self), **changes}, self.chosen)
+
+
+class _Flag(NamedTuple):
+    """A row of the table."""
+
+    names: str
+    kind: Any
+    default: Any
+    text: str
+    range: Range = ANY
+
+    @property
+    def name(self) -> str:
+        return self.names.split()[0].lstrip('-').replace('-', '_')
+
+    def check(self, value: Any, source: str = '') -> Any:
+        """The value as the flag has it.
+
+        Args:
+            source: where it comes from, for the sentence that refuses it.
+
+        Raises:
+            UserError: the flag would not take it.
+        """
+        where = f'{source}: {self.names.split()[0]}' if source else self.names.split()[0]
+        if self.kind is refused:
+            raise UserError(f'{where} is not supported: {self.text}')
+        if value is None and self.default is None:
+            return None
+        if isinstance(self.kind, tuple) and self.kind[0] != '?':
+            if value not in self.kind:
+                raise UserError(f'{where} must be one of {", ".join(self.kind)}, not {value!r}')
+            return value
+        try:
+            value = self._convert(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f'{where} cannot be {reprlib.repr(value)}') from error
+        why = self.range.refusal(_numbers(value) if self.kind is dict else value) if self._is_number else ''
+        if why:
+            raise UserError(f'{where} {why}')
+        return value
+
+    @property
+    def _is_number(self) -> bool:
+        return self.kind in (int, float, [int], [float], dict)
+
+    def _convert(self, value: Any) -> Any:
+        kind = self.kind
+        if isinstance(kind, list):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if not values and self.default != []:
+                raise ValueError('no value')
+            return [_plain(kind[0], item) for item in values]
+        if kind is dict:
+            if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+                raise TypeError('no key=value pairs')
+            return value
+        return _plain(str if isinstance(kind, tuple) else kind, value)
+
+
+def _plain(kind: type, value: Any) -> Any:
+    """A value that YAML or a checkpoint may have spelled otherwise (`1e-3` is a string in YAML), and no other one."""
+    if kind is bool or isinstance(value, bool):
+        fits = kind is bool and isinstance(value, bool)
+    elif kind is str:
+        fits = isinstance(value, (str, int, float, datetime.date))
+    else:
+        fits = isinstance(value, (str, int, float)) and (kind is float or isinstance(value, str) or value == int(value))
+    if not fits:
+        raise TypeError(f'not of type {kind.__name__}')
+    return kind(value)
+
+
+def _numbers(value: Any) -> list[float]:
+    """All numbers in a value of lists and dicts, which YAML may have knotted with each other."""
+    found, seen, waiting = [], set(), [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (dict, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))
+            waiting += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, (int, float)):
+            found.append(item)
+    return found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,7 +146,10 @@ class _Kwargs(ParseKwargs):
         for value in values:
             if '=' not in value:
                 parser.error(f'{option_string} takes key=value pairs, not {value!r}')
-        super().__call__(parser, namespace, values, option_string)
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (RecursionError, MemoryError):
+            parser.error(f'{option_string}: a value is nested too deeply')
 
 
 class _ListRecipes(argparse.Action):
@@ -51,7 +169,7 @@ def build_parser(program: str, table: Mapping[str, Sequence[Row]], description: 
     parser.add_argument('--list-recipes', action=_ListRecipes, nargs=0, help='print their names and end')
     for title, rows in table.items():
         group = parser.add_argument_group(title)
-        for names, kind, default, text in rows:
+        for names, kind, default, text, *_ in rows:
             shown = text if kind in (bool, refused) or default in (None, '', [], {}) else f'{text} (default: {default})'
             group.add_argument(*names.split(), help=shown.replace('%', '%%'), **_action(kind))
     return parser
@@ -78,70 +196,70 @@ def parse(
     table: Mapping[str, Sequence[Row]],
     argv: Sequence[str],
     description: str = '',
-    layer: Mapping[str, Any] | None = None,
+    layer: tuple[str, Mapping[str, Any]] = ('', {}),
     fallback_recipe: str = '',
-) -> tuple[argparse.Namespace, set[str]]:
-    """Settings for `argv`, and the names of those that somebody chose.
+) -> Settings:
+    """Settings for `argv`.
 
     Args:
-        layer: settings between the defaults and a recipe, such as those of a checkpoint.
+        layer: settings between the defaults and a recipe, such as those of a checkpoint, and what they come from.
         fallback_recipe: the recipe where the command line names neither data, recipe nor --config.
+
+    Raises:
+        UserError: a setting is unknown, or no value of its flag.
     """
-    parser = build_parser(program, table, description)
-    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'list_recipes')}
-    namespace = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions, _UNSET)))
-    given = {key: value for key, value in vars(namespace).items() if value is not _UNSET and key in actions}
+    flags = {flag.name: flag for rows in table.values() for flag in (_Flag(*row) for row in rows)}
+    names = (*flags, *_SOURCES)
+    namespace = build_parser(program, table, description).parse_args(
+        argv, argparse.Namespace(**dict.fromkeys(names, _UNSET))
+    )
+    given = {name: getattr(namespace, name) for name in names if getattr(namespace, name) is not _UNSET}
     if given.get('data') is None:
         given.pop('data', None)
     else:
         given.setdefault('data_dir', given['data'])
     if not given.keys() & {'data_dir', 'dataset', 'recipe', 'config'}:
         given['recipe'] = fallback_recipe
-    chosen = {**(layer or {}), **_recipe(given.get('recipe'), actions), **_yaml(given.get('config'), actions), **given}
-    rows = [row for rows in table.values() for row in rows if row[1] is not refused]
-    defaults = {names.split()[0].lstrip('-').replace('-', '_'): default for names, _, default, _ in rows}
-    settings = {'data': None, 'config': None, 'recipe': None, **defaults, **chosen}
-    return argparse.Namespace(**settings), set(chosen)
+    source, inherited = layer
+    given.update(_checked('', {name: given[name] for name in flags if name in given}, flags))
+    chosen = {
+        **_checked(source, inherited, flags),
+        **_recipe(given.get('recipe'), flags),
+        **_yaml(given.get('config'), flags),
+        **given,
+    }
+    defaults = {name: flag.default for name, flag in flags.items() if flag.kind is not refused}
+    return Settings({**dict.fromkeys(_SOURCES), **defaults, **chosen}, chosen)
 
 
-def _recipe(name: str | None, actions: Mapping[str, argparse.Action]) -> dict[str, Any]:
+def _checked(source: str, values: Mapping[str, Any], flags: Mapping[str, _Flag]) -> dict[str, Any]:
+    return {name: flags[name].check(value, source) for name, value in values.items()}
+
+
+def _recipe(name: str | None, flags: Mapping[str, _Flag]) -> dict[str, Any]:
     if not name:
         return {}
     path = RECIPES / f'{name}.yaml'
     if not path.is_file():
         known = ', '.join(sorted(Path(entry.name).stem for entry in RECIPES.iterdir() if entry.name.endswith('.yaml')))
         raise UserError(f'there is no recipe {name!r}; there are {known}')
-    return _yaml(str(path), actions)
+    return _yaml(str(path), flags)
 
 
-def _yaml(path: str | None, actions: Mapping[str, argparse.Action]) -> dict[str, Any]:
-    """The settings in a YAML file, checked against the flags and converted as the command line would."""
+def _yaml(path: str | None, flags: Mapping[str, _Flag]) -> dict[str, Any]:
+    """The settings in a YAML file."""
     if not path:
         return {}
     try:
         settings = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError as error:
+        raise UserError(f'{path} is not a readable YAML file: it is nested too deeply') from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f'{path} is not a readable YAML file: {str(error).splitlines()[0]}') from error
     if not isinstance(settings, dict):
         raise UserError(f'{path} must hold one setting a line, `name: value`')
     settings = {str(key).replace('-', '_'): value for key, value in settings.items()}
-    for key, value in settings.items():
-        if key not in actions or key in ('data', 'config', 'recipe'):
+    for key in settings:
+        if key not in flags:
             raise UserError(f'{path}: there is no setting {key!r}')
-        settings[key] = _convert(path, actions[key], value)
-    return settings
-
-
-def _convert(path: str, action: argparse.Action, value: Any) -> Any:
-    flag = action.option_strings[0]
-    if isinstance(action, _Refuse):
-        raise UserError(f'{path}: {flag} is not supported: {action.help}')
-    if action.choices and value is not None and value not in action.choices:
-        raise UserError(f'{path}: {flag} must be one of {", ".join(map(str, action.choices))}, not {value!r}')
-    kind = action.type
-    if not callable(kind) or value is None:
-        return value
-    try:
-        return [kind(item) for item in value] if isinstance(value, list) else kind(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{path}: {flag} cannot be {value!r}') from error
+    return _checked(path, settings, flags)

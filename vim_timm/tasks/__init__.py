@@ -3,14 +3,13 @@
 `make_task` builds the one that the settings name; `base.Task` says what the loop asks of one.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.task import TrainingTask
 
-from ..settings import Process
+from ..settings import Process, Settings
 from . import classification
 from .base import Task, adopt
 
@@ -18,7 +17,7 @@ __all__ = ['Task', 'adopt', 'make_task']
 
 
 def make_task(
-    settings: argparse.Namespace, process: Process, model: torch.nn.Module, data_config: dict[str, Any],
+    settings: Settings, process: Process, model: torch.nn.Module, data_config: dict[str, Any],
     loss: torch.nn.Module | None = None, custom: Callable[[torch.nn.Module, Any], TrainingTask] | None = None,
 ) -> Task:  # fmt: skip
     """The task that the settings name, around a model on its device.

@@ -1,6 +1,5 @@
 """One label an image: timm's losses, mixup and cutmix, and distillation from a teacher."""
 
-import argparse
 from typing import Any
 
 import timm.task
@@ -10,12 +9,12 @@ from timm.data.loader import adapt_to_chs
 from timm.loss import create_classification_loss
 
 from ..errors import explain
-from ..settings import Process
+from ..settings import Process, Settings
 from .base import Task, adopt
 
 
 def make_task(
-    settings: argparse.Namespace, process: Process, model: torch.nn.Module, data_config: dict[str, Any],
+    settings: Settings, process: Process, model: torch.nn.Module, data_config: dict[str, Any],
     loss: torch.nn.Module | None = None,
 ) -> Task:  # fmt: skip
     """timm's task for the flags: classification, or distillation with --kd-*.
@@ -31,7 +30,7 @@ def make_task(
     return adopt(timm.task.ClassificationTask(model, loss, **common))
 
 
-def _make_loss(settings: argparse.Namespace) -> torch.nn.Module:
+def _make_loss(settings: Settings) -> torch.nn.Module:
     kind = 'jsd' if settings.jsd_loss else 'bce' if settings.bce_loss else settings.loss or 'ce'
     options = {
         'bce': dict(
@@ -47,11 +46,11 @@ def _make_loss(settings: argparse.Namespace) -> torch.nn.Module:
         return create_classification_loss(kind, smoothing=settings.smoothing, soft_targets=_mixes(settings), **options)
 
 
-def _mixes(settings: argparse.Namespace) -> bool:
+def _mixes(settings: Settings) -> bool:
     return bool(settings.mixup > 0 or settings.cutmix > 0 or settings.cutmix_minmax)
 
 
-def make_mixup(settings: argparse.Namespace, multi_label: bool = False) -> Mixup | None:
+def make_mixup(settings: Settings, multi_label: bool = False) -> Mixup | None:
     """timm's mixup and cutmix for the flags, or None."""
     if not _mixes(settings):
         return None
@@ -63,7 +62,7 @@ def make_mixup(settings: argparse.Namespace, multi_label: bool = False) -> Mixup
 
 
 def _distillation(
-    settings: argparse.Namespace, model: torch.nn.Module, loss: torch.nn.Module, common: dict[str, Any],
+    settings: Settings, model: torch.nn.Module, loss: torch.nn.Module, common: dict[str, Any],
     data_config: dict[str, Any],
 ) -> timm.task.TrainingTask:  # fmt: skip
     weights = dict(distill_loss_weight=settings.distill_loss_weight, task_loss_weight=settings.task_loss_weight)

@@ -1,0 +1,46 @@
+"""Ranges of settings that are numbers. All are finite; a range of several values holds for each of them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LARGEST = 2**53  # whole numbers beyond it are no float64, and nothing here counts so far
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`.
+
+    Attributes:
+        above: `low` itself is no longer one of them.
+        ascending: two numbers, the smaller first.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    ascending: bool = False
+
+    def refusal(self, value: Any) -> str:
+        """Why a number, or a list of numbers, is none of these, as `must be ...`; '' if it is."""
+        if isinstance(value, Sequence):
+            if self.ascending and not (len(value) == 2 and self.low < value[0] <= value[1] <= self.high):
+                return f'takes two numbers above {self.low}, the smaller first, not {value}'
+            return next(filter(None, map(self.refusal, value)), '')
+        if not math.isfinite(value) or abs(value) > LARGEST:
+            return f'must be a finite number, not {value}'
+        if value < self.low or (self.above and value == self.low):
+            return f'must be {"above" if self.above else "at least"} {self.low}, not {value}'
+        return f'must be at most {self.high}, not {value}' if value > self.high else ''
+
+
+ANY = Range()
+SHARE = Range(0, 1)
+POSITIVE = Range(0, above=True)
+PAIR = Range(0, ascending=True)
+
+
+def at_least(low: float, high: float = math.inf) -> Range:
+    """Numbers from `low` on."""
+    return Range(low, high)
