@@ -1,11 +1,13 @@
 """Run timm's own, unmodified tests on models of this package.
 
-    python tests/timm_suite/run.py [MODEL ...] [-- PYTEST ARGUMENT ...]
+    python tests/timm_suite/run.py [--import MODULE] [MODEL ...] [-- PYTEST ARGUMENT ...]
 
+MODULE registers more models; it is looked for in `tests/` too.
 The tests are those of the installed timm's source distribution, which pip fetches once into a cache folder
 (VIM_TIMM_CACHE, ~/.cache/vim-timm by default). TIMM_TESTS=DIR takes a folder of tests that is already there.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -49,6 +51,10 @@ def fetch(folder: Path) -> Path:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ['--import']:
+        sys.path.append(str(Path(__file__).parents[1]))
+        importlib.import_module(arguments[1])
+        arguments = arguments[2:]
     split = arguments.index('--') if '--' in arguments else len(arguments)
     models, pytest_arguments = arguments[:split] or ['test_vim'], arguments[split + 1 :]
     unknown = [model for model in models if not timm.is_model(model)]

@@ -1,0 +1,378 @@
+"""What every registered family must pass: `test_families.py` asks it of all names.
+
+A check takes a function that builds a small model in evaluation mode, with further arguments.
+"""
+
+import functools
+import io
+import pickle
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+Build = Callable[..., nn.Module]
+
+# arguments that make a family's models small, by the module that registers them
+SMALL: dict[str, dict] = {
+    'vision_mamba': dict(embed_dim=32, depth=3),
+    'toy_family': dict(embed_dim=32, depth=3),
+}
+
+
+def structures(module: str) -> list[str]:
+    """Names of the module's models that differ in more than size; the first of each kind."""
+    kinds = {}
+    for name in timm.list_models(module=module):
+        model = timm.create_model(name, device='meta', **SMALL[module])
+        kinds.setdefault((repr(model), model.class_token, model.global_pool, model.rope), name)
+    return list(kinds.values())
+
+
+def builder(name: str, **small) -> Build:
+    """A function that builds the registered model `name` small, for images of 4 x 4 patches and 10 classes."""
+
+    def build(**kwargs) -> nn.Module:
+        torch.manual_seed(0)
+        return timm.create_model(name, **{**arguments, **kwargs}).eval()
+
+    module = timm.model_entrypoint(name).__module__.rpartition('.')[2]
+    arguments = {**SMALL[module], **small}
+    patch = timm.create_model(name, device='meta', **arguments).patch_embed.patch_size
+    arguments = dict(img_size=tuple(4 * side for side in patch), num_classes=10, dynamic_img_size=False) | arguments
+    return build
+
+
+def images_for(model: nn.Module, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+
+
+def train_step(model: nn.Module, images: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits and gradients of one training step with fixed random numbers."""
+    torch.manual_seed(2)
+    model.zero_grad()
+    parameters = dict(model.named_parameters())
+    logits = model.train()(images_for(model) if images is None else images)
+    logits.square().sum().backward()
+    return logits.detach(), {name: parameter.grad for name, parameter in parameters.items()}
+
+
+def assert_same_step(actual, expected, **tolerance):
+    torch.testing.assert_close(actual[0], expected[0])
+    assert len(actual[1]) == len(expected[1])
+    for name, (ours, theirs) in zip(expected[1], zip(actual[1].values(), expected[1].values())):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f'{name}: {text}', **tolerance)
+
+
+def arguments_are_strict(build: Build) -> None:
+    with pytest.raises(TypeError, match='no_such_argument'):
+        build(no_such_argument=1)
+    for pool in ('catavgmax', 'map'):
+        with pytest.raises(AssertionError, match='global_pool'):
+            build(global_pool=pool)
+
+
+def get_classifier_is_the_head(build: Build) -> None:
+    model = build()
+    assert model.get_classifier() is model.head
+    assert any(module is model.get_submodule(model.default_cfg['classifier']) for module in model.head.modules())
+    assert isinstance(build(num_classes=0).get_classifier(), nn.Identity)
+
+
+def reset_classifier_follows_the_model(build: Build) -> None:
+    model = build().to(torch.bfloat16).train()
+    pool = model.global_pool
+    model.reset_classifier(7)
+    assert (model.num_classes, model.global_pool) == (7, pool)
+    assert next(model.head.parameters()).dtype == torch.bfloat16 and model.head.training
+    model = build()
+    features = model.forward_features(images_for(model))
+    model.reset_classifier(0, 'avg')
+    torch.testing.assert_close(model(images_for(model)), features[:, model.num_prefix_tokens :].mean(1))
+    assert isinstance(model.get_classifier(), nn.Identity)
+    with pytest.raises(AssertionError):
+        model.reset_classifier(10, 'map')
+    assert model.global_pool == 'avg'
+
+
+def gradient_checkpointing_changes_neither_outputs_nor_gradients(build: Build) -> None:
+    model = build(drop_path_rate=0.5)
+    expected = train_step(model)
+    model.set_grad_checkpointing()
+    assert model.grad_checkpointing
+    assert_same_step(train_step(model), expected)
+    model.set_grad_checkpointing(enable=False)
+    assert not model.grad_checkpointing
+
+
+def group_matcher_covers_every_parameter(build: Build) -> None:
+    model = build()
+    groups = timm.models.group_parameters(model, model.group_matcher())
+    names = [name for group in groups.values() for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert len(groups) == 1 + len(model.blocks) + 1  # stem, blocks (the last with the norm), head
+
+
+def no_weight_decay_names_parameters_that_exist(build: Build) -> None:
+    model = build()
+    listed = model.no_weight_decay()
+    assert listed <= dict(model.named_parameters()).keys()
+    assert all(name in listed for name in ('cls_token', 'pos_embed') if getattr(model, name) is not None)
+    state = {name for name, _ in model.named_parameters() if name.endswith(('A_log', 'A_b_log', '.D', '.D_b'))}
+    assert state <= listed
+
+
+def an_optimizer_with_layer_decay_trains(build: Build) -> None:
+    model = build().train()
+    optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-2, weight_decay=0.05, layer_decay=0.75)
+    target = torch.tensor([3, 7])
+    losses = []
+    for _ in range(5):
+        loss = nn.functional.cross_entropy(model(images_for(model)), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def compiles_to_one_graph_forward_and_backward(build: Build, backend: str = 'eager') -> None:
+    torch._dynamo.reset()
+    model = build(depth=2)
+    expected = train_step(model)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    assert_same_step(train_step(compiled, images_for(model)), expected, rtol=1e-4, atol=1e-5)
+
+
+def exports_with_any_batch_size(build: Build) -> None:
+    model = build(depth=1)
+    batch = torch.export.Dim('batch', min=1, max=64)
+    program = torch.export.export(model, (images_for(model),), dynamic_shapes=({0: batch},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    reloaded = torch.export.load(file).module()
+    for size in (1, 5):
+        images = images_for(model, size)
+        torch.testing.assert_close(reloaded(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def a_scripted_model_can_be_saved(build: Build) -> None:
+    model = build(depth=2)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    images = images_for(model)
+    torch.testing.assert_close(torch.jit.load(file)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def channels_last_computes_the_same(build: Build) -> None:
+    model = build()
+    expected = train_step(model)
+    last = model.to(memory_format=torch.channels_last)
+    images = images_for(model).contiguous(memory_format=torch.channels_last)
+    assert_same_step(train_step(last, images), expected, rtol=1e-4, atol=1e-5)
+
+
+def a_half_precision_model_returns_its_dtype_and_stays_close(build: Build) -> None:
+    model = build()
+    images = images_for(model)
+    expected = model(images)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = deepcopy(model).to(dtype)
+        logits = half(images.to(dtype))
+        assert logits.dtype == half.forward_features(images.to(dtype)).dtype == dtype
+        assert (logits - expected).abs().max() <= 0.05 * expected.abs().max()
+        maps = half.forward_intermediates(images.to(dtype), intermediates_only=True)
+        assert all(output.dtype == dtype for output in maps)
+
+
+def a_double_precision_model_stays_close(build: Build) -> None:
+    model = build()
+    images = images_for(model)
+    expected = model(images)
+    logits = model.double()(images.double())
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def autocast_trains_in_bfloat16(build: Build) -> None:
+    model = build()
+    expected, gradients = train_step(model)
+    with torch.autocast('cpu', torch.bfloat16):
+        logits, half_gradients = train_step(model)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - expected).abs().max() <= 0.05 * expected.abs().max()
+    for name, gradient in half_gradients.items():
+        assert gradient.dtype == torch.float32 and gradient.isfinite().all(), name
+        assert (gradient - gradients[name]).abs().max() <= 0.2 * gradients[name].abs().max() + 1e-4, name
+
+
+def a_meta_model_runs_and_materializes(build: Build) -> None:
+    model = build(device='meta', drop_path_rate=0.1)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model(images_for(model).to('meta')).shape == (2, 10)
+    assert not list(model.buffers())
+    real = model.to_empty(device='cpu')
+    with torch.no_grad():
+        for parameter in real.parameters():
+            parameter.fill_(float('nan'))
+    real.init_weights()
+    assert real(images_for(model)).isfinite().all()
+
+
+def features_only_gives_maps(build: Build) -> None:
+    whole = build()
+    model = build(features_only=True, out_indices=(0, 2))
+    assert model.feature_info.channels() == [whole.embed_dim] * 2
+    assert model.feature_info.reduction() == [whole.patch_embed.feat_ratio()] * 2
+    outputs = model(images_for(whole))
+    assert [output.shape[1:] for output in outputs] == [(whole.embed_dim, *whole.patch_embed.grid_size)] * 2
+
+
+def intermediates_are_the_blocks_outputs(build: Build) -> None:
+    model = build()
+    images = images_for(model)
+    final, outputs = model.forward_intermediates(images)
+    assert torch.equal(final, model.forward_features(images))
+    assert len(outputs) == 3
+    _, chosen = model.forward_intermediates(images, indices=[0, 2], output_fmt='NLC')
+    for spatial, sequence in zip((outputs[0], outputs[2]), chosen):
+        assert torch.equal(spatial.flatten(2).transpose(1, 2), sequence)
+    early = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
+    assert torch.equal(early[0], outputs[0])
+    result = model.forward_intermediates(images, output_dict=True, return_prefix_tokens=True)
+    assert torch.equal(result['image_features'], final)
+    prefix = [tokens.shape[1] for tokens in result.get('image_intermediates_prefix', [])]
+    assert prefix == [model.num_prefix_tokens] * 3 * bool(model.num_prefix_tokens)
+
+
+def pruning_leaves_a_model_that_uses_all_it_has(build: Build) -> None:
+    model = build()
+    images = images_for(model)
+    expected = model.forward_intermediates(images, indices=[1], intermediates_only=True)[0]
+    assert model.prune_intermediate_layers([0, 1], prune_norm=True) == [0, 1]
+    assert len(model.blocks) == 2
+    assert torch.equal(model.forward_intermediates(images, indices=1, intermediates_only=True)[0], expected)
+    _, gradients = train_step(model)
+    assert all(gradient is not None for gradient in gradients.values())
+    whole = build()
+    logits = whole(images)
+    whole.prune_intermediate_layers(1, prune_head=False)
+    assert torch.equal(whole(images), logits)
+
+
+def dynamic_sizes_equal_a_model_set_to_that_size(build: Build) -> None:
+    model = build(dynamic_img_size=True)
+    patch = model.patch_embed.patch_size
+    for rows, columns in ((5, 4), (3, 6), (4, 4)):
+        fixed = build()
+        fixed.set_input_size((rows * patch[0], columns * patch[1]))
+        torch.testing.assert_close(model(images_for(fixed)), fixed(images_for(fixed)))
+        assert fixed.feature_info == model.feature_info
+
+
+def an_image_does_not_depend_on_its_batch(build: Build) -> None:
+    model = build()
+    images = images_for(model, 3)
+    together = model(images)
+    for image, logits in zip(images, together):
+        torch.testing.assert_close(model(image.unsqueeze(0))[0], logits, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model(images.flip(0)).flip(0), together)
+    assert torch.equal(model(images), together)
+
+
+def embedding_and_encoding_are_the_features(build: Build) -> None:
+    model = build()
+    images = images_for(model)
+    patches, grid = model.embed(images)
+    assert grid == model.patch_embed.grid_size and patches.shape == (2, grid[0] * grid[1], model.embed_dim)
+    tokens, outputs = model.encode(patches, grid, take=(0, 2))
+    assert torch.equal(model.norm(tokens), model.forward_features(images))
+    assert torch.equal(outputs[1], tokens)
+    spatial = model.forward_intermediates(images, indices=[0], output_fmt='NLC', intermediates_only=True)[0]
+    assert torch.equal(outputs[0][:, model.num_prefix_tokens :], spatial)
+
+
+def a_masked_image_is_encoded_where_its_patches_stand(build: Build) -> None:
+    model = build()
+    images = images_for(model)
+    patches, grid = model.embed(images)
+    every = torch.arange(patches.shape[1]).expand(2, -1)
+    tokens, _ = model.encode(patches, grid)
+    assert torch.equal(model.encode(patches, grid, keep=every)[0], tokens)
+    visible = torch.stack([every[0, 1::3], every[0, : every[0, 1::3].shape[0]]])
+    some, outputs = model.encode(patches, grid, keep=visible, take=(1,))
+    assert some.shape == outputs[0].shape == (2, model.num_prefix_tokens + visible.shape[1], model.embed_dim)
+    # what is hidden cannot matter
+    hidden = torch.ones_like(patches).scatter(1, visible[..., None].expand(-1, -1, model.embed_dim), 0.0)
+    assert torch.equal(model.encode(patches + 5 * hidden, grid, keep=visible)[0], some)
+    model.train().encode(*model.embed(images), keep=visible)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.blocks.parameters())
+
+
+def copies_and_checkpoints_compute_the_same(build: Build) -> None:
+    model = build()
+    images = images_for(model)
+    expected = model(images)
+    assert torch.equal(deepcopy(model)(images), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images), expected)
+    other = build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(0.5)
+    filter_fn = sys.modules[type(model).__module__].checkpoint_filter_fn
+    other.load_state_dict(filter_fn({'state_dict': model.state_dict()}, other))
+    assert torch.equal(other(images), expected)
+
+
+def foreign_weights_are_refused(build: Build) -> None:
+    model = build()
+    filter_fn = sys.modules[type(model).__module__].checkpoint_filter_fn
+    with pytest.raises(ValueError, match='vision transformer'):
+        filter_fn(_vision_transformer(), model)
+    with pytest.raises(ValueError, match='blocks.2'):
+        filter_fn(model.state_dict(), build(depth=2))
+    for wrong in ('norm.weight', next(name for name in model.state_dict() if '.mixer.' in name)):
+        weights = {**model.state_dict(), wrong: torch.zeros(1, 2, 3)}
+        with pytest.raises(ValueError, match=wrong):
+            filter_fn(weights, model)
+
+
+@functools.cache
+def _vision_transformer() -> dict[str, torch.Tensor]:
+    return timm.create_model('test_vit').state_dict()
+
+
+# takes long: asked of one model of a family
+SLOW = (exports_with_any_batch_size,)
+CHECKS = (
+    arguments_are_strict,
+    get_classifier_is_the_head,
+    reset_classifier_follows_the_model,
+    gradient_checkpointing_changes_neither_outputs_nor_gradients,
+    group_matcher_covers_every_parameter,
+    no_weight_decay_names_parameters_that_exist,
+    an_optimizer_with_layer_decay_trains,
+    compiles_to_one_graph_forward_and_backward,
+    a_scripted_model_can_be_saved,
+    channels_last_computes_the_same,
+    a_half_precision_model_returns_its_dtype_and_stays_close,
+    a_double_precision_model_stays_close,
+    autocast_trains_in_bfloat16,
+    a_meta_model_runs_and_materializes,
+    features_only_gives_maps,
+    intermediates_are_the_blocks_outputs,
+    pruning_leaves_a_model_that_uses_all_it_has,
+    dynamic_sizes_equal_a_model_set_to_that_size,
+    an_image_does_not_depend_on_its_batch,
+    embedding_and_encoding_are_the_features,
+    a_masked_image_is_encoded_where_its_patches_stand,
+    copies_and_checkpoints_compute_the_same,
+    foreign_weights_are_refused,
+)
