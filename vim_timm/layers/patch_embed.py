@@ -31,6 +31,13 @@ def check_matches(height: int, width: int, img_size: Tuple[int, int]) -> None:
 
 
 @register_notrace_function
+def check_channels(x: torch.Tensor, in_chans: int) -> None:
+    """Raise ValueError for an input that is no batch of images of `in_chans` channels."""
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f'input of shape {list(x.shape)} is no batch of images of {in_chans} channels')
+
+
+@register_notrace_function
 def check_tiled(size: int, patch: int, stride: int) -> None:
     """Raise ValueError, with the two nearest sizes, for a side that patches do not tile."""
     if size < patch or (size - patch) % stride * (size % patch) != 0:
