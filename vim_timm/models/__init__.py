@@ -1,6 +1,8 @@
 """Model families; importing this package registers every model with timm."""
 
+from vim_timm.models.factorized_mae import FactorizedAutoencoder, FactorizedViT
+from vim_timm.models.masked_autoencoder import MaskedAutoencoder
 from vim_timm.models.trunk import Trunk
 from vim_timm.models.vision_mamba import VisionMamba
 
-__all__ = ['Trunk', 'VisionMamba']
+__all__ = ['FactorizedAutoencoder', 'FactorizedViT', 'MaskedAutoencoder', 'Trunk', 'VisionMamba']

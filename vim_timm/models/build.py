@@ -2,13 +2,13 @@
 
 from typing import Any, Callable, Dict, Type, TypeVar
 
+import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 
 from vim_timm.models.pretrained import on_disk
-from vim_timm.models.trunk import Trunk
 
-Model = TypeVar('Model', bound=Trunk)
+Model = TypeVar('Model', bound=nn.Module)
 
 
 def cfg(**kwargs: Any) -> Dict[str, Any]:

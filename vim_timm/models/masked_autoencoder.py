@@ -1,0 +1,406 @@
+"""Masked autoencoders over token encoders: most patches are hidden, and their pixels predicted from the others.
+
+Paper: Masked Autoencoders Are Scalable Vision Learners, https://arxiv.org/abs/2111.06377. Written from the paper.
+Visible tokens stay in scan order, which a scan needs and a transformer does not mind.
+"""
+
+import math
+from typing import Any, Callable, Dict, List, Literal, Optional, Set, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import to_2tuple
+from timm.models import generate_default_cfgs, group_parameters, register_model
+from timm.models._input import update_model_input_size
+from timm.models.vision_transformer import VisionTransformer
+
+from vim_timm.layers.decoder import DecoderBlocks, MaskedDecoder
+from vim_timm.layers.masking import check_ratio, random_masking, take_tokens
+from vim_timm.layers.patch_embed import Size, check_channels
+from vim_timm.layers.patches import patchify, unpatchify
+from vim_timm.layers.pos_embed import resample_pos_embed
+from vim_timm.models.adapt import filter_of
+from vim_timm.models.build import build_model, cfg, small_cfg
+from vim_timm.models.checkpoint import CheckpointError, check_names, check_shape, read_checkpoint, select_weights
+from vim_timm.models.trunk import Trunk
+
+__all__ = ['MaskedAutoencoder']
+
+Grid = Tuple[int, int]
+EVAL_SEED = 0
+
+# what an encoder may have after its tokens, and a pretext task on tokens leaves without gradient
+_AFTER_TOKENS = ('fc_norm', 'attn_pool', 'head_dist', 'head')
+
+
+def _of_encoder(name: str) -> property:
+    return property(lambda self: getattr(self.encoder, name), doc=f"The encoder's `{name}`.")
+
+
+class MaskedAutoencoder(nn.Module):
+    """An encoder that sees some patches, and a decoder that predicts the pixels of all.
+
+    timm's verbs (`forward_features`, `forward_head`, `forward_intermediates`, ...) are the encoder's, with every token
+    visible.
+    """
+
+    loss: Literal['mse', 'l1'] = 'mse'  # the usual one
+
+    num_classes = _of_encoder('num_classes')
+    num_features = _of_encoder('num_features')
+    head_hidden_size = _of_encoder('head_hidden_size')
+    embed_dim = _of_encoder('embed_dim')
+    num_prefix_tokens = _of_encoder('num_prefix_tokens')
+    global_pool = _of_encoder('global_pool')
+    feature_info = _of_encoder('feature_info')
+    patch_embed = _of_encoder('patch_embed')
+    dynamic_img_size = _of_encoder('dynamic_img_size')
+    # TorchScript compiles properties from the source of a method, which these have not
+    __jit_unused_properties__ = [name for name, value in vars().items() if isinstance(value, property)]
+
+    def __init__(
+        self,
+        encoder: Union[str, nn.Module],
+        mask_ratio: float = 0.75,
+        decoder: Literal['transformer', 'vim'] = 'transformer',
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 8,
+        decoder_pos_embed: Literal['sincos', 'learned'] = 'sincos',
+        num_classes: int = 0,
+        device=None,
+        dtype=None,
+        **encoder_args: Any,
+    ) -> None:
+        """
+        Args:
+            encoder: A model of this package or a VisionTransformer of timm's, or the name of one.
+            mask_ratio: Share of the patches that the encoder does not see.
+            decoder: Kind of its blocks.
+            decoder_dim: Width of the decoder.
+            decoder_depth: Number of its blocks.
+            decoder_heads: Attention heads of a transformer's block.
+            decoder_pos_embed: Fixed or learned positions in the decoder.
+            num_classes: Classes of the encoder's head, 0 for none.
+            encoder_args: Arguments of the named encoder, such as img_size, patch_size, in_chans, embed_dim, depth.
+
+        Raises:
+            ValueError: mask_ratio or a size is impossible, or the encoder is none that can leave tokens out.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.set_encoder(encoder, mask_ratio, encoder_args, dict(num_classes=num_classes, **dd))
+        self.decoder: Any = MaskedDecoder(
+            self.encoder.embed_dim,
+            self.patch_size[0] * self.patch_size[1] * self.in_chans,
+            self.encoder.patch_embed.grid_size,
+            self.encoder.num_prefix_tokens,
+            DecoderBlocks(decoder, decoder_dim, decoder_depth, decoder_heads),
+            pos_embed=decoder_pos_embed,
+            **dd,
+        )
+
+    def set_encoder(
+        self,
+        encoder: Union[str, nn.Module],
+        mask_ratio: float,
+        encoder_args: Dict[str, Any],
+        common: Dict[str, Any],
+    ) -> None:
+        """Check and take an encoder, or one by its name with arguments; the first part of a constructor.
+
+        Raises:
+            TypeError: encoder_args for an encoder that is there already.
+            ValueError: see the constructor.
+        """
+        check_ratio(mask_ratio)
+        if isinstance(encoder, str):
+            encoder = timm.create_model(encoder, **common, **encoder_args)
+        elif encoder_args:
+            raise TypeError(f'{next(iter(encoder_args))} is an argument of an encoder that is given by its name')
+        self.encoder: Any = encoder
+        self.mask_ratio = mask_ratio
+        self.has_trunk = isinstance(encoder, Trunk)
+        if not isinstance(encoder, (Trunk, VisionTransformer)):
+            raise ValueError(
+                'a masked autoencoder takes a model of vim-timm or a VisionTransformer of timm as encoder, '
+                f'not {type(encoder).__name__}'
+            )
+        embed: Any = encoder.patch_embed
+        self.patch_size: Tuple[int, int] = to_2tuple(embed.patch_size)
+        if to_2tuple(embed.proj.stride) != self.patch_size:
+            raise ValueError(
+                'a masked autoencoder needs patches side by side, and this encoder steps by '
+                f'{to_2tuple(embed.proj.stride)} over patches of {self.patch_size}'
+            )
+        self.in_chans: int = getattr(encoder, 'in_chans', embed.proj.in_channels)
+        for name in _AFTER_TOKENS:
+            module = getattr(encoder, name, None)
+            if module is not None:
+                module.requires_grad_(False)
+
+    @torch.jit.unused
+    def forward(self, x: torch.Tensor, noise: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Predict the patches of images from the visible ones.
+
+        Args:
+            x: Images (B, C, H, W).
+            noise: What decides the masks (B, L): the patches with the least stay visible. By default random in
+                training, and the same at every call in evaluation.
+
+        Returns:
+            Pixels of all patches (B, L, p * p * C), ordered as `vim_timm.layers.patches.patchify` orders them, and the
+            mask (B, L), 1 where a patch was removed.
+
+        Raises:
+            ValueError: no patch is visible, or x or noise has another size.
+        """
+        check_channels(x, self.in_chans)
+        patches, grid = self._embed(x)
+        count = grid[0] * grid[1]
+        noise = self.draw_noise(x, count) if noise is None else noise
+        if tuple(noise.shape) != (x.shape[0], count):
+            raise ValueError(f'noise is {tuple(noise.shape)}, not {(x.shape[0], count)}, a number for each patch')
+        keep, mask = random_masking(noise, self.mask_ratio)
+        return self.decoder(self._encode(patches, grid, keep), keep, grid), mask
+
+    def num_patches(self, size: Tuple[int, int]) -> int:
+        """Patches L of an image of size (H, W), each of which has a number of noise and a row of the prediction."""
+        return -(-size[0] // self.patch_size[0]) * -(-size[1] // self.patch_size[1])
+
+    def noise_count(self, size: Tuple[int, int]) -> int:
+        """Numbers of noise that decide the whole of a training image's mask."""
+        return self.num_patches(size)
+
+    def draw_noise(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """Noise (B, count) for a call that brings none."""
+        if self.training:
+            return torch.rand(x.shape[0], count, device=x.device, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(EVAL_SEED)
+        return torch.rand(x.shape[0], count, generator=generator, dtype=torch.float32).to(x.device)
+
+    def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, Grid]:
+        """Images -> tokens with positions, of timm's models with prefix tokens, and the grid of patches."""
+        if self.has_trunk:
+            return self.encoder.embed(x)
+        embed = self.encoder.patch_embed
+        grid = embed.grid_size
+        if self.encoder.dynamic_img_size:
+            grid = embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        return self.encoder._pos_embed(embed(x)), grid
+
+    def _encode(self, tokens: torch.Tensor, grid: Grid, keep: torch.Tensor) -> torch.Tensor:
+        """The embedded tokens that are kept -> normalized features (B, prefix + K, D)."""
+        encoder = self.encoder
+        if self.has_trunk:
+            return encoder.norm(encoder.encode(tokens, grid, keep)[0])
+        prefix = encoder.num_prefix_tokens
+        tokens = torch.cat([tokens[:, :prefix], take_tokens(tokens[:, prefix:], keep)], dim=1)
+        return encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
+
+    def patchify(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> what `forward` predicts of them, (B, L, p * p * C)."""
+        return patchify(x, self.patch_size)
+
+    def unpatchify(self, patches: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+        """The inverse of `patchify`, for images of size (H, W)."""
+        grid = -(-size[0] // self.patch_size[0]), -(-size[1] // self.patch_size[1])
+        return unpatchify(patches, self.patch_size, grid)[:, :, : size[0], : size[1]]
+
+    # timm's verbs
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> the encoder's normalized tokens, all visible."""
+        return self.encoder.forward_features(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens of `forward_features` -> logits of the encoder's head, or the pooled features."""
+        return self.encoder.forward_head(x, pre_logits=pre_logits)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
+        """The encoder's `forward_intermediates`, with every token visible."""
+        return self.encoder.forward_intermediates(
+            x,
+            indices=indices,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+            output_dict=output_dict,
+        )
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> List[int]:
+        """Drop the encoder's blocks after the last wanted one, and norm and head, the decoder too, if asked for."""
+        if prune_head:
+            self.decoder = nn.Identity()
+        return self.encoder.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+
+    def get_classifier(self) -> nn.Module:
+        """The encoder's head."""
+        return self.encoder.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the encoder's head."""
+        self.encoder.reset_classifier(num_classes, global_pool)
+
+    def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[Size] = None) -> None:
+        """Change the encoder's image size.
+
+        Raises:
+            ValueError: patches do not tile img_size, or patch_size differs, for which the decoder has no pixels.
+        """
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            raise ValueError(f'the decoder predicts patches of {self.patch_size}, not of {to_2tuple(patch_size)}')
+        self.encoder.set_input_size(img_size)
+        self.decoder.set_grid(self.encoder.patch_embed.grid_size)
+        update_model_input_size(self, self.encoder.patch_embed.img_size)
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Draw every parameter of encoder and decoder anew."""
+        if self.has_trunk:
+            self.encoder.init_weights(needs_reset=needs_reset)
+        else:
+            self.encoder.init_weights()
+        self.decoder.init_weights()
+
+    def no_weight_decay(self) -> Set[str]:
+        """Parameters that weight decay must leave alone: the encoder's, and the decoder's tokens and positions."""
+        names = {f'encoder.{name}' for name in self.encoder.no_weight_decay()}
+        return names | {f'decoder.{name}' for name in self.decoder.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The encoder's layers by depth; the decoder belongs to the last."""
+        layers = group_parameters(self.encoder, self.encoder.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values())
+        return lambda name: layers.get(name.removeprefix('encoder.'), last)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block of encoder and decoder in the backward pass."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.grad_checkpointing = enable
+
+    def load_pretrained(self, checkpoint_path: str) -> None:
+        """Load an autoencoder: a training checkpoint of ours, this model's own state dict, or an original MAE's.
+
+        Raises:
+            CheckpointError: the file cannot be read, has no decoder, or is another model's.
+        """
+        self.load_state_dict(checkpoint_filter_fn(read_checkpoint(checkpoint_path), self))
+
+
+def autoencoder_weights(content: Dict[str, Any], use_ema: bool = False) -> Dict[str, torch.Tensor]:
+    """The state dict of a `MaskedAutoencoder` from what a checkpoint file holds.
+
+    Args:
+        content: A training checkpoint of ours (the encoder as `state_dict`, the decoder in `task_state`), a state dict
+            of encoder and decoder, or one in the original MAE's layout.
+        use_ema: Take the moving average of a training checkpoint.
+
+    Raises:
+        CheckpointError: there is no decoder in it.
+    """
+    weights = select_weights(content, use_ema)
+    decoder = (content.get('task_state_ema' if use_ema else 'task_state') or {}).get('decoder')
+    if decoder is not None:
+        weights = {f'encoder.{name}': value for name, value in weights.items()}
+        weights.update({f'decoder.{name}': value for name, value in decoder.items()})
+    elif 'decoder_embed.weight' in weights:
+        weights = {_from_original(name): value for name, value in weights.items() if name != 'decoder_pos_embed'}
+    if not any(name.startswith('decoder.') for name in weights):
+        raise CheckpointError(
+            'it holds an encoder without its decoder, which cannot reconstruct anything: take the checkpoint that '
+            'train.py --mae wrote (last.pth.tar)'
+        )
+    return weights
+
+
+def _from_original(name: str) -> str:
+    """A parameter's name in the original MAE -> ours."""
+    if name == 'mask_token' or name.startswith('decoder_'):
+        return f'decoder.{name.removeprefix("decoder_")}'
+    return f'encoder.{name}'
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: MaskedAutoencoder) -> Dict[str, torch.Tensor]:
+    """`autoencoder_weights` as the model's state dict, resampled to its image size; strict by itself.
+
+    Raises:
+        CheckpointError: there is no decoder, or names or shapes are another model's.
+    """
+    weights, own = autoencoder_weights(state_dict), model.state_dict()
+    encoder = {name.removeprefix('encoder.'): v for name, v in weights.items() if name.startswith('encoder.')}
+    decoder = {name: value for name, value in weights.items() if not name.startswith('encoder.')}
+    filter_fn = filter_of(model.encoder)
+    if filter_fn is not None:
+        encoder = filter_fn(encoder, model.encoder)
+    positions, side = decoder.get('decoder.pos_embed'), 0
+    if positions is not None and positions.shape[1] != model.decoder.grid[0] * model.decoder.grid[1]:
+        side = math.isqrt(positions.shape[1])
+    if positions is not None and side * side == positions.shape[1]:
+        decoder['decoder.pos_embed'] = resample_pos_embed(positions, list(model.decoder.grid), [side, side], 0)
+    weights = {**{f'encoder.{name}': value for name, value in encoder.items()}, **decoder}
+    check_names(set(weights), set(own))
+    for name, value in weights.items():
+        check_shape(name, value, own[name])
+    return weights
+
+
+def _create_masked_autoencoder(variant: str, pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    return build_model(MaskedAutoencoder, variant, pretrained, checkpoint_filter_fn, kwargs)
+
+
+_ENCODER = dict(num_classes=0, classifier=None, first_conv=None, paper_ids='arXiv:2111.06377')
+
+default_cfgs = generate_default_cfgs(
+    {
+        'mae_vim_tiny_patch16_224.mae': cfg(**_ENCODER),
+        'mae_vim_small_patch16_224.mae': cfg(**_ENCODER),
+        'mae_vim_base_patch16_224.mae': cfg(**_ENCODER),
+        'mae_vim_tiny_patch4_32.mae': small_cfg(**_ENCODER),
+    }
+)
+
+
+@register_model
+def mae_vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder over Vim-Ti."""
+    model_args = dict(encoder='vim_tiny_patch16_224')
+    return _create_masked_autoencoder('mae_vim_tiny_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mae_vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder over Vim-S."""
+    model_args = dict(encoder='vim_small_patch16_224')
+    return _create_masked_autoencoder('mae_vim_small_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mae_vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder over Vim-B."""
+    model_args = dict(encoder='vim_base_patch16_224')
+    return _create_masked_autoencoder('mae_vim_base_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mae_vim_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder over Vim-Ti for 32 x 32 images."""
+    model_args = dict(encoder='vim_tiny_patch4_32')
+    return _create_masked_autoencoder('mae_vim_tiny_patch4_32', pretrained, **dict(model_args, **kwargs))
