@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import vim_timm
 from vim_timm.ops import cpu, use_scan_backend
 from vim_timm.ops.cpu import library
+from vim_timm.ops.operands import Direction, Scan
 
 DEIT = 'deit'
 
@@ -132,7 +133,7 @@ def scan_alone(repeats: int) -> dict[str, dict[str, float]]:
 
     @torch.inference_mode()
     def kernel() -> None:
-        cpu.scan(u, delta, A, B, C, D, None, *[None] * 7, z, 1.0, True, False)
+        cpu.scan(Scan(Direction(u, delta, A, B, C, D, None), None, z, A_is_log=False))
 
     @torch.inference_mode()
     def loop() -> None:

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 
 import vim_timm
-from vim_timm.ops import mamba_ssm_adapter, triton_kernels, use_scan_backend
+from vim_timm.ops import mamba_ssm_adapter, operands, triton_kernels, use_scan_backend
 from vim_timm.ops.cuda.mixer_op import Mixer
+from vim_timm.ops.operands import Conv, Direction, Scan, Taps, Weights
 
 # channels, tokens and batch of Vim tiny at 224, small at 224, tiny at 448, tiny at 896, tiny at 1248
 SCANS = [(128, 384, 197), (128, 768, 197), (32, 384, 785), (8, 384, 3137), (4, 384, 6085)]
@@ -55,43 +56,49 @@ def exponentials_ms(batch: int, dim: int, length: int, state: int = 16) -> float
     return 2 * batch * length * dim * state / (16 * properties['multiprocessor_count'] * properties['sm_clock_rate'])
 
 
-def scan_operands(batch: int, dim: int, length: int, state: int = 16) -> list[torch.Tensor]:
-    """Both directions' operands and z, bfloat16 with float32 parameters, laid out as in a model."""
-    operands = []
+def scan_operands(batch: int, dim: int, length: int, state: int = 16) -> Scan:
+    """Operands of a scan in both directions, bfloat16 with float32 parameters, laid out as in a model."""
     rank = dim // 32
-    for _ in range(2):
+
+    def leaf(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().requires_grad_()
+
+    def direction() -> Direction:
         rows = torch.randn(batch, length, rank + 2 * state, device='cuda', dtype=torch.bfloat16)
         u, delta = torch.randn(2, batch, length, dim, device='cuda', dtype=torch.bfloat16)
         A_log = torch.arange(1.0, state + 1, device='cuda').log().repeat(dim, 1)
         D, bias = torch.randn(dim, device='cuda'), torch.randn(dim, device='cuda') - 3
-        operands += [u, delta, A_log, rows[..., rank : rank + state], rows[..., rank + state :], D, bias]
+        return Direction(
+            *map(leaf, (u, delta, A_log, rows[..., rank : rank + state], rows[..., rank + state :], D, bias))
+        )
+
     z = torch.randn(batch, length, 2 * dim, device='cuda', dtype=torch.bfloat16)[..., dim:]
-    return [x.detach().requires_grad_() for x in (*operands, z)]
+    return Scan(direction(), direction(), leaf(z), 0.5)
 
 
-def mamba_ssm_operands(operands: list[torch.Tensor]) -> list[torch.Tensor]:
+def mamba_ssm_operands(scan: Scan) -> list[torch.Tensor]:
     """One direction in mamba-ssm's layout: u, delta, A, B, C, D, z, delta_bias."""
-    u, delta, A_log, B, C, D, bias = (x.detach() for x in operands[:7])
-    u, delta, B, C, z = (x.transpose(1, 2).contiguous() for x in (u, delta, B, C, operands[-1].detach()))
+    u, delta, A_log, B, C, D, bias, z = (x.detach() for x in (*scan.forward, scan.z))
+    u, delta, B, C, z = (x.transpose(1, 2).contiguous() for x in (u, delta, B, C, z))
     return [x.requires_grad_() for x in (u, delta, -A_log.exp(), B[:, None], C[:, None], D, z, bias)]
 
 
-def mixer_operands(batch: int, dim: int, length: int, state: int = 16) -> list[torch.Tensor]:
-    """Operands of the fused inside of a block, without out_proj and the scale."""
-    xz = torch.randn(batch, length, 2 * dim, device='cuda', dtype=torch.bfloat16)
-    operands = [xz]
-    rank = dim // 32
-    for _ in range(2):
+def mixer_operands(batch: int, dim: int, length: int, state: int = 16) -> operands.Mixer:
+    """Operands of the fused inside of a block, without out_proj."""
+    rank, draw = dim // 32, partial(torch.randn, device='cuda')
+
+    def weights() -> Weights:
         A_log = torch.arange(1.0, state + 1, device='cuda').log().repeat(dim, 1)
-        draw = partial(torch.randn, device='cuda')
-        operands += [draw(dim, 4) / 2, draw(dim), draw(rank + 2 * state, dim) / dim**0.5, draw(dim, rank) / rank**0.5]
-        operands += [draw(dim) - 3, A_log, draw(dim)]
-    return operands
+        x_proj, dt = draw(rank + 2 * state, dim) / dim**0.5, draw(dim, rank) / rank**0.5
+        return Weights(draw(dim, 4) / 2, draw(dim), x_proj, dt, draw(dim) - 3, A_log, draw(dim))
+
+    xz = torch.randn(batch, length, 2 * dim, device='cuda', dtype=torch.bfloat16)
+    return operands.Mixer(xz, weights(), weights(), 0.5)
 
 
 def measure_fused(batch: int, dim: int, length: int) -> dict[str, float]:
     """The fused scan, which projects step sizes and gates too, and the whole inside of a block."""
-    mixer = Mixer(*mixer_operands(batch, dim, length), None, 0.5)
+    mixer = Mixer(mixer_operands(batch, dim, length))
     p = mixer.project()
     grad = torch.randn(batch, length, dim, device='cuda', dtype=torch.bfloat16)
     grad_xz, weights = torch.empty_like(mixer.xz), torch.empty(2 * mixer.direction_size, device='cuda')
@@ -105,31 +112,32 @@ def measure_fused(batch: int, dim: int, length: int) -> dict[str, float]:
 
 def measure_op(batch: int, dim: int, length: int) -> dict:
     """Milliseconds of a scan in both directions, forward and forward + backward, and of the convolution."""
-    operands = scan_operands(batch, dim, length)
+    scan = scan_operands(batch, dim, length)
     grad = torch.randn(batch, length, dim, device='cuda', dtype=torch.bfloat16)
-    plain = [x.detach() for x in operands]
-    weight, bias = torch.randn(dim, 4, device='cuda'), torch.randn(dim, device='cuda')
+    leaves = [x for x in scan.flat() if isinstance(x, torch.Tensor)]
+    plain = Scan.of(*(x.detach() for x in leaves), 0.5)
+    taps = Taps(torch.randn(dim, 4, device='cuda'), torch.randn(dim, device='cuda'))
 
     def both() -> None:
-        torch.autograd.grad(triton_kernels.scan(*operands, 0.5, True, True), operands, grad)
+        torch.autograd.grad(triton_kernels.scan(scan), leaves, grad)
 
     row: dict[str, Any] = {'batch': batch, 'dim': dim, 'length': length}
     row['exponentials'] = exponentials_ms(batch, dim, length)
     row |= measure_fused(batch, dim, length)
-    row['triton_forward'] = captured_ms(lambda: triton_kernels.scan(*plain, 0.5, True, True))
+    row['triton_forward'] = captured_ms(lambda: triton_kernels.scan(plain))
     row['triton_forward_backward'] = median_ms(both, 50)
-    row['triton_conv'] = captured_ms(lambda: triton_kernels.conv(plain[-1], weight, bias, weight, bias, True))
+    row['triton_conv'] = captured_ms(lambda: triton_kernels.conv(Conv(plain.z, taps, taps)))
     if not mamba_ssm_adapter.unavailable():
-        row |= measure_mamba_ssm(operands, grad)
+        row |= measure_mamba_ssm(scan, grad)
     print(' '.join(f'{k} {v:.4g}' for k, v in row.items()), flush=True)
     return row
 
 
-def measure_mamba_ssm(operands: list[torch.Tensor], grad: torch.Tensor) -> dict[str, float]:
+def measure_mamba_ssm(scan: Scan, grad: torch.Tensor) -> dict[str, float]:
     """The same two scans by mamba-ssm, without the flips and the sum that a bidirectional model adds."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    theirs, grad = mamba_ssm_operands(operands), grad.transpose(1, 2).contiguous()
+    theirs, grad = mamba_ssm_operands(scan), grad.transpose(1, 2).contiguous()
 
     def both() -> None:
         for _ in range(2):

@@ -13,13 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vim_timm.ops import cpu, reference
+from tests import kernels
+from vim_timm.ops import cpu, operands
 from vim_timm.ops.cpu import library
+from vim_timm.ops.plain import reference
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable())
 
 BUILDS = library.instruction_sets()
 RELATIVE = 1e-5
+cpu_scan, cpu_conv = kernels.scan(cpu), kernels.conv(cpu)
+exact_scan, exact_conv = kernels.scan(reference), kernels.conv(reference)
 
 
 @pytest.fixture(params=BUILDS)
@@ -121,11 +125,11 @@ def compare(function, exact_function, inputs):
 
 
 def compare_scan(inputs, *flags):
-    compare(lambda *x: [cpu.scan(*x, *flags)], lambda *x: [reference.scan(*x, *flags)], inputs)
+    compare(lambda *x: [cpu_scan(*x, *flags)], lambda *x: [exact_scan(*x, *flags)], inputs)
 
 
 def compare_conv(inputs, silu):
-    compare(lambda *x: cpu.conv(*x, silu), lambda *x: reference.conv(*x, silu), inputs)
+    compare(lambda *x: cpu_conv(*x, silu), lambda *x: exact_conv(*x, silu), inputs)
 
 
 @pytest.mark.parametrize('shape', [(2, 197, 384, 16), (1, 1, 1, 1), (1, 1000, 20, 4), (3, 32, 16, 64), (1, 33, 200, 7)])
@@ -173,7 +177,7 @@ def test_norm_matches_aten(build, shape):
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator).double(), torch.randn(shape[-1], generator=generator).double()]
     compare(
-        lambda x, weight: [cpu.rms_norm(x, weight, 1e-5)],
+        lambda x, weight: [cpu.rms_norm(operands.Norm(x, weight, 1e-5))],
         lambda x, weight: [torch.nn.functional.rms_norm(x, shape[-1:], weight, 1e-5)],
         inputs,
     )
@@ -195,21 +199,21 @@ def test_not_a_number_is_not_lost(build):
         inputs = in_dtype(scan_inputs(1, 70, 20, 4), torch.float32)
         with torch.no_grad():
             inputs[position][0, 40, 3] = float('nan')
-            assert cpu.scan(*inputs, 1.0, True, True)[0, 40:, 3].isnan().all()
+            assert cpu_scan(*inputs, 1.0, True, True)[0, 40:, 3].isnan().all()
 
 
 def test_shared_inputs_add_their_gradients(build):
     def twice(scan):
         return lambda *direction: [scan(*direction, *direction, None, 1.0, True, True)]
 
-    compare(twice(cpu.scan), twice(reference.scan), scan_inputs(1, 40, 20, 4)[:7])
+    compare(twice(cpu_scan), twice(exact_scan), scan_inputs(1, 40, 20, 4)[:7])
 
 
 def test_inference_gives_the_same_bits_as_training(build):
     inputs = in_dtype(scan_inputs(2, 70, 37, 6), torch.float32)
-    out = cpu.scan(*inputs, 0.5, True, True)
+    out = cpu_scan(*inputs, 0.5, True, True)
     with torch.inference_mode():
-        assert torch.equal(out, cpu.scan(*inputs, 0.5, True, True))
+        assert torch.equal(out, cpu_scan(*inputs, 0.5, True, True))
 
 
 @pytest.mark.parametrize('shape', [(1, 197, 384, 16), (8, 65, 96, 16), (3, 40, 50, 5)])
@@ -219,9 +223,9 @@ def test_the_number_of_threads_changes_no_bit(build, shape, two_threads):
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         inputs = in_dtype(scan_inputs(*shape), torch.float32)
-        out = cpu.scan(*inputs, 0.5, True, True)
+        out = cpu_scan(*inputs, 0.5, True, True)
         conv = in_dtype(conv_inputs(batch, length, channels, 4), torch.float32)
-        y = cpu.conv(*conv, True)
+        y = cpu_conv(*conv, True)
         results.append([out, *gradients([out], inputs), *y, *gradients(y, conv)])
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other))
@@ -237,7 +241,7 @@ def test_every_element_is_written(build, monkeypatch):
     inputs = in_dtype(scan_inputs(2, 70, 37, 6), torch.float32)
     conv = in_dtype(conv_inputs(2, 70, 37, 4), torch.float32)
     monkeypatch.setattr(torch, 'empty', poisoned)
-    out, y = cpu.scan(*inputs, 0.5, True, True), cpu.conv(*conv, True)
+    out, y = cpu_scan(*inputs, 0.5, True, True), cpu_conv(*conv, True)
     for x in (out, *y, *gradients([out], inputs), *gradients(y, conv)):
         assert x.isfinite().all()
 
@@ -245,11 +249,11 @@ def test_every_element_is_written(build, monkeypatch):
 @pytest.mark.parametrize('shape', [(0, 5, 4, 2), (2, 0, 4, 2), (2, 5, 0, 2)])
 def test_empty_tensors_give_empty_results_and_zero_gradients(shape):
     inputs = in_dtype(scan_inputs(*shape), torch.float32)
-    out = cpu.scan(*inputs, 0.5, True, True)
+    out = cpu_scan(*inputs, 0.5, True, True)
     assert out.shape == shape[:3]
     assert all(not g.any() for g in gradients([out], inputs))
     conv = in_dtype(conv_inputs(*shape[:3], 4), torch.float32)
-    assert all(not g.any() for g in gradients(cpu.conv(*conv, True), conv))
+    assert all(not g.any() for g in gradients(cpu_conv(*conv, True), conv))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -259,11 +263,11 @@ def test_half_precision_is_computed_in_float32(dtype):
     for i in (2, 5, 6, 9, 12, 13):
         inputs[i] = inputs[i].float()
     single = [x if x is None else x.float() for x in inputs]
-    got = cpu.scan(*[x if x is None else x.requires_grad_() for x in inputs], 0.5, True, True)
+    got = cpu_scan(*[x if x is None else x.requires_grad_() for x in inputs], 0.5, True, True)
     assert got.dtype == dtype
-    assert torch.equal(got, cpu.scan(*single, 0.5, True, True).to(dtype))
+    assert torch.equal(got, cpu_scan(*single, 0.5, True, True).to(dtype))
     assert [g.dtype for g in gradients([got], inputs)] == [x.dtype for x in inputs]
-    y, _ = cpu.conv(inputs[0].detach(), torch.ones(20, 4), None, None, None, True)
+    y, _ = cpu_conv(inputs[0].detach(), torch.ones(20, 4), None, None, None, True)
     assert y.dtype == dtype
 
 
@@ -271,7 +275,7 @@ def test_wrong_tensors_are_refused_in_one_sentence():
     inputs = in_dtype(scan_inputs(2, 10, 20, 4), torch.float32)
 
     def call(position, x):
-        return cpu.scan(*inputs[:position], x, *inputs[position + 1 :], 0.5, True, True)
+        return cpu_scan(*inputs[:position], x, *inputs[position + 1 :], 0.5, True, True)
 
     with pytest.raises(ValueError, match='delta has channel stride 10'):
         call(1, torch.randn(2, 20, 10).transpose(1, 2))
@@ -284,10 +288,12 @@ def test_wrong_tensors_are_refused_in_one_sentence():
     with pytest.raises(ValueError, match='D is on meta'):
         cpu.tensors.checked('D', torch.zeros(20, device='meta'), (20,))
     with pytest.raises(ValueError, match='x has channel stride 10'):
-        cpu.conv(torch.randn(2, 20, 10).transpose(1, 2), torch.ones(20, 4), None, None, None, True)
-    assert 'float64' in cpu.unsupported(torch.zeros(1, 1, 1, dtype=torch.float64), torch.zeros(1, 1))
-    assert 'meta' in cpu.unsupported(torch.zeros(1, 1, 1, device='meta'), torch.zeros(1, 1))
-    assert cpu.unsupported(inputs[0], inputs[2]) == ''
+        cpu_conv(torch.randn(2, 20, 10).transpose(1, 2), torch.ones(20, 4), None, None, None, True)
+    scan = operands.Scan.of(*inputs)
+    u, forward = scan.forward.u, scan.forward
+    assert 'float64' in cpu.scan_limit(scan._replace(forward=forward._replace(u=u.double())))
+    assert 'meta' in cpu.scan_limit(scan._replace(forward=forward._replace(u=u.to('meta'))))
+    assert cpu.scan_limit(scan) == ''
 
 
 def test_operators_pass_opcheck():
@@ -306,8 +312,8 @@ def test_one_graph_under_compile():
     weights = in_dtype(conv_inputs(1, 40, 20, 4), torch.float32)[1:]
 
     def block(*inputs):
-        y, y_b = cpu.conv(inputs[0], *weights, True)
-        return cpu.scan(y, *inputs[1:7], y_b, *inputs[8:], 0.5, True, True)
+        y, y_b = cpu_conv(inputs[0], *weights, True)
+        return cpu_scan(y, *inputs[1:7], y_b, *inputs[8:], 0.5, True, True)
 
     compiled = torch.compile(block, fullgraph=True, backend='aot_eager')
     used = [x for i, x in enumerate(inputs) if i != 7] + weights
@@ -319,7 +325,7 @@ def test_one_graph_under_compile():
 def test_second_derivatives_name_the_reference_backend():
     inputs = in_dtype(scan_inputs(1, 8, 4, 2), torch.float32)
     conv = in_dtype(conv_inputs(1, 8, 4, 4), torch.float32)
-    for y, x in ((cpu.scan(*inputs, 1.0, True, True), inputs[0]), (cpu.conv(*conv, True)[0], conv[0])):
+    for y, x in ((cpu_scan(*inputs, 1.0, True, True), inputs[0]), (cpu_conv(*conv, True)[0], conv[0])):
         (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match='reference'):
             torch.autograd.grad(slope.sum(), x)
@@ -328,30 +334,30 @@ def test_second_derivatives_name_the_reference_backend():
 def test_floating_point_operations_are_counted():
     inputs = in_dtype(scan_inputs(2, 10, 20, 4), torch.float32)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        cpu.scan(*inputs, 1.0, True, True).sum().backward()
+        cpu_scan(*inputs, 1.0, True, True).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 10 * 20 * (2 * 9 * 4 + 2)
 
 
 def test_changed_parameters_are_seen_at_once():
     inputs = in_dtype(scan_inputs(1, 10, 20, 4), torch.float32)
     with torch.inference_mode():
-        before = cpu.scan(*inputs, 1.0, True, True)
+        before = cpu_scan(*inputs, 1.0, True, True)
         inputs[2].data.add_(0.5)
         fresh = [None if x is None else x.detach().clone() for x in inputs]
-        after = cpu.scan(*inputs, 1.0, True, True)
+        after = cpu_scan(*inputs, 1.0, True, True)
         assert not torch.equal(before, after)
-        assert torch.equal(after, cpu.scan(*[x if x is None else x.contiguous() for x in fresh], 1.0, True, True))
+        assert torch.equal(after, cpu_scan(*[x if x is None else x.contiguous() for x in fresh], 1.0, True, True))
 
 
 def test_subnormal_numbers_survive_outside_the_kernel(two_threads):
-    cpu.scan(*in_dtype(scan_inputs(2, 197, 64, 16), torch.float32), 1.0, True, True)
+    cpu_scan(*in_dtype(scan_inputs(2, 197, 64, 16), torch.float32), 1.0, True, True)
     assert (torch.full((100_000,), 1e-40) * 0.5).min() > 0
 
 
 def test_python_threads_do_not_disturb_each_other(two_threads):
     def run(seed):
         inputs = in_dtype(scan_inputs(2, 100, 40, 8, seed=seed), torch.float32)
-        out = cpu.scan(*inputs, 1.0, True, True)
+        out = cpu_scan(*inputs, 1.0, True, True)
         return [out, *gradients([out], inputs)]
 
     alone = [run(seed) for seed in range(6)]
@@ -365,13 +371,13 @@ def test_python_threads_do_not_disturb_each_other(two_threads):
 def test_a_forked_child_runs_the_kernel_on_two_threads(two_threads, monkeypatch):
     """The parent's thread team does not exist in the child: this must not wait for it."""
     inputs = [x if x is None else x.float() for x in scan_inputs(2, 197, 64, 16)]
-    expected = cpu.scan(*inputs, 1.0, True, True)
+    expected = cpu_scan(*inputs, 1.0, True, True)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     context = multiprocessing.get_context('fork')
     parent, child = context.Pipe()
 
     def body():
-        child.send(cpu.scan(*inputs, 1.0, True, True).numpy().tobytes())
+        child.send(cpu_scan(*inputs, 1.0, True, True).numpy().tobytes())
 
     process = context.Process(target=body)
     process.start()
@@ -387,7 +393,7 @@ class _Scans(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         inputs = [x if x is None else x.float() for x in scan_inputs(1, 50, 20, 4, seed=index)]
-        return cpu.scan(*inputs, 1.0, True, True)[0]
+        return cpu_scan(*inputs, 1.0, True, True)[0]
 
 
 def test_data_loader_workers_run_the_kernel(two_threads):
@@ -399,10 +405,10 @@ def test_data_loader_workers_run_the_kernel(two_threads):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_the_process_holds_one_openmp_runtime(two_threads):
-    cpu.scan(*in_dtype(scan_inputs(2, 197, 64, 16), torch.float32), 1.0, True, True)
+    cpu_scan(*in_dtype(scan_inputs(2, 197, 64, 16), torch.float32), 1.0, True, True)
     code = (
-        'from vim_timm.ops import cpu; import torch; assert not cpu.unavailable();'
-        'x = torch.zeros(4, 100, 384); print(cpu.conv(x, torch.ones(384, 4), None, None, None, True)[0].sum().item());'
+        'from vim_timm.ops import causal_conv, cpu; import torch; assert not cpu.unavailable();'
+        'x = torch.zeros(4, 100, 384); print(causal_conv(x, torch.ones(384, 4), None).sum().item());'
         "maps = {line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split()[-1]};"
         'assert len(maps) == 1, maps'
     )

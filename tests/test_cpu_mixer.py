@@ -2,18 +2,20 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import kernels
 from vim_timm.layers import BiMamba
-from vim_timm.ops import cpu, reference, use_scan_backend
+from vim_timm.ops import Mixer, cpu, use_scan_backend
 from vim_timm.ops.cpu import library
+from vim_timm.ops.plain import reference
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable())
 
 BUILDS = library.instruction_sets()
 RELATIVE = 1e-5
+cpu_mixer = kernels.mixer(cpu)
 
 
 @pytest.fixture(autouse=True)
@@ -43,26 +45,13 @@ def operands(batch, length, channels, state=16, rank=3, width=4, bias=True, dtyp
     return [draw(batch, length, 2 * channels), *direction(), *direction()]
 
 
-def composition(xz, *parameters, scan, conv):
-    """The same on a backend's convolution and scan, with aten's products."""
-    *parameters, scale = parameters
-    forward, backward = parameters[:7], parameters[7:]
-    x, z = xz.chunk(2, dim=-1)
-    us = conv(x, *forward[:2], *backward[:2], True)
-    tensors = []
-    for u, (_, _, x_proj, dt, dt_bias, A_log, D) in zip(us, (forward, backward)):
-        rank, state = dt.shape[1], A_log.shape[1]
-        steps, B, C = F.linear(u, x_proj).split([rank, state, state], dim=-1)
-        tensors += [u, F.linear(steps, dt), A_log, B, C, D, dt_bias]
-    return scan(*tensors, z, scale, True, True)
+def exact(*flat):
+    return reference.mixer(Mixer.of(*flat))
 
 
-def exact(*tensors):
-    return composition(*tensors, scan=reference.scan, conv=reference.conv)
-
-
-def composed(*tensors):
-    return composition(*tensors, scan=cpu.scan, conv=cpu.conv)
+def composed(*flat):
+    """The same on the kernel's convolution and scan, with aten's products."""
+    return reference.mixer(Mixer.of(*flat), cpu.scan, cpu.conv)
 
 
 def results(function, tensors, scale=0.5):
@@ -88,7 +77,7 @@ def excess(got, expected):
 def agrees(tensors):
     """Within 1e-5 of float64, or where a sum cancels, within four times the composition's own error."""
     expected = results(exact, in_double(tensors))
-    off = excess(results(cpu.mixer, tensors), expected)
+    off = excess(results(cpu_mixer, tensors), expected)
     rounding = excess(results(composed, tensors), expected)
     assert all(x <= max(1, 4 * y) for x, y in zip(off, rounding)), (off, rounding)
 
@@ -119,14 +108,14 @@ def test_any_size(name, batch, length, channels, state, rank, width, bias):
 
 def test_strided_and_transposed_inputs():
     tensors = operands(4, 30, 24)
-    expected = cpu.mixer(*tensors, 0.5)
+    expected = cpu_mixer(*tensors, 0.5)
     xz = tensors[0].detach()
     wide = torch.zeros(4, 60, 100)[:, ::2, 7:55].copy_(xz)
     channels_first = xz.transpose(1, 2).contiguous().transpose(1, 2)
     parameters = [None if x is None else x.detach().t().contiguous().t() for x in tensors[1:]]
     for other in (wide, channels_first):
-        assert torch.equal(cpu.mixer(other, *parameters, 0.5), expected)
-    out = cpu.mixer(*tensors, 0.5)
+        assert torch.equal(cpu_mixer(other, *parameters, 0.5), expected)
+    out = cpu_mixer(*tensors, 0.5)
     (dense,) = torch.autograd.grad(out, tensors[0], torch.ones(()).expand(4, 30, 24).contiguous(), retain_graph=True)
     (expanded,) = torch.autograd.grad(out, tensors[0], torch.ones(()).expand(4, 30, 24))
     assert torch.equal(dense, expanded)
@@ -134,9 +123,9 @@ def test_strided_and_transposed_inputs():
 
 def test_inference_gives_the_same_bits_as_training():
     tensors = operands(3, 300, 37)
-    out = cpu.mixer(*tensors, 0.5)
+    out = cpu_mixer(*tensors, 0.5)
     with torch.inference_mode():
-        assert torch.equal(out, cpu.mixer(*tensors, 0.5))
+        assert torch.equal(out, cpu_mixer(*tensors, 0.5))
 
 
 @pytest.mark.parametrize('shape', [(1, 197, 96), (8, 65, 48), (3, 300, 40)])
@@ -145,7 +134,7 @@ def test_the_number_of_threads_changes_no_bit(shape):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(results(cpu.mixer, operands(*shape)))
+            found.append(results(cpu_mixer, operands(*shape)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -157,12 +146,12 @@ def test_every_element_is_written(monkeypatch):
     empty = torch.empty
     tensors = operands(3, 150, 37)
     monkeypatch.setattr(torch, 'empty', lambda *a, **k: empty(*a, **k).fill_(float('nan')))
-    assert all(x.isfinite().all() for x in results(cpu.mixer, tensors))
+    assert all(x.isfinite().all() for x in results(cpu_mixer, tensors))
 
 
 @pytest.mark.parametrize('shape', [(0, 5, 4), (2, 0, 4)])
 def test_empty_tensors(shape):
-    out, *gradients = results(cpu.mixer, operands(*shape))
+    out, *gradients = results(cpu_mixer, operands(*shape))
     assert out.shape == shape
     assert all(not g.any() for g in gradients)
 
@@ -170,17 +159,17 @@ def test_empty_tensors(shape):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype):
     tensors = operands(2, 40, 20, dtype=dtype)
-    got = results(cpu.mixer, tensors)
+    got = results(cpu_mixer, tensors)
     single = [None if x is None else x.detach().float().requires_grad_() for x in tensors]
     assert [x.dtype for x in got] == [dtype] * len(got)
-    assert torch.equal(got[0], cpu.mixer(*single, 0.5).to(dtype))
+    assert torch.equal(got[0], cpu_mixer(*single, 0.5).to(dtype))
 
 
 def test_wrong_tensors_are_refused_in_one_sentence():
     tensors = operands(2, 10, 20)
 
     def call(position, x):
-        return cpu.mixer(*tensors[:position], x, *tensors[position + 1 :], 0.5)
+        return cpu_mixer(*tensors[:position], x, *tensors[position + 1 :], 0.5)
 
     with pytest.raises(ValueError, match=r'x_proj has the shape \(5, 20\), not \(35, 20\)'):
         call(3, torch.zeros(5, 20))
@@ -192,7 +181,7 @@ def test_wrong_tensors_are_refused_in_one_sentence():
 
 def test_second_derivatives_name_the_reference_backend():
     tensors = operands(1, 8, 4)
-    (slope,) = torch.autograd.grad(cpu.mixer(*tensors, 0.5).sum(), tensors[0], create_graph=True)
+    (slope,) = torch.autograd.grad(cpu_mixer(*tensors, 0.5).sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match='reference'):
         torch.autograd.grad(slope.sum(), tensors[0])
 
@@ -205,7 +194,7 @@ def test_operator_passes_opcheck():
 
 def test_operations_are_counted_as_in_the_composition():
     counts = []
-    for function in (cpu.mixer, composed):
+    for function in (cpu_mixer, composed):
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
             function(*operands(2, 10, 20), 0.5)
         counts.append(counter.get_total_flops())

@@ -15,10 +15,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import vim_timm  # noqa: F401  registers the models
-from vim_timm.layers import BiMamba, mamba
-from vim_timm.ops import cuda, mamba_ssm_adapter, reference, use_scan_backend
+from vim_timm.layers import BiMamba, bimamba
+from vim_timm.ops import Direction, Mixer, Taps, cuda, mamba_ssm_adapter, use_scan_backend
 from vim_timm.ops.cuda import mixer_op, nvrtc
 from vim_timm.ops.cuda.mixer_op import STATE, cut, padded_rank
+from vim_timm.ops.operands import Scan
+from vim_timm.ops.plain import reference
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cuda_on_cpu  # noqa: E402
@@ -30,9 +32,14 @@ def only_gpu(function):
     return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason='needs an NVIDIA GPU')(function))
 
 
+def given(xz, *tensors):
+    """`ops.Mixer` of `operands`."""
+    return Mixer.of(xz, *tensors[:14], 0.5, *tensors[14:])
+
+
 def mixer(*tensors):
     """`cuda.mixer` of `operands`."""
-    return cuda.mixer(*tensors[:15], 0.5, *tensors[15:])
+    return cuda.mixer(given(*tensors))
 
 
 def operands(batch, length, dim, rank, width=4, bias=True, out=0, device='cuda', dtype=torch.bfloat16):
@@ -57,22 +64,24 @@ def operands(batch, length, dim, rank, width=4, bias=True, out=0, device='cuda',
     return [draw(batch, length, 2 * dim).to(dtype), *direction(), *direction(), *out_proj]
 
 
-def compose(xz, *parameters, rounded=None):
+def compose(*tensors, rounded=None):
     """The same by reference operators; `rounded` is the dtype in which intermediate results travel."""
 
     def travel(x):
         return x if rounded is None else x.to(rounded).to(x.dtype)
 
+    xz, forward, backward, scale, out_proj, out_bias = given(*tensors)
     x, z = xz.chunk(2, dim=-1)
-    arguments = []
-    for i, reverse in ((0, False), (7, True)):
-        conv, conv_bias, x_proj, dt, dt_bias, A_log, D = parameters[i : i + 7]
-        u = travel(reference.conv_one_direction(x, conv, conv_bias, True, reverse))
-        rows = travel(u @ travel(x_proj).t())
-        step, B, C = rows.split([dt.shape[1], STATE, STATE], dim=-1)
-        arguments += [u, step @ travel(dt).t(), A_log, B, C, D, dt_bias]
-    y = reference.scan(*arguments, z, 0.5, True, True)
-    return F.linear(travel(y), travel(parameters[14]), parameters[15]) if parameters[14:] else y
+    directions = []
+    for weights, reverse in ((forward, False), (backward, True)):
+        taps = Taps(weights.conv, weights.conv_bias)
+        u = travel(reference.conv_one_direction(x, taps, True, reverse))
+        rows = travel(u @ travel(weights.x_proj).t())
+        step, B, C = rows.split([weights.dt.shape[1], STATE, STATE], dim=-1)
+        delta = step @ travel(weights.dt).t()
+        directions.append(Direction(u, delta, weights.A_log, B, C, weights.D, weights.dt_bias))
+    y = reference.scan(Scan(*directions, z, scale))
+    return y if out_proj is None else F.linear(travel(y), travel(out_proj), out_bias)
 
 
 def error(found, wanted):
@@ -159,9 +168,10 @@ def test_operators_pass_opcheck(out, emulator):
     tensors = operands(1, 5, 64, 12, out=out, device='cpu')
     tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
     out_proj = [t.requires_grad_() for t in tensors][15:] or [None, None]
-    torch.library.opcheck(torch.ops.vim_timm.cuda_mixer.default, (*tensors[:15], *out_proj, 0.5), test_utils=tests)
+    torch.library.opcheck(torch.ops.vim_timm.cuda_mixer.default, (*tensors[:15], 0.5, *out_proj), test_utils=tests)
     grad = torch.randn(1, 5, out or 64).to(tensors[0].dtype)
-    backward = (grad, *(None if t is None else t.detach() for t in (*tensors[:15], out_proj[0])), 0.5)
+    weight = None if out_proj[0] is None else out_proj[0].detach()
+    backward = (grad, *(t.detach() for t in tensors[:15]), 0.5, weight)
     torch.library.opcheck(torch.ops.vim_timm.cuda_mixer_backward.default, backward, test_utils=tests)
 
 
@@ -177,11 +187,12 @@ def test_operators_pass_opcheck(out, emulator):
 def test_the_projection_in_one_kernel_agrees_as_plain_cpp(size, dtype, poison, emulator, monkeypatch):
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 0)  # so that few tokens fill it
     xz, *parameters = operands(**size, device='cpu', dtype=dtype)
-    u, rows, packed, dt, _ = mixer_op.Mixer(xz, *parameters, None, 0.5).project()
+    u, rows, packed, dt, _ = mixer_op.Mixer(given(xz, *parameters)).project()
     for i, reverse in enumerate((False, True)):
         conv, bias, x_proj = parameters[7 * i : 7 * i + 3]
+        x = xz[..., : size['dim']].double()
         wanted = reference.conv_one_direction(
-            xz[..., : size['dim']].double(), conv.double(), None if bias is None else bias.double(), True, reverse
+            x, Taps(conv.double(), None if bias is None else bias.double()), True, reverse
         )
         assert error(u[i], wanted) < 4e-3
         kept = torch.cat([packed[i, : size['rank']], packed[i, padded_rank(size['rank']) :]])
@@ -226,7 +237,7 @@ def test_plain_cpp_notices_a_missing_wait(tmp_path, monkeypatch):
     monkeypatch.setattr(nvrtc, 'SOURCES', tmp_path)
     monkeypatch.setattr(mixer_op, 'load', cuda_on_cpu.load.__wrapped__)
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 132)
-    assert not torch.isfinite(cuda.mixer(*operands(1, 5, 64, 12, device='cpu'), 0.5)).all()
+    assert not torch.isfinite(mixer(*operands(1, 5, 64, 12, device='cpu'))).all()
 
 
 @pytest.mark.parametrize('state', [3, 4])
@@ -240,8 +251,8 @@ def test_a_nan_decay_makes_its_channel_nan(state, emulator):
 def test_directions_that_differ_are_refused():
     xz, *parameters = operands(1, 5, 64, 12, device='cpu')
     parameters[1] = None
-    with pytest.raises(ValueError, match='both a bias or none'):
-        mixer(xz, *parameters)
+    meta = [None if t is None else t.to('meta') for t in (xz, *parameters)]
+    assert 'both a bias or none' in cuda.mixer_limit(given(*meta))
 
 
 def test_a_thread_without_a_context_gets_one():
@@ -287,7 +298,7 @@ def test_captured_gradients_in_chunks_are_those_of_an_eager_run():
     grad = torch.randn(2, 4096, 384, device='cuda', dtype=torch.bfloat16)
 
     def run():
-        return torch.ops.vim_timm.cuda_mixer_backward(grad, *tensors, None, 0.5)
+        return torch.ops.vim_timm.cuda_mixer_backward(grad, *tensors, 0.5, None)
 
     wanted = run()
     graph = torch.cuda.CUDAGraph()
@@ -337,7 +348,7 @@ class LowRank(nn.Module):
 @pytest.fixture
 def block(monkeypatch, emulator):
     """A mixer whose inside is the fused kernels as plain C++, under bfloat16 autocast."""
-    monkeypatch.setattr(mamba, 'fused_mixer', lambda *sizes: cuda.mixer)
+    monkeypatch.setattr(bimamba, 'fused_mixer', cuda.mixer)
     torch.manual_seed(0)
     with torch.autocast('cpu', torch.bfloat16):
         yield BiMamba(32, proj_bias=True)
@@ -381,7 +392,7 @@ def test_large_activations_stay_within_a_percent():
     doubles = [t.double() for t in tensors]
     wanted = compose(*doubles)
     rounding = error(compose(*doubles, rounded=torch.bfloat16), wanted)
-    assert error(cuda.mixer(*tensors, 0.5), wanted) < 1e-2 + 2 * rounding
+    assert error(mixer(*tensors), wanted) < 1e-2 + 2 * rounding
 
 
 @only_gpu
@@ -433,7 +444,7 @@ def test_a_mixer_is_no_less_accurate_than_with_mamba_ssm(dtype):
 def test_double_backward_names_the_reference():
     xz, *rest = operands(1, 5, 64, 4)
     xz.requires_grad_()
-    (grad,) = torch.autograd.grad(cuda.mixer(xz, *rest, 0.5).float().sum(), xz, create_graph=True)
+    (grad,) = torch.autograd.grad(mixer(xz, *rest).float().sum(), xz, create_graph=True)
     with pytest.raises(RuntimeError, match='reference'):
         torch.autograd.grad(grad.float().sum(), xz)
 
@@ -443,8 +454,7 @@ def test_shared_memory_of_the_projection_fits_every_gpu():
 
 
 def test_limits_are_named_before_any_launch():
-    xz = torch.empty(1, 3, 128, device='meta')
-    assert 'CUDA tensors' in cuda.unsupported(xz, 16, 12, 4)
+    assert 'CUDA tensors' in cuda.mixer_limit(given(*operands(1, 3, 64, 12, device='meta')))
 
 
 def test_scans_for_gradients_take_no_more_rounds_than_they_must():

@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests import golden_data
+from tests import golden_data, kernels
 from vim_timm import ops
-from vim_timm.ops import chunked, dispatch, export, mamba_ssm_adapter, reference
+from vim_timm.ops import backends, mamba_ssm_adapter
+from vim_timm.ops import scan as scan_operator
+from vim_timm.ops.operands import Conv, Direction, Scan, Taps
+from vim_timm.ops.plain import chunked, export, reference
 
 SCAN_INPUTS = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')
 CPU_KERNEL = dict((status.name, status) for status in ops.explain())['cpu']
@@ -91,7 +94,7 @@ def test_conv_equals_the_original(case, backend):
 
 
 def random_scan(batch, length, channels, state, dtype=torch.float64, both=True, extras=True):
-    """Inputs of `reference.scan` by name, the sequence tensors strided as the layers hand them over."""
+    """The tensors of `operands.Scan` by name, the sequence tensors strided as the layers hand them over."""
 
     def part(width, offset, total):
         return torch.randn(batch, length, total, dtype=dtype)[..., offset : offset + width].detach().requires_grad_()
@@ -119,7 +122,7 @@ def random_scan(batch, length, channels, state, dtype=torch.float64, both=True, 
 def run_scan(backend, inputs, scale, delta_softplus, A_is_log):
     """Output and the gradient of every input under a random, fixed loss."""
     given_inputs = {name: x for name, x in inputs.items() if x is not None}
-    out = dispatch.BACKENDS[backend].scan(*inputs.values(), scale, delta_softplus, A_is_log)
+    out = backends.TABLE['scan'][backend].run(Scan.of(*inputs.values(), scale, delta_softplus, A_is_log))
     weight = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).view_as(out).to(out.dtype)
     gradients = torch.autograd.grad((out * weight).sum(), list(given_inputs.values()))
     return {'out': out.detach(), **dict(zip(given_inputs, gradients))}
@@ -192,9 +195,9 @@ def test_autocast_leaves_the_scan_in_float32():
     torch.manual_seed(0)
     inputs = random_scan(1, 20, 6, 4, dtype=torch.float32)
     flags = dict(scale=1.0, delta_softplus=True, A_is_log=True)
-    outside = dispatch.dispatch_scan(*inputs.values(), **flags)
+    outside = scan_operator.run(Scan.of(*inputs.values(), *flags.values()))
     with torch.autocast('cpu', torch.bfloat16):
-        inside = dispatch.dispatch_scan(*inputs.values(), **flags)
+        inside = scan_operator.run(Scan.of(*inputs.values(), *flags.values()))
     assert torch.equal(inside, outside)
 
 
@@ -204,7 +207,7 @@ def test_reference_has_a_second_derivative():
     names = list(inputs)
 
     def function(*tensors):
-        return reference.scan(*dict(zip(names, tensors)).values(), 0.5, True, True)
+        return kernels.scan(reference)(*dict(zip(names, tensors)).values(), 0.5, True, True)
 
     assert torch.autograd.gradgradcheck(function, tuple(inputs.values()))
 
@@ -212,7 +215,7 @@ def test_reference_has_a_second_derivative():
 @pytest.mark.parametrize('backend', ['torch', pytest.param('cpu', marks=needs_cpu_kernel)])
 def test_second_derivative_of_other_backends_names_the_reference(backend):
     inputs = random_scan(1, 3, 2, 2, dtype=torch.float32)
-    out = dispatch.BACKENDS[backend].scan(*inputs.values(), 0.5, True, True)
+    out = backends.TABLE['scan'][backend].run(Scan.of(*inputs.values(), 0.5, True, True))
     with pytest.raises(RuntimeError, match='reference'):
         (gradient,) = torch.autograd.grad(out.sum(), inputs['u'], create_graph=True)
         gradient.sum().backward()
@@ -228,7 +231,7 @@ def test_torch_backend_keeps_a_few_activations_for_the_backward_pass():
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = chunked.scan(*inputs.values(), 0.5, True, True)
+        out = chunked.scan(Scan.of(*inputs.values(), 0.5, True, True))
     activation = out.numel() * out.element_size()
     assert sum(saved.values()) < 16 * activation  # inputs included; the states of the two directions alone would be 32
 
@@ -259,15 +262,19 @@ def test_selective_scan_has_the_arguments_of_mamba_ssm():
 
 
 def test_auto_prefers_the_kernel_and_traces_with_plain_operators():
-    u, A = torch.randn(1, 2, 3), -torch.ones(3, 4)
-    assert dispatch.choose(u, A) == ('cpu' if CPU_KERNEL.available else 'torch')
-    assert dispatch.choose(u.double(), A.double()) == 'torch'
-    assert dispatch.choose(u.to('meta'), A.to('meta')) == 'export'
+    def choice(u):
+        B = torch.ones(1, 2, 4, dtype=u.dtype, device=u.device)
+        return backends.choose('scan', Scan(Direction(u, u, -B[0].new_ones(3, 4), B, B, None, None)), u)
+
+    u = torch.randn(1, 2, 3)
+    assert choice(u) == ('cpu' if CPU_KERNEL.available else 'torch')
+    assert choice(u.double()) == 'torch'
+    assert choice(u.to('meta')) == 'export'
 
 
 def test_forced_backend_that_cannot_run_says_why():
-    with pytest.raises(ValueError, match="unknown scan backend 'cuda'"):
-        ops.set_scan_backend('cuda')
+    with pytest.raises(ValueError, match="unknown scan backend 'rocm'"):
+        ops.set_scan_backend('rocm')
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="'mamba_ssm' cannot be used here: .*CUDA"):
             ops.set_scan_backend('mamba_ssm')
@@ -300,8 +307,8 @@ def test_environment_forces_a_backend():
 
 
 def test_the_slow_fallback_is_announced_once(caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, '_announced', set())
-    monkeypatch.setitem(dispatch._why_unavailable, 'cpu', 'no compiler at install')
+    monkeypatch.setattr(backends, '_announced', set())
+    monkeypatch.setitem(backends._why_unavailable, 'cpu', 'no compiler at install')
     x = torch.randn(1, 2, 3)
     with caplog.at_level(logging.INFO, logger='vim_timm'):
         for _ in range(3):
@@ -342,10 +349,8 @@ def test_adapter_computes_the_reference(monkeypatch):
     for name, value in expected.items():
         assert relative_error(results[name], value) < 1e-5, name
     x, weight, bias = torch.randn(2, 9, 8)[..., :4], torch.randn(4, 4), torch.randn(4)
-    for y, y_expected in zip(
-        mamba_ssm_adapter.conv(x, weight, bias, weight.flip(0), bias, True),
-        reference.conv(x, weight, bias, weight.flip(0), bias, True),
-    ):
+    operands = Conv(x, Taps(weight, bias), Taps(weight.flip(0), bias))
+    for y, y_expected in zip(mamba_ssm_adapter.conv(operands), reference.conv(operands)):
         assert relative_error(y, y_expected) < 1e-6
 
 
@@ -354,7 +359,9 @@ def test_export_graph_grows_with_the_square_root_of_the_length():
     def count(length):
         inputs = random_scan(1, length, 2, 2, dtype=torch.float32)
         traced = torch.jit.trace(
-            lambda *x: export.scan(*x, 0.5, True, True), tuple(x.detach() for x in inputs.values()), check_trace=False
+            lambda *x: kernels.scan(export)(*x, 0.5, True, True),
+            tuple(x.detach() for x in inputs.values()),
+            check_trace=False,
         )
         return len(list(traced.graph.nodes()))
 

@@ -14,14 +14,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vim_timm  # noqa: F401  registers the models
-from vim_timm.ops import mamba_ssm_adapter, reference, triton_kernels
-
-sys.path.insert(0, str(Path(__file__).parent))
-from golden_data import cases, load  # noqa: E402
+from tests.golden_data import cases, load
+from tests.kernels import conv, scan
+from vim_timm.ops import Direction, mamba_ssm_adapter, triton_kernels
+from vim_timm.ops.operands import Scan
+from vim_timm.ops.plain import reference
 
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
 GPU = torch.cuda.is_available() and not INTERPRETER
 DEVICE = 'cuda' if GPU else 'cpu'
+triton_scan, triton_conv = scan(triton_kernels), conv(triton_kernels)
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 kernels = pytest.mark.skipif(not (GPU or INTERPRETER), reason='needs an NVIDIA GPU or TRITON_INTERPRET=1')
@@ -72,9 +74,9 @@ def run_with_gradients(function, operands, flags, dtype=None):
     return [*outputs, *gradients]
 
 
-def assert_close_to_reference(name, operands, flags, tolerance):
-    found = run_with_gradients(getattr(triton_kernels, name), operands, flags)
-    wanted = run_with_gradients(getattr(reference, name), operands, flags, torch.float64)
+def assert_close_to_reference(operator, operands, flags, tolerance):
+    found = run_with_gradients(operator(triton_kernels), operands, flags)
+    wanted = run_with_gradients(operator(reference), operands, flags, torch.float64)
     errors = [relative_error(f, w) for f, w in zip(found, wanted)]
     assert max(errors) < tolerance, [f'{error:.1e}' for error in errors]
 
@@ -112,7 +114,7 @@ SMALL_SCANS = [
 @pytest.mark.parametrize('case', SMALL_SCANS, ids=str)
 def test_scan_agrees_with_the_reference(case, poison):
     operands = scan_operands(**case)
-    assert_close_to_reference('scan', operands, (0.5, True, case.get('log', True)), RELATIVE[operands[0].dtype])
+    assert_close_to_reference(scan, operands, (0.5, True, case.get('log', True)), RELATIVE[operands[0].dtype])
 
 
 @only_gpu
@@ -124,7 +126,7 @@ def test_scan_agrees_with_the_reference(case, poison):
 )
 def test_scan_agrees_with_the_reference_at_full_size(batch, length, dim, state, dtype, poison):
     operands = scan_operands(batch, length, dim, state, dtype)
-    assert_close_to_reference('scan', operands, (0.5, True, True), RELATIVE[dtype])
+    assert_close_to_reference(scan, operands, (0.5, True, True), RELATIVE[dtype])
 
 
 @only_gpu
@@ -132,9 +134,9 @@ def test_scan_agrees_with_the_reference_at_full_size(batch, length, dim, state, 
 @pytest.mark.parametrize('dtype', RELATIVE, ids=str)
 def test_scan_is_no_less_accurate_than_mamba_ssm(dtype):
     operands = scan_operands(8, 197, 384, 16, dtype)
-    wanted = run_with_gradients(reference.scan, operands, (0.5, True, True), torch.float64)
+    wanted = run_with_gradients(scan(reference), operands, (0.5, True, True), torch.float64)
     ours, theirs = (
-        [relative_error(f, w) for f, w in zip(run_with_gradients(backend.scan, operands, (0.5, True, True)), wanted)]
+        [relative_error(f, w) for f, w in zip(run_with_gradients(scan(backend), operands, (0.5, True, True)), wanted)]
         for backend in (triton_kernels, mamba_ssm_adapter)
     )
     # noise where both round in the last place
@@ -152,7 +154,7 @@ def test_scan_agrees_with_the_original(path):
     def tokens_first(name):
         return rows[name].transpose(1, 2).contiguous() if name in rows else None
 
-    found = triton_kernels.scan(
+    found = triton_scan(
         tokens_first('u'), tokens_first('delta'), rows['A'], tokens_first('B'), tokens_first('C'), rows.get('D'),
         rows.get('delta_bias'), *[None] * 7, tokens_first('z'), 1.0, meta['delta_softplus'], False,
     )  # fmt: skip
@@ -183,35 +185,31 @@ def test_convolution_agrees_with_the_reference(case, poison):
     weights = [torch.randn(dim, case['width'], device=DEVICE) for _ in range(2)]
     biases = [torch.randn(dim, device=DEVICE) if bias else None for _ in range(2)]
     operands = [x, weights[0], biases[0], weights[1] if two else None, biases[1] if two else None]
-    assert_close_to_reference('conv', operands, (case['silu'],), RELATIVE[x.dtype])
+    assert_close_to_reference(conv, operands, (case['silu'],), RELATIVE[x.dtype])
 
 
 @kernels
 def test_two_runs_are_bit_equal():
     operands = scan_operands(1, 9, 16, 4) if INTERPRETER else scan_operands(64, 197, 384, 16, torch.bfloat16)
-    first, second = (run_with_gradients(triton_kernels.scan, operands, (0.5, True, True)) for _ in range(2))
+    first, second = (run_with_gradients(triton_scan, operands, (0.5, True, True)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 @kernels
 def test_ops_pass_opcheck():
-    from vim_timm.ops.triton_kernels.conv_op import triton_conv
-    from vim_timm.ops.triton_kernels.scan_op import triton_scan
-
     tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
     operands = [x if x is None else x.detach().requires_grad_() for x in scan_operands(1, 5, 8, 4)]
-    torch.library.opcheck(triton_scan, (*operands, 0.5, True, True), test_utils=tests)
+    torch.library.opcheck(torch.ops.vim_timm.triton_scan.default, (*operands, 0.5, True, True), test_utils=tests)
     x, weight, bias = (t.requires_grad_() for t in (torch.randn(1, 5, 8), torch.randn(8, 4), torch.randn(8)))
     args = [t.detach().to(DEVICE).requires_grad_() for t in (x, weight, bias, weight, bias)]
-    torch.library.opcheck(triton_conv, (*args, True), test_utils=tests)
+    torch.library.opcheck(torch.ops.vim_timm.triton_conv.default, (*args, True), test_utils=tests)
 
 
 @kernels
 def test_fake_outputs_match_those_of_a_scan_in_chunks():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from vim_timm.ops.triton_kernels.scan_op import triton_scan
-
+    triton_scan = torch.ops.vim_timm.triton_scan
     operands = scan_operands(1, 80, 8, 4)
     found = triton_scan(*operands, 0.5, True, True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -226,10 +224,10 @@ def test_one_graph_holds_a_block_forward_and_backward(dynamic):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     def block(x, weight, bias, *operands):
-        u, u_b = triton_kernels.conv(x, weight, bias, weight, bias, True)
+        u, u_b = triton_conv(x, weight, bias, weight, bias, True)
         delta, A, B, C, D, delta_bias = operands
         one = (delta, A, B, C, D, delta_bias)
-        return triton_kernels.scan(u, *one, u_b, *one, x, 0.5, True, True).sin()
+        return triton_scan(u, *one, u_b, *one, x, 0.5, True, True).sin()
 
     torch._dynamo.reset()  # what another test compiled of the same code counts as a recompile
     counter = CompileCounterWithBackend('aot_eager')
@@ -250,7 +248,7 @@ def test_one_graph_holds_a_block_forward_and_backward(dynamic):
 def test_double_backward_names_the_reference():
     operands = [x if x is None else x.requires_grad_() for x in scan_operands(1, 3, 4, 2, skip=False, gate=False)]
     leaves = [x for x in operands if x is not None and x.is_leaf]
-    out = triton_kernels.scan(*operands, 1.0, True, True)
+    out = triton_scan(*operands, 1.0, True, True)
     first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match='reference'):
         torch.autograd.grad(first[0].sum(), leaves)
@@ -261,18 +259,21 @@ def test_flops_grow_with_the_state():
     counts = []
     for state in (4, 8):
         with FlopCounterMode(display=False) as counter:
-            triton_kernels.scan(*scan_operands(1, 3, 4, state), 1.0, True, True)
+            triton_scan(*scan_operands(1, 3, 4, state), 1.0, True, True)
         counts.append(counter.get_total_flops())
-    assert counts == [2 * 3 * 4 * (9 * state + 5) for state in (4, 8)]
+    assert counts == [3 * 4 * (2 * 9 * state + 2) for state in (4, 8)]
 
 
 def test_limits_are_named_before_any_launch():
-    u, A = torch.empty(1, 3, 4, device='meta'), torch.empty(4, 300, device='meta')
-    assert 'cuda' in triton_kernels.unsupported(u, A).lower() or INTERPRETER
+    def limit(dtype, state):
+        u, A, B = (torch.empty(shape, device='meta') for shape in ((1, 3, 4), (4, state), (1, 3, state)))
+        return triton_kernels.scan_limit(Scan(Direction(u.to(dtype), u, A, B, B, None, None)))
+
+    assert '256' in limit(torch.float32, 300)
+    assert 'cuda' in limit(torch.float32, 16).lower() or INTERPRETER
     if INTERPRETER:
-        assert '256' in triton_kernels.unsupported(u, A)
-        assert 'float64' in triton_kernels.unsupported(u.double(), A[:, :16])
-        assert triton_kernels.unsupported(u, A[:, :16]) == ''
+        assert 'float64' in limit(torch.float64, 16)
+        assert limit(torch.float32, 16) == ''
 
 
 def test_warmup_leaves_no_gradients():
@@ -302,7 +303,7 @@ def test_compiled_and_captured_scans_equal_eager_ones():
     operands = [x.detach() for x in scan_operands(8, 197, 384, 16, torch.bfloat16)]
 
     def double(*tensors):
-        return 2 * triton_kernels.scan(*tensors, 0.5, True, True)
+        return 2 * triton_scan(*tensors, 0.5, True, True)
 
     eager = double(*operands)
     assert torch.equal(torch.compile(double, fullgraph=True)(*operands), eager)

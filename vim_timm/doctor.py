@@ -55,15 +55,21 @@ def _devices() -> list[str]:
 
 
 def _backends() -> list[str]:
-    reasons = {status.name: status.reason for status in ops.explain()}
-    reasons['fused blocks on NVIDIA GPUs'] = ops.cuda.unavailable()
-    return [f'{name}: ' + (f'not available: {reason}' if reason else 'available') for name, reason in reasons.items()]
+    return [
+        f'{status.name}: ' + (f'not available: {status.reason}' if status.reason else 'available')
+        + f' (has {", ".join(status.operators)})'
+        for status in ops.explain()
+    ]  # fmt: skip
 
 
 def _choices() -> list[str]:
-    """The backend that `auto` takes on each device type, and what VIM_TIMM_SCAN forces."""
+    """The backend that `auto` takes for each operator on each device type, and what VIM_TIMM_SCAN forces."""
     devices = ['cpu'] + [name for name in ('cuda', 'mps', 'xpu') if getattr(torch, name).is_available()]
-    lines = [f'{device}: {ops.auto_backend(device)}' for device in devices]
+    lines = []
+    for device in devices:
+        taken = {operator: ops.auto_backend(device, operator) for operator in ops.OPERATORS}
+        others = ', '.join(f'{operator} {name or "composed"}' for operator, name in taken.items() if operator != 'scan')
+        lines.append(f'{device}: {taken["scan"]} ({others})')
     forced = os.environ.get('VIM_TIMM_SCAN', 'auto')
     if forced != 'auto':
         lines.append(f'VIM_TIMM_SCAN={forced} overrides this')

@@ -1,7 +1,7 @@
 """nn.Modules made of `vim_timm.ops`."""
 
+from vim_timm.layers.bimamba import BiMamba
 from vim_timm.layers.block import Block
-from vim_timm.layers.mamba import BiMamba
 from vim_timm.layers.norm import LayerNorm, RmsNorm, get_norm_layer
 from vim_timm.layers.patch_embed import PatchEmbed
 from vim_timm.layers.rope import StreamRope, rope_tables, rotate

@@ -1,22 +1,31 @@
 """Selective scan and causal convolution: functions on tensors, on whichever backend runs best where they are."""
 
-from vim_timm.ops.dispatch import (
+from vim_timm.ops.backends import (
     BACKENDS,
+    OPERATORS,
     BackendStatus,
     auto_backend,
     explain,
-    fused_mixer,
     get_scan_backend,
     probe_backends,
     set_scan_backend,
     use_scan_backend,
 )
-from vim_timm.ops.functional import bidirectional_conv, bidirectional_scan, causal_conv, causal_conv1d, selective_scan
+from vim_timm.ops.conv import bidirectional_conv, causal_conv
+from vim_timm.ops.mamba_compat import causal_conv1d, selective_scan
+from vim_timm.ops.mixer import fused_mixer
 from vim_timm.ops.norm import rms_norm
+from vim_timm.ops.operands import Direction, Mixer, Taps, Weights
+from vim_timm.ops.scan import bidirectional_scan
 
 __all__ = [
     'BACKENDS',
+    'OPERATORS',
     'BackendStatus',
+    'Direction',
+    'Mixer',
+    'Taps',
+    'Weights',
     'auto_backend',
     'bidirectional_conv',
     'bidirectional_scan',

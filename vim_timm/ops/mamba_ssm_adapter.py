@@ -10,8 +10,11 @@ from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from vim_timm.ops import reference
+from vim_timm.ops import operands
+from vim_timm.ops.operands import Direction, Taps
+from vim_timm.ops.plain import reference
 
 _SCAN_ARGUMENTS = ['u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias', 'delta_softplus', 'return_last_state']
 _CONV_ARGUMENTS = ['x', 'weight', 'bias', 'activation']
@@ -58,18 +61,27 @@ def unavailable() -> str:
     return _find().why
 
 
-def unsupported(u: torch.Tensor, A: torch.Tensor) -> str:
-    if u.device.type != 'cuda':
-        return f'mamba-ssm runs on CUDA tensors only, not on {u.device.type}'
-    if u.dtype == torch.float64:
+def limit(x: Tensor) -> str:
+    if x.device.type != 'cuda':
+        return f'mamba-ssm runs on CUDA tensors only, not on {x.device.type}'
+    if x.dtype == torch.float64:
         return 'mamba-ssm has no float64'
-    if A.shape[-1] > 256:
-        return f'mamba-ssm takes at most d_state 256, not {A.shape[-1]}'
     return ''
 
 
-def _one_direction(u, delta, A, B, C, D, delta_bias, delta_softplus, A_is_log, reverse) -> torch.Tensor:
-    def to_BDL(x_BLD: torch.Tensor) -> torch.Tensor:
+def scan_limit(given: operands.Scan) -> str:
+    state = given.forward.A_log.shape[-1]
+    return f'mamba-ssm takes at most d_state 256, not {state}' if state > 256 else limit(given.forward.u)
+
+
+def conv_limit(given: operands.Conv) -> str:
+    return limit(given.x)
+
+
+def _one_direction(direction: Direction, delta_softplus: bool, A_is_log: bool, reverse: bool) -> Tensor:
+    u, delta, A, B, C, D, delta_bias = direction
+
+    def to_BDL(x_BLD: Tensor) -> Tensor:
         return (x_BLD.flip(1) if reverse else x_BLD).to(u.dtype).transpose(1, 2).contiguous()
 
     scan_fn = _find().scan
@@ -92,19 +104,13 @@ def _one_direction(u, delta, A, B, C, D, delta_bias, delta_softplus, A_is_log, r
 scan = partial(reference.scan, one_direction=_one_direction)
 
 
-def conv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    weight_b: Optional[torch.Tensor],
-    bias_b: Optional[torch.Tensor],
-    silu: bool,
-) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+def conv(given: operands.Conv) -> Tuple[Tensor, Optional[Tensor]]:
     """The same function as `reference.conv`; widths other than 2 to 4 are torch's."""
+    x, forward, backward, silu = given
 
-    def one_direction(weight: torch.Tensor, bias: Optional[torch.Tensor], reverse: bool) -> torch.Tensor:
+    def one_direction(taps: Taps, reverse: bool) -> Tensor:
         x_BDL = (x.flip(1) if reverse else x).transpose(1, 2)
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        weight, bias = taps.weight.to(x.dtype), None if taps.bias is None else taps.bias.to(x.dtype)
         conv_fn = _find().conv
         if conv_fn is not None and weight.shape[1] in (2, 3, 4):
             y = conv_fn(x_BDL.contiguous(), weight, bias, activation='silu' if silu else None)
@@ -115,5 +121,4 @@ def conv(
         y = y.transpose(1, 2)
         return (y.flip(1) if reverse else y).contiguous()
 
-    y = one_direction(weight, bias, False)
-    return y, None if weight_b is None else one_direction(weight_b, bias_b, True)
+    return one_direction(forward, False), None if backward is None else one_direction(backward, True)

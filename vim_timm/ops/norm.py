@@ -1,13 +1,14 @@
-"""The root mean square norm on the CPU kernel where that is the backend, else aten's."""
+"""The root mean square norm."""
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from vim_timm.ops import cpu
-from vim_timm.ops.dispatch import choose, get_scan_backend
+from vim_timm.ops.backends import find
+from vim_timm.ops.operands import Norm
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (RMSNorm, arXiv 1910.07467, eq. 4).
 
     Args:
@@ -17,10 +18,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Returns:
         The shape and dtype of x.
+
+    Raises:
+        RuntimeError: a forced backend cannot run.
     """
     if not torch.jit.is_scripting():
-        # torch.compile fuses aten's norm with its neighbours.
-        if x.device.type == 'cpu' and not torch.compiler.is_compiling() and get_scan_backend() in ('auto', 'cpu'):
-            if choose(x, weight) == 'cpu':
-                return cpu.rms_norm(x, weight, eps)
+        if not torch.compiler.is_compiling():  # torch.compile fuses aten's norm with its neighbours
+            norm = Norm(x, weight, eps)
+            run = find('rms_norm', norm, x)
+            if run is not None:
+                return run(norm)
     return F.rms_norm(x, weight.shape, weight, eps)

@@ -4,24 +4,20 @@
 wrap it as torch operators. float32 state and arithmetic; bfloat16 and float16 tensors are converted around the call.
 """
 
-from torch import Tensor
-
-from vim_timm.ops.cpu.conv import conv
+from vim_timm.ops.cpu.conv import conv, conv_limit
 from vim_timm.ops.cpu.library import problem as unavailable
-from vim_timm.ops.cpu.mixer import mixer
-from vim_timm.ops.cpu.norm import rms_norm
-from vim_timm.ops.cpu.scan import scan
-from vim_timm.ops.cpu.tensors import DTYPES
+from vim_timm.ops.cpu.mixer import mixer, mixer_limit
+from vim_timm.ops.cpu.norm import rms_norm, rms_norm_limit
+from vim_timm.ops.cpu.scan import scan, scan_limit
 
-__all__ = ['conv', 'mixer', 'rms_norm', 'scan', 'unavailable', 'unsupported']
-
-
-def unsupported(u: Tensor, A: Tensor) -> str:
-    """'' when the kernel runs on tensors like these, else one sentence that names the limit."""
-    if u.device.type != 'cpu':
-        return f'the CPU kernel runs on CPU tensors, not on {u.device.type}'
-    if u.dtype not in DTYPES or A.dtype not in DTYPES:
-        return (
-            f'the CPU kernel computes in float32 and takes float32, bfloat16 and float16, not {u.dtype} with {A.dtype}'
-        )
-    return ''
+__all__ = [
+    'conv',
+    'conv_limit',
+    'mixer',
+    'mixer_limit',
+    'rms_norm',
+    'rms_norm_limit',
+    'scan',
+    'scan_limit',
+    'unavailable',
+]

@@ -8,17 +8,15 @@ import struct
 import torch
 from torch import Tensor
 
+from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
-from vim_timm.ops.cpu.tensors import address, checked, refuse_second_derivative, threads
-from vim_timm.ops.operators import register
+from vim_timm.ops.cpu.tensors import address, checked, limit, threads
+from vim_timm.ops.operands import schema
+from vim_timm.ops.registration import Kernel, norm_flops, register
 
 # The C structure Norm: five pointers, three integers, one double.
 _STRUCT = struct.Struct('@8qd')
 library.expect('Norm', _STRUCT.size)
-
-_definitions = torch.library.Library('vim_timm', 'FRAGMENT')
-_definitions.define('cpu_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor')
-_definitions.define('cpu_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)')
 
 
 def _call(function, x, weight, grad, y, grad_weight, eps) -> None:
@@ -51,18 +49,25 @@ def _differentiate(ctx, grad):
 
 
 register(
-    _definitions,
     'cpu_rms_norm',
-    _run,
-    lambda x, weight, eps: x.new_empty(x.shape),
-    _save,
-    _differentiate,
-    _run_backward,
-    lambda grad, x, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
-    refuse_second_derivative,
+    f'({schema(operands.Norm)}) -> Tensor',
+    f'(Tensor grad, {schema(operands.Norm)}) -> (Tensor, Tensor)',
+    Kernel(
+        _run,
+        lambda x, weight, eps: x.new_empty(x.shape),
+        _save,
+        _differentiate,
+        _run_backward,
+        lambda grad, x, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    ),
+    norm_flops,
 )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_limit(norm: operands.Norm) -> str:
+    return limit(norm.x, norm.weight)
+
+
+def rms_norm(norm: operands.Norm) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467), in x's dtype, computed in float32."""
-    return torch.ops.vim_timm.cpu_rms_norm(x, weight, eps)
+    return torch.ops.vim_timm.cpu_rms_norm.default(*norm)

@@ -1,7 +1,6 @@
 """The bidirectional selective scan as a torch operator, `vim_timm::cpu_scan`, with its backward pass.
 
-Shapes: B batch, L tokens, D channels (d_inner), N state (d_state). A direction's tensors come in the order u (B, L, D),
-delta (B, L, D), A (D, N), B (B, L, N), C (B, L, N), D (D) or None, delta_bias (D) or None.
+Shapes: see `ops.operands`.
 """
 
 import struct
@@ -9,28 +8,16 @@ from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vim_timm.ops.cpu import library
-from vim_timm.ops.cpu.tensors import (
-    address,
-    checked,
-    gradient,
-    parameter,
-    present,
-    refuse_second_derivative,
-    rows,
-    threads,
-)
-from vim_timm.ops.operators import register
+from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, parameter, present, rows, threads
+from vim_timm.ops.operands import Direction, Scan, schema
+from vim_timm.ops.registration import Kernel, register, scan_flops
 
 _CHUNK = 64  # tokens between two kept states
 _PADDING = 16  # the kept states' channels are padded to a multiple of it
 library.expect('CHUNK', _CHUNK)
 library.expect('PADDING', _PADDING)
-_NAMES = ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
-_PER_DIRECTION = len(_NAMES)
-_Z = 2 * _PER_DIRECTION  # position of z among the arguments
 
 # The C structure Scan: two directions, three Rows, eight integers, one double.
 _STRUCT = struct.Struct('@79qd')
@@ -38,50 +25,44 @@ library.expect('Scan', _STRUCT.size)
 _NO_GRADIENTS = (0,) * 15
 _NO_DIRECTION = (0,) * 31
 
-_INPUTS = (
-    'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, '
-    'Tensor? u_b, Tensor? delta_b, Tensor? A_b, Tensor? B_b, Tensor? C_b, Tensor? D_b, Tensor? delta_bias_b, Tensor? z'
-)
-_FLAGS = 'float scale, bool delta_softplus, bool A_is_log'
-_definitions = torch.library.Library('vim_timm', 'FRAGMENT')
-_definitions.define(f'cpu_scan({_INPUTS}, {_FLAGS}, bool keep_states) -> (Tensor, Tensor, Tensor)')
-_definitions.define(
-    f'cpu_scan_backward(Tensor grad, {_INPUTS}, {_FLAGS}, Tensor states, Tensor states_b) -> Tensor[]',
-)
 
-
-def _direction(
-    inputs: Sequence[Optional[Tensor]], suffix: str, shape: torch.Size, state: int
-) -> list[Optional[Tensor]]:
+def _direction(direction: Direction, suffix: str, shape: torch.Size, state: int) -> Direction:
     """One direction's tensors, checked and in float32."""
     batch, length, channels = shape
     shapes = (shape, shape, (channels, state), (batch, length, state), (batch, length, state), (channels,), (channels,))
     taken: list[Optional[Tensor]] = []
-    for name, x, expected in zip(_NAMES, inputs, shapes):
+    for name, x, expected in zip(Direction._fields, direction, shapes):
         if len(expected) == 3:
             if x is None:
-                raise ValueError(f'{name}{suffix} is missing: a direction needs u, delta, A, B and C')
+                raise ValueError(f'{name}{suffix} is missing: a direction needs u, delta, A_log, B and C')
             taken.append(checked(name + suffix, x, expected))
         else:
             taken.append(parameter(name + suffix, x, expected))
-    return taken
+    return Direction(*taken)  # type: ignore[arg-type]
 
 
-def _directions(inputs: Sequence[Optional[Tensor]]) -> list[list[Optional[Tensor]]]:
-    u, A = inputs[0], inputs[2]
-    assert u is not None and A is not None
+def _checked(scan: Scan) -> Scan:
+    u, A = scan.forward.u, scan.forward.A_log
     if u.dim() != 3 or A.dim() != 2:
-        raise ValueError(f'u must be (B, L, D) and A (D, N), not {tuple(u.shape)} and {tuple(A.shape)}')
-    forward = _direction(inputs[:_PER_DIRECTION], '', u.shape, A.shape[1])
-    if inputs[_PER_DIRECTION] is None:
-        return [forward]
-    return [forward, _direction(inputs[_PER_DIRECTION:_Z], '_b', u.shape, A.shape[1])]
+        raise ValueError(f'u must be (B, L, D) and A_log (D, N), not {tuple(u.shape)} and {tuple(A.shape)}')
+    state, backward = A.shape[1], scan.backward
+    return scan._replace(
+        forward=_direction(scan.forward, '', u.shape, state),
+        backward=None if backward is None else _direction(backward, '_b', u.shape, state),
+        z=None if scan.z is None else checked('z', scan.z, u.shape),
+    )
 
 
-def _fields(direction: Sequence[Optional[Tensor]], states: Optional[Tensor]) -> tuple[int, ...]:
+def _fields(direction: Direction, states: Optional[Tensor]) -> tuple[int, ...]:
     """The first half of the C structure Direction."""
     u, delta, A, B, C, D, bias = direction
     return (*rows(u), *rows(delta), *rows(B), *rows(C), address(A), address(D), address(bias), address(states))
+
+
+def _gradient_fields(gradients: Direction) -> tuple[int, ...]:
+    """The second half of the C structure Direction."""
+    u, delta, A, B, C, D, bias = gradients
+    return (*rows(u), *rows(delta), *rows(B), *rows(C), address(A), address(D), address(bias))
 
 
 def states_shape(shape: Sequence[int], state: int) -> tuple[int, int, int, int]:
@@ -96,68 +77,68 @@ def new_states(shape: Sequence[int], channels: int) -> Tensor:
 
 
 def _fake(*arguments):
-    u, A, u_b, keep = arguments[0], arguments[2], arguments[_PER_DIRECTION], arguments[-1]
-    shapes = [states_shape(u.shape, A.shape[1]) if kept else (0,) for kept in (keep, keep and u_b is not None)]
+    *flat, keep = arguments
+    scan = Scan.of(*flat)
+    u, A = scan.forward.u, scan.forward.A_log
+    kept = (keep, keep and scan.backward is not None)
+    shapes = [states_shape(u.shape, A.shape[1]) if this else (0,) for this in kept]
     return u.new_empty(u.shape), *(u.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _run(*arguments):
     """Result (B, L, D) in u's dtype, and each direction's states between chunks of tokens, if they are kept."""
-    u, A, z = arguments[0], arguments[2], arguments[_Z]
-    scale, softplus, log_A, keep = arguments[_Z + 1 :]
-    directions = _directions(arguments[:_Z])
-    z = None if z is None else checked('z', z, u.shape)
-    out = torch.empty(u.shape)
-    shape = states_shape(u.shape, A.shape[1])
-    states = [new_states(shape if keep and i < len(directions) else (0,), u.shape[2]) for i in range(2)]
+    *flat, keep = arguments
+    given = Scan.of(*flat)
+    scan = _checked(given)
+    shape, state = scan.forward.u.shape, scan.forward.A_log.shape[1]
+    directions = [direction for direction in (scan.forward, scan.backward) if direction is not None]
+    out = torch.empty(shape)
+    kept = states_shape(shape, state)
+    states = [new_states(kept if keep and i < len(directions) else (0,), shape[2]) for i in range(2)]
     if out.numel():
         fields = []
-        for direction, kept in zip(directions, states):
-            fields += _fields(direction, kept if keep else None) + _NO_GRADIENTS
-        library.call('scan_forward', _pack(fields, directions, u, A, z, out, None, scale, softplus, log_A))
-    return out.to(u.dtype), *states
+        for direction, own in zip(directions, states):
+            fields += [*_fields(direction, own if keep else None), *_NO_GRADIENTS]
+        library.call('scan_forward', _pack(fields, scan, out, None))
+    return out.to(given.forward.u.dtype), *states
 
 
-def _pack(fields, directions, u, A, z, out, grad_z, scale, softplus, log_A) -> bytes:
-    if len(directions) == 1:
-        fields += _NO_DIRECTION
-    count, state = len(directions), A.shape[1]
-    team = threads(u.numel() * state * count)
+def _pack(fields: list[int], scan: Scan, out: Tensor, grad_z: Optional[Tensor]) -> bytes:
+    forward, backward, z, scale, softplus, log_A = scan
+    count, state = 1 + (backward is not None), forward.A_log.shape[1]
     return _STRUCT.pack(
-        *fields, *rows(z), *rows(out), *rows(grad_z), count, *u.shape, state, softplus, log_A, team, scale
-    )
+        *fields, *(_NO_DIRECTION if backward is None else ()), *rows(z), *rows(out), *rows(grad_z),
+        count, *forward.u.shape, state, softplus, log_A, threads(forward.u.numel() * state * count), scale,
+    )  # fmt: skip
 
 
 def _backward_fake(grad, *arguments):
-    return [x.new_empty(x.shape) for x in present(*arguments[: _Z + 1])]
+    *tensors, scale, softplus, log_A, states, states_b = arguments
+    return [x.new_empty(x.shape) for x in present(*tensors)]
 
 
 def _run_backward(grad, *arguments):
     """Gradients of the tensors that are there, in their order and dtypes."""
-    inputs = arguments[: _Z + 1]
-    u, A, z = inputs[0], inputs[2], inputs[_Z]
-    scale, softplus, log_A, states, states_b = arguments[_Z + 1 :]
-    if not u.numel() or not A.numel():
-        return [torch.zeros_like(x) for x in present(*inputs)]
-    directions = _directions(inputs[:_Z])
-    gradients = [None if x is None else torch.empty(x.shape) for x in inputs]
-    fields = []
-    for i, (direction, kept) in enumerate(zip(directions, (states, states_b))):
-        own = gradients[i * _PER_DIRECTION : (i + 1) * _PER_DIRECTION]
-        grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias = own
-        fields += _fields(direction, kept) + rows(grad_u) + rows(grad_delta) + rows(grad_B) + rows(grad_C)
-        fields += [address(x) for x in (grad_A, grad_D, grad_bias)]
-    z = None if z is None else checked('z', z, u.shape)
-    grad = gradient(grad)
-    packed = _pack(fields, directions, u, A, z, grad, gradients[_Z], scale, softplus, log_A)
-    library.call('scan_backward', packed)
-    return [g.to(x.dtype) for g, x in zip(gradients, inputs) if x is not None]
+    *tensors, scale, softplus, log_A, states, states_b = arguments
+    given = Scan.of(*tensors, scale, softplus, log_A)
+    if not given.forward.u.numel() or not given.forward.A_log.numel():
+        return [torch.zeros_like(x) for x in present(*tensors)]
+    scan = _checked(given)
+    gradients = [None if x is None else torch.empty(x.shape) for x in tensors]
+    own = Scan.of(*gradients)
+    fields = [*_fields(scan.forward, states), *_gradient_fields(own.forward)]
+    if scan.backward is not None and own.backward is not None:
+        fields += [*_fields(scan.backward, states_b), *_gradient_fields(own.backward)]
+    grad = gradient(grad)  # a copy has to live until the call has ended, as those in `scan` do
+    library.call('scan_backward', _pack(fields, scan, grad, own.z))
+    return [g.to(x.dtype) for g, x in zip(gradients, tensors) if x is not None]
 
 
 def _save(ctx, inputs, output) -> None:
+    *tensors, scale, softplus, log_A, _ = inputs
     _, states, states_b = output
-    ctx.save_for_backward(*inputs[: _Z + 1], states, states_b)
-    ctx.flags = inputs[_Z + 1 : -1]
+    ctx.save_for_backward(*tensors, states, states_b)
+    ctx.flags = (scale, softplus, log_A)
     ctx.mark_non_differentiable(states, states_b)
     ctx.set_materialize_grads(False)
 
@@ -166,30 +147,25 @@ def _differentiate(ctx, grad, *states_grads):
     *inputs, states, states_b = ctx.saved_tensors
     if grad is None:
         return (None,) * (len(inputs) + len(ctx.flags) + 1)
-    found = iter(torch.ops.vim_timm.cpu_scan_backward(grad, *inputs, *ctx.flags, states, states_b))
+    found = iter(torch.ops.vim_timm.cpu_scan_backward.default(grad, *inputs, *ctx.flags, states, states_b))
     return *(None if x is None else next(found) for x in inputs), *(None for _ in ctx.flags), None
 
 
 register(
-    _definitions, 'cpu_scan', _run, _fake, _save, _differentiate, _run_backward, _backward_fake,
-    refuse_second_derivative,
-)  # fmt: skip
+    'cpu_scan',
+    f'({schema(Scan)}, bool keep_states) -> (Tensor, Tensor, Tensor)',
+    f'(Tensor grad, {schema(Scan)}, Tensor states, Tensor states_b) -> Tensor[]',
+    Kernel(_run, _fake, _save, _differentiate, _run_backward, _backward_fake),
+    scan_flops,
+)
 
 
-@register_flop_formula(torch.ops.vim_timm.cpu_scan)
-def scan_flops(*shapes, out_shape=None, **kwargs) -> int:
-    """9 operations a state and token, and 2 for the skip and the gate: the count usual in the field."""
-    (batch, length, channels), (_, state) = shapes[0], shapes[2]
-    skip = (shapes[5] is not None) + (shapes[_Z] is not None)
-    return batch * length * channels * ((9 * state) * (1 + (shapes[_PER_DIRECTION] is not None)) + skip)
+def scan_limit(scan: Scan) -> str:
+    return limit(scan.forward.u, scan.forward.A_log)
 
 
-@register_flop_formula(torch.ops.vim_timm.cpu_scan_backward)
-def scan_backward_flops(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
-    return 2 * scan_flops(*shapes)
-
-
-def scan(*arguments):
-    """`ops.reference.scan` on the kernel: same arguments, same result."""
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[: _Z + 1])
-    return torch.ops.vim_timm.cpu_scan(*arguments, keep)[0]
+def scan(given: Scan) -> Tensor:
+    """`reference.scan` on the kernel."""
+    flat = given.flat()
+    keep = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat)
+    return torch.ops.vim_timm.cpu_scan.default(*flat, keep)[0]

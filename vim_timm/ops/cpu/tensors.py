@@ -10,6 +10,17 @@ ABSENT = (0, 0, 0)
 _SMALL = 1 << 16  # multiply-adds below which a second thread costs more than it saves
 
 
+def limit(*tensors: Tensor) -> str:
+    """Why the kernel does not run on tensors like these, in one sentence, or ''."""
+    x = tensors[0]
+    if x.device.type != 'cpu':
+        return f'the CPU kernel runs on CPU tensors, not on {x.device.type}'
+    if any(t.dtype not in DTYPES for t in tensors):
+        kinds = ' with '.join(str(t.dtype) for t in tensors)
+        return f'the CPU kernel computes in float32 and takes float32, bfloat16 and float16, not {kinds}'
+    return ''
+
+
 def checked(name: str, x: Tensor, shape: Sequence[int]) -> Tensor:
     """x in float32, once it is sure that the kernel may read it.
 
@@ -57,10 +68,3 @@ def present(*tensors: Optional[Tensor]) -> list[Tensor]:
 def threads(work: int) -> int:
     """How many threads a call with so many multiply-adds runs on; its result does not depend on it."""
     return 1 if work < _SMALL else torch.get_num_threads()
-
-
-def refuse_second_derivative(ctx, *grads: object) -> None:
-    raise RuntimeError(
-        'the CPU kernel has no second derivative: use the `reference` backend for it '
-        "(VIM_TIMM_SCAN=reference, or vim_timm.ops.use_scan_backend('reference'))"
-    )

@@ -9,15 +9,16 @@ sizes, the ungated and the gated sum) is computed again there from in_proj's out
 import contextlib
 import functools
 import math
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from ..operators import autocast_off, register
-from ..triton_kernels.launch import multiprocessors, no_double_backward
+from .. import operands
+from ..operands import schema
+from ..registration import Kernel, autocast_off, mixer_flops, register
+from ..triton_kernels.launch import multiprocessors
 from .nvrtc import Argument, Module, load
 
 STATE = 16
@@ -30,16 +31,7 @@ PRODUCT_TOKENS = 32  # that such a block has in shared memory at once
 BACKWARD_CHANNELS = 32  # of a block of the scan's backward, one warp
 BACKWARD_BLOCKS = 8
 KEPT = 4  # tokens between two states that the backward pass starts again from
-PARAMETERS = (
-    'Tensor conv{0}, Tensor? conv_bias{0}, Tensor x_proj{0}, Tensor dt{0}, Tensor dt_bias{0}, '
-    'Tensor A_log{0}, Tensor D{0}'
-)
-OPERANDS = f'Tensor xz, {PARAMETERS.format("")}, {PARAMETERS.format("_b")}, Tensor? out_proj'
-
-# Defined in a library, not by `custom_op`, whose wrappers cost the host a third of a call.
-definitions = torch.library.Library('vim_timm', 'FRAGMENT')
-definitions.define(f'cuda_mixer({OPERANDS}, Tensor? out_bias, float scale) -> Tensor')
-definitions.define(f'cuda_mixer_backward(Tensor grad, {OPERANDS}, float scale) -> (Tensor, Tensor)')
+DIRECTION = len(operands.Weights._fields)
 
 
 def aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,8 +49,7 @@ def each(x: Tensor) -> Tuple[int, int]:
 
 
 class Addresses(NamedTuple):
-    """Of both directions' parameters, float32 and contiguous: (D, W), (D), (R + 32, D), (D, R), (D), (D, 16),
-    (D); 0 for none."""
+    """Addresses of both directions' `operands.Weights`, float32 and contiguous; 0 for none."""
 
     conv: Tuple[int, int]
     conv_bias: Tuple[int, int]
@@ -70,7 +61,7 @@ class Addresses(NamedTuple):
 
 
 def parameter_shapes(dim: int, width: int, rank: int) -> List[Tuple[int, ...]]:
-    """Of one direction's dt_bias, A_log, D, conv, conv_bias, dt and x_proj: the order of their gradients in memory."""
+    """Shapes of one direction's dt_bias, A_log, D, conv, conv_bias, dt, x_proj: the order of gradients in memory."""
     return [(dim,), (dim, STATE), (dim,), (dim, width), (dim,), (dim, rank), (rank + 2 * STATE, dim)]
 
 
@@ -123,17 +114,16 @@ def project_shared(row: int, warps: int, fused: bool) -> int:
 class Mixer:
     """The operands as the kernels take them, and the launches of one call."""
 
-    def __init__(self, xz: Tensor, *operands: Any) -> None:
+    def __init__(self, given: operands.Mixer) -> None:
+        xz, forward, backward, self.scale, self.out_proj, self.out_bias = given
         self.xz = aligned(xz, xz.dtype)
-        self.scale = operands[-1]
         # Copies among them have to live as long as their addresses.
-        self.parameters = [None if p is None else aligned(p, torch.float32) for p in operands[:14]]
+        self.parameters = [None if p is None else aligned(p, torch.float32) for p in (*forward, *backward)]
         addresses = [0 if p is None else p.data_ptr() for p in self.parameters]
-        self.at = Addresses(*zip(addresses[:7], addresses[7:]))
-        self.out_proj: Optional[Tensor] = operands[14]
+        self.at = Addresses(*zip(addresses[:DIRECTION], addresses[DIRECTION:]))
         self.batch, self.length, _ = xz.shape
-        self.dim, self.width = operands[0].shape
-        self.rank = operands[3].shape[1]
+        self.dim, self.width = forward.conv.shape
+        self.rank = forward.dt.shape[1]
         self.rank_pad = padded_rank(self.rank)
         self.row = self.rank_pad + 2 * STATE
         half = int(xz.dtype == torch.float16)
@@ -223,12 +213,12 @@ class Mixer:
         p = self.project()
         return self.scan_forward(p), p.out_proj
 
-    def forward(self, out_bias: Optional[Tensor]) -> Tensor:
+    def forward(self) -> Tensor:
         """out_proj of the gated output (B, L, C), or without out_proj the gated output."""
         out, weight = self.gated()
         if weight is None:
             return out
-        return F.linear(out, weight, None if out_bias is None else out_bias.to(out.dtype))
+        return F.linear(out, weight, None if self.out_bias is None else self.out_bias.to(out.dtype))
 
     def carry(self, contributions: Tensor, S: Tensor, against: bool) -> Tensor:
         states = torch.empty_like(contributions)
@@ -364,79 +354,62 @@ def no_casts(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if same else autocast_off(x)
 
 
-def run(*operands: Any) -> Tensor:
+def run(*flat: Any) -> Tensor:
     """`Mixer.forward`."""
-    *others, out_bias, scale = operands
-    mixer = Mixer(*others, scale)
+    mixer = Mixer(operands.Mixer.of(*flat))
     with torch.cuda.device_of(mixer.xz), no_casts(mixer.xz):
-        return mixer.forward(out_bias)
+        return mixer.forward()
 
 
-def fake(*operands: Any) -> Tensor:
-    batch, length, width = operands[0].shape
-    return operands[0].new_empty((batch, length, width // 2 if operands[15] is None else operands[15].shape[0]))
+def fake(*flat: Any) -> Tensor:
+    given = operands.Mixer.of(*flat)
+    batch, length, width = given.xz.shape
+    return given.xz.new_empty((batch, length, width // 2 if given.out_proj is None else given.out_proj.shape[0]))
 
 
-def run_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
+def run_backward(grad: Tensor, *flat: Any) -> Tuple[Tensor, ...]:
     """The gradients of `Mixer.backward`."""
-    mixer = Mixer(*operands)
+    mixer = Mixer(operands.Mixer.of(*flat))
     with torch.cuda.device_of(mixer.xz), no_casts(mixer.xz):
         return mixer.backward(grad)
 
 
-def all_shapes(operands: Sequence[Any]) -> List[Tuple[int, ...]]:
-    """Those of all parameters, as their gradients follow each other in memory."""
-    (dim, width), rank, out_proj = operands[1].shape, operands[4].shape[1], operands[15]
+def all_shapes(given: operands.Mixer) -> List[Tuple[int, ...]]:
+    """Shapes of all parameters, as their gradients follow each other in memory."""
+    (dim, width), rank = given.forward.conv.shape, given.forward.dt.shape[1]
     both = 2 * parameter_shapes(dim, width, rank)
-    return both if out_proj is None else [*both, out_proj.shape]
+    return both if given.out_proj is None else [*both, given.out_proj.shape]
 
 
-def fake_backward(grad: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
-    xz = operands[0]
-    numbers = sum(map(math.prod, all_shapes(operands)))
-    return xz.new_empty(xz.shape), xz.new_empty((numbers,), dtype=torch.float32)
+def fake_backward(grad: Tensor, *flat: Any) -> Tuple[Tensor, ...]:
+    given = operands.Mixer.of(*flat)
+    numbers = sum(map(math.prod, all_shapes(given)))
+    return given.xz.new_empty(given.xz.shape), given.xz.new_empty((numbers,), dtype=torch.float32)
 
 
 def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:-1])
-    ctx.scale = inputs[-1]
+    xz, forward, backward, ctx.scale, out_proj, out_bias = operands.Mixer.of(*inputs)
+    ctx.save_for_backward(xz, *forward, *backward, out_proj, out_bias)
 
 
-def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-    *operands, out_bias = ctx.saved_tensors
-    grad_xz, weights = torch.ops.vim_timm.cuda_mixer_backward.default(grad, *operands, ctx.scale)
-    shapes = all_shapes(operands)
+def differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    *tensors, out_proj, out_bias = ctx.saved_tensors
+    grad_xz, weights = torch.ops.vim_timm.cuda_mixer_backward.default(grad, *tensors, ctx.scale, out_proj)
+    shapes = all_shapes(operands.Mixer.of(*tensors, ctx.scale, out_proj))
     found = [g.view(shape) for g, shape in zip(weights.split([*map(math.prod, shapes)]), shapes)]
     grads: List[Any] = [grad_xz]
-    for dt_bias, A_log, D, conv, conv_bias, dt, x_proj in (found[:7], found[7:14]):
+    for dt_bias, A_log, D, conv, conv_bias, dt, x_proj in (found[:DIRECTION], found[DIRECTION : 2 * DIRECTION]):
         grads += [conv, conv_bias, x_proj, dt, dt_bias, A_log, D]
-    grads += found[14:] or [None]
+    of_tensors = [None if p is None else g.to(p.dtype) for g, p in zip(grads, tensors)]
+    grad_out_proj = None if out_proj is None else found[-1].to(out_proj.dtype)
     grad_bias = None if out_bias is None else grad.sum((0, 1)).to(out_bias.dtype)
-    of_operands = [None if p is None else g.to(p.dtype) for g, p in zip(grads, operands)]
-    return (*of_operands, grad_bias, None)
+    return (*of_tensors, None, grad_out_proj, grad_bias)
 
 
-register(definitions, 'cuda_mixer', run, fake, save_operands, backward, run_backward, fake_backward, no_double_backward)
-
-
-def inside_flop(xz_shape: Any, dt_shape: Any) -> int:
-    """Both directions: convolution, projections as matrix products, and the scan as in `scan_op.scan_flop`."""
-    batch, length, width = xz_shape
-    rank = dt_shape[1]
-    per_channel = 2 * 4 + 2 * (rank + 2 * STATE) + 2 * rank + 9 * STATE + 5
-    return 2 * batch * length * (width // 2) * per_channel
-
-
-def out_flop(xz_shape: Any, out_proj_shape: Any) -> int:
-    batch, length, width = xz_shape
-    return 0 if out_proj_shape is None else 2 * batch * length * (width // 2) * out_proj_shape[0]
-
-
-@register_flop_formula(torch.ops.vim_timm.cuda_mixer)
-def _(*operands: Any, **kwargs: Any) -> int:
-    return inside_flop(operands[0], operands[4]) + out_flop(operands[0], operands[15])
-
-
-@register_flop_formula(torch.ops.vim_timm.cuda_mixer_backward)
-def _(grad: Any, *operands: Any, **kwargs: Any) -> int:
-    return 3 * inside_flop(operands[0], operands[4]) + 2 * out_flop(operands[0], operands[15])
+register(
+    'cuda_mixer',
+    f'({schema(operands.Mixer)}) -> Tensor',
+    f'(Tensor grad, {schema(operands.Mixer, "out_bias")}) -> (Tensor, Tensor)',
+    Kernel(run, fake, save_operands, differentiate, run_backward, fake_backward),
+    mixer_flops,
+)

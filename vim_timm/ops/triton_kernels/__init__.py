@@ -1,6 +1,6 @@
 """Fused GPU kernels in Triton: the bidirectional selective scan and the bidirectional causal convolution.
 
-`scan` and `conv` compute what `ops.reference` defines, on NVIDIA GPUs; Triton is imported at the first call.
+`scan` and `conv` compute what `ops.plain.reference` defines, on NVIDIA GPUs; Triton is imported at the first call.
 The kernels were measured on compute capability 9.0 only; they compile for 8.0 to 12.0 (`compile_targets`).
 """
 
@@ -10,10 +10,13 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import operands
+from ..plain import reference
+from . import scan_op  # noqa: F401  defines the operator
+from .conv_op import MAX_WIDTH
 from .launch import INTERPRET, MAX_STATE
 
-__all__ = ['conv', 'scan', 'unavailable', 'unsupported', 'warmup']
+__all__ = ['conv', 'conv_limit', 'scan', 'scan_limit', 'unavailable', 'warmup']
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _reason: Optional[str] = None
@@ -39,63 +42,39 @@ def _find_reason() -> str:
     return ''
 
 
-def unsupported(u: Tensor, A: Tensor) -> str:
-    """Why the kernels cannot run on tensors like these, in one sentence, or ''."""
-    if u.device.type != 'cuda' and not INTERPRET:
-        return f'The triton backend runs on CUDA tensors, not on {u.device.type}.'
-    if u.dtype not in DTYPES:
-        return f'The triton backend takes float32, bfloat16 and float16, not {u.dtype}.'
-    if A.shape[-1] > MAX_STATE:
-        return f'The triton backend takes d_state up to {MAX_STATE}, not {A.shape[-1]}.'
-    if u.shape[0] > 32767:
-        return f'The triton backend takes batches up to 32767 (the grid of a GPU), not {u.shape[0]}.'
+def limit(x: Tensor) -> str:
+    """Why the kernels cannot run on tensors like x (B, L, D), in one sentence, or ''."""
+    if x.device.type != 'cuda' and not INTERPRET:
+        return f'The triton backend runs on CUDA tensors, not on {x.device.type}.'
+    if x.dtype not in DTYPES:
+        return f'The triton backend takes float32, bfloat16 and float16, not {x.dtype}.'
+    if x.shape[0] > 32767:
+        return f'The triton backend takes batches up to 32767 (the grid of a GPU), not {x.shape[0]}.'
     return ''
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional[Tensor],
-    delta_bias: Optional[Tensor],
-    u_b: Optional[Tensor],
-    delta_b: Optional[Tensor],
-    A_b: Optional[Tensor],
-    B_b: Optional[Tensor],
-    C_b: Optional[Tensor],
-    D_b: Optional[Tensor],
-    delta_bias_b: Optional[Tensor],
-    z: Optional[Tensor],
-    scale: float,
-    delta_softplus: bool,
-    A_is_log: bool,
-) -> Tensor:
+def scan_limit(given: operands.Scan) -> str:
+    state = given.forward.A_log.shape[-1]
+    if state > MAX_STATE:
+        return f'The triton backend takes d_state up to {MAX_STATE}, not {state}.'
+    return limit(given.forward.u)
+
+
+def conv_limit(given: operands.Conv) -> str:
+    return limit(given.x)
+
+
+def scan(given: operands.Scan) -> Tensor:
     """`reference.scan` with float32 states, in u's dtype: (B, L, D) contiguous."""
-    from .scan_op import triton_scan
-
-    return triton_scan(
-        u, delta, A, B, C, D, delta_bias, u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b, z, scale, delta_softplus,
-        A_is_log,
-    )[0]  # fmt: skip
+    return torch.ops.vim_timm.triton_scan.default(*given.flat())[0]
 
 
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    weight_b: Optional[Tensor],
-    bias_b: Optional[Tensor],
-    silu: bool,
-) -> Tuple[Tensor, Optional[Tensor]]:
+def conv(given: operands.Conv) -> Tuple[Tensor, Optional[Tensor]]:
     """`reference.conv` in x's dtype: (B, L, D) contiguous each. Widths over 4 run as plain aten operations."""
-    from .conv_op import MAX_WIDTH, triton_conv
-
-    if weight.shape[1] > MAX_WIDTH:
-        return reference.conv(x, weight, bias, weight_b, bias_b, silu)
-    y, y_b = triton_conv(x, weight, bias, weight_b, bias_b, silu)
-    return y, None if weight_b is None else y_b
+    if given.forward.weight.shape[1] > MAX_WIDTH:
+        return reference.conv(given)
+    y, y_b = torch.ops.vim_timm.triton_conv.default(*given.flat())
+    return y, None if given.backward is None else y_b
 
 
 def warmup(

@@ -15,6 +15,8 @@ from typing import Any, Callable, Dict, Tuple
 
 import torch
 
+from .. import operands
+from ..operands import Direction, Taps
 from .launch import Plan
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a block; CUDA C++ Programming Guide
@@ -79,8 +81,8 @@ def compile_scan(capability: int, compiled: Compiled, dim: int, state: int, dtyp
     u = torch.empty([2, length, dim], dtype=dtype, device='meta')
     z = torch.empty([2, length, 2 * dim], dtype=dtype, device='meta')[..., dim:]
     A, D = torch.empty([dim, state], device='meta'), torch.empty([dim], device='meta')
-    direction = (u, u, A, rows[..., rank : rank + state], rows[..., rank + state :], D, D)
-    scan: Any = Scan(*direction, *direction, z, 0.5, True, True)
+    direction = Direction(u, u, A, rows[..., rank : rank + state], rows[..., rank + state :], D, D)
+    scan: Any = Scan(operands.Scan(direction, direction, z, 0.5))
     scan.kernels = Recorder(scan_kernels, capability, compiled)
     scan.rows = {'ALIGN': math.gcd(16, rank * dtype.itemsize, rows.stride(1) * dtype.itemsize)}
     block, warps = cut_scan(u, A, True)[:2]
@@ -103,7 +105,7 @@ def compile_conv(capability: int, compiled: Compiled, dim: int, dtype: torch.dty
 
     x = torch.empty([2, 512, 2 * dim], dtype=dtype, device='meta')[..., :dim]
     weight, bias = torch.empty([dim, 4], device='meta'), torch.empty([dim], device='meta')
-    conv: Any = Conv(x, weight, bias, weight, bias, True)
+    conv: Any = Conv(operands.Conv(x, Taps(weight, bias), Taps(weight, bias)))
     conv.kernels = Recorder(conv_kernels, capability, compiled)
     y, y_b = conv.forward()
     conv.backward(y, y_b)

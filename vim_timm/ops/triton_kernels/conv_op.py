@@ -5,11 +5,12 @@ from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .launch import INTERPRET, common_rows, multiprocessors, no_double_backward, or_else
+from .. import operands
+from ..operands import schema
+from ..registration import Kernel, conv_flops, register
+from .launch import INTERPRET, common_rows, multiprocessors, or_else
 
-OPERANDS = 'Tensor x, Tensor weight, Tensor? bias, Tensor? weight_b, Tensor? bias_b, bool silu'
 MAX_WIDTH = 4
 BLOCK = 128  # channels of a program, four to a lane of its one warp
 FORWARD_WARPS, BACKWARD_WARPS = 20, 12  # on each multiprocessor, as many as registers allow
@@ -18,20 +19,14 @@ FORWARD_WARPS, BACKWARD_WARPS = 20, 12  # on each multiprocessor, as many as reg
 class Conv:
     """The operands as the kernels take them, and the launches of one call."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        weight_b: Optional[Tensor],
-        bias_b: Optional[Tensor],
-        silu: bool,
-    ) -> None:
+    def __init__(self, given: operands.Conv) -> None:
         from . import conv_kernels
 
+        x, (weight, bias), backward, silu = given
+        weight_b, bias_b = backward or (None, None)
         self.kernels = conv_kernels
         (self.x,) = common_rows(x)
-        self.directions = 1 if weight_b is None else 2
+        self.directions = 1 if backward is None else 2
         self.width = weight.shape[1]
         weights = common_rows(weight.contiguous(), or_else(weight_b, weight))
         first = or_else(bias, weight).contiguous()
@@ -78,75 +73,51 @@ class Conv:
         return grad_x, parts.sum(0)
 
 
-@torch.library.custom_op('vim_timm::triton_conv', mutates_args=(), schema=f'({OPERANDS}) -> (Tensor, Tensor)')
-def triton_conv(*operands: Any) -> Tuple[Tensor, Tensor]:
+def run(*flat: Any) -> Tuple[Tensor, Tensor]:
     """Both directions' outputs (the second empty for one direction)."""
-    conv = Conv(*operands)
+    conv = Conv(operands.Conv.of(*flat))
     with torch.cuda.device_of(conv.x):
         return conv.forward()
 
 
-@triton_conv.register_fake
-def _(
+def fake(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], weight_b: Optional[Tensor], bias_b: Optional[Tensor], silu: bool
 ) -> Tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape if weight_b is not None else (0,))
 
 
-@torch.library.custom_op(
-    'vim_timm::triton_conv_backward',
-    mutates_args=(),
-    schema=f'(Tensor grad, Tensor? grad_b, {OPERANDS}) -> (Tensor, Tensor)',
-)
-def triton_conv_backward(grad: Tensor, grad_b: Optional[Tensor], *operands: Any) -> Tuple[Tensor, Tensor]:
+def run_backward(grad: Tensor, grad_b: Optional[Tensor], *flat: Any) -> Tuple[Tensor, Tensor]:
     """The gradients of x and of every tap and bias: (directions, W + 1, D) float32."""
-    conv = Conv(*operands)
+    conv = Conv(operands.Conv.of(*flat))
     grad, grad_b = common_rows(grad, or_else(grad_b, grad))
     with torch.cuda.device_of(conv.x):
         return conv.backward(grad, grad_b)
 
 
-@triton_conv_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_b: Optional[Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    weight_b: Optional[Tensor],
-    bias_b: Optional[Tensor],
-    silu: bool,
-) -> Tuple[Tensor, Tensor]:
-    shape = (1 if weight_b is None else 2, weight.shape[1] + 1, x.shape[2])
+def fake_backward(grad: Tensor, grad_b: Optional[Tensor], *flat: Any) -> Tuple[Tensor, Tensor]:
+    x, (weight, _), backward, _ = operands.Conv.of(*flat)
+    shape = (1 if backward is None else 2, weight.shape[1] + 1, x.shape[2])
     return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
 
 
 def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.silu = inputs[5]
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def backward(ctx: Any, grad: Tensor, grad_b: Tensor) -> Tuple[Optional[Tensor], ...]:
+def differentiate(ctx: Any, grad: Tensor, grad_b: Tensor) -> Tuple[Optional[Tensor], ...]:
     x, weight, bias, weight_b, bias_b = ctx.saved_tensors
-    two = weight_b is not None
-    grad_x, sums = triton_conv_backward(grad, grad_b if two else None, x, weight, bias, weight_b, bias_b, ctx.silu)
+    grad_x, sums = torch.ops.vim_timm.triton_conv_backward.default(
+        grad, None if weight_b is None else grad_b, *ctx.saved_tensors, ctx.silu
+    )
     grads = [grad_x, sums[0, :-1].t(), sums[0, -1], sums[-1, :-1].t(), sums[-1, -1]]
     return (*(None if t is None else g.to(t.dtype) for t, g in zip(ctx.saved_tensors, grads)), None)
 
 
-triton_conv.register_autograd(backward, setup_context=save_operands)
-triton_conv_backward.register_autograd(no_double_backward)
-
-
-def conv_flop(x_shape: Any, weight_shape: Any, two: bool) -> int:
-    return (2 if two else 1) * 2 * math.prod(x_shape) * weight_shape[1]
-
-
-@register_flop_formula(torch.ops.vim_timm.triton_conv)
-def _(x: Any, weight: Any, bias: Any, weight_b: Any, *args: Any, **kwargs: Any) -> int:
-    return conv_flop(x, weight, weight_b is not None)
-
-
-@register_flop_formula(torch.ops.vim_timm.triton_conv_backward)
-def _(grad: Any, grad_b: Any, x: Any, weight: Any, bias: Any, weight_b: Any, *args: Any, **kwargs: Any) -> int:
-    return 3 * conv_flop(x, weight, weight_b is not None)
+register(
+    'triton_conv',
+    f'({schema(operands.Conv)}) -> (Tensor, Tensor)',
+    f'(Tensor grad, Tensor? grad_b, {schema(operands.Conv)}) -> (Tensor, Tensor)',
+    Kernel(run, fake, save_operands, differentiate, run_backward, fake_backward),
+    conv_flops,
+)

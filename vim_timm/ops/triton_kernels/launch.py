@@ -1,9 +1,9 @@
-"""What the ops share: the device's size, tensors with common strides, the cut of a scan, and the refused derivative."""
+"""What the ops share: the device's size, tensors with common strides and the cut of a scan."""
 
 import functools
 import math
 import os
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 
@@ -73,11 +73,3 @@ def plan(cells: int, length: int, dim: int, state: int, sms: int) -> Plan:
 def or_else(tensor: Optional[torch.Tensor], other: torch.Tensor) -> torch.Tensor:
     """A kernel's pointer argument; what stands in for an absent one is never read."""
     return other if tensor is None else tensor
-
-
-def no_double_backward(ctx: Any, *grads: Any) -> None:
-    """Raises RuntimeError: the kernels' backward pass is not differentiable itself."""
-    raise RuntimeError(
-        'The triton backend has no second derivative; use the reference backend '
-        "(vim_timm.ops.set_scan_backend('reference') or VIM_TIMM_SCAN=reference) for double backward."
-    )

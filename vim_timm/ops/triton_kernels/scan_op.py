@@ -1,7 +1,7 @@
 """The bidirectional selective scan as dispatcher ops over the Triton kernels.
 
-Opaque `custom_op`s, not `triton_op`s: how a kernel is launched depends on addresses (the alignment of B's and C's
-rows), the batch size and the device, none of which may become guards of a compiled graph.
+Opaque operators, not `triton_op`s: how a kernel is launched depends on addresses (the alignment of B's and C's rows),
+the batch size and the device, none of which may become guards of a compiled graph.
 """
 
 import functools
@@ -10,15 +10,11 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .launch import GROUP, INTERPRET, Plan, alignment, common_rows, multiprocessors, no_double_backward, or_else, plan
-
-OPERANDS = (
-    'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, '
-    'Tensor? u_b, Tensor? delta_b, Tensor? A_b, Tensor? B_b, Tensor? C_b, Tensor? D_b, Tensor? delta_bias_b, '
-    'Tensor? z, float scale, bool delta_softplus, bool A_is_log'
-)
+from .. import operands
+from ..operands import schema
+from ..registration import Kernel, register, scan_flops
+from .launch import GROUP, INTERPRET, Plan, alignment, common_rows, multiprocessors, or_else, plan
 
 
 def padded(state: int) -> int:
@@ -33,45 +29,28 @@ def cut_scan(u: Tensor, A: Tensor, two: bool) -> Plan:
 class Scan:
     """The operands as the kernels take them, and the launches of one call."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Optional[Tensor],
-        bias: Optional[Tensor],
-        u_b: Optional[Tensor],
-        delta_b: Optional[Tensor],
-        A_b: Optional[Tensor],
-        B_b: Optional[Tensor],
-        C_b: Optional[Tensor],
-        D_b: Optional[Tensor],
-        bias_b: Optional[Tensor],
-        z: Optional[Tensor],
-        scale: float,
-        delta_softplus: bool,
-        A_is_log: bool,
-    ) -> None:
+    def __init__(self, given: operands.Scan) -> None:
         from . import scan_kernels
 
+        forward, backward, self.z, self.scale, delta_softplus, self.A_is_log = given
+        u, delta, A, B, C, D, bias = forward
+        u_b, delta_b, A_b, B_b, C_b, D_b, bias_b = forward if backward is None else backward
         self.kernels = scan_kernels
         self.batch, self.length, self.dim = u.shape
-        self.directions = 1 if u_b is None else 2
+        self.directions = 1 if backward is None else 2
         self.cells = self.directions * self.batch
-        self.state, self.scale = A.shape[1], scale
-        self.u, self.u_b = common_rows(u, or_else(u_b, u))
-        self.delta, self.delta_b = common_rows(delta, or_else(delta_b, delta))
-        self.B, self.C, self.B_b, self.C_b = common_rows(B, C, or_else(B_b, B), or_else(C_b, C))
-        self.A, self.A_b = common_rows(A.contiguous(), or_else(A_b, A))
+        self.state = A.shape[1]
+        self.u, self.u_b = common_rows(u, u_b)
+        self.delta, self.delta_b = common_rows(delta, delta_b)
+        self.B, self.C, self.B_b, self.C_b = common_rows(B, C, B_b, C_b)
+        self.A, self.A_b = common_rows(A.contiguous(), A_b)
         self.D, self.D_b = common_rows(or_else(D, A).contiguous(), or_else(D_b, or_else(D, A)))
         self.bias, self.bias_b = common_rows(or_else(bias, A).contiguous(), or_else(bias_b, or_else(bias, A)))
-        self.z = None if z is None else common_rows(z)[0]
+        if self.z is not None:
+            (self.z,) = common_rows(self.z)
         self.sizes = {'DIM': self.dim, 'N': self.state, 'NP': padded(self.state), 'FAST': not INTERPRET}
         self.skip = {'HAS_D': D is not None}
         self.step = {'HAS_BIAS': bias is not None, 'SOFTPLUS': delta_softplus}
-        self.A_is_log = A_is_log
         self.rows = {'ALIGN': alignment(self.B, self.C, self.B_b, self.C_b)}
         self.cut = cut_scan(u, A, self.directions == 2)
 
@@ -180,10 +159,9 @@ class Scan:
         return [grad_u, grad_delta, grad_X, part_A.sum(1), part_V.sum(1)]
 
 
-@torch.library.custom_op('vim_timm::triton_scan', mutates_args=(), schema=f'({OPERANDS}) -> (Tensor, Tensor, Tensor)')
-def triton_scan(*operands: Any) -> Tuple[Tensor, Tensor, Tensor]:
+def run(*flat: Any) -> Tuple[Tensor, Tensor, Tensor]:
     """The output and, of a scan in chunks, each chunk's first state and sum of steps for the backward pass."""
-    scan = Scan(*operands)
+    scan = Scan(operands.Scan.of(*flat))
     H = S = scan.empty(0)
     with torch.cuda.device_of(scan.u):
         if scan.cut.chunks > 1:
@@ -193,25 +171,21 @@ def triton_scan(*operands: Any) -> Tuple[Tensor, Tensor, Tensor]:
         return scan.gate(Y), H, S if scan.cut.chunks > 1 else scan.empty(0)
 
 
-@triton_scan.register_fake
-def _(*operands: Any) -> Tuple[Tensor, Tensor, Tensor]:
-    u, A, u_b = operands[0], operands[2], operands[7]
-    cut = cut_scan(u, A, u_b is not None)
-    cells = (1 if u_b is None else 2) * u.shape[0]
+def fake(*flat: Any) -> Tuple[Tensor, Tensor, Tensor]:
+    given = operands.Scan.of(*flat)
+    u, A = given.forward.u, given.forward.A_log
+    directions = 1 if given.backward is None else 2
+    cut = cut_scan(u, A, directions == 2)
+    cells = directions * u.shape[0]
     shape = (cells, cut.chunks, A.shape[1], u.shape[2]) if cut.chunks > 1 else (0,)
     H = u.new_empty(shape, dtype=torch.float32)
     S = u.new_empty((cells, cut.chunks, u.shape[2]) if cut.chunks > 1 else (0,), dtype=torch.float32)
     return torch.empty(u.shape, dtype=u.dtype, device=u.device), H, S
 
 
-@torch.library.custom_op(
-    'vim_timm::triton_scan_backward',
-    mutates_args=(),
-    schema=f'(Tensor grad, Tensor H, Tensor S, {OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
-)
-def triton_scan_backward(grad: Tensor, H: Tensor, S: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
+def run_backward(grad: Tensor, H: Tensor, S: Tensor, *flat: Any) -> Tuple[Tensor, ...]:
     """The five gradients of `Scan.backward` and that of z (empty without z)."""
-    scan = Scan(*operands)
+    scan = Scan(operands.Scan.of(*flat))
     cut = scan.cut
     grad = grad.contiguous()
     with torch.cuda.device_of(scan.u):
@@ -226,11 +200,11 @@ def triton_scan_backward(grad: Tensor, H: Tensor, S: Tensor, *operands: Any) -> 
         return (*scan.backward(grad_y, scale, bounds, Q, cut._replace(block=32)), grad_z)
 
 
-@triton_scan_backward.register_fake
-def _(grad: Tensor, H: Tensor, S: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
-    u, delta, A, B, u_b, z = (operands[i] for i in (0, 1, 2, 3, 7, 14))
+def fake_backward(grad: Tensor, H: Tensor, S: Tensor, *flat: Any) -> Tuple[Tensor, ...]:
+    given = operands.Scan.of(*flat)
+    u, delta, A, B, *_ = given.forward
     batch, length, dim = u.shape
-    directions, state = 1 if u_b is None else 2, A.shape[1]
+    directions, state = 1 if given.backward is None else 2, A.shape[1]
 
     def empty(shape: Tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=u.device)
@@ -241,58 +215,36 @@ def _(grad: Tensor, H: Tensor, S: Tensor, *operands: Any) -> Tuple[Tensor, ...]:
         empty((directions, batch, length, 2, state), B.dtype),
         empty((directions, dim, state), torch.float32),
         empty((directions, 2, dim), torch.float32),
-        empty((0,), torch.float32) if z is None else empty((batch, length, dim), z.dtype),
+        empty((0,), torch.float32) if given.z is None else empty((batch, length, dim), given.z.dtype),
     )
 
 
 def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output[1:], *inputs[:15])
-    ctx.flags = inputs[15:]
-    ctx.mark_non_differentiable(*output[1:])
+    *tensors, scale, delta_softplus, A_is_log = inputs
+    _, H, S = output
+    ctx.save_for_backward(H, S, *tensors)
+    ctx.flags = (scale, delta_softplus, A_is_log)
+    ctx.mark_non_differentiable(H, S)
 
 
-def backward(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
-    H, S, *operands = ctx.saved_tensors
-    grad_u, grad_delta, grad_X, grad_A, grad_V, grad_z = triton_scan_backward(grad, H, S, *operands, *ctx.flags)
+def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
+    H, S, *tensors = ctx.saved_tensors
+    grad_u, grad_delta, grad_X, grad_A, grad_V, grad_z = torch.ops.vim_timm.triton_scan_backward.default(
+        grad, H, S, *tensors, *ctx.flags
+    )
     grads: List[Optional[Tensor]] = []
     for i in range(grad_u.shape[0]):
         grad_B, grad_C = grad_X[i].unbind(2)
         grad_D, grad_bias = grad_V[i]
         grads += [grad_u[i], grad_delta[i], grad_A[i], grad_B, grad_C, grad_D, grad_bias]
-    grads += [None] * (14 - len(grads)) + [grad_z]
-    return (*(None if x is None or g is None else g.to(x.dtype) for x, g in zip(operands, grads)), None, None, None)
+    grads += [None] * (2 * len(operands.Direction._fields) - len(grads)) + [grad_z]
+    return (*(None if x is None or g is None else g.to(x.dtype) for x, g in zip(tensors, grads)), None, None, None)
 
 
-triton_scan.register_autograd(backward, setup_context=save_operands)
-triton_scan_backward.register_autograd(no_double_backward)
-
-
-def scan_flop(u_shape: Any, A_shape: Any, two: bool) -> int:
-    """Multiplications, additions and exponentials: 9 for each state and step, 5 for D, the step and the gate."""
-    batch, length, dim = u_shape
-    return (2 if two else 1) * batch * length * dim * (9 * A_shape[1] + 5)
-
-
-@register_flop_formula(torch.ops.vim_timm.triton_scan)
-def _(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, u_b: Any, *args: Any, **kwargs: Any) -> int:
-    return scan_flop(u, A, u_b is not None)
-
-
-@register_flop_formula(torch.ops.vim_timm.triton_scan_backward)
-def _(
-    grad: Any,
-    H: Any,
-    S: Any,
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any,
-    delta_bias: Any,
-    u_b: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    # The states once more, then two operations for each of the forward's.
-    return 3 * scan_flop(u, A, u_b is not None)
+register(
+    'triton_scan',
+    f'({schema(operands.Scan)}) -> (Tensor, Tensor, Tensor)',
+    f'(Tensor grad, Tensor H, Tensor S, {schema(operands.Scan)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+    Kernel(run, fake, save_operands, differentiate, run_backward, fake_backward),
+    scan_flops,
+)

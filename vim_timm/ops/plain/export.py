@@ -6,36 +6,21 @@ in the graph, any batch size at run time, gradients by autograd.
 """
 
 import math
-from typing import List, Optional
+from typing import List
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from vim_timm.ops import reference
-from vim_timm.ops.reference import step_size
-
-
-def unavailable() -> str:
-    return ''
-
-
-def unsupported(u: torch.Tensor, A: torch.Tensor) -> str:
-    return ''
+from vim_timm.ops import operands
+from vim_timm.ops.operands import Direction
+from vim_timm.ops.plain import reference
+from vim_timm.ops.plain.reference import step_size
 
 
-def scan_one_direction(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: Optional[torch.Tensor],
-    delta_bias: Optional[torch.Tensor],
-    delta_softplus: bool,
-    A_is_log: bool,
-    reverse: bool,
-) -> torch.Tensor:
+def scan_one_direction(direction: Direction, delta_softplus: bool, A_is_log: bool, reverse: bool) -> Tensor:
     """As `reference.scan_one_direction`, in chunks."""
+    u, delta, A, B, C, D, delta_bias = direction  # TorchScript refines an optional variable, no optional field
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     u, dt, B, C = u.to(dtype), step_size(delta.to(dtype), delta_bias, delta_softplus), B.to(dtype), C.to(dtype)
     A = -torch.exp(A.to(dtype)) if A_is_log else A.to(dtype)
@@ -57,7 +42,7 @@ def scan_one_direction(
         end = decay[:, :, t] * end + x[:, :, t]
     chunk_decay = torch.exp(dt_chunk.sum(2).unsqueeze(-1) * A)
     carry = torch.zeros_like(end[:, 0])
-    starts: List[torch.Tensor] = []
+    starts: List[Tensor] = []
     for i in range(chunks):
         k = chunks - 1 - i if reverse else i
         starts.append(carry)
@@ -65,7 +50,7 @@ def scan_one_direction(
     if reverse:
         starts.reverse()
     h = torch.stack(starts, dim=1)
-    ys: List[torch.Tensor] = []
+    ys: List[Tensor] = []
     for i in range(size):
         t = size - 1 - i if reverse else i
         h = decay[:, :, t] * h + x[:, :, t]
@@ -76,36 +61,17 @@ def scan_one_direction(
     return y if D is None else y + D.to(dtype) * u
 
 
-def scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: Optional[torch.Tensor],
-    delta_bias: Optional[torch.Tensor],
-    u_b: Optional[torch.Tensor],
-    delta_b: Optional[torch.Tensor],
-    A_b: Optional[torch.Tensor],
-    B_b: Optional[torch.Tensor],
-    C_b: Optional[torch.Tensor],
-    D_b: Optional[torch.Tensor],
-    delta_bias_b: Optional[torch.Tensor],
-    z: Optional[torch.Tensor],
-    scale: float,
-    delta_softplus: bool,
-    A_is_log: bool,
-) -> torch.Tensor:
+def scan(given: operands.Scan) -> Tensor:
     """The same function as `reference.scan`."""
-    y = scan_one_direction(u, delta, A, B, C, D, delta_bias, delta_softplus, A_is_log, False)
-    if u_b is not None:
-        assert delta_b is not None and A_b is not None and B_b is not None and C_b is not None
-        y = y + scan_one_direction(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b, delta_softplus, A_is_log, True)
+    forward, backward, z, scale, delta_softplus, A_is_log = given
+    y = scan_one_direction(forward, delta_softplus, A_is_log, False)
+    if backward is not None:
+        y = y + scan_one_direction(backward, delta_softplus, A_is_log, True)
     if scale != 1.0:
         y = y * scale
     if z is not None:
         y = y * F.silu(z.to(y.dtype))
-    return y.to(u.dtype)
+    return y.to(forward.u.dtype)
 
 
 conv = reference.conv

@@ -14,6 +14,7 @@ from timm.layers import register_notrace_module
 
 from vim_timm.layers.plain import is_plain
 from vim_timm.ops import bidirectional_conv, bidirectional_scan, causal_conv, fused_mixer, probe_backends
+from vim_timm.ops.operands import Direction, Mixer, Taps, Weights
 
 ScanType = Literal['bidirectional', 'shared', 'forward']
 
@@ -147,133 +148,68 @@ class BiMamba(nn.Module):
         """Whether in_proj is plain; one that is wrapped or quantized may want float32."""
         return is_plain(self.in_proj)
 
-    def _step_sizes(self, dt_BLR: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """Projected step sizes (B, L, D) and the bias that the scan still has to add.
+    def _direction(self, u_BLD: torch.Tensor) -> Direction:
+        """Operands of the forward scan over its convolved tokens.
 
         A plain dt_proj leaves its bias to the scan, which adds it in float32; one that is wrapped, hooked or quantized
         is called whole.
         """
+        dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLD).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if not torch.jit.is_scripting():
             if not is_plain(self.dt_proj):
-                return self.dt_proj(dt_BLR), None
-        return F.linear(dt_BLR, self.dt_proj.weight), self.dt_proj.bias
+                return Direction(u_BLD, self.dt_proj(dt_BLR), self.A_log, B_BLN, C_BLN, self.D, None)
+        delta_BLD = F.linear(dt_BLR, self.dt_proj.weight)
+        return Direction(u_BLD, delta_BLD, self.A_log, B_BLN, C_BLN, self.D, self.dt_proj.bias)
 
-    def _step_sizes_b(self, dt_BLR: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """`_step_sizes` of the backward direction (TorchScript passes no modules as arguments)."""
+    def _direction_b(self, u_BLD: torch.Tensor) -> Direction:
+        """`_direction` of the backward scan (TorchScript passes no modules as arguments)."""
+        dt_BLR, B_BLN, C_BLN = self.x_proj_b(u_BLD).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if not torch.jit.is_scripting():
             if not is_plain(self.dt_proj_b):
-                return self.dt_proj_b(dt_BLR), None
-        return F.linear(dt_BLR, self.dt_proj_b.weight), self.dt_proj_b.bias
+                return Direction(u_BLD, self.dt_proj_b(dt_BLR), self.A_b_log, B_BLN, C_BLN, self.D_b, None)
+        delta_BLD = F.linear(dt_BLR, self.dt_proj_b.weight)
+        return Direction(u_BLD, delta_BLD, self.A_b_log, B_BLN, C_BLN, self.D_b, self.dt_proj_b.bias)
+
+    def _directions(self, x_BLD: torch.Tensor) -> Tuple[Direction, Optional[Direction]]:
+        """Operands of both scans, the second None for a forward scan alone."""
+        weight_DW, bias_D = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if self.bidirectional:
+            taps_b = Taps(self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias)
+            u_BLD, u_b_BLD = bidirectional_conv(x_BLD, Taps(weight_DW, bias_D), taps_b)
+            return self._direction(u_BLD), self._direction_b(u_b_BLD)
+        forward = self._direction(causal_conv(x_BLD, weight_DW, bias_D))
+        if self.shared:
+            return forward, Direction(
+                forward.u, forward.delta, self.A_b_log, forward.B, forward.C, forward.D, forward.delta_bias
+            )
+        return forward, None
 
     def _fused(self, xz_BLE: torch.Tensor) -> Optional[torch.Tensor]:
-        """What `forward` makes of in_proj's output, in fused kernels; None where they cannot run."""
+        """What `forward` makes of in_proj's output, in one kernel; None where none can."""
+        if not self.bidirectional:
+            return None
         inside = (self.conv1d, self.conv1d_b, self.x_proj, self.x_proj_b, self.dt_proj, self.dt_proj_b)
         if not all(is_plain(module) for module in inside):
             return None
         conv, conv_b, x_proj, x_proj_b, dt_proj, dt_proj_b = inside
-        A_log, weight, weight_b = self.A_log, conv.weight, conv_b.weight
-        mixer = fused_mixer(xz_BLE, A_log, self.dt_rank, weight.shape[-1])
-        if mixer is None:
-            return None
-        out_proj, inside_too = self.out_proj, is_plain(self.out_proj)
-        y_BLX = mixer(
-            xz_BLE,
-            weight.squeeze(1),
-            conv.bias,
-            x_proj.weight,
-            dt_proj.weight,
-            dt_proj.bias,
-            A_log,
-            self.D,
-            weight_b.squeeze(1),
-            conv_b.bias,
-            x_proj_b.weight,
-            dt_proj_b.weight,
-            dt_proj_b.bias,
-            self.A_b_log,
-            self.D_b,
-            self.scale,
-            out_proj.weight if inside_too else None,
-            out_proj.bias if inside_too else None,
+        taps, taps_b = conv.weight.squeeze(1), conv_b.weight.squeeze(1)
+        forward = Weights(taps, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D)
+        backward = Weights(
+            taps_b, conv_b.bias, x_proj_b.weight, dt_proj_b.weight, dt_proj_b.bias, self.A_b_log, self.D_b
         )
-        return y_BLX if inside_too else out_proj(y_BLX)
+        out_proj = self.out_proj
+        if is_plain(out_proj):
+            return fused_mixer(Mixer(xz_BLE, forward, backward, self.scale, out_proj.weight, out_proj.bias))
+        y_BLD = fused_mixer(Mixer(xz_BLE, forward, backward, self.scale))
+        return None if y_BLD is None else out_proj(y_BLD)
 
     def forward(self, x_BLC: torch.Tensor) -> torch.Tensor:
-        split = [self.dt_rank, self.d_state, self.d_state]
         xz_BLE = self.in_proj(x_BLC)
         if not torch.jit.is_scripting():
-            if self.bidirectional:
-                fused_BLC = self._fused(xz_BLE)
-                if fused_BLC is not None:
-                    return self.proj_drop(fused_BLC)
+            fused_BLC = self._fused(xz_BLE)
+            if fused_BLC is not None:
+                return self.proj_drop(fused_BLC)
         x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
-        weight_DW, bias_D = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        if self.bidirectional:
-            u_BLD, u_b_BLD = bidirectional_conv(
-                x_BLD, weight_DW, bias_D, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias
-            )
-            dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLD).split(split, dim=-1)
-            dt_b_BLR, B_b_BLN, C_b_BLN = self.x_proj_b(u_b_BLD).split(split, dim=-1)
-            delta_BLD, delta_bias_D = self._step_sizes(dt_BLR)
-            delta_b_BLD, delta_bias_b_D = self._step_sizes_b(dt_b_BLR)
-            y_BLD = bidirectional_scan(
-                u_BLD,
-                delta_BLD,
-                self.A_log,
-                B_BLN,
-                C_BLN,
-                self.D,
-                delta_bias_D,
-                u_b_BLD,
-                delta_b_BLD,
-                self.A_b_log,
-                B_b_BLN,
-                C_b_BLN,
-                self.D_b,
-                delta_bias_b_D,
-                z_BLD,
-                self.scale,
-            )
-        else:
-            u_BLD = causal_conv(x_BLD, weight_DW, bias_D)
-            dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLD).split(split, dim=-1)
-            delta_BLD, delta_bias_D = self._step_sizes(dt_BLR)
-            if self.shared:
-                y_BLD = bidirectional_scan(
-                    u_BLD,
-                    delta_BLD,
-                    self.A_log,
-                    B_BLN,
-                    C_BLN,
-                    self.D,
-                    delta_bias_D,
-                    u_BLD,
-                    delta_BLD,
-                    self.A_b_log,
-                    B_BLN,
-                    C_BLN,
-                    self.D,
-                    delta_bias_D,
-                    z_BLD,
-                    self.scale,
-                )
-            else:
-                y_BLD = bidirectional_scan(
-                    u_BLD,
-                    delta_BLD,
-                    self.A_log,
-                    B_BLN,
-                    C_BLN,
-                    self.D,
-                    delta_bias_D,
-                    None,
-                    None,
-                    None,
-                    None,
-                    None,
-                    None,
-                    None,
-                    z_BLD,
-                    self.scale,
-                )
+        forward, backward = self._directions(x_BLD)
+        y_BLD = bidirectional_scan(forward, backward, z_BLD, self.scale)
         return self.proj_drop(self.out_proj(y_BLD))

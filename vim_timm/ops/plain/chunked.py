@@ -11,25 +11,19 @@ Shapes: B batch, L tokens, K chunks, T tokens a chunk, D channels, N state.
 
 import functools
 import math
-from typing import Iterator, Optional, Tuple
+from typing import Iterator, Tuple
 
 import torch
 import torch.nn.functional as F
 
-from vim_timm.ops import reference
-from vim_timm.ops.reference import compute_dtype, step_size
+from vim_timm.ops.operands import Direction
+from vim_timm.ops.plain import reference
+from vim_timm.ops.plain.reference import compute_dtype, step_size
+from vim_timm.ops.registration import refuse
 
 # elements of one (B, L, D, N) workspace: about the last-level cache on a CPU, 256 MiB of float32 on an accelerator
 _WORKSPACE_CPU = 2**21
 _WORKSPACE_DEVICE = 2**26
-
-
-def unavailable() -> str:
-    return ''
-
-
-def unsupported(u: torch.Tensor, A: torch.Tensor) -> str:
-    return ''
 
 
 def _slices(batch: int, length: int, channels: int, state: int, device: torch.device) -> Iterator[Tuple[slice, slice]]:
@@ -121,10 +115,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the selective scan's `torch` backend has no second derivative (create_graph=True): "
-                "use set_scan_backend('reference')"
-            )
+            refuse(ctx)
         u, dt, A, B, C = ctx.saved_tensors
         reverse, length = ctx.reverse, u.shape[1]
         chunks, size = _chunk_counts(length)
@@ -155,18 +146,8 @@ class _Scan(torch.autograd.Function):
         return grad_u, grad_dt, grad_A, grad_B, grad_C, None
 
 
-def _one_direction(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: Optional[torch.Tensor],
-    delta_bias: Optional[torch.Tensor],
-    delta_softplus: bool,
-    A_is_log: bool,
-    reverse: bool,
-) -> torch.Tensor:
+def _one_direction(direction: Direction, delta_softplus: bool, A_is_log: bool, reverse: bool) -> torch.Tensor:
+    u, delta, A, B, C, D, delta_bias = direction
     dtype = compute_dtype(u)
     u, dt, A = u.to(dtype), step_size(delta.to(dtype), delta_bias, delta_softplus), A.to(dtype)
     y = _Scan.apply(u, dt, -torch.exp(A) if A_is_log else A, B.to(dtype), C.to(dtype), reverse)

@@ -1,6 +1,6 @@
-"""The public operators: the bidirectional, channels-last pair that the layers call, and mamba-ssm's (B, D, L) forms.
+"""Drop-ins for mamba-ssm's `selective_scan_fn` and causal-conv1d's `causal_conv1d_fn`, (B, D, L), on any backend.
 
-Shapes: B batch, L tokens, D channels (d_inner), N state (d_state), W convolution width, G groups.
+Shapes: see `ops.operands`, and G groups of B and C.
 """
 
 from typing import Optional, Tuple, Union
@@ -8,100 +8,9 @@ from typing import Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 
-from vim_timm.ops import export
-from vim_timm.ops.dispatch import dispatch_conv, dispatch_scan
-from vim_timm.ops.reference import compute_dtype, step_size
-
-
-def bidirectional_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A_log: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: Optional[torch.Tensor],
-    delta_bias: Optional[torch.Tensor],
-    u_b: Optional[torch.Tensor],
-    delta_b: Optional[torch.Tensor],
-    A_b_log: Optional[torch.Tensor],
-    B_b: Optional[torch.Tensor],
-    C_b: Optional[torch.Tensor],
-    D_b: Optional[torch.Tensor],
-    delta_bias_b: Optional[torch.Tensor],
-    z: Optional[torch.Tensor],
-    scale: float,
-) -> torch.Tensor:
-    """Gated sum of a forward and a backward selective scan (Vision Mamba, arXiv 2401.09417, algorithm 1).
-
-    out = scale * SiLU(z) * (scan(u, ...) + reversed scan(u_b, ...)), where each scan computes, with A = -exp(A_log) and
-    dt = softplus(delta + delta_bias), h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t and y_t = C_t h_t + D u_t. The backward
-    direction's tensors are in token order like the forward's; its scan runs from the last token to the first.
-
-    Args:
-        u: Scan input (B, L, D); its dtype is the output's.
-        delta: Step sizes before bias and softplus (B, L, D).
-        A_log: Logarithm of the state matrix's negated diagonal (D, N).
-        B: Input matrix (B, L, N).
-        C: Output matrix (B, L, N).
-        D: Skip weight (D).
-        delta_bias: Step size bias (D).
-        u_b: The same seven for the backward direction; None for a forward scan alone.
-        z: Gate (B, L, D).
-        scale: 0.5 averages the directions.
-
-    Returns:
-        (B, L, D). State and arithmetic are float32 (float64 for float64 inputs) under any autocast.
-
-    Raises:
-        RuntimeError: a forced backend cannot run.
-    """
-    if torch.jit.is_scripting():
-        out = export.scan(
-            u, delta, A_log, B, C, D, delta_bias, u_b, delta_b, A_b_log, B_b, C_b, D_b, delta_bias_b, z, scale, True,
-            True,
-        )  # fmt: skip
-    else:
-        out = dispatch_scan(
-            u, delta, A_log, B, C, D, delta_bias, u_b, delta_b, A_b_log, B_b, C_b, D_b, delta_bias_b, z, scale, True,
-            True,
-        )  # fmt: skip
-    return out
-
-
-def bidirectional_conv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    weight_b: torch.Tensor,
-    bias_b: Optional[torch.Tensor],
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """SiLU of x's depthwise causal convolution, from the first token forward and from the last token backward.
-
-    Args:
-        x: Tokens (B, L, D).
-        weight: Taps (D, W), the last one for the current token.
-        bias: (D).
-        weight_b: Taps of the backward direction (D, W).
-        bias_b: (D).
-
-    Returns:
-        Two (B, L, D) in x's dtype.
-    """
-    if torch.jit.is_scripting():
-        y, y_b = export.conv(x, weight, bias, weight_b, bias_b, True)
-    else:
-        y, y_b = dispatch_conv(x, weight, bias, weight_b, bias_b, True)
-    assert y_b is not None
-    return y, y_b
-
-
-def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """The forward direction of `bidirectional_conv` alone, (B, L, D) -> (B, L, D)."""
-    if torch.jit.is_scripting():
-        y, _ = export.conv(x, weight, bias, None, None, True)
-    else:
-        y, _ = dispatch_conv(x, weight, bias, None, None, True)
-    return y
+from vim_timm.ops import conv, scan
+from vim_timm.ops.operands import Conv, Direction, Scan, Taps
+from vim_timm.ops.plain.reference import compute_dtype, step_size
 
 
 def selective_scan(
@@ -141,19 +50,12 @@ def selective_scan(
     u_BLD, delta_BLD = u.transpose(1, 2), delta.transpose(1, 2)
     B, C = (x.squeeze(1) if x.ndim == 4 and x.shape[1] == 1 else x for x in (B, C))
     if B.ndim == 3 and C.ndim == 3:
-        y_BLD = dispatch_scan(
-            _channels_last(u_BLD),
-            _channels_last(delta_BLD),
-            A,
-            _channels_last(B.transpose(1, 2)),
-            _channels_last(C.transpose(1, 2)),
-            D,
-            delta_bias,
-            z=None if z is None else _channels_last(z.transpose(1, 2)),
-            delta_softplus=delta_softplus,
-        )
+        B_BLN, C_BLN = (_channels_last(x.transpose(1, 2)) for x in (B, C))
+        forward = Direction(_channels_last(u_BLD), _channels_last(delta_BLD), A, B_BLN, C_BLN, D, delta_bias)
+        z_BLD = None if z is None else _channels_last(z.transpose(1, 2))
+        y_BLD = scan.run(Scan(forward, None, z_BLD, delta_softplus=delta_softplus, A_is_log=False))
     else:
-        y_BLD = _scan_channel_per_state(u_BLD, delta_BLD, A, B, C, D, z, delta_bias, delta_softplus)
+        y_BLD = _scan_channel_per_state(Direction(u_BLD, delta_BLD, A, B, C, D, delta_bias), z, delta_softplus)
     out = y_BLD.transpose(1, 2).contiguous()
     if not return_last_state:
         return out
@@ -184,7 +86,7 @@ def causal_conv1d(
         raise ValueError(f"activation must be None, 'silu' or 'swish', not {activation!r}")
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[1]:
         raise ValueError(f'x (B, D, L) and weight (D, W) do not fit: {tuple(x.shape)} and {tuple(weight.shape)}')
-    y, _ = dispatch_conv(_channels_last(x.transpose(1, 2)), weight, bias, None, None, activation is not None)
+    y, _ = conv.run(Conv(_channels_last(x.transpose(1, 2)), Taps(weight, bias), silu=activation is not None))
     return y.transpose(1, 2).contiguous()
 
 
@@ -232,8 +134,9 @@ def _per_channel(x: torch.Tensor, channels: int) -> torch.Tensor:
     return x.permute(0, 3, 1, 2).repeat_interleave(channels // x.shape[1], dim=2)
 
 
-def _scan_channel_per_state(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> torch.Tensor:
+def _scan_channel_per_state(direction: Direction, z: Optional[torch.Tensor], delta_softplus: bool) -> torch.Tensor:
     """Grouped or constant B and C: every (channel, state) pair becomes a channel of its own with one state."""
+    u, delta, A, B, C, D, delta_bias = direction
     dtype = compute_dtype(u)
     batch, length, channels = u.shape
     state = A.shape[1]
@@ -241,14 +144,9 @@ def _scan_channel_per_state(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     x = u.to(dtype).unsqueeze(-1) * _per_channel(B, channels).to(dtype)
     every = (batch, length, channels, state)
     ones = torch.ones(batch, length, 1, dtype=dtype, device=u.device)
-    h = dispatch_scan(
-        _channels_last(x.expand(every).flatten(2)),
-        _channels_last(dt.unsqueeze(-1).expand(every).flatten(2)),
-        A.reshape(channels * state, 1),
-        ones,
-        ones,
-        delta_softplus=False,
-    )
+    x, dt = (_channels_last(t.expand(every).flatten(2)) for t in (x, dt.unsqueeze(-1)))
+    states = Direction(x, dt, A.reshape(channels * state, 1), ones, ones, None, None)
+    h = scan.run(Scan(states, delta_softplus=False, A_is_log=False))
     y = (h.view(every) * _per_channel(C, channels).to(dtype)).sum(-1)
     if D is not None:
         y = y + D.to(dtype) * u

@@ -1,0 +1,233 @@
+"""The table operator x backend, and the one function that picks a cell: by what was forced, tracing mode and operands.
+
+A cell is a function of an operator's operands and its limit, which says why the function cannot take some of them. An
+operator without a cell of a backend is composed of others by its caller. `auto` takes the kernel of the tensor's
+device where there is one that can run, else `torch`; under export and on meta tensors `export`, and under
+torch.compile `export` where `torch` would run eagerly. VIM_TIMM_SCAN or `set_scan_backend` forces a backend by name.
+"""
+
+import contextlib
+import logging
+import os
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+import torch
+
+from vim_timm.ops import cpu, cuda, mamba_ssm_adapter, triton_kernels
+from vim_timm.ops.plain import chunked, export, reference
+
+_logger = logging.getLogger('vim_timm')
+
+
+def _nothing() -> str:
+    return ''
+
+
+def _no_limit(operands: Any) -> str:
+    return ''
+
+
+class Cell(NamedTuple):
+    """An operator on a backend."""
+
+    run: Callable[[Any], Any]
+    limit: Callable[[Any], str] = _no_limit  # why these operands cannot be taken, in one sentence, or ''
+
+
+# Each backend, and why this process cannot use it, or ''.
+BACKENDS: Dict[str, Callable[[], str]] = {
+    'reference': _nothing,
+    'torch': _nothing,
+    'export': _nothing,
+    'cpu': cpu.unavailable,
+    'triton': triton_kernels.unavailable,
+    'cuda': cuda.unavailable,
+    'mamba_ssm': mamba_ssm_adapter.unavailable,
+}
+
+TABLE: Dict[str, Dict[str, Cell]] = {
+    'scan': {
+        'reference': Cell(reference.scan),
+        'torch': Cell(chunked.scan),
+        'export': Cell(export.scan),
+        'cpu': Cell(cpu.scan, cpu.scan_limit),
+        'triton': Cell(triton_kernels.scan, triton_kernels.scan_limit),
+        'mamba_ssm': Cell(mamba_ssm_adapter.scan, mamba_ssm_adapter.scan_limit),
+    },
+    'conv': {
+        'reference': Cell(reference.conv),
+        'torch': Cell(chunked.conv),
+        'export': Cell(export.conv),
+        'cpu': Cell(cpu.conv, cpu.conv_limit),
+        'triton': Cell(triton_kernels.conv, triton_kernels.conv_limit),
+        'mamba_ssm': Cell(mamba_ssm_adapter.conv, mamba_ssm_adapter.conv_limit),
+    },
+    'mixer': {
+        'cpu': Cell(cpu.mixer, cpu.mixer_limit),
+        'cuda': Cell(cuda.mixer, cuda.mixer_limit),
+    },
+    'rms_norm': {
+        'cpu': Cell(cpu.rms_norm, cpu.rms_norm_limit),
+    },
+}
+
+OPERATORS = tuple(TABLE)
+
+# The backend whose cell `auto` prefers on a device.
+KERNELS: Dict[str, Dict[str, str]] = {
+    'scan': {'cuda': 'triton', 'cpu': 'cpu'},
+    'conv': {'cuda': 'triton', 'cpu': 'cpu'},
+    'mixer': {'cuda': 'cuda', 'cpu': 'cpu'},
+    'rms_norm': {'cpu': 'cpu'},
+}
+
+_forced = os.environ.get('VIM_TIMM_SCAN', 'auto')
+_why_unavailable: Dict[str, str] = {}
+_announced: Set[Tuple[str, str]] = set()
+
+
+class BackendStatus(NamedTuple):
+    name: str
+    available: bool
+    reason: str  # why not, '' when available
+    operators: Tuple[str, ...]  # that have a cell of this backend
+
+
+def set_scan_backend(name: str) -> None:
+    """Force the backend of every operator from here on: 'auto' or a key of `BACKENDS`.
+
+    Raises:
+        ValueError: the name is not known.
+        RuntimeError: the backend cannot be used in this process.
+    """
+    global _forced
+    if name != 'auto':
+        _require(name)
+    _forced = name
+
+
+def get_scan_backend() -> str:
+    """The forced backend's name, or 'auto'."""
+    return _forced
+
+
+@contextlib.contextmanager
+def use_scan_backend(name: str) -> Iterator[None]:
+    """`set_scan_backend` for a with-block."""
+    global _forced
+    before = _forced
+    set_scan_backend(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def probe_backends() -> None:
+    """Find out once which kernels this process can use, so that no probe runs inside a traced region."""
+    for name in {name for row in KERNELS.values() for name in row.values()} | ({_forced} & set(BACKENDS)):
+        _unavailable(name)
+
+
+def explain() -> List[BackendStatus]:
+    """Each backend, whether it can be used in this process, if not, why, and what it computes."""
+    return [
+        BackendStatus(
+            name, not _unavailable(name), _unavailable(name), tuple(row for row in OPERATORS if name in TABLE[row])
+        )
+        for name in BACKENDS
+    ]
+
+
+def auto_backend(device_type: str, operator: str = 'scan') -> str:
+    """The backend `auto` takes for an operator on a device, in eager mode, where no limit forbids it; '' for none."""
+    kernel = KERNELS[operator].get(device_type)
+    return kernel if kernel is not None and not _unavailable(kernel) else _if_there('torch', operator)
+
+
+def _unavailable(name: str) -> str:
+    if name not in _why_unavailable:
+        _why_unavailable[name] = BACKENDS[name]()
+    return _why_unavailable[name]
+
+
+def _require(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown scan backend '{name}': choose auto, {', '.join(BACKENDS)}")
+    if _unavailable(name):
+        raise RuntimeError(f"scan backend '{name}' cannot be used here: {_unavailable(name)}")
+
+
+def _if_there(name: str, operator: str) -> str:
+    return name if name in TABLE[operator] else ''
+
+
+def choose(operator: str, operands: Any, x: torch.Tensor) -> str:
+    """The name of the backend that runs an operator, '' where there is none and the caller composes it of others.
+
+    Args:
+        operator: A key of `TABLE`.
+        operands: What its cells take.
+        x: The operand whose device decides.
+
+    Raises:
+        ValueError: VIM_TIMM_SCAN names an unknown backend.
+        RuntimeError: a forced backend cannot run here or not on such operands.
+    """
+    cells = TABLE[operator]
+    if _forced != 'auto':
+        _require(_forced)
+        limit = cells[_forced].limit(operands) if _forced in cells else ''
+        if limit:
+            raise RuntimeError(f"scan backend '{_forced}' cannot run this call: {limit}")
+        return _if_there(_forced, operator)
+    if x.is_meta or _is_exporting():
+        return _if_there('export', operator)
+    kernel = KERNELS[operator].get(x.device.type)
+    if kernel is not None and not _unavailable(kernel) and not cells[kernel].limit(operands):
+        return kernel
+    return _if_there('export' if torch.compiler.is_compiling() else 'torch', operator)
+
+
+def find(operator: str, operands: Any, x: torch.Tensor) -> Optional[Callable[[Any], Any]]:
+    """The function that runs an operator, see `choose`; None where the caller composes it."""
+    name = choose(operator, operands, x)
+    if not torch.compiler.is_compiling() and (operator, name) not in _announced:
+        _announce(operator, name, operands, x)
+    return TABLE[operator][name].run if name else None
+
+
+def require(operator: str, operands: Any, x: torch.Tensor) -> Callable[[Any], Any]:
+    """As `find`, of an operator that is not composed of others.
+
+    Raises:
+        RuntimeError: the forced backend has none.
+    """
+    run = find(operator, operands, x)
+    if run is None:
+        raise RuntimeError(
+            f"scan backend '{_forced}' has no {operator} of its own: it computes whole blocks that scan in both "
+            'directions, none of whose layers is hooked, wrapped or replaced'
+        )
+    return run
+
+
+def _is_exporting() -> bool:
+    # Dynamo answers torch.compiler.is_exporting() with True under torch.compile too in torch 2.11; the flag is exact.
+    return getattr(torch.compiler, '_is_exporting_flag', False) or torch.jit.is_tracing()
+
+
+def _announce(operator: str, name: str, operands: Any, x: torch.Tensor) -> None:
+    """Say once which backend runs an operator, and once for each reason that `torch` does, which costs speed."""
+    _announced.add((operator, name))
+    kernel = KERNELS[operator].get(x.device.type)
+    why = ''
+    if _forced == 'auto' and kernel is not None and name in ('', 'torch'):
+        why = _unavailable(kernel) or TABLE[operator][kernel].limit(operands)
+    if not why:
+        _logger.info('%s runs on the `%s` backend', operator, name or 'aten')
+    elif not name:
+        _logger.info('%s is composed of other operators: %s', operator, why)
+    elif ('', why) not in _announced:
+        _announced.add(('', why))
+        _logger.warning('what follows runs on the slower `torch` backend: %s', why)

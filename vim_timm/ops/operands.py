@@ -1,0 +1,136 @@
+"""What each operator takes: the one legend of shapes.
+
+Shapes: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_rank, W convolution width, C width (embed_dim).
+
+Kernels are registered with flat schemas. `schema` derives one from the fields of a class, `flat` and `of` go there and
+back: fields in their order, the backward direction's with the suffix `_b`, and of an absent direction None for each.
+"""
+
+from typing import Any, NamedTuple, Optional, Tuple, get_args, get_type_hints
+
+from torch import Tensor
+
+
+class Direction(NamedTuple):
+    """One direction of a selective scan; the backward direction's tensors are in token order like the forward's."""
+
+    u: Tensor  # input (B, L, D)
+    delta: Tensor  # step sizes before bias and softplus (B, L, D)
+    A_log: Tensor  # logarithm of the state matrix's negated diagonal (D, N)
+    B: Tensor  # input matrix (B, L, N)
+    C: Tensor  # output matrix (B, L, N)
+    D: Optional[Tensor]  # skip weight (D)
+    delta_bias: Optional[Tensor]  # step size bias (D)
+
+
+class Taps(NamedTuple):
+    """One direction of a depthwise causal convolution."""
+
+    weight: Tensor  # (D, W), the last tap for the current token
+    bias: Optional[Tensor]  # (D)
+
+
+class Weights(NamedTuple):
+    """Parameters of one direction of the inside of a block."""
+
+    conv: Tensor  # taps (D, W)
+    conv_bias: Optional[Tensor]  # (D)
+    x_proj: Tensor  # to step size, B and C (R + 2 N, D)
+    dt: Tensor  # step size projection (D, R)
+    dt_bias: Optional[Tensor]  # (D)
+    A_log: Tensor  # (D, N)
+    D: Tensor  # skip weight (D)
+
+
+class Scan(NamedTuple):
+    """Operands of `ops.scan`: gated sum of a forward and a backward selective scan."""
+
+    forward: Direction
+    backward: Optional[Direction] = None
+    z: Optional[Tensor] = None  # gate (B, L, D)
+    scale: float = 1.0
+    delta_softplus: bool = True
+    A_is_log: bool = True  # else A_log holds the state matrix's diagonal itself
+
+    def flat(self) -> Tuple[Any, ...]:
+        backward = _ABSENT_DIRECTION if self.backward is None else self.backward
+        return *self.forward, *backward, self.z, self.scale, self.delta_softplus, self.A_is_log
+
+    @classmethod
+    def of(cls, *flat: Any) -> 'Scan':
+        forward, backward, rest = _halves(flat, len(Direction._fields))
+        return cls(Direction(*forward), None if backward[0] is None else Direction(*backward), *rest)
+
+
+class Conv(NamedTuple):
+    """Operands of `ops.conv`: causal convolutions of the same tokens in both directions."""
+
+    x: Tensor  # (B, L, D)
+    forward: Taps
+    backward: Optional[Taps] = None
+    silu: bool = True
+
+    def flat(self) -> Tuple[Any, ...]:
+        return self.x, *self.forward, *(_ABSENT_TAPS if self.backward is None else self.backward), self.silu
+
+    @classmethod
+    def of(cls, x: Tensor, *flat: Any) -> 'Conv':
+        forward, backward, rest = _halves(flat, len(Taps._fields))
+        return cls(x, Taps(*forward), None if backward[0] is None else Taps(*backward), *rest)
+
+
+class Mixer(NamedTuple):
+    """Operands of `ops.mixer`: the inside of a bidirectional block."""
+
+    xz: Tensor  # in_proj's output (B, L, 2 D)
+    forward: Weights
+    backward: Weights
+    scale: float = 1.0
+    out_proj: Optional[Tensor] = None  # (C, D)
+    out_bias: Optional[Tensor] = None  # (C)
+
+    def flat(self) -> Tuple[Any, ...]:
+        return self.xz, *self.forward, *self.backward, self.scale, self.out_proj, self.out_bias
+
+    @classmethod
+    def of(cls, xz: Tensor, *flat: Any) -> 'Mixer':
+        forward, backward, rest = _halves(flat, len(Weights._fields))
+        return cls(xz, Weights(*forward), Weights(*backward), *rest)
+
+
+class Norm(NamedTuple):
+    """Operands of `ops.rms_norm`."""
+
+    x: Tensor  # (..., C)
+    weight: Tensor  # (C)
+    eps: float
+
+
+_ABSENT_DIRECTION = (None,) * len(Direction._fields)
+_ABSENT_TAPS = (None,) * len(Taps._fields)
+
+
+def _halves(flat: Tuple[Any, ...], size: int) -> Tuple[Tuple[Any, ...], Tuple[Any, ...], Tuple[Any, ...]]:
+    """The forward direction's fields, the backward one's, and what follows."""
+    return flat[:size], flat[size : 2 * size], flat[2 * size :]
+
+
+def schema(kind: Any, *without: str, suffix: str = '', absent: bool = False) -> str:
+    """The flat schema of a class of operands, for torch's library: 'Tensor x, Tensor? bias, float scale'.
+
+    Args:
+        without: Fields to leave out.
+        suffix: Of the names.
+        absent: Every tensor may be None.
+    """
+    parts = []
+    for name, hint in get_type_hints(kind).items():
+        inner = [part for part in get_args(hint) if part is not type(None)]
+        (part,), optional = inner or [hint], absent or bool(inner)
+        if name in without:
+            continue
+        if hasattr(part, '_fields'):
+            parts.append(schema(part, suffix='_b' if name == 'backward' else suffix, absent=optional))
+        else:
+            parts.append(f'{part.__name__}{"?" if optional else ""} {name}{suffix}')
+    return ', '.join(parts)

@@ -1,0 +1,143 @@
+"""How a kernel becomes a torch operator: its schema, its gradient as a second operator, what it refuses, its FLOPs.
+
+FLOPs follow one convention on every backend, so that those of a model do not depend on it. Of each direction: 9 for
+every state of every channel and token, one each for skip weight and gate, 2 for a multiplication and an addition in
+convolutions and products. A backward pass counts twice its forward pass; what a kernel computes again counts once.
+"""
+
+import contextlib
+import math
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+library = torch.library.Library('vim_timm', 'FRAGMENT')
+
+Shapes = Dict[str, Optional[Sequence[int]]]  # of operands by their names in the schema
+
+
+class Kernel(NamedTuple):
+    """What `register` needs of a kernel; `run` and all others take the operands of the schema."""
+
+    run: Callable[..., Any]
+    fake: Callable[..., Any]  # run's outputs for fake tensors
+    save: Callable[..., None]  # keeps what `differentiate` needs, from autograd's context, operands and output
+    differentiate: Callable[..., Any]  # autograd's `backward`, which calls NAME_backward
+    run_backward: Callable[..., Any]
+    fake_backward: Callable[..., Any]
+
+
+def register(name: str, schema: str, schema_backward: str, kernel: Kernel, flops: Callable[[Shapes], int]) -> None:
+    """Define `vim_timm::NAME` and `vim_timm::NAME_backward`.
+
+    Defined in a library, not by `torch.library.custom_op`, whose wrappers cost the host a third of a call.
+
+    Args:
+        schema: Operands and results, without defaults and without operands that go by keyword only.
+        schema_backward: The same of NAME_backward; operands keep their names.
+        flops: Of the forward operator.
+    """
+
+    def flops_backward(shapes: Shapes) -> int:
+        return 2 * flops(shapes)
+
+    for operator, signature, run, fake, save, differentiate, formula in (
+        (name, schema, kernel.run, kernel.fake, kernel.save, kernel.differentiate, flops),
+        (
+            f'{name}_backward', schema_backward, kernel.run_backward, kernel.fake_backward, _save_nothing, refuse,
+            flops_backward,
+        ),
+    ):  # fmt: skip
+        library.define(operator + signature)
+        library.impl(operator, run, 'CompositeExplicitAutograd')
+        torch.library.register_fake(f'vim_timm::{operator}', fake, lib=library)
+        overload = getattr(torch.ops.vim_timm, operator).default
+        library.impl(operator, _differentiable(overload, save, differentiate), 'Autograd')
+        _count(overload, formula)
+
+
+def refuse(ctx: Any, *grads: Any) -> None:
+    """Raise RuntimeError: a kernel's backward pass has no derivative of its own."""
+    raise RuntimeError(
+        'this kernel has no second derivative: use the `reference` backend for it '
+        "(VIM_TIMM_SCAN=reference, or vim_timm.ops.use_scan_backend('reference'))"
+    )
+
+
+def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Kernels decide their own precision, whatever autocast says on x's device."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _differentiable(
+    operator: torch._ops.OpOverload, save: Callable[..., None], differentiate: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The operator as autograd calls it. `torch.library.register_autograd` does the same, but takes the host a tenth of
+    a millisecond for a call with twenty operands."""
+    several = isinstance(operator._schema.returns[0].type, torch.ListType)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = operator(*inputs)
+        save(ctx, inputs, output)
+        return tuple(output) if several else output  # autograd would not look into a list
+
+    methods = {'forward': staticmethod(forward), 'backward': staticmethod(differentiate)}
+    function: Any = type(operator.name(), (torch.autograd.Function,), methods)
+
+    def call(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+            output = function.apply(*inputs)
+            return list(output) if several else output
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    return call
+
+
+def _count(overload: torch._ops.OpOverload, formula: Callable[[Shapes], int]) -> None:
+    names = [argument.name for argument in overload._schema.arguments]
+
+    @register_flop_formula(overload.overloadpacket)
+    def count(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return formula(dict(zip(names, shapes)))
+
+
+def scan_flops(shapes: Shapes) -> int:
+    """FLOPs of `operands.Scan`."""
+    directions = 1 if shapes['u_b'] is None else 2
+    extras = (shapes['D'] is not None) + (shapes['z'] is not None)
+    return math.prod(_shape(shapes, 'u')) * (9 * directions * _shape(shapes, 'A_log')[1] + extras)
+
+
+def conv_flops(shapes: Shapes) -> int:
+    """FLOPs of `operands.Conv`."""
+    directions = 1 if shapes['weight_b'] is None else 2
+    return 2 * directions * math.prod(_shape(shapes, 'x')) * _shape(shapes, 'weight')[1]
+
+
+def mixer_flops(shapes: Shapes) -> int:
+    """FLOPs of `operands.Mixer`: the sum over the operators of the composition."""
+    batch, length, both = _shape(shapes, 'xz')
+    products = sum(2 * _shape(shapes, name)[axis] for name, axis in (('conv', 1), ('x_proj', 0), ('dt', 1)))
+    out_proj = shapes.get('out_proj')
+    inside = 2 * products + 2 * 9 * _shape(shapes, 'A_log')[1] + 2 + (0 if out_proj is None else 2 * out_proj[0])
+    return batch * length * both // 2 * inside
+
+
+def norm_flops(shapes: Shapes) -> int:
+    """FLOPs of a norm: torch counts none of its own either."""
+    return 0
+
+
+def _shape(shapes: Shapes, name: str) -> Tuple[int, ...]:
+    shape = shapes[name]
+    assert shape is not None
+    return tuple(shape)
