@@ -14,6 +14,7 @@ from PIL import Image
 
 from vim_timm import train, validate
 from vim_timm.data.sampling import Stream
+from vim_timm.data.unreadable import Unreadable
 from vim_timm.errors import TrainingStopped
 from vim_timm.files import write_atomically
 
@@ -311,10 +312,10 @@ def test_what_a_stream_skips_is_counted(capsys):
                 logging.getLogger('timm.data.readers.reader_wds').warning('shard %d is cut off', place)
                 yield place, 0
 
-    assert len(list(Stream(Reader(), seed=0, rank=0, limit=4))) == 4
+    assert len(list(Stream(Reader(), seed=0, rank=0, unreadable=Unreadable(4)))) == 4
     assert capsys.readouterr().out.count('skipped') == 4
     with pytest.raises(TrainingStopped, match='--max-unreadable 2'):
-        list(Stream(Reader(), seed=0, rank=0, limit=2))
+        list(Stream(Reader(), seed=0, rank=0, unreadable=Unreadable(2)))
 
 
 def test_a_stream_that_breaks_ends_the_run_in_a_sentence():
@@ -324,7 +325,7 @@ def test_a_stream_that_breaks_ends_the_run_in_a_sentence():
             raise OSError('image file is truncated')
 
     with pytest.raises(TrainingStopped, match='image file is truncated'):
-        list(Stream(Reader(), seed=0, rank=0, limit=2))
+        list(Stream(Reader(), seed=0, rank=0, unreadable=Unreadable(2)))
 
 
 def test_a_run_on_a_full_disk_ends_in_a_sentence(tmp_path):

@@ -104,7 +104,7 @@ def test_unknown_flag_is_named(capsys):
 @pytest.mark.parametrize('flag', sorted(ROWS.keys() - set(REFUSED) - {'--worker-seeding'}))
 def test_no_flag_is_ignored(flag):
     """The code that runs a training, or timm's helper that it hands the settings to, reads the flag."""
-    sources = [data.loading, loop, build, process, tasks.classification, tasks, train, log]
+    sources = [data.datasets, data.loading, loop, build, process, tasks.classification, tasks, train, log]
     sources += [optimizer_kwargs, scheduler_kwargs]
     code = ' '.join(inspect.getsource(source) for source in sources)
     name = name_of(flag)

@@ -16,7 +16,8 @@ IMAGENET = '/root/autodl-tmp/Vim/imagenet_data'
 
 # what main.py does when it is told nothing but the model, in train.py's words
 TRAINING = dict(
-    dataset='', train_split='train', val_split='val', num_classes=1000, img_size=224, batch_size=64, epochs=300,
+    dataset='torch/image_folder', train_split='train', val_split='val', num_classes=1000, img_size=224, batch_size=64,
+    epochs=300,
     opt='adamw', opt_eps=1e-8, opt_betas=None, weight_decay=0.05, clip_grad=None, momentum=0.9,
     lr=None, lr_base=5e-4, lr_base_size=512, lr_base_scale='linear', sched='cosine', warmup_lr=1e-6, min_lr=1e-5,
     warmup_epochs=5, cooldown_epochs=0, decay_rate=0.1, lr_noise=None,

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch.utils.data import IterableDataset
 
 from vim_timm import train, validate
-from vim_timm.data import Digits
+from vim_timm.data import Digits, class_names
 from vim_timm.errors import UserError
 from vim_timm.report import curves, extras, plots, samples
 from vim_timm.report.evaluation import Evaluation, write_report
 from vim_timm.report.metrics import confused_pairs, measure, normalized
-from vim_timm.report.names import class_names
+from vim_timm.report.names import words
 from vim_timm.settings import Process
 
 FILES = {
@@ -153,7 +153,7 @@ def test_a_single_mistake_is_seen_in_the_matrix_of_any_size(classes):
 
 
 def test_wordnet_ids_become_words():
-    assert class_names(Pictures(['n01440764', 'n02012849', 'n03126707'])) == [
+    assert words(class_names(Pictures(['n01440764', 'n02012849', 'n03126707']))) == [
         'tench', 'crane (n02012849)', 'crane (n03126707)',
     ]  # fmt: skip
     assert class_names(Digits(train=False)) == list('0123456789')

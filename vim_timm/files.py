@@ -24,7 +24,7 @@ def write_atomically(path: str, content: str | bytes | Callable[[BinaryIO], obje
             if callable(content):
                 content(file)
             else:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(printable(content).encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -38,6 +38,11 @@ def write_atomically(path: str, content: str | bytes | Callable[[BinaryIO], obje
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, path) from error
         raise
+
+
+def printable(text: str) -> str:
+    """The text in Unicode: bytes of a file name that are none, which Python keeps as surrogates, become `\\udc..`."""
+    return text.encode(errors='backslashreplace').decode()
 
 
 def duplicate(source: str, path: str) -> None:

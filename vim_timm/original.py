@@ -19,6 +19,7 @@ from typing import Any, Optional, Sequence
 
 from timm.models import get_deprecated_models, is_model_in_modules
 
+from vim_timm.data.folder import top_folders
 from vim_timm.errors import UserError, explain, run
 
 PROGRAM = 'python -m vim_timm.original'
@@ -229,7 +230,8 @@ def _data(args: argparse.Namespace, script: str, notes: list[str]) -> list[str]:
     crop = ['--crop-pct', str(args.eval_crop_ratio if args.input_size > 32 else 1.0), '--interpolation', 'bicubic']
     if args.data_set == 'IMNET':
         splits = ['--train-split', 'train', '--val-split', 'val'] if script == 'train' else ['--split', 'val']
-        return [*splits, '--num-classes', str(_image_folder_classes(args.data_path, splits[1], notes)), *crop]
+        classes = _image_folder_classes(args.data_path, splits[1], notes)
+        return ['--dataset', 'torch/image_folder', *splits, '--num-classes', str(classes), *crop]
     if args.data_set == 'CIFAR':
         notes.append(
             '--data-set CIFAR is CIFAR-100 in the original; for CIFAR-10, run the line below with '
@@ -242,7 +244,7 @@ def _data(args: argparse.Namespace, script: str, notes: list[str]) -> list[str]:
 def _image_folder_classes(folder: str, split: str, notes: list[str]) -> int:
     """1000 as in the original, which gives every image folder an ImageNet head, unless this one has other classes."""
     split_folder = os.path.join(folder, split)
-    found = sum(entry.is_dir() for entry in os.scandir(split_folder)) if os.path.isdir(split_folder) else 0
+    found = len(top_folders(split_folder)) if os.path.isdir(split_folder) else 0
     if found in (0, 1000):
         return 1000
     notes.append(f'{split_folder} has {found} classes, so the model has {found} outputs; the original always has 1000')

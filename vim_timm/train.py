@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 from timm.data import resolve_input_data_config
-from timm.models import safe_model_name
+from timm.models import get_pretrained_cfg, safe_model_name
 from timm.utils import random_seed
 
 import vim_timm  # noqa: F401  registers the models with timm
@@ -59,10 +59,18 @@ def check(args: Settings) -> None:
 
 def match_classes(args: Settings, dataset: Any, split: str) -> Settings:
     """The settings with the number of classes of the data set; one that contradicts it is refused."""
-    count = data.count_classes(dataset)
+    count = len(data.class_names(dataset)) or None
     if None not in (args.num_classes, count) and count != args.num_classes:
         raise UserError(f'--num-classes is {args.num_classes}, but split {split!r} of the data has {count} classes')
     return args if count is None else args.replace(num_classes=count)
+
+
+def input_channels(args: Settings) -> int:
+    """Channels of the images that the model takes."""
+    if args.in_chans or args.input_size:
+        return args.in_chans or args.input_size[0]
+    config = get_pretrained_cfg(args.model, allow_unregistered=True)
+    return config.input_size[0] if config else 3
 
 
 def output_folder(args: Settings, image_size: int) -> str:
@@ -83,14 +91,18 @@ def checkpoint_to_resume(args: Settings, saver: Saver) -> str:
 
 
 def make_datasets(args: Settings, hooks: Hooks) -> tuple[Settings, list[Any]]:
-    """Data sets of the training and the evaluation split, and the settings with what follows from them."""
-    channels = args.in_chans or (args.input_size or [3])[0]
-    sets = []
+    """Data sets of the training and the evaluation split, and the settings with what follows from them.
+
+    Classes have the numbers of the training split.
+    """
+    channels, sets = input_channels(args), []
     for split, training in ((args.train_split, True), (args.val_split, False)):
         dataset = hooks.dataset(split, training, args) if hooks.dataset else None
-        dataset = dataset if dataset is not None else data.make_dataset(args, split, training, channels)
+        sets.append(dataset if dataset is not None else data.make_dataset(args, split, training, channels))
+    known = data.class_names(sets[0])
+    sets[1] = data.renumbered(sets[1], known, f'split {args.val_split!r}', f'split {args.train_split!r}')
+    for split, dataset in zip((args.train_split, args.val_split), sets):
         args = match_classes(args, dataset, split)
-        sets.append(dataset)
     return args, sets
 
 
@@ -114,10 +126,8 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     with explain('images'):
         data_config = resolve_input_data_config(model, vars(args))
     model = build.place_model(args, process, model, data_config['input_size'])
-    loaders = (
-        data.train_loader(args, process, datasets[0], data_config),
-        data.eval_loader(args, process, datasets[1], data_config),
-    )
+    train_data = data.train_loader(args, process, datasets[0], data_config)
+    loaders = (train_data, data.eval_loader(args, process, datasets[1], data_config, train_data.unreadable))
     task = make_task(args, process, model, data_config, hooks.loss, hooks.task)
     if 'eval_metric' not in args.chosen:
         args = args.replace(eval_metric=task.create_evaluator().default_metric)
@@ -137,6 +147,8 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     resumed = checkpoint_to_resume(args, trainer.saver)
     if resumed:
         trainer.resume(resumed)
+    for split, dataset in zip((args.train_split, args.val_split), datasets):
+        trainer.progress.say(data.describe(dataset, split, args))
     announce(args, trainer, model, data_config)
     if trainer.epoch >= trainer.epochs:
         trainer.progress.say(f'all {trainer.epochs} epochs are done')

@@ -26,17 +26,17 @@ from .engine.log import Progress, Speed
 from .engine.process import catch_signals, start_process
 from .errors import Preempted, UserError, explain, run, sentence
 from .files import table, write_atomically
-from .models.checkpoint import read_checkpoint
+from .models.checkpoint import class_names_in, read_checkpoint
 from .report.evaluation import Evaluation, open_folder, write_report
 from .report.extras import require
 from .report.facts import facts
 from .report.metrics import measure
-from .report.names import class_names
+from .report.names import words
 from .settings import Process, Settings
 from .settings.flags import VALIDATE
 from .settings.parse import parse
 from .tasks import adopt
-from .train import check, match_classes
+from .train import check, input_channels, match_classes
 
 PROGRAM = 'validate.py'
 DESCRIPTION = """Evaluate an image classifier with timm's library; flags have the names, defaults and meanings of timm's
@@ -85,17 +85,16 @@ def validate(args: Settings, process: Process, metrics: Mapping[str, Metric] | N
     if args.report:
         require()
         open_folder(args.report)
-    channels = args.in_chans or (args.input_size or [3])[0]
-    dataset = data.make_dataset(args, args.split, False, channels)
+    dataset = data.make_dataset(args, args.split, False, input_channels(args))
     labels = _valid_labels(args)
     args = args.replace(model=build.current_name(args.model, process))
-    if labels is None:
-        args = match_classes(args, dataset, args.split)
+    args, dataset, names = _name_classes(args, dataset, labels)
     real = read_real_labels(args.real_labels, dataset) if args.real_labels else None
     model, parameters, data_config = _ready_model(args, process, labels)
     loader = data.eval_loader(args, process, dataset, data_config)
     task = adopt(ClassificationTask(model, device=process.device, dtype=process.dtype, verbose=False))
     progress, speed = Progress(process.primary, args.log_freq), Speed(process, len(loader))
+    progress.say(data.describe(dataset, args.split, args))
     outputs: list[Predicted] = []
     on_all = outputs.append if args.report or real else None
     with catch_signals() as signals:
@@ -112,7 +111,7 @@ def validate(args: Settings, process: Process, metrics: Mapping[str, Metric] | N
     row.update(crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'])
     progress.say(f' * Acc@1 {row["top1"]:.3f} ({row["top1_err"]:.3f}) Acc@5 {row["top5"]:.3f} ({row["top5_err"]:.3f})')
     if args.report and process.primary:
-        scores = measure(*outputs[0], _class_names(dataset, labels))
+        scores = measure(*outputs[0], words(names))
         write_report(args.report, Evaluation(row, facts(args, process, rate), scores, dataset))
         progress.say(f'report: {os.path.join(args.report, "report.html")}')
     return row
@@ -147,10 +146,24 @@ def _ready_model(
     return model, parameters, data_config
 
 
-def _class_names(dataset: Any, labels: list[int] | None) -> list[str]:
-    """Names of the data set's classes; of the model's valid ones, where the data set only has a few of those."""
-    names = class_names(dataset)
-    return names if labels is None or len(names) <= len(labels) else [names[label] for label in labels]
+def _name_classes(args: Settings, dataset: Any, labels: list[int] | None) -> tuple[Settings, Any, list[str]]:
+    """The settings with the number of classes, the data set with the model's class numbers, and the classes' names.
+
+    Names that a checkpoint knows are its own, and numbers follow from them; a --class-map says them instead.
+    """
+    known = class_names_in(read_checkpoint(args.checkpoint), args.checkpoint) if args.checkpoint else []
+    if labels is not None and known:
+        with explain(f'--valid-labels {args.valid_labels}'):
+            if not 0 <= min(labels) <= max(labels) < len(known):
+                raise UserError(f'the model has classes 0 to {len(known) - 1}')
+            known = [known[label] for label in labels]
+    if 'class_map' not in args.chosen:
+        dataset = data.renumbered(dataset, known, f'split {args.split!r}', args.checkpoint)
+    if labels is None:
+        args = match_classes(args.replace(num_classes=args.num_classes or len(known) or None), dataset, args.split)
+    names = known or data.class_names(dataset)
+    names = names if labels is None or len(names) <= len(labels) else [names[label] for label in labels]
+    return args, dataset, names
 
 
 class _Select(torch.nn.Module):

@@ -1,10 +1,13 @@
 """Data sets, samplers and loaders for training and evaluation, on top of timm's."""
 
 from .batch import Batch
+from .classes import class_names, renumbered
+from .datasets import describe, make_dataset
 from .digits import Digits
-from .loading import Loader, count_classes, eval_loader, make_dataset, train_loader
+from .loading import Loader, eval_loader, train_loader
 from .sampling import seed_everything
 
 __all__ = [
-    'Batch', 'Digits', 'Loader', 'count_classes', 'eval_loader', 'make_dataset', 'seed_everything', 'train_loader',
+    'Batch', 'Digits', 'Loader', 'class_names', 'describe', 'eval_loader', 'make_dataset', 'renumbered',
+    'seed_everything', 'train_loader',
 ]  # fmt: skip

@@ -28,10 +28,10 @@ class Digits(Dataset):
         # 17 grey levels, 0..16
         self.images = (images[keep].astype(np.float32) * (255 / 16)).round().astype(np.uint8)
         self.labels = labels[keep].tolist()
-        self.mode = mode
+        self.image_mode = mode
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]).convert(self.mode), self.labels[index]
+        return Image.fromarray(self.images[index]).convert(self.image_mode), self.labels[index]

@@ -7,20 +7,25 @@ import struct
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
-FOLDERS = {'torch/mnist': 'MNIST', 'torch/fashion_mnist': 'FashionMNIST', 'torch/kmnist': 'KMNIST'}
+KINDS = {'torch/mnist': MNIST, 'torch/fashion_mnist': FashionMNIST, 'torch/kmnist': KMNIST}
 
 
 class CompressedIdx(Dataset):
-    """Images as PIL (L), labels as int, from `FOLDER/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz`.
+    """Images as PIL (L), labels as int, from `ROOT/NAME/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz`.
+
+    Args:
+        dataset: one of `KINDS`.
 
     Raises:
         ValueError: a file is not of the IDX format of its kind, or the numbers of images and labels differ.
     """
 
-    classes = [str(label) for label in range(10)]
-
-    def __init__(self, folder: str, train: bool):
+    def __init__(self, dataset: str, root: str, train: bool):
+        kind = KINDS[dataset.lower()]
+        self.classes = kind.classes
+        folder = os.path.join(root, kind.__name__)
         stem = os.path.join(folder, 'raw', 'train' if train else 't10k')
         self.images = _read(f'{stem}-images-idx3-ubyte.gz', dimensions=3)
         self.labels = _read(f'{stem}-labels-idx1-ubyte.gz', dimensions=1).tolist()
@@ -36,9 +41,9 @@ class CompressedIdx(Dataset):
 
 def is_compressed(dataset: str, root: str | None) -> bool:
     """Whether torchvision's folder of this data set has the gzipped files and not the unpacked ones."""
-    if not root or dataset.lower() not in FOLDERS:
+    if not root or dataset.lower() not in KINDS:
         return False
-    plain = os.path.join(root, FOLDERS[dataset.lower()], 'raw', 'train-images-idx3-ubyte')
+    plain = os.path.join(root, KINDS[dataset.lower()].__name__, 'raw', 'train-images-idx3-ubyte')
     return os.path.isfile(f'{plain}.gz') and not os.path.isfile(plain)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import auto_augment, create_dataset, create_transform
+from timm.data import auto_augment, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from torchvision.transforms import PILToTensor
@@ -18,11 +18,13 @@ from torchvision.transforms import PILToTensor
 from ..errors import UserError, explain
 from ..settings import Process
 from .batch import Batch, Collate
+from .classes import class_names
+from .datasets import Pictures
 from .device_augment import Augmentation
-from .digits import Digits
-from .idx import FOLDERS, CompressedIdx, is_compressed
+from .images import to_mode
 from .in_memory import InMemory, make_augmentation
 from .sampling import EpochBatches, EvaluationShards, RepeatedBatches, Samples, SeededErasing, Stream
+from .unreadable import Unreadable
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -41,57 +43,6 @@ def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
     return auto_augment.posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)
 
 
-def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
-    """The data set of one split, without a transform.
-
-    Raises:
-        UserError: there is no such data set, folder or split, or it is empty.
-    """
-    mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
-    if args.class_map and (args.dataset == 'digits' or args.dataset.startswith('torch/')):
-        raise UserError(f'--class-map orders the classes of a folder or tar, not those of {args.dataset}')
-    if args.dataset == 'digits':
-        return Digits(training, mode)
-    name = args.dataset or 'image folder'
-    kinds = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
-    if args.dataset and not args.dataset.startswith(kinds):  # timm would take it for a folder of images
-        names = 'NAME, '.join(kinds)
-        raise UserError(f'--dataset takes digits, nothing for a folder or tar, or {names}NAME, not {name!r}')
-    if not args.dataset.startswith(kinds[1:]) and not args.dataset_download:
-        if not args.data_dir:
-            raise UserError('no data: give --data-dir, or --dataset digits for the embedded digits')
-        if not os.path.exists(args.data_dir):
-            raise UserError(f'there is no data folder {args.data_dir}')
-    with explain(f'{name} {args.data_dir or ""}, split {split!r}'):
-        if is_compressed(args.dataset, args.data_dir):
-            dataset: Any = CompressedIdx(os.path.join(args.data_dir, FOLDERS[args.dataset.lower()]), 'train' in split)
-            dataset.image_mode = mode
-            return dataset
-        dataset = create_dataset(
-            args.dataset, root=args.data_dir, split=split, is_training=training, class_map=args.class_map,
-            download=args.dataset_download, batch_size=args.batch_size, seed=args.seed,
-            repeats=args.epoch_repeats if training else 0, input_img_mode=mode, input_key=args.input_key,
-            target_key=args.target_key, num_samples=args.train_num_samples if training else args.val_num_samples,
-            trust_remote_code=args.dataset_trust_remote_code,
-        )  # fmt: skip
-    if not args.dataset.startswith(('hfids/', 'tfds/', 'wds/')) and len(dataset) == 0:
-        raise UserError(f'there are no images in {args.data_dir}, split {split!r}')
-    if not args.dataset and getattr(dataset.reader, 'root', '') == args.data_dir:  # timm reads all there is
-        if any(os.path.isdir(os.path.join(args.data_dir, name)) for name in ('train', 'val', 'validation', 'test')):
-            raise UserError(f'{args.data_dir} has folders of splits, but none for split {split!r}')
-    dataset.image_mode = mode if args.dataset.startswith('torch/') else ''
-    return dataset
-
-
-def count_classes(dataset: Any) -> int | None:
-    """Number of classes of a data set, where it says."""
-    for owner in (dataset, getattr(dataset, 'reader', None)):
-        for name in ('classes', 'class_to_idx'):
-            if getattr(owner, name, None):
-                return len(getattr(owner, name))
-    return None
-
-
 def _worker_init(_: int) -> None:
     # A signal is the training process's to handle: torchrun and terminals send theirs to the whole process group, and a
     # worker that died of it would take the run down before its state is saved.
@@ -105,14 +56,25 @@ def _worker_init(_: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+class _Prepared:
+    """The transform of a stream, after the images have their mode."""
+
+    def __init__(self, mode: str, transform: Any):
+        self.mode, self.transform = mode, transform
+
+    def __call__(self, image: Image.Image) -> Any:
+        return self.transform(to_mode(image, self.mode) if self.mode else image)
+
+
 class Loader:
     """Batches of one split on the device: `for batch in loader.epoch(epoch, start)`."""
 
     def __init__(
         self, dataset: Any, transform: Any, args: Any, process: Process, data_config: dict[str, Any], training: bool,
-        augment: Augmentation | None = None,
+        unreadable: Unreadable, augment: Augmentation | None = None,
     ):  # fmt: skip
-        mode = getattr(dataset, 'image_mode', '')
+        dataset, mode = Pictures.of(dataset), getattr(dataset, 'image_mode', '')
+        self.classes, self.unreadable = class_names(dataset), unreadable
         for part in transform if isinstance(transform, tuple) else [transform]:
             keep_posterizing(part)
         self.training, self.splits = training, args.aug_splits if training else 0
@@ -123,17 +85,18 @@ class Loader:
         self.seed, self.generator = args.seed, torch.Generator()  # of the workers' own seeds
         size = args.batch_size if training else (args.validation_batch_size or args.batch_size)
         if isinstance(dataset, IterableDataset):
-            dataset.transform = transform  # type: ignore[attr-defined]
+            dataset.transform = _Prepared(mode, transform)  # type: ignore[attr-defined]
             if hasattr(dataset, 'set_loader_cfg'):
                 dataset.set_loader_cfg(num_workers=args.workers)  # type: ignore[attr-defined]
             if not training and args.dataset.startswith('wds/'):
                 reader = dataset.reader  # type: ignore[attr-defined]
                 reader.dist_rank, reader.dist_num_replicas = 0, 1
                 reader._split_by_node_and_worker = EvaluationShards(process.rank, process.world_size)
-            self.dataset = Stream(dataset, args.seed, process.rank, args.max_unreadable)
+            self.dataset = Stream(dataset, args.seed, process.rank, unreadable)
             options.update(batch_size=size, drop_last=training)
         else:
-            self.dataset = Samples(dataset, transform, mode, args.seed, training, args.max_unreadable, self.splits)
+            self.dataset = Samples(dataset, transform, mode, args.seed, training, unreadable, self.splits)
+            self._try_one(data_config['input_size'][0])
             common = len(dataset), size, args.seed, process.rank, process.world_size
             if training and args.aug_repeats:
                 options['batch_sampler'] = RepeatedBatches(*common, repeats=args.aug_repeats)
@@ -162,6 +125,18 @@ class Loader:
             self.loader = self._prefetching(loader, args, data_config, erasing) if self.prefetch else loader
         if training and len(self) == 0:
             raise UserError(f'{len(dataset)} training images do not fill one batch of {size} on each of the ranks')
+
+    def _try_one(self, channels: int) -> None:
+        """Prepare the first image, before anything is written.
+
+        Raises:
+            UserError: it cannot be prepared, or has another number of channels than the model takes.
+        """
+        with explain('images'):
+            image = self.dataset[0, 0, 0][0]
+            found = (image[0] if isinstance(image, tuple) else image).shape[0]
+        if found != channels:
+            raise UserError(f'the images have {found} channels, and the model takes {channels}: --in-chans sets that')
 
     def _prefetching(self, loader: DataLoader, args: Any, data_config: dict[str, Any], erasing: float) -> Any:
         prefetching = PrefetchLoader(
@@ -208,7 +183,10 @@ class Loader:
 
 def train_loader(args: Any, process: Process, dataset: Any, data_config: dict[str, Any]) -> Loader:
     """Loader of the training split with timm's augmentation flags."""
-    splits = max(args.aug_splits, 0)
+    splits, mode = max(args.aug_splits, 0), getattr(dataset, 'image_mode', 'RGB')
+    for flag, wanted in (('--aa', args.aa), ('--grayscale-prob', args.grayscale_prob)):
+        if wanted and not args.no_aug and mode not in ('L', 'RGB'):
+            raise UserError(f'{flag} is for grey and RGB images, not for {mode}: leave it out')
     with explain('augmentation'):
         transform = create_transform(
             data_config['input_size'], is_training=True, no_aug=args.no_aug, train_crop_mode=args.train_crop_mode,
@@ -223,15 +201,23 @@ def train_loader(args: Any, process: Process, dataset: Any, data_config: dict[st
         )  # fmt: skip
     augment = make_augmentation(args, data_config) if args.data_in_memory and not args.no_aug else None
     transform = PILToTensor() if augment else transform
-    return Loader(dataset, transform, args, process, data_config, training=True, augment=augment)
+    unreadable = Unreadable(args.max_unreadable, args.workers)
+    return Loader(dataset, transform, args, process, data_config, True, unreadable, augment)
 
 
-def eval_loader(args: Any, process: Process, dataset: Any, data_config: dict[str, Any]) -> Loader:
-    """Loader of an evaluation split: every image on exactly one rank, resized and cropped as the model says."""
+def eval_loader(
+    args: Any, process: Process, dataset: Any, data_config: dict[str, Any], unreadable: Unreadable | None = None
+) -> Loader:
+    """Loader of an evaluation split: every image on exactly one rank, resized and cropped as the model says.
+
+    Args:
+        unreadable: counts what cannot be read in the training split, too.
+    """
     transform = create_transform(
         data_config['input_size'], is_training=False, interpolation=data_config['interpolation'],
         mean=data_config['mean'], std=data_config['std'], crop_pct=data_config['crop_pct'],
         crop_mode=data_config.get('crop_mode'), crop_border_pixels=getattr(args, 'crop_border_pixels', None),
         use_prefetcher=not args.no_prefetcher,
     )  # fmt: skip
-    return Loader(dataset, transform, args, process, data_config, training=False)
+    unreadable = unreadable or Unreadable(args.max_unreadable, args.workers)
+    return Loader(dataset, transform, args, process, data_config, False, unreadable)

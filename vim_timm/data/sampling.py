@@ -9,19 +9,22 @@ import itertools
 import logging
 import math
 import random
-import weakref
+import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from PIL.Image import DecompressionBombError
-from timm.data.dataset import ImageDataset
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..errors import TrainingStopped, UserError, sentence
+from .folder import Images
+from .images import reason, to_mode
+from .unreadable import Unreadable
 
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, DecompressionBombError)  # what PIL and timm raise
 
@@ -89,54 +92,6 @@ class RepeatedBatches(EpochBatches):
         return [(self.rank + self.world * i, index) for i, index in enumerate(indices)]
 
 
-class Unreadable:
-    """Names and counts what one loading process has to skip."""
-
-    def __init__(self, limit: int):
-        self.limit, self.count = limit, 0
-
-    def skip(self, name: str, why: str) -> None:
-        """Say what is skipped, and why.
-
-        Raises:
-            TrainingStopped: it is one too many.
-        """
-        self.count += 1
-        print(f'unreadable image {name}, skipped ({why})', flush=True)
-        if self.count > self.limit:
-            raise TrainingStopped(
-                f'{self.count} unreadable images in one loading process, more than --max-unreadable {self.limit}; '
-                f'the last one is {name}'
-            )
-
-
-class _Opened:
-    """timm's reader of a data set, with the file that it opened last: timm closes none that it cannot decode."""
-
-    def __init__(self, reader: Any):
-        self.reader: Any = reader
-        self.file: weakref.ref | None = None
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> Any:
-        sample = self.reader[index]
-        self.file = weakref.ref(sample[0]) if hasattr(sample[0], 'close') else None
-        return sample
-
-    def close(self) -> None:
-        """Close that file, if it is still open."""
-        file = self.file and self.file()
-        if file:
-            file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        if name == 'reader':  # not there yet while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.reader, name)
-
-
 class Samples(Dataset):
     """A data set fetched by key, with each sample's own seed; unreadable images are named, counted and replaced.
 
@@ -144,14 +99,11 @@ class Samples(Dataset):
     evaluation the place in its key becomes -1, and `evaluate.predictions` leaves it out.
     """
 
-    def __init__(self, dataset: Any, transform: Any, mode: str, seed: int, training: bool, limit: int, splits: int):
+    def __init__(
+        self, dataset: Any, transform: Any, mode: str, seed: int, training: bool, unreadable: Unreadable, splits: int
+    ):
         self.dataset, self.transform, self.mode = dataset, transform, mode
-        self.seed, self.training, self.unreadable, self.splits = seed, training, Unreadable(limit), splits
-        if hasattr(dataset, '_max_retries'):  # timm's own replacement neither names nor counts
-            dataset._max_retries = 1
-        self.reader: _Opened | None = None
-        if isinstance(dataset, ImageDataset):
-            self.reader = dataset.reader = _Opened(dataset.reader)
+        self.seed, self.training, self.unreadable, self.splits = seed, training, unreadable, splits
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -164,11 +116,11 @@ class Samples(Dataset):
             try:
                 image, target = self.dataset[candidate]
                 if self.mode:
-                    image = image.convert(self.mode)
+                    image = to_mode(image, self.mode)
+            except UserError:
+                raise
             except UNREADABLE as error:
-                if self.reader:
-                    self.reader.close()
-                self.unreadable.skip(self._name(candidate), sentence(error))
+                self.unreadable.skip(self._name(candidate), reason(error))
                 continue
             return self._augment(image), target, (epoch, position, candidate if attempt == 0 or self.training else -1)
         raise UserError('the data set has no readable image')
@@ -181,7 +133,10 @@ class Samples(Dataset):
         return tuple(normalize(view) for view in (image, *(augment(image) for _ in range(self.splits - 1))))
 
     def _name(self, index: int) -> str:
-        return self.dataset.filename(index, absolute=True) if hasattr(self.dataset, 'filename') else str(index)
+        file = self.dataset.filename(index, absolute=True) if hasattr(self.dataset, 'filename') else ''
+        if isinstance(getattr(self.dataset, 'reader', None), Images):
+            return file
+        return f'{index} of the {"training" if self.training else "evaluation"} split{f", {file}" if file else ""}'
 
 
 class _Skipped(logging.Handler):
@@ -192,7 +147,18 @@ class _Skipped(logging.Handler):
         self.unreadable = unreadable
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.unreadable.skip('of a web data set', record.getMessage())
+        error = sys.exc_info()[1]
+        name = 'of a web data set'
+        for frame, _ in traceback.walk_tb(
+            error.__traceback__ if error else None
+        ):  # the message names neither sample nor shard
+            sample = frame.f_locals.get('sample')
+            if isinstance(sample, dict) and '__key__' in sample:
+                name = f'{sample["__key__"]} of {sample.get("__url__", name)}'
+            elif isinstance(sample, dict) and 'url' in sample:
+                name = str(sample['url'])
+        why = reason(error) if error else record.getMessage()
+        self.unreadable.skip(name, why, key=f'{name} {why}')
 
 
 class Stream(IterableDataset):
@@ -201,8 +167,8 @@ class Stream(IterableDataset):
     Items are (image, target, key); a worker cannot number its samples among those of others, so the loader does.
     """
 
-    def __init__(self, dataset: IterableDataset, seed: int, rank: int, limit: int):
-        self.dataset, self.seed, self.rank, self.limit = dataset, seed, rank, limit
+    def __init__(self, dataset: IterableDataset, seed: int, rank: int, unreadable: Unreadable):
+        self.dataset, self.seed, self.rank, self.unreadable = dataset, seed, rank, unreadable
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -215,7 +181,7 @@ class Stream(IterableDataset):
 
     def __iter__(self):
         worker = get_worker_info()
-        log, handler = logging.getLogger('timm.data.readers.reader_wds'), _Skipped(Unreadable(self.limit))
+        log, handler = logging.getLogger('timm.data.readers.reader_wds'), _Skipped(self.unreadable)
         log.addHandler(handler)
         try:
             source = iter(self.dataset)

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import itertools
 import os
 from typing import Any
 
@@ -50,6 +51,16 @@ def check_fit(model: torch.nn.Module, state: dict[str, Any], path: str) -> None:
             raise UserError(
                 f'checkpoint {path} does not fit this model: {key} is {tuple(tensor.shape)} there and '
                 f'{tuple(own[key].shape)} here (other --num-classes, --img-size or --in-chans?)'
+            )
+
+
+def check_classes(saved: list[str], here: list[str], path: str) -> None:
+    """Refuse to go on with other classes than those of the checkpoint: its outputs would change their meaning."""
+    for number, (theirs, ours) in enumerate(itertools.zip_longest(saved, here, fillvalue='')):
+        if saved and here and theirs != ours:
+            raise UserError(
+                f'{path} was trained on other classes: number {number} is {theirs!r} there and {ours!r} in this data; '
+                'start from its weights with --pretrained --pretrained-path'
             )
 
 

@@ -15,7 +15,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 
 from ..data import Batch, Loader, seed_everything
 from ..errors import Preempted, TrainingStopped, UserError, explain
-from ..models.checkpoint import read_checkpoint
+from ..models.checkpoint import class_names_in, read_checkpoint
 from ..settings import Process, Settings
 from ..tasks import Task
 from . import checkpoint, log
@@ -107,6 +107,7 @@ class Trainer:
                 'skipped': self.skipped, 'batch': [self.args.batch_size, self.process.world_size],
             },
             'history': self.rows,
+            'class_names': self.train_data.classes,
         }  # fmt: skip
         if self.scaler.is_enabled():
             state['amp_scaler'] = self.scaler.state_dict()
@@ -119,6 +120,7 @@ class Trainer:
         content = read_checkpoint(path)
         if 'state_dict' not in content:
             raise UserError(f'{path} is no training checkpoint: start from it with --initial-checkpoint')
+        checkpoint.check_classes(class_names_in(content, path), self.train_data.classes, path)
         with explain(f'checkpoint {path} does not fit this run'):
             weights = clean_state_dict(content['state_dict'])
             checkpoint.check_fit(unwrap_model(self.task.get_eval_model()), weights, path)
@@ -283,7 +285,8 @@ class Trainer:
         if self.args.save_images:
             from torchvision.utils import save_image
 
-            save_image(images.float(), os.path.join(self.folder, f'train-batch-{self.step}.jpg'), normalize=True)
+            shown = images[:, : 3 if images.shape[1] >= 3 else 1]  # what JPEG has
+            save_image(shown.float(), os.path.join(self.folder, f'train-batch-{self.step}.jpg'), normalize=True)
 
     def _save_recovery(self, stop: bool) -> None:
         """Save the state inside an epoch, and end the run if it is to stop."""

@@ -5,7 +5,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Set, Union
+from typing import Any, Dict, List, Set, Union
 
 import safetensors.torch
 import torch
@@ -50,6 +50,20 @@ def read_checkpoint(path: Union[str, Path], mmap: bool = False) -> Dict[str, Any
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a dictionary of weights')
     return content
+
+
+def class_names_in(content: Dict[str, Any], path: Union[str, Path]) -> List[str]:
+    """Class names by number in a training checkpoint of ours, or an empty list.
+
+    Raises:
+        CheckpointError: they are no names.
+    """
+    names = content.get('class_names')
+    if names is None or isinstance(names, torch.Tensor):
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f'{path} is damaged: its class names are no list of names')
+    return names
 
 
 def has_average(content: Dict[str, Any]) -> bool:

@@ -57,7 +57,7 @@ def write_report(folder: str, evaluation: Evaluation) -> None:
         kind: _pictures(evaluation, rows) for kind, rows in zip(('right', 'wrong'), samples.choose(scores, PICTURES))
     }
     pngs = _figures(scores, shown)
-    files: dict[str, bytes] = {
+    files: dict[str, str | bytes] = {
         'report.json': _json(_summary(evaluation, pairs, shown)),
         'per_class.csv': _csv(
             ['label', 'class', *scores.per_class],
@@ -70,7 +70,7 @@ def write_report(folder: str, evaluation: Evaluation) -> None:
         'predictions.csv': _csv(['image', 'true', 'predicted', 'score', 'right'], _predictions(evaluation)),
         **{f'{name}.png': png for name, png in pngs.items()},
     }
-    files['report.html'] = page.evaluation(evaluation.row, evaluation.facts, scores, pairs, shown, pngs).encode()
+    files['report.html'] = page.evaluation(evaluation.row, evaluation.facts, scores, pairs, shown, pngs)
     for name, content in files.items():
         write_atomically(os.path.join(folder, name), content)
 
@@ -155,13 +155,13 @@ def _rounded(values: np.ndarray) -> list[Any]:
     return [None if value != value else round(value, 2) for value in values.tolist()]
 
 
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=1, default=str) + '\n').encode()
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1, default=str) + '\n'
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator='\n')
     writer.writerow(header)
     writer.writerows(rows)
-    return table.getvalue().encode()
+    return table.getvalue()

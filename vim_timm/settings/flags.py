@@ -15,6 +15,7 @@ Row = tuple[str, Any, Any, str] | tuple[str, Any, Any, str, Range]
 refused = object()  # the kind of a flag that is known and not honoured
 
 _FILTERS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+_MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV')  # of 8 bits, and in transforms
 _NAFLEX = 'there is no model here that takes patch sequences (NaFlex)'
 _MULTI_LABEL = "an image has one label here; for several, run timm's own train.py through vim_timm.run"
 _SIZES = 'every batch of a run has one image size here'
@@ -26,8 +27,8 @@ DATA: list[Row] = [
     ('--dataset', str, '', "'' (image folder or tar), digits, torch/NAME, hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME"),
     ('--dataset-download', bool, False, 'let torch/ and tfds/ data sets download themselves'),
     ('--data-in-memory', bool, False, 'decode once, keep the images on the device and augment them there'),
-    ('--class-map', str, '', 'file with the class names in the order of their labels'),
-    ('--input-img-mode', str, None, 'PIL mode of the images (default: L for one channel, else RGB)'),
+    ('--class-map', str, '', 'file with the class names in the order of their numbers'),
+    ('--input-img-mode', _MODES, None, 'PIL mode of the images (default: L, LA, RGB, RGBA by the number of channels)'),
     ('--input-key', str, None, 'key of the image in a sample'),
     ('--target-key', str, None, 'key of the label in a sample'),
     ('--dataset-trust-remote-code', bool, False, "run the Python code in a Hugging Face data set's repository"),
@@ -68,7 +69,7 @@ DEVICE: list[Row] = [
     ('--seed', int, 42, 'random seed', at_least(0, 2**32 - 1)),
     ('--deterministic', bool, False, 'deterministic kernels: two runs on one kind of device are bit-equal'),
     ('--dist-timeout', float, 600.0, 'seconds after which a silent rank ends a distributed run', at_least(1)),
-    ('--max-unreadable', int, 10, 'unreadable images to skip, in each worker, before the run ends', at_least(0)),
+    ('--max-unreadable', int, 10, 'distinct unreadable images to skip before the run ends', at_least(0, 10**6)),
 ]
 NAFLEX_EVAL: list[Row] = [
     ('--naflex-loader', refused, False, _NAFLEX),

@@ -1,0 +1,187 @@
+"""A class is known by its name: in training, in evaluation, in a checkpoint, and by the original's command line."""
+
+import json
+import os
+import pickle
+import shlex
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset
+
+from vim_timm import original, train, validate
+from vim_timm.data import class_names, make_dataset, renumbered
+from vim_timm.data.classes import read_class_map
+from vim_timm.errors import UserError
+
+RUN = (
+    '--model test_vit --img-size 16 --in-chans 1 --workers 0 --device cpu --batch-size 8 --epochs 4 --no-aug '
+    '--opt adamw --lr 3e-3 --warmup-epochs 0 --smoothing 0'
+).split()
+GREY = {'ant': 20, 'bee': 120, 'cow': 220}
+
+
+def write(root, classes, count=8):
+    """Images of one grey value a class, so that a model learns them at once."""
+    for name in classes:
+        for i in range(count):
+            path = root / name / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((16, 16), GREY[name] + i, np.uint8)).save(path)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run on ant, bee and cow, whose validation lacks bee."""
+    root = tmp_path_factory.mktemp('classes')
+    write(root / 'data' / 'train', ['ant', 'bee', 'cow'])
+    write(root / 'data' / 'val', ['ant', 'cow'], 4)
+    flags = [*RUN, '--data-dir', str(root / 'data'), '--output', str(root), '--experiment', 'a']
+    assert train.main(flags) == 0
+    return root
+
+
+def evaluate(trained, folder, *flags):
+    result = trained / 'result.json'
+    flags = [*flags, '--checkpoint', str(trained / 'a' / 'last.pth.tar'), '--data-dir', str(folder), '--workers', '0']
+    status = validate.main([*flags, '--device', 'cpu', '--results-file', str(result), '--results-format', 'json'])
+    return json.loads(result.read_text()) if status == 0 else status
+
+
+def test_a_split_that_lacks_classes_is_scored_by_name(trained):
+    row = json.loads((trained / 'a' / 'summary.json').read_text())[-1]
+    assert row['eval_top1'] == 100  # by place, every cow would be a bee
+
+
+def test_a_checkpoint_names_its_classes_and_an_evaluation_goes_by_them(trained, tmp_path, capsys):
+    saved = torch.load(trained / 'a' / 'last.pth.tar', weights_only=True)
+    assert saved['class_names'] == ['ant', 'bee', 'cow']
+    write(tmp_path / 'validation', ['cow'])
+    assert evaluate(trained, tmp_path, '--report', str(tmp_path / 'report'))['top1'] == 100
+    lines = (tmp_path / 'report' / 'predictions.csv').read_text().splitlines()
+    assert all(',cow,cow,' in line for line in lines[1:]) and len(lines) == 9
+    assert [row['class'] for row in json.loads((tmp_path / 'report' / 'report.json').read_text())['per_class']] == [
+        'ant', 'bee', 'cow',
+    ]  # fmt: skip
+
+
+def test_a_class_that_training_does_not_know_is_refused(trained, tmp_path, capsys):
+    GREY['Ant'] = GREY['ant']
+    write(tmp_path / 'data' / 'train', ['ant', 'bee'])
+    write(tmp_path / 'data' / 'validation', ['Ant', 'bee'])
+    assert evaluate(trained, tmp_path / 'data') == 2
+    assert "the class 'Ant'" in capsys.readouterr().err
+    assert train.main([*RUN, '--data-dir', str(tmp_path / 'data'), '--output', str(tmp_path / 'out')]) == 2
+    assert "split 'validation' has the class 'Ant'" in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
+def test_a_class_map_of_the_user_says_the_numbers(trained, tmp_path):
+    GREY['Kuh'] = GREY['cow']
+    write(tmp_path / 'validation', ['Kuh'])
+    (tmp_path / 'map.txt').write_text('Ameise\nBiene\nKuh\n')
+    assert evaluate(trained, tmp_path, '--class-map', str(tmp_path / 'map.txt'))['top1'] == 100
+
+
+def test_valid_labels_name_the_classes_that_the_checkpoint_names(trained, tmp_path, capsys):
+    write(tmp_path / 'validation', ['cow', 'ant'])
+    (tmp_path / 'labels').write_text('2\n0\n')
+    flags = ['--valid-labels', str(tmp_path / 'labels'), '--report', str(tmp_path / 'report')]
+    assert evaluate(trained, tmp_path, *flags)['top1'] == 100
+    assert (tmp_path / 'report' / 'per_class.csv').read_text().splitlines()[1].startswith('0,cow,')
+    (tmp_path / 'labels').write_text('0\n3\n')
+    assert evaluate(trained, tmp_path, *flags) == 2
+    assert 'the model has classes 0 to 2' in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_classes(trained, tmp_path, capsys):
+    write(tmp_path / 'train', ['ant', 'cow', 'bee'])
+    os.rename(tmp_path / 'train' / 'bee', tmp_path / 'train' / 'zebra')
+    write(tmp_path / 'val', ['ant'])
+    flags = [*RUN, '--epochs', '6', '--resume', str(trained / 'a' / 'last.pth.tar')]
+    assert train.main([*flags, '--data-dir', str(tmp_path), '--output', str(tmp_path / 'out')]) == 2
+    assert "number 1 is 'bee' there and 'cow' in this data" in capsys.readouterr().err
+    assert train.main([*flags, '--data-dir', str(trained / 'data'), '--output', str(tmp_path / 'out')]) == 0
+
+
+def test_class_names_that_are_none_are_refused(trained, tmp_path, capsys):
+    content = torch.load(trained / 'a' / 'last.pth.tar', weights_only=True)
+    for names in ('ant', [1, 2, 3], {'a': 1}):
+        torch.save({**content, 'class_names': names}, tmp_path / 'x.pth.tar')
+        flags = ['--checkpoint', str(tmp_path / 'x.pth.tar'), '--data-dir', str(trained / 'data'), '--workers', '0']
+        assert validate.main([*flags, '--device', 'cpu']) == 2
+        assert 'its class names are no list of names' in capsys.readouterr().err
+
+
+class Named:
+    def __init__(self, classes):
+        self.classes = classes
+
+    def __len__(self):
+        return len(self.classes)
+
+    def __getitem__(self, index):
+        return None, index
+
+
+def test_renumbering_goes_by_name():
+    same = Named(['a', 'b'])
+    assert renumbered(same, ['a', 'b'], 'x', 'y') is same and renumbered(same, [], 'x', 'y') is same
+    moved = renumbered(Named(['c', 'a']), ['a', 'b', 'c'], 'x', 'y')
+    assert [moved[i][1] for i in range(2)] == [2, 0] and class_names(moved) == ['a', 'b', 'c']
+    assert [pickle.loads(pickle.dumps(moved))[i][1] for i in range(2)] == [2, 0]
+    with pytest.raises(UserError, match='x has other classes'):
+        renumbered(Named(['a', 'a']), ['a', 'b'], 'x', 'y')
+
+
+def test_a_stream_is_renumbered_too():
+    class Stream(IterableDataset):
+        classes, target_transform = ['b', 'a'], None
+
+        def __iter__(self):
+            yield from ((None, self.target_transform(label)) for label in (0, 1, -1))
+
+    assert [label for _, label in renumbered(Stream(), ['a', 'b'], 'x', 'y')] == [1, 0, -1]
+
+
+@pytest.mark.parametrize(
+    'content, words', [('a\nb\na\n', "'a' is in it 2 times"), ('\n', 'names no class'), (b'\xff\xfe', 'decode')]
+)
+def test_class_maps_that_cannot_be_meant(content, words, tmp_path):
+    path = tmp_path / 'map.txt'
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=words):
+        read_class_map(str(path), None)
+
+
+def test_class_maps(tmp_path):
+    (tmp_path / 'map.txt').write_text('b\na\n\n')
+    assert read_class_map('map.txt', str(tmp_path)) == {'b': 0, 'a': 1}
+    (tmp_path / 'map.pkl').write_bytes(pickle.dumps({'a': 1, 'A': 1, 'b': 0}))
+    mapping = read_class_map('map.pkl', str(tmp_path))
+    assert mapping == {'a': 1, 'A': 1, 'b': 0}
+    (tmp_path / 'bad.pkl').write_bytes(pickle.dumps({'a': -1}))
+    with pytest.raises(UserError, match='whole numbers'):
+        read_class_map('bad.pkl', str(tmp_path))
+
+
+def test_the_original_numbers_classes_as_torchvision_does(tmp_path, capsys):
+    names = [str(i) for i in range(12)] + ['a', 'B']
+    for split in ('train', 'val'):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new('RGB', (8, 8)).save(tmp_path / split / name / 'x.png')
+        (tmp_path / split / '.ipynb_checkpoints').mkdir()
+    assert original.main(['--dry-run', '--data-path', str(tmp_path), '--model', 'vim_tiny_patch16_224']) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('python'))
+    args = train.parse_args(shlex.split(line)[3:])
+    for split, training in ((args.train_split, True), (args.val_split, False)):
+        assert class_names(make_dataset(args, split, training, 3)) == sorted(names)
+    assert args.num_classes == len(names)
+
+
+def test_weights_keep_their_place_in_timm(trained):
+    model = timm.create_model('test_vit', in_chans=1, img_size=16, num_classes=3)
+    timm.models.load_checkpoint(model, str(trained / 'a' / 'last.pth.tar'))

@@ -1,0 +1,165 @@
+"""Data sets from flags: image folders and tars, the embedded digits, and timm's."""
+
+import functools
+import os
+from typing import Any
+
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
+from torch.utils.data import Dataset, IterableDataset
+
+from ..errors import UserError, explain
+from ..files import printable
+from .classes import class_names, read_class_map
+from .digits import Digits
+from .folder import HIDDEN, Images, is_split, split_folder, top_folders
+from .idx import CompressedIdx, is_compressed
+from .images import MODES, channels_of, image_endings, read_image
+
+TORCHVISION_FOLDERS = ('torch/image_folder', 'torch/folder')
+KINDS = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
+STREAMS = ('hfids/', 'tfds/', 'wds/')
+
+
+class Pictures(Dataset):
+    """Pictures of a timm reader: PIL images in `image_mode`, and the class that the reader says (-1 for none)."""
+
+    def __init__(self, reader: Any, mode: str):
+        self.reader, self.image_mode = reader, mode
+
+    @classmethod
+    def of(cls, dataset: Any) -> Any:
+        """The same data set, read here: timm's replaces what it cannot read, and clips 16-bit pixels."""
+        return cls(dataset.reader, dataset.input_img_mode) if type(dataset) is ImageDataset else dataset
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        file, target, *_ = self.reader[index]
+        with file:
+            return read_image(file, self.image_mode), -1 if target is None else target
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """Name of an image's file, relative to the folder of the data set."""
+        return self.reader.filename(index, basename, absolute)
+
+    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
+        """Names of all files."""
+        return self.reader.filenames(basename, absolute)
+
+
+def image_mode(args: Any, channels: int) -> str:
+    """PIL mode in which images are read for a model of so many channels.
+
+    Raises:
+        UserError: there is none, or the one that was asked for has another number of channels.
+    """
+    mode = args.input_img_mode or MODES.get(channels)
+    if mode is None:
+        raise UserError(
+            f'a picture has 1 to 4 channels, and the model takes {channels}: --in-chans must be one of those'
+        )
+    if channels_of(mode) != channels:
+        raise UserError(
+            f'--input-img-mode {mode} has {channels_of(mode)} channels, and the model takes {channels}: give both the '
+            'same'
+        )
+    return mode
+
+
+def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
+    """The data set of one split, without a transform.
+
+    Raises:
+        UserError: there is no such data set, folder or split, it is empty, or cannot have so many channels.
+    """
+    mode = image_mode(args, channels)
+    folder = not args.dataset or args.dataset in TORCHVISION_FOLDERS
+    if args.class_map and not folder and args.dataset.startswith(('digits', 'torch/')):
+        raise UserError(f'--class-map orders the classes of a folder or tar, not those of {args.dataset}')
+    if args.dataset == 'digits':
+        return Digits(training, mode)
+    if args.dataset and not args.dataset.startswith(KINDS):  # timm would take it for a folder of images
+        names = 'NAME, '.join(KINDS)
+        raise UserError(f'--dataset takes digits, nothing for a folder or tar, or {names}NAME, not {args.dataset!r}')
+    if args.dataset.startswith('torch/') or folder:
+        if not args.data_dir:
+            raise UserError('no data: give --data-dir, or --dataset digits for the embedded digits')
+        if not os.path.exists(args.data_dir) and not args.dataset_download:
+            raise UserError(f'there is no data folder {args.data_dir}')
+    with explain(f'{args.dataset or "image folder"} {args.data_dir or ""}, split {split!r}'):
+        if folder:
+            return Pictures(_image_files(args, split), mode)
+        if is_compressed(args.dataset, args.data_dir):
+            dataset: Any = CompressedIdx(args.dataset, args.data_dir, 'train' in split)
+        else:
+            dataset = Pictures.of(_timm_dataset(args, split, training, mode))
+    if not args.dataset.startswith(STREAMS) and len(dataset) == 0:
+        raise UserError(f'there are no images in {args.dataset}, split {split!r}')
+    if hasattr(dataset, 'loader'):  # torchvision's of image files, which would clip 16-bit pixels
+        dataset.loader = functools.partial(_load, mode=mode)
+    dataset.image_mode = mode
+    return dataset
+
+
+def _image_files(args: Any, split: str) -> Images:
+    root = args.data_dir
+    if os.path.isfile(root) and not root.lower().endswith('.tar'):
+        raise UserError('it is neither a folder nor a .tar')
+    if '[' in split:
+        raise UserError('a part of a split can be had of hfds/ and tfds/ data sets only')
+    folders = top_folders(root)
+    folder = split_folder(split, folders)
+    if split and not folder:
+        others = [name for name in folders if is_split(name)]
+        if others:
+            raise UserError(f'{root} has folders of splits ({", ".join(others)}), but none for split {split!r}')
+        if not is_split(split):
+            raise UserError(f'there is no folder {split} in {root}')
+    endings = set(args.input_key.lower().split(';')) if args.input_key else image_endings()
+    class_map = read_class_map(args.class_map, root) if args.class_map else None
+    images = Images(root, endings, folder, class_map, outermost=args.dataset in TORCHVISION_FOLDERS)
+    if not len(images):
+        raise UserError(f'there are no images in {root}, split {split!r}{passed_over(images)}')
+    return images
+
+
+def _timm_dataset(args: Any, split: str, training: bool, mode: str) -> Any:
+    undecoded = args.dataset.startswith(('wds/', 'hfids/'))  # these leave the mode to us
+    endings = ';'.join(sorted(ending[1:] for ending in image_endings()))
+    return create_dataset(
+        args.dataset, root=args.data_dir, split=split, is_training=training,
+        class_map=read_class_map(args.class_map, args.data_dir) if args.class_map else {},
+        download=args.dataset_download, batch_size=args.batch_size, seed=args.seed,
+        repeats=args.epoch_repeats if training else 0, input_img_mode='' if undecoded else mode,
+        input_key=args.input_key or (endings if args.dataset.startswith('wds/') else None), target_key=args.target_key,
+        num_samples=args.train_num_samples if training else args.val_num_samples,
+        trust_remote_code=args.dataset_trust_remote_code,
+    )  # fmt: skip
+
+
+def _load(path: str, mode: str) -> Image.Image:
+    with open(path, 'rb') as file:
+        return read_image(file, mode)
+
+
+def passed_over(reader: Any) -> str:
+    """What a reader of image files does not read, and why, as the end of a sentence."""
+    reasons = []
+    for why, names in getattr(reader, 'passed_over', {}).items():
+        shown = '' if why == HIDDEN else f' ({", ".join(sorted(names)[:2])}{", ..." if len(names) > 2 else ""})'
+        hint = ': pip install pillow-heif' if why.endswith(('.heic', '.heif')) else ''
+        reasons.append(f'{len(names)} {why}{shown}{hint}')
+    return f'; passed over: {", ".join(sorted(reasons))}' if reasons else ''
+
+
+def describe(dataset: Any, split: str, args: Any) -> str:
+    """A line on what will be read of a split: how many images of which classes, where, and what is passed over."""
+    names, reader = class_names(dataset), getattr(dataset, 'reader', None)
+    images = 'a stream' if isinstance(dataset, IterableDataset) else f'{len(dataset)} images'
+    shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+    classes = f' of {len(names)} classes ({shown})' if names else ''
+    place = getattr(reader, 'root', '') if isinstance(reader, Images) else args.data_dir
+    where = ' in '.join(filter(None, (args.dataset, place)))
+    return printable(f'{split}: {images}{classes}{f" in {where}" if where else ""}{passed_over(reader)}')
