@@ -393,7 +393,7 @@ def test_unreadable_samples_of_a_web_data_set_are_named_and_counted_once(tmp_pat
     unreadable = Unreadable(3)
     dataset.transform = lambda image: np.asarray(to_mode(image, dataset.image_mode))
     for _ in range(2):
-        (image, _), *others = Stream(dataset, 0, 0, unreadable)
+        (image, *_), *others = Stream(dataset, 0, 0, unreadable)
         assert image.max() == round(46000 / 257) and not others
     lines = capsys.readouterr().out.splitlines()
     shard = tmp_path / 'a-000.tar'
