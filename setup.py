@@ -112,7 +112,7 @@ setup(
     extras_require={'train': TRAIN, 'heic': HEIC, 'cuda': CUDA, 'export': EXPORT, 'test': TEST + TRAIN + EXPORT},
     packages=find_packages(include=['vim_timm', 'vim_timm.*']),
     package_data={
-        'vim_timm': ['py.typed', 'recipes/*.yaml', 'weights/*', '*.npz', '**/*.npz'],
+        'vim_timm': ['py.typed', 'recipes/*.yaml', 'weights/*', 'weights/*/*', '*.npz', '**/*.npz'],
         'vim_timm.ops.cpu': ['*.c', '*.h'],
         'vim_timm.ops.cuda': ['*.cu', '*.cuh'],
     },

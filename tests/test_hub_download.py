@@ -336,6 +336,21 @@ def test_a_pickle_that_would_run_code_is_refused(hub, tmp_path):
     assert not (tmp_path / 'executed').exists()
 
 
+@pytest.mark.parametrize('fault, words', [
+    (dict(status=500, times=99), ('status 500', 'HF_ENDPOINT', '--pretrained-path', '--checkpoint')),
+    (dict(status=401, times=99), ('status 401', 'hf auth login')),
+    (None, ('not in the cache', 'HF_ENDPOINT', 'HF_HOME')),
+])  # fmt: skip
+def test_a_command_line_names_the_ways_out(hub, fault, words, monkeypatch, capsys):
+    if fault:
+        hub.fault('/resolve/', **fault)
+    else:
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    assert validate.main('--model vim_tiny_patch16_224 --pretrained --num-classes 10 --device cpu'.split()) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words) and error.count('\n') == 1
+
+
 def test_the_environment_names_hub_and_cache(tmp_path):
     """HF_ENDPOINT and HF_HOME in a process of its own, as a user sets them."""
     with Hub() as server:

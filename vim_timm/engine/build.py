@@ -1,11 +1,15 @@
 """Models and optimizers from settings."""
 
+import contextlib
 import difflib
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import create_model, get_deprecated_models, resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -14,6 +18,34 @@ from timm.task import TrainingTask
 from ..errors import UserError, explain
 from ..settings import Process, Settings
 from .checkpoint import load_weights
+
+
+@contextlib.contextmanager
+def explain_download(name: str) -> Iterator[None]:
+    """Turn a failed download of a model's weights into a UserError that names the ways out.
+
+    The client's lines about each of its attempts are left out: they come before the sentence that says the same.
+    """
+    logger = logging.getLogger('huggingface_hub')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        status = next((e.response.status_code for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError)), 0)
+        if status in (401, 403, 404):
+            raise UserError(
+                f'the Hub has no such weights of {name} for you (status {status}): check the name and the revision, or '
+                'log in with `hf auth login` where they are private'
+            ) from error
+        why = f'status {status}' if status else 'no answer, and they are not in the cache'
+        raise UserError(
+            f'the weights of {name} cannot be downloaded ({why}): go online, name a mirror in HF_ENDPOINT, copy '
+            "another machine's cache (HF_HOME), or name a file: --pretrained --pretrained-path FILE in training, "
+            '--checkpoint FILE in an evaluation'
+        ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def current_name(name: str, process: Process) -> str:
@@ -41,7 +73,7 @@ def make_model(args: Settings, **kwargs: Any) -> torch.nn.Module:
         UserError: an unknown argument, a size that does not fit, weights that cannot be had or do not fit.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    with explain(f'model {args.model}'):
+    with explain(f'model {args.model}'), explain_download(args.model):
         kwargs.update(pretrained=args.pretrained, num_classes=args.num_classes, global_pool=args.gp)
         return create_model(**resolve_model_input_args(args.model, vars(args), **kwargs, **args.model_kwargs))
 

@@ -21,6 +21,7 @@ from ..tasks import Task
 from . import checkpoint, log
 from .evaluate import Metric, Watch, evaluate
 from .process import catch_signals
+from .provenance import provenance
 
 
 @dataclasses.dataclass
@@ -74,6 +75,7 @@ class Trainer:
         self.progress = log.Progress(self.primary, args.log_interval)
         self.signals: list[int] = []
         self.trackers = log.Trackers(args) if self.primary else None
+        self.provenance = provenance(process)
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.step, self.nonfinite, self.skipped = args.start_epoch or 0, 0, 0, 0
         self._reset_loss()
@@ -108,6 +110,7 @@ class Trainer:
             },
             'history': self.rows,
             'class_names': self.train_data.classes,
+            'provenance': self.provenance,
         }  # fmt: skip
         if self.scaler.is_enabled():
             state['amp_scaler'] = self.scaler.state_dict()

@@ -11,8 +11,8 @@ import torch.nn as nn
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block as AttentionBlock
 
-from vim_timm.layers.block import Block
 from vim_timm.layers.bimamba import BiMamba
+from vim_timm.layers.block import Block
 from vim_timm.layers.norm import RmsNorm
 from vim_timm.layers.pos_embed import resample_pos_embed, sincos_pos_embed
 from vim_timm.layers.token_order import Layout

@@ -205,11 +205,18 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: VisionMamba) -> Dict
     return adapt(state_dict, model, _from_original)
 
 
+_LICENCE = (
+    "The authors' repositories on the Hub contradict themselves: their metadata say apache-2.0, as their code does, "
+    'the text of their cards a non-commercial licence. Ask them before a commercial use.'
+)
+
+
 def _hustvl(size: str, filename: str) -> Dict[str, Any]:
     return cfg(
         hf_hub_id=f'hustvl/Vim-{size}-midclstok',
         hf_hub_filename=filename,
         origin_url='https://github.com/hustvl/Vim',
+        notes=(_LICENCE,),
     )
 
 

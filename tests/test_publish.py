@@ -1,0 +1,196 @@
+"""A checkpoint becomes a folder that timm, the Hub and a reader of its card accept, and is uploaded without secrets."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from hub_server import TOKEN, sha256
+from huggingface_hub import ModelCard
+from test_hub_download import hub  # noqa: F401  a fixture
+
+from vim_timm import train
+from vim_timm.engine.saved import Saved
+from vim_timm.hub import folder as folders
+from vim_timm.hub import publish
+from vim_timm.hub.publish import main
+from vim_timm.models import pretrained
+
+MODEL = '--model vim_nano_patch4_32 --img-size 16 --model-kwargs depth=1 embed_dim=32 --model-ema'
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """The folder of a short training run, with a moving average and a path that nobody else should read."""
+    output = tmp_path_factory.mktemp('runs')
+    line = f'--dataset digits --epochs 1 --batch-size 128 --workers 0 --device cpu --lr 0.01 {MODEL} --output {output}'
+    assert train.main([*line.split(), '--experiment', 'secret-experiment']) == 0
+    return output / 'secret-experiment'
+
+
+@pytest.fixture(scope='module')
+def published(run, tmp_path_factory):
+    """The folder that a dry run writes for the run, evaluated."""
+    folder = tmp_path_factory.mktemp('published') / 'digits-vim'
+    checkpoint = str(run / 'last.pth.tar')
+    assert main([checkpoint, '--repo-id', 'org/digits-vim', '--output', str(folder), '--dry-run', '--use-ema']) == 0
+    return folder
+
+
+def trained(run, key='state_dict_ema') -> dict[str, torch.Tensor]:
+    return torch.load(run / 'last.pth.tar', weights_only=True)[key]
+
+
+def test_the_folder_holds_nothing_but_what_is_published(published):
+    assert sorted(path.name for path in published.iterdir()) == sorted(folders.FILES)
+    sums = dict(reversed(line.split()) for line in (published / 'SHA256SUMS').read_text().splitlines())
+    assert sums == {name: sha256((published / name).read_bytes()) for name in folders.FILES if name != 'SHA256SUMS'}
+
+
+def test_timm_loads_the_very_weights_from_it(run, published):
+    model = timm.create_model(f'local-dir:{published}', pretrained=True)
+    assert all(torch.equal(value, trained(run)[name]) for name, value in model.state_dict().items())
+    assert (model.num_classes, model.patch_embed.img_size) == (10, (16, 16))
+    assert model.pretrained_cfg['input_size'] == (3, 16, 16)
+
+
+def test_the_configuration_is_json(published):
+    config = json.loads((published / 'config.json').read_text())
+    assert config['label_names'] == [str(digit) for digit in range(10)]
+    assert config['model_args'].items() >= {'depth': 1, 'embed_dim': 32, 'img_size': [16, 16]}.items()
+
+
+def test_the_card_tells_of_the_run(published):
+    card = ModelCard((published / 'README.md').read_text())
+    (top1, top5) = card.data.eval_results
+    shown = re.search(r'\| (\d+) \| (\d+\.\d{3}) \| (\d+\.\d{3}) \|', card.text)
+    assert int(shown[1]) == 359 and float(shown[2]) == top1.metric_value and float(shown[3]) == top5.metric_value
+    assert (card.data.license, card.data.library_name) == ('apache-2.0', 'timm')
+    for text in (
+        'vim_timm.train --dataset digits',
+        'epochs 1',
+        'hf-hub:org/digits-vim',
+        'commit',
+        'seed: 42',
+        'import vim_timm',
+    ):
+        assert text in card.text
+    code = re.search(r'```python\n(.*?)```', card.text, re.DOTALL)[1]
+    assert code.index('import vim_timm') < code.index('create_model')
+    assert yaml.safe_load((published / 'args.yaml').read_text())['model_kwargs'] == {'depth': 1, 'embed_dim': 32}
+    assert (published / 'summary.csv').read_text().startswith('epoch,train_loss')
+
+
+def test_neither_path_nor_name_of_this_machine_is_told(run, published):
+    for path in published.iterdir():
+        content = path.read_bytes()
+        for secret in (str(run.parent), 'secret-experiment', str(Path.home()), os.getcwd()):
+            assert secret.encode() not in content, (path.name, secret)
+
+
+def test_a_token_or_path_in_the_folder_ends_the_upload(published, tmp_path, capsys):
+    for name, text in (('README.md', f'HF_TOKEN={TOKEN}'), ('args.yaml', f'data: {Path.home()}/images')):
+        (tmp_path / name).mkdir()
+        for path in published.iterdir():
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+        (tmp_path / name / name).write_text(text)
+        (tmp_path / name / 'SHA256SUMS').unlink()
+        with pytest.raises(Exception, match='would tell a path of this machine or a token'):
+            folders.finish_folder(tmp_path / name, text if name == 'README.md' else 'card')
+
+
+def test_upload_resumes_and_gives_the_same_logits(published, hub, monkeypatch, capsys, tmp_path):  # noqa: F811
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    line = [str(published), '--repo-id', 'org/digits-vim', '--private']
+    hub.fault('/commit/', status=500)
+    assert main(line) == 2
+    assert re.search(r'publish: error: the upload to org/digits-vim broke off, .*\n$', capsys.readouterr().err)
+    assert main(line) == 0
+    assert hub.uploads == 1  # the weights went over once
+    repository = hub.repositories['org/digits-vim']
+    assert repository.private and sorted(repository.files) == sorted(folders.FILES)
+    assert not [name for name in repository.files if name.endswith(('.bin', '.pth', '.pt', '.tar', '.pkl'))]
+    assert all(TOKEN.encode() not in content for content in repository.files.values())
+    images = torch.rand(2, 3, 16, 16)
+    logits = [
+        timm.create_model(source, pretrained=True).eval()(images)
+        for source in ('hf-hub:org/digits-vim', f'local-dir:{published}')
+    ]
+    assert torch.equal(*logits)
+
+
+def test_upload_without_a_token_is_one_sentence(published, hub, capsys):  # noqa: F811
+    assert main([str(published), '--repo-id', 'org/digits-vim']) == 2
+    error = capsys.readouterr().err
+    assert 'org/digits-vim' in error and error.count('\n') == 1 and not hub.uploads
+
+
+def test_changed_files_are_not_published(published, hub, monkeypatch, tmp_path, capsys):  # noqa: F811
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    for path in published.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = (tmp_path / 'model.safetensors').read_bytes()
+    (tmp_path / 'model.safetensors').write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert main([str(tmp_path), '--repo-id', 'org/name']) == 2
+    assert 'SHA-256' in capsys.readouterr().err and not hub.requests
+
+
+@pytest.mark.parametrize('line, words', [
+    ([], 'name a checkpoint'),
+    (['nowhere.pth', '--dry-run'], 'no checkpoint at nowhere.pth'),
+    (['{run}/last.pth.tar'], 'name the repository'),
+    (['{run}/last.pth.tar', '--repo-id', 'name-without-owner'], 'name the repository'),
+    (['{run}', '--repo-id', 'org/name'], 'is no folder of a published model'),
+    (['{run}/last.pth.tar', '--dry-run', '--no-evaluate', '--output', '{run}'], 'holds other files'),
+    (['{run}/last.pth.tar', '--dry-run', '--results', '{run}/args.yaml', '--output', '{tmp}/a'], '--results'),
+    (['{run}/last.pth.tar', '--embed', 'vim_tiny_patch4_32.nowhere'], 'add it to `default_cfgs`'),
+])  # fmt: skip
+def test_mistakes_end_in_a_sentence(line, words, run, tmp_path, capsys):
+    assert main([word.format(run=run, tmp=tmp_path) for word in line]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count('\n') == 1
+    assert (run / 'last.pth.tar').is_file()
+
+
+def test_a_weight_is_embedded_by_one_command(run, tmp_path, monkeypatch):
+    """Its folder makes a configuration that claims weights, loads offline and in any size, and is checked."""
+    for module in (pretrained, publish):
+        monkeypatch.setattr(module, 'PACKAGED', tmp_path)
+    name = 'vim_nano_patch4_32.cifar10'
+    assert main([str(run / 'last.pth.tar'), '--embed', name, '--use-ema', '--no-evaluate']) == 0
+    entries = pretrained.packaged(name)
+    assert entries['label_names'] == tuple(str(digit) for digit in range(10))
+    assert Path(entries['file']).stat().st_size < 3_000_000
+    overlay = dict(pretrained_cfg_overlay=entries, depth=1, embed_dim=32, img_size=16)
+    model = timm.create_model('vim_nano_patch4_32', pretrained=True, **overlay)
+    assert torch.equal(model.norm.weight, trained(run)['norm.weight'].half().float())
+    with open(entries['file'], 'r+b') as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b'?')
+    with pytest.raises(ValueError, match='SHA-256'):
+        timm.create_model('vim_nano_patch4_32', pretrained=True, **overlay)
+
+
+def test_a_checkpoint_of_the_authors_keeps_their_contradicting_licence(tmp_path, monkeypatch):
+    model = timm.create_model('vim_tiny_patch16_224', depth=1, embed_dim=32)
+    saved = Saved(model, timm.data.resolve_model_data_config(model), [], {'data_set': 'IMNET'})
+    monkeypatch.setattr(publish, 'open_saved', lambda *_: saved)
+    assert main(['vim_t.pth', '--dry-run', '--no-evaluate', '--output', str(tmp_path / 'vim')]) == 0
+    card = ModelCard((tmp_path / 'vim' / 'README.md').read_text())
+    assert card.data.license == 'apache-2.0' and 'non-commercial' in card.text and 'Not evaluated' in card.text
+
+
+@pytest.mark.parametrize('name', timm.list_models(module='vision_mamba'))
+def test_every_configuration_reloads_to_the_same_model(name, tmp_path):
+    """Constructor arguments are JSON, and config.json gives the model back."""
+    sizes = dict(depth=2, num_classes=3, in_chans=1, drop_path_rate=0.1, d_state=8)
+    model = timm.create_model(name, **sizes)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+    assert repr(again.eval()) == repr(timm.create_model(name, **{**sizes, 'drop_path_rate': 0.0}).eval())

@@ -1,0 +1,127 @@
+"""Trained models to work with: from a checkpoint, a folder saved for the Hub, or by the name of published weights."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from timm.data import ImageNetInfo, resolve_input_data_config
+from timm.models import create_model, get_deprecated_models, is_model, resolve_model_input_args
+
+from ..errors import UserError, explain
+from ..models.checkpoint import class_names_in, read_checkpoint, select_weights
+from .build import explain_download
+from .checkpoint import load_weights
+
+# settings of a run that say what images its model takes
+_IMAGES = ('img_size', 'in_chans', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation')
+
+
+@dataclasses.dataclass
+class Saved:
+    """A trained model and what was saved with it.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        data_config: timm's settings of its images.
+        class_names: in the order of its outputs; [] where nobody knows them.
+        settings: of its training run, by flag; {} where the file does not say.
+        record: what else its checkpoint holds, tensors apart: history, provenance, ...
+    """
+
+    model: Any
+    data_config: dict[str, Any]
+    class_names: list[str]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        """The full registered name of the model."""
+        return self.model.pretrained_cfg['architecture']
+
+
+def open_published(name: str, **kwargs: Any) -> Saved:
+    """The model `name` (a registered one, `hf-hub:...`, `local-dir:...`) with its weights; `kwargs` of its constructor.
+
+    Raises:
+        UserError: there is no such model, or its weights cannot be had.
+    """
+    with explain(f'model {name}'), explain_download(name):
+        model = create_model(name, pretrained=True, **kwargs).eval()
+        return Saved(model, resolve_input_data_config(model, {}), _label_names(model))
+
+
+def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
+    """The model in a file or folder, built as it was trained.
+
+    Args:
+        path: a training checkpoint, a file of weights, or a folder that was saved for the Hub.
+        name: the model, where the file does not say.
+        use_ema: take the moving average.
+
+    Raises:
+        UserError: it cannot be read, does not say which model it holds, or the weights do not fit.
+    """
+    if os.path.isdir(path):
+        return open_published(f'local-dir:{path}')
+    content = read_checkpoint(path)
+    settings = _settings(content)
+    name = name or settings.get('model') or _architecture(path)
+    name = get_deprecated_models().get(name) or name
+    if not name:
+        raise UserError(f'{path} does not say which model it holds: name it with --model')
+    if not is_model(name.partition('.')[0]):
+        raise UserError(f'there is no model {name!r}, which {path} is of')
+    head = select_weights(content, use_ema).get('head.weight')
+    classes = settings.get('num_classes') or (None if head is None else len(head))
+    with explain(f'model {name}'):
+        kwargs: dict[str, Any] = dict(num_classes=classes, global_pool=settings.get('gp'))
+        arguments = resolve_model_input_args(name, settings, **kwargs, **settings.get('model_kwargs', {}))
+        model = create_model(**arguments)
+    load_weights(model, path, use_ema)
+    with explain('images'):
+        images = {key: settings[key] for key in _IMAGES if settings.get(key)}
+        data_config = resolve_input_data_config(model, images)
+    names = class_names_in(content, path) or (_imagenet(model) if settings.get('data_set') == 'IMNET' else [])
+    record = {key: value for key, value in content.items() if key in ('history', 'provenance', 'epoch')}
+    return Saved(model.eval(), data_config, names, settings, record)
+
+
+def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a checkpoint of ours or of timm; of the original's only its model and size mean the same."""
+    args = content.get('args')
+    if isinstance(args, dict):
+        return args
+    theirs = vars(args) if hasattr(args, '__dict__') else {}
+    if 'state_dict' in content:
+        return theirs
+    names = {'model': 'model', 'img_size': 'input_size', 'data_set': 'data_set'}
+    return {ours: theirs[name] for ours, name in names.items() if name in theirs}
+
+
+def _architecture(path: str) -> str:
+    """The model that the metadata of a safetensors file name; ''."""
+    if Path(path).suffix != '.safetensors':
+        return ''
+    with safe_open(path, 'pt') as file:
+        return (file.metadata() or {}).get('architecture', '')
+
+
+def _label_names(model: Any) -> list[str]:
+    """Class names of published weights, from their configuration or, for ImageNet's, from timm."""
+    names = model.pretrained_cfg.get('label_names')
+    if isinstance(names, Mapping):  # of a folder saved by timm: place -> name
+        names = [names[key] for key in sorted(names, key=int)]
+    if names and len(names) == model.num_classes:
+        return list(map(str, names))
+    return _imagenet(model) if 'in1k' in model.pretrained_cfg.get('tag', '') else []
+
+
+def _imagenet(model: Any) -> list[str]:
+    info = ImageNetInfo()
+    if model.num_classes != info.num_classes():
+        return []
+    return [info.index_to_description(index).split(',')[0] for index in range(info.num_classes())]

@@ -1,0 +1,160 @@
+"""The model card of a published folder: its text from what is known of the run, nothing from this machine's paths."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+# data sets as --dataset names them -> name to read, and where the Hub has them
+DATASETS = {
+    'digits': ('handwritten digits of scikit-learn', ''),
+    'torch/mnist': ('MNIST', 'ylecun/mnist'),
+    'torch/fashion_mnist': ('Fashion-MNIST', 'zalando-datasets/fashion_mnist'),
+    'torch/cifar10': ('CIFAR-10', 'uoft-cs/cifar10'),
+    'torch/cifar100': ('CIFAR-100', 'uoft-cs/cifar100'),
+    'torch/imagenet': ('ImageNet-1k', 'ILSVRC/imagenet-1k'),
+}
+CITATIONS = (
+    """@inproceedings{zhu2024vision,
+  title = {Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model},
+  author = {Zhu, Lianghui and Liao, Bencheng and Zhang, Qian and Wang, Xinlong and Liu, Wenyu and Wang, Xinggang},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024}
+}""",
+    """@misc{rw2019timm,
+  author = {Ross Wightman},
+  title = {PyTorch Image Models},
+  year = {2019},
+  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
+}""",
+)
+
+
+@dataclass
+class Facts:
+    """What a card tells.
+
+    Attributes:
+        name: name of the repository.
+        source: what `timm.create_model` takes.
+        architecture: registered name.
+        parameters: their number.
+        image: (channels, height, width).
+        dtype: of the tensors in the file.
+        license, notes: an SPDX-like name in lower case, and sentences about it.
+        dataset: --dataset's value, or a word for a folder of images.
+        split: that was evaluated.
+        result: validate.py's row, or {}.
+        evaluate: the command that printed it.
+        train: the command that trained the model, or ''.
+        made: how it came about, by name: commit, versions, hardware, date, time.
+        class_names: in the order of the outputs.
+    """
+
+    name: str
+    source: str
+    architecture: str
+    parameters: int
+    image: Sequence[int]
+    dtype: str = 'float32'
+    license: str = 'apache-2.0'
+    notes: Sequence[str] = ()
+    dataset: str = ''
+    split: str = ''
+    result: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: str = ''
+    train: str = ''
+    made: Mapping[str, str] = field(default_factory=dict)
+    class_names: Sequence[str] = ()
+
+
+def card(facts: Facts) -> str:
+    """The text of README.md, its metadata first."""
+    title, hub_dataset = DATASETS.get(facts.dataset, (facts.dataset.partition('/')[2] or 'a folder of images', ''))
+    if facts.dataset.startswith(('hfds/', 'hfids/')):
+        hub_dataset = title
+    sections = [
+        f'---\n{_metadata(facts, title, hub_dataset)}\n---',
+        f'# {facts.name}',
+        _summary(facts, title),
+        '## Use\n\nNeeds `vim-timm`, whose import registers the model with timm.\n\n' + _usage(facts),
+        _accuracy(facts, title),
+        _training(facts),
+        _classes(facts.class_names),
+        '\n\n'.join(['## Licence', f'`{facts.license}`', *facts.notes]),
+        '## Citation\n\n' + '\n\n'.join(f'```bibtex\n{entry}\n```' for entry in CITATIONS),
+    ]
+    return '\n\n'.join(filter(None, sections)) + '\n'
+
+
+def _metadata(facts: Facts, dataset: str, hub_dataset: str) -> str:
+    results = [
+        EvalResult(
+            task_type='image-classification', dataset_type=hub_dataset or dataset, dataset_name=dataset,
+            dataset_split=facts.split or None, metric_type='accuracy', metric_name=f'top-{place}',
+            metric_value=round(facts.result[f'top{place}'], 3),
+        )
+        for place in (1, 5)
+        if f'top{place}' in facts.result
+    ]  # fmt: skip
+    data = ModelCardData(
+        library_name='timm', pipeline_tag='image-classification' if facts.class_names or results else None,
+        license=facts.license, tags=['timm', 'vim-timm', 'vision-mamba', 'image-classification'],
+        datasets=[hub_dataset] if hub_dataset else None, model_name=facts.name if results else None,
+        eval_results=results or None,
+    )  # fmt: skip
+    return data.to_yaml().strip()
+
+
+def _summary(facts: Facts, dataset: str) -> str:
+    channels, height, width = facts.image
+    trained = f', trained on {dataset}' if facts.dataset else ''
+    return (
+        f'`{facts.architecture}`{trained}: {facts.parameters:,} parameters in {facts.dtype}, '
+        f'{height} x {width} images of {channels} channel{"s" if channels > 1 else ""}.'
+    )
+
+
+def _usage(facts: Facts) -> str:
+    return f"""```python
+import timm
+import torch
+import vim_timm  # first: it registers the model
+from PIL import Image
+
+model = timm.create_model('{facts.source}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = Image.open('image.png').convert('{'L' if facts.image[0] == 1 else 'RGB'}')
+with torch.no_grad():
+    scores = model(transform(image)[None]).softmax(1)
+```"""
+
+
+def _accuracy(facts: Facts, dataset: str) -> str:
+    if not facts.result:
+        return '## Accuracy\n\nNot evaluated.'
+    result = facts.result
+    lines = [
+        '## Accuracy',
+        '| data | split | images | top-1 (%) | top-5 (%) |\n|---|---|---|---|---|\n'
+        f'| {dataset} | {facts.split} | {result["count"]:,} | {result["top1"]:.3f} | {result["top5"]:.3f} |',
+    ]
+    return '\n\n'.join([*lines, f'Of these very weights, printed by\n\n```sh\n{facts.evaluate}\n```'])
+
+
+def _training(facts: Facts) -> str:
+    parts = ['## Training']
+    if facts.train:
+        parts.append(f'```sh\n{facts.train}\n```')
+    parts.append('\n'.join(f'* {name}: {value}' for name, value in facts.made.items() if value))
+    if facts.train:
+        parts.append('`args.yaml` holds all settings of the run, `summary.csv` its log.')
+    return '\n\n'.join(filter(None, parts)) if len(parts) > 2 or facts.made else ''
+
+
+def _classes(names: Sequence[str]) -> str:
+    if not names:
+        return ''
+    listing = ', '.join(names) if len(names) <= 100 else f'{len(names):,} names, in `config.json`'
+    return f'## Classes\n\n{listing}'

@@ -1,0 +1,209 @@
+"""Publish a trained model on the Hugging Face Hub: `python -m vim_timm.hub.publish CHECKPOINT --repo-id ORG/NAME`.
+
+Writes a folder with the weights as safetensors, timm's config.json, a model card, settings and log; evaluates what it
+wrote; uploads it. `--dry-run` only writes. Afterwards `timm.create_model('hf-hub:ORG/NAME', pretrained=True)` and
+`'local-dir:FOLDER'` give the same logits. An upload that broke off goes on with the same command line.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from timm.models import get_pretrained_cfg
+
+import vim_timm  # noqa: F401  registers the models
+
+from ..engine.saved import Saved, open_saved
+from ..errors import UserError, explain, run
+from ..models.checkpoint import CheckpointError
+from ..models.pretrained import PACKAGED, sha256
+from .card import Facts, card
+from .folder import FILES, WEIGHTS, check_folder, finish_folder, write_folder
+from .repeat import arguments, command, data_flags, train_command
+
+PROGRAM = 'publish'
+EMBEDDED_LIMIT = 3_000_000  # bytes of a weight that comes with the package
+
+
+def evaluate(folder: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The row that validate.py prints for the model in a folder, from a process of its own.
+
+    Raises:
+        UserError: it failed; its own sentence is on the terminal.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        path = os.path.join(temporary, 'result.json')
+        where = {'model': f'local-dir:{folder}', 'pretrained': True, 'results_file': path, 'results_format': 'json'}
+        words = [sys.executable, '-m', 'vim_timm.validate', *arguments({**flags, **where})]
+        if subprocess.run(words).returncode or not os.path.isfile(path):
+            raise UserError(
+                'the model could not be evaluated: name its data with --data-dir, or a result of validate.py '
+                '(--results-file) with --results, or say --no-evaluate'
+            )
+        return read_result(path)
+
+
+def read_result(path: str) -> dict[str, Any]:
+    """The row in a results file of validate.py."""
+    with explain(f'--results {path}'):
+        row = json.loads(Path(path).read_text())
+        if not isinstance(row, dict) or 'top1' not in row:
+            raise UserError('it is no result of one model, written by validate.py with --results-format json')
+        return row
+
+
+def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[str, Any]) -> Facts:
+    """What the card of a model tells, but for its accuracy."""
+    shown = {**flags, **({'data_dir': 'DATA'} if 'data_dir' in flags else {})}
+    ours = bool(saved.settings) and 'data_set' not in saved.settings
+    derived = not ours or bool(saved.settings.get('pretrained'))  # from weights that have a licence of their own
+    history = saved.record.get('history') or []
+    made = dict(saved.record.get('provenance') or {})
+    if history:
+        made['epochs'] = str(len(history))
+    if ours:
+        made['seed'] = str(saved.settings.get('seed', ''))
+    parameters = sum(parameter.numel() for parameter in saved.model.parameters())
+    return Facts(
+        name=args.repo_id.rpartition('/')[2],
+        source=source,
+        architecture=saved.architecture,
+        parameters=parameters,
+        image=saved.data_config['input_size'],
+        dtype='float16' if args.half else 'float32',
+        license=args.license,
+        notes=saved.model.pretrained_cfg.get('notes') or () if derived else (),
+        dataset=str(saved.settings.get('dataset') or '') if ours else '',
+        split=str(flags.get('split', 'validation')),
+        evaluate=command('validate', {'model': source, 'pretrained': True, **shown}),
+        train=train_command(saved.settings) if ours else '',
+        made=made,
+        class_names=saved.class_names,
+    )
+
+
+def write(args: argparse.Namespace, folder: Path, source: str) -> None:
+    """Write the whole folder of a checkpoint, card included."""
+    saved = open_saved(args.checkpoint, args.model, args.use_ema)
+    flags = data_flags(saved.settings)
+    if args.data_dir:
+        flags['data_dir'] = args.data_dir
+    told = facts(args, saved, source, flags)
+    write_folder(folder, saved, args.half)
+    if args.results:
+        told.result = read_result(args.results)
+    elif not args.no_evaluate:
+        told.result = evaluate(folder, flags)
+    private = [value for value in saved.settings.values() if isinstance(value, str) and os.path.isabs(value)]
+    finish_folder(folder, card(told), private)
+
+
+def upload(folder: Path, repo_id: str, private: bool) -> None:
+    """Upload a folder's files, and compare the weights' SHA-256 there with ours.
+
+    Raises:
+        UserError: it failed; what is there already is not sent again by the same call.
+    """
+    check_folder(folder)
+    api = HfApi()
+    with explain(f'the upload to {repo_id} broke off, and the same command line goes on with it'):
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id, folder_path=str(folder), allow_patterns=list(FILES), commit_message='Upload model'
+        )
+        (there,) = api.get_paths_info(repo_id, [WEIGHTS])
+        digest = getattr(getattr(there, 'lfs', None), 'sha256', '')
+        if digest != sha256(folder / WEIGHTS):
+            raise CheckpointError(f'the weights there have another SHA-256 ({digest})')
+    print(f'{repo_id}: {api.endpoint}/{repo_id}')
+
+
+def embedded() -> list[Path]:
+    """Folders of the weights that come with the package."""
+    return sorted(path.parent for path in PACKAGED.glob('*/config.json'))
+
+
+def upload_all(owner: str, private: bool, dry_run: bool) -> None:
+    """Upload every folder of the package's weights, and print the configuration lines to change."""
+    folders = embedded()
+    if not folders:
+        raise UserError('no weights come with this package')
+    for folder in folders:
+        check_folder(folder) if dry_run else upload(folder, f'{owner}/{folder.name}', private)
+    print('once they are there, the configurations are (`default_cfgs` of the models):')
+    for folder in folders:
+        print(f"    '{folder.name}': hf_hub_id='{owner}/{folder.name}', hf_hub_filename='{WEIGHTS}'")
+
+
+def embed(args: argparse.Namespace) -> Path:
+    """Write the folder of a weight that comes with the package, in float16.
+
+    Raises:
+        UserError: there is no such configuration, or the file is too large.
+    """
+    name = args.embed
+    with explain(f'--embed {name}: add it to `default_cfgs` first'):
+        get_pretrained_cfg(name, allow_unregistered=False)
+    args.half, args.repo_id, folder = True, name, PACKAGED / name
+    write(args, folder, name)
+    size = (folder / WEIGHTS).stat().st_size
+    if size > EMBEDDED_LIMIT:
+        raise UserError(f'{folder / WEIGHTS} has {size:,} bytes, more than the {EMBEDDED_LIMIT:,} for the package')
+    return folder
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(f'vim_timm.hub.{PROGRAM}', description=__doc__.split('\n\n')[0])
+    add = result.add_argument
+    add('checkpoint', nargs='?', help='training checkpoint, file of weights, or a folder that was written before')
+    add('--repo-id', default='', metavar='ORG/NAME', help='repository on the Hub; with --all its owner')
+    add('--dry-run', action='store_true', help='write the folder and stop')
+    add('--output', default='', metavar='FOLDER', help='the folder (default: output/publish/NAME)')
+    add('--private', action='store_true', help='make a new repository private')
+    add('--use-ema', action='store_true', help='take the moving average in the checkpoint')
+    add('--half', action='store_true', help='round the weights to float16')
+    add('--model', default='', metavar='NAME', help='the model, where the file does not say')
+    add('--license', default='apache-2.0', metavar='NAME', help="the weights' licence (default: %(default)s)")
+    add('--data-dir', default='', metavar='DIR', help='where the evaluation finds the data now')
+    add('--results', default='', metavar='FILE', help='a result of validate.py in place of an evaluation')
+    add('--no-evaluate', action='store_true', help='publish without an accuracy')
+    add('--all', action='store_true', help="upload every weight that comes with the package to --repo-id's owner")
+    add('--embed', default='', metavar='NAME.TAG', help='write the weight of this configuration into the package')
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+
+    def body(words: Sequence[str]) -> None:
+        args = parser().parse_args(words)
+        owner, _, name = args.repo_id.partition('/')
+        if args.all:
+            return upload_all(owner, args.private, args.dry_run)
+        if not args.checkpoint:
+            raise UserError('name a checkpoint, or say --all')
+        if args.embed:
+            return print(f'written: {embed(args)}')
+        if not args.dry_run and not (owner and name):
+            raise UserError('name the repository: --repo-id ORG/NAME, or write the folder only: --dry-run')
+        folder = Path(args.checkpoint)
+        if not folder.is_dir():
+            args.repo_id = args.repo_id or folder.name.partition('.')[0]
+            folder = Path(args.output or os.path.join('output', 'publish', args.repo_id.rpartition('/')[2]))
+            write(args, folder, f'hf-hub:{args.repo_id}')
+            print(f'written: {folder}')
+        if not args.dry_run:
+            upload(folder, args.repo_id, args.private)
+
+    return run(body, PROGRAM, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The command lines that repeat a training run and its evaluation, without this machine's paths."""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..settings.flags import TRAIN, VALIDATE, Row, refused
+
+# what a run was called, where it wrote and whom it told is nobody else's business
+_PRIVATE = {
+    'output', 'experiment', 'resume', 'no_resume_opt', 'device', 'device_modules', 'workers', 'pin_mem', 'dist_timeout',
+    'log_interval', 'save_images', 'tensorboard', 'log_wandb', 'log_trackio', 'wandb_project', 'wandb_tags',
+    'wandb_resume_id',
+}  # fmt: skip
+_DATA = (
+    'dataset', 'data_dir', 'class_map', 'input_img_mode', 'input_key', 'target_key', 'dataset_trust_remote_code',
+)  # fmt: skip
+
+
+def arguments(flags: Mapping[str, Any]) -> list[str]:
+    """Words of a command line: switches for True, lists and `key=value` pairs spelled out, None and False left out."""
+    words: list[str] = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append(f'--{name.replace("_", "-")}')
+        if isinstance(value, Mapping):
+            words += [f'{key}={item}' for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def command(program: str, flags: Mapping[str, Any]) -> str:
+    """A line to type."""
+    return shlex.join(['python', '-m', f'vim_timm.{program}', *arguments(flags)])
+
+
+def defaults(table: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """Defaults of a table's flags by name, but for refused flags."""
+    rows = [row for rows in table.values() for row in rows if row[1] is not refused]
+    return {row[0].split()[0].lstrip('-').replace('-', '_'): row[2] for row in rows}
+
+
+def public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that say how to repeat a run: of a file only its name, of the data's folder nothing."""
+    known = defaults(TRAIN).keys() - _PRIVATE
+    kept = {name: _without_path(settings[name]) for name in settings if name in known}
+    if kept.get('data_dir'):
+        kept['data_dir'] = 'DATA'
+    return kept
+
+
+def _without_path(value: Any) -> Any:
+    if isinstance(value, str) and (
+        os.path.isabs(os.path.expanduser(value)) or os.sep in value and os.path.exists(value)
+    ):
+        return os.path.basename(value.rstrip(os.sep))
+    if isinstance(value, Mapping):
+        return {key: _without_path(item) for key, item in value.items()}
+    return [_without_path(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def train_command(settings: Mapping[str, Any]) -> str:
+    """The command line of a run, every setting that is not the default spelled out."""
+    kept, usual = public(settings), defaults(TRAIN)
+    changed = {name: kept[name] for name in usual if name in kept and kept[name] != usual[name]}
+    return command('train', {name: value for name, value in changed.items() if value not in ('', {}, [])})
+
+
+def data_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags of validate.py for the data that a run was evaluated on."""
+    flags = {name: settings.get(name) for name in _DATA}
+    flags.update(split=settings.get('val_split'), num_samples=settings.get('val_num_samples'))
+    usual = defaults(VALIDATE)
+    return {name: value for name, value in flags.items() if value and value != usual[name]}
