@@ -17,8 +17,9 @@ import torch.nn.functional as F
 import vim_timm  # noqa: F401  registers the models
 from vim_timm.layers import BiMamba, bimamba
 from vim_timm.ops import Direction, Mixer, Taps, cuda, mamba_ssm_adapter, use_scan_backend
-from vim_timm.ops.cuda import mixer_op, nvrtc
-from vim_timm.ops.cuda.mixer_op import STATE, cut, padded_rank
+from vim_timm.ops.cuda import mixer_op, nvrtc, sizes
+from vim_timm.ops.cuda.mixer_op import cut
+from vim_timm.ops.cuda.sizes import STATE, padded_rank
 from vim_timm.ops.operands import Scan
 from vim_timm.ops.plain import reference
 
@@ -450,7 +451,7 @@ def test_double_backward_names_the_reference():
 
 
 def test_shared_memory_of_the_projection_fits_every_gpu():
-    assert mixer_op.project_shared(padded_rank(cuda.MAX_RANK) + 2 * STATE, 4, True) <= 99 * 1024
+    assert sizes.project_shared(cuda.MAX_RANK, 4, True) <= 99 * 1024
 
 
 def test_limits_are_named_before_any_launch():
@@ -480,17 +481,18 @@ def test_kernels_compile_for_every_gpu(capability):
     from vim_timm.ops.cuda.nvrtc import compile_cubin
 
     def compiles(*files, **macros):
-        common = ('ptx.cuh', 'common.cuh')
-        assert compile_cubin((*common, *files), capability, (*sizes, *macros.items()))
+        given = dict(HALF=half, RANK=rank, **macros)
+        assert compile_cubin(('ptx.cuh', 'common.cuh', *files), capability, tuple(given.items()))
 
     scans = {(0, 12, 6): ('0000', '1000', '0100', '0011'), (1, 48, 5): ('0111',)}  # LOCAL, CARRY, KEEP, GRAD
     for (half, rank, blocks), kinds in scans.items():
-        sizes = (('HALF', half), ('RANK', rank), ('RANK_PAD', padded_rank(rank)))
         for kind in kinds:
-            compiles('forward.cu', BLOCKS=blocks, **dict(zip(('LOCAL', 'CARRY', 'KEEP', 'GRAD'), map(int, kind))))
+            flags = dict(zip(('LOCAL', 'CARRY', 'KEEP', 'GRAD'), map(int, kind)))
+            compiles('scan.cuh', 'forward.cu', BLOCKS=blocks, **flags)
         compiles('taps.cuh', 'conv_backward.cu', WIDTH=4, HAS_BIAS=1)
-        for fused in (0, 1):
-            compiles('taps.cuh', 'project.cu', WIDTH=4, HAS_BIAS=1, PROJECT=fused)
-        compiles('backward.cu', BLOCKS=8, CHUNKED=half)
+        for fused, warps in ((0, 1), (1, 4)):
+            shared = sizes.project_shared(rank, warps, bool(fused))
+            compiles('taps.cuh', 'project.cu', WIDTH=4, HAS_BIAS=1, PROJECT=fused, WARPS=warps, SHARED_BYTES=shared)
+        compiles('scan.cuh', 'backward.cu', BLOCKS=8, CHUNKED=half)
         compiles('sums.cu')
         compiles('weights.cu')

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from vim_timm.ops.cuda import nvrtc
+from vim_timm.ops.cuda import nvrtc, sizes
 
 HERE = Path(__file__).parent
 
@@ -34,6 +34,6 @@ def load(device, files, macros):
         source, library = Path(folder, 'kernels.cpp'), Path(folder, 'kernels.so')
         source.write_text(text)
         flags = ['-std=c++17', '-O1', '-ffp-contract=off', '-fPIC', '-shared', '-w']
-        flags += [f'-D{name}={value}' for name, value in macros]
+        flags += [f'-D{name}={value}' for name, value in sizes.macros(macros)]
         subprocess.run(['c++', *flags, str(source), '-o', str(library)], check=True)
         return Module(ctypes.CDLL(str(library)))

@@ -13,22 +13,22 @@
 //
 // Macros beside common.cuh's: CHUNKED (0 or 1), BLOCKS (of a multiprocessor).
 
-constexpr int CHANNELS = 32;
+static_assert(BACKWARD_CHANNELS == 32 && KEPT == 4, "a lane owns four channels, and four lanes share the steps of a group");
 constexpr int OWN = 4;    // channels of a lane, and states
-constexpr int GROUP = 4;  // steps whose states are in registers, each time from a kept state
+constexpr int GROUP = KEPT;  // steps whose states are in registers, each time from a kept state
 constexpr int PARTS = 1 + HALF;  // bfloat16 numbers whose sum stands for a factor of the matrix unit
 
 struct Shared {
   alignas(16) T x[TILE][ROW];
-  alignas(16) T u[2][TILE][CHANNELS];     // becomes its gradient
-  alignas(16) T grad[2][TILE][CHANNELS];  // becomes the gradient of the step size
-  alignas(16) T weight[CHANNELS][RANK_PAD];
-  alignas(16) float delta[TILE][CHANNELS];
-  alignas(16) float input[TILE][CHANNELS];  // delta u
-  alignas(16) T2 packed[PARTS][TILE][CHANNELS / 2];  // and as bfloat16
+  alignas(16) T u[2][TILE][BACKWARD_CHANNELS];     // becomes its gradient
+  alignas(16) T grad[2][TILE][BACKWARD_CHANNELS];  // becomes the gradient of the step size
+  alignas(16) T weight[BACKWARD_CHANNELS][RANK_PAD];
+  alignas(16) float delta[TILE][BACKWARD_CHANNELS];
+  alignas(16) float input[TILE][BACKWARD_CHANNELS];  // delta u
+  alignas(16) T2 packed[PARTS][TILE][BACKWARD_CHANNELS / 2];  // and as bfloat16
   alignas(16) float bc[TILE][2 * STATE];
-  alignas(16) T bounds[2][OWN][STATE / OWN][CHANNELS];  // state 4 i + j at [j][i], against bank conflicts
-  float bias[CHANNELS];
+  alignas(16) T bounds[2][OWN][STATE / OWN][BACKWARD_CHANNELS];  // state 4 i + j at [j][i], against bank conflicts
+  float bias[BACKWARD_CHANNELS];
 };
 
 // Where a warp works. Row p of a tile is token p ^ flip.
@@ -41,7 +41,7 @@ struct Walk {
     const int entry = blockIdx.z / 2, reverse = blockIdx.z % 2;
     flip = reverse ? TILE - 1 : 0;
     cell = reverse * batch + entry;
-    channel0 = blockIdx.x * CHANNELS;
+    channel0 = blockIdx.x * BACKWARD_CHANNELS;
     begin = blockIdx.y * chunk;
     end = min(begin + chunk, length);
     tiles = (end - begin + TILE - 1) / TILE;
@@ -53,28 +53,18 @@ struct Walk {
   __device__ __forceinline__ int state() const { return lane / 8 * 4; }
 };
 
-// Asynchronous copies of a tile, zeros beyond the end. The projections stay in order of tokens.
-__device__ __forceinline__ void copy_projections(Shared& s, const T* x, int rows_left, const Walk& w) {
+// Copies a tile of the warp's channels; tokens from `rows_left` on become zeros.
+__device__ __forceinline__ void copy_rows(T (*to)[BACKWARD_CHANNELS], const T* from, int stride, int rows_left, const Walk& w) {
 #pragma unroll
-  for (int i = 0; i < TILE * ROW / 8 / 32; i++) {
-    const int at = (i * 32 + w.lane) * 8;
-    copy16(&s.x[0][0] + at, x + at, at < rows_left * ROW);
-  }
-}
-
-__device__ __forceinline__ void copy_rows(T (*to)[CHANNELS], const T* from, int stride, int rows_left, const Walk& w) {
-#pragma unroll
-  for (int i = 0; i < TILE * CHANNELS / 8 / 32; i++) {
+  for (int i = 0; i < TILE * BACKWARD_CHANNELS / 8 / 32; i++) {
     const int row = i * 8 + w.lane / 4, column = w.lane % 4 * 8, token = row ^ w.flip;
     copy16(&to[row][column], from + (token * stride + column), token < rows_left);
   }
 }
 
 // The warp's rows of the step sizes' weights and their bias, which the first tile needs.
-__device__ __forceinline__ void copy_weights(Shared& s, const T* weight, const float* bias, const Walk& w) {
-  weight += (long long)w.channel0 * RANK_PAD;
-#pragma unroll
-  for (int i = w.lane * 8; i < CHANNELS * RANK_PAD; i += 32 * 8) copy16(&s.weight[0][0] + i, weight + i, true);
+__device__ __forceinline__ void copy_step_sizes(Shared& s, const T* weight, const float* bias, const Walk& w) {
+  copy_weights(s.weight, weight + (long long)w.channel0 * RANK_PAD, w.lane);
   s.bias[w.lane] = bias[w.channel0 + w.lane];
 }
 
@@ -115,38 +105,29 @@ __device__ __forceinline__ Parts parts(T2 v) {
 // What needs no order: step sizes (0 beyond the end), their products with u, B and C as float32.
 __device__ __forceinline__ void prepare(Shared& s, int stage, int rows_left, const Walk& w) {
   // Columns of two neighbouring products, 8 each, are taken so that a lane gets four neighbouring channels.
-  float acc[CHANNELS / 16][2][4];
+  float acc[BACKWARD_CHANNELS / 8][4];
   const int column = w.lane % 4 * 4, row = w.lane / 4;
 #pragma unroll
-  for (int j = 0; j < CHANNELS / 16; j++) {
+  for (int j = 0; j < BACKWARD_CHANNELS / 16; j++) {
     const float4 b = *(const float4*)&s.bias[16 * j + column];
-    acc[j][0][0] = acc[j][0][2] = b.x;
-    acc[j][0][1] = acc[j][0][3] = b.y;
-    acc[j][1][0] = acc[j][1][2] = b.z;
-    acc[j][1][1] = acc[j][1][3] = b.w;
+    acc[2 * j][0] = acc[2 * j][2] = b.x;
+    acc[2 * j][1] = acc[2 * j][3] = b.y;
+    acc[2 * j + 1][0] = acc[2 * j + 1][2] = b.z;
+    acc[2 * j + 1][1] = acc[2 * j + 1][3] = b.w;
   }
-#pragma unroll
-  for (int k = 0; k < RANK_PAD; k += 16) {
-    unsigned a[4], b[4];
-    load_matrices(a, &s.x[w.lane % 16 ^ w.flip][k + w.lane / 16 * 8]);
-#pragma unroll
-    for (int j = 0; j < CHANNELS / 16; j++) {
-      load_matrices(b, &s.weight[16 * j + w.lane % 8 / 2 * 4 + w.lane / 16 * 2 + w.lane % 2][k + w.lane / 8 % 2 * 8]);
-      multiply(acc[j][0], a, b[0], b[1]);
-      multiply(acc[j][1], a, b[2], b[3]);
-    }
-  }
+  const auto channel = [&](int first) { return first + w.lane % 8 / 2 * 4 + w.lane / 16 * 2 + w.lane % 2; };
+  add_steps(acc, s.x, s.weight, channel, w.flip, w.lane);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int r = row + 8 * half;
     const bool valid = (r ^ w.flip) < rows_left;
 #pragma unroll
-    for (int j = 0; j < CHANNELS / 16; j++) {
+    for (int j = 0; j < BACKWARD_CHANNELS / 16; j++) {
       float u[OWN], d[OWN];
       load4(u, &s.u[stage][r][16 * j + column]);
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float v = softplus(acc[j][i / 2][2 * half + i % 2]);
+        const float v = softplus(acc[2 * j + i / 2][2 * half + i % 2]);
         d[i] = valid ? v : 0.f;
         u[i] *= d[i];
       }
@@ -158,14 +139,7 @@ __device__ __forceinline__ void prepare(Shared& s, int stage, int rows_left, con
         *(uint2*)&s.packed[i][r][8 * j + column / 2] = make_uint2(low.at[i], high.at[i]);
     }
   }
-#pragma unroll
-  for (int i = 0; i < TILE * 4 / 32; i++) {
-    const int r = (i * 32 + w.lane) / 4, c = w.lane % 4 * 8;
-    const uint4 v = *(const uint4*)&s.x[r ^ w.flip][RANK_PAD + c];
-    const float2 v0 = unpack(v.x), v1 = unpack(v.y), v2 = unpack(v.z), v3 = unpack(v.w);
-    *(float4*)&s.bc[r][c] = make_float4(v0.x, v0.y, v1.x, v1.y);
-    *(float4*)&s.bc[r][c + 4] = make_float4(v2.x, v2.y, v3.x, v3.y);
-  }
+  widen_b_and_c(s.bc, s.x, w.flip, w.lane);
   __syncwarp();
 }
 
@@ -252,7 +226,7 @@ __device__ __forceinline__ void load_decays(float (&a)[OWN][OWN], const float* A
     float v[OWN];
     load4(v, A_log + (long long)(w.channel0 + w.channel() + c) * STATE + w.state());
 #pragma unroll
-    for (int n = 0; n < OWN; n++) a[n][c] = -LOG2E * exp2_fast(v[n] * LOG2E);
+    for (int n = 0; n < OWN; n++) a[n][c] = decay_rate(v[n]);
   }
 }
 
@@ -286,7 +260,7 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
   const auto copy_tile = [&](int k) {
     if (k < w.tiles) {
       const int t0 = w.first(k), rows_left = w.end - t0;
-      copy_projections(s, x + t0 * ROW, rows_left, w);
+      copy_projections(s.x, x + t0 * ROW, rows_left, w.lane);
       copy_rows(s.u[k % 2], u + t0 * dim, dim, rows_left, w);
       copy_rows(s.grad[k % 2], grad + t0 * 2 * dim, 2 * dim, rows_left, w);
     }
@@ -301,13 +275,13 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
     if (ahead >= w.begin && ahead < w.end) {
       T* to = &s.bounds[slot][copied % OWN][copied / OWN][copied_column];
       copy16(to, bounds, true);
-      copy16(to + 2 * CHANNELS, bounds + 8 * dim, true);  // 8 states on
+      copy16(to + 2 * BACKWARD_CHANNELS, bounds + 8 * dim, true);  // 8 states on
     }
     copies_commit();
     ahead += along;
     bounds += along / GROUP * STATE * dim;
   };
-  copy_weights(s, reverse ? weight_b : weight_f, reverse ? bias_b : bias_f, w);
+  copy_step_sizes(s, reverse ? weight_b : weight_f, reverse ? bias_b : bias_f, w);
   copy_tile(0);
   copy_bounds(1);
   copy_bounds(0);
@@ -407,7 +381,7 @@ scan_backward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* w
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < TILE * CHANNELS / 8 / 32; i++) {
+    for (int i = 0; i < TILE * BACKWARD_CHANNELS / 8 / 32; i++) {
       const int row = i * 8 + lane / 4, column = lane % 4 * 8, token = row ^ w.flip;
       if (token < rows_left) {
         const int at = (t0 + token) * dim + column;
@@ -445,12 +419,12 @@ grad_states(const T* x_f, const T* x_b, const T* weight_f, const T* weight_b, co
   const auto copy_tile = [&](int k) {
     if (k < w.tiles) {
       const int t0 = w.first(k), rows_left = w.end - t0;
-      copy_projections(s, x + t0 * ROW, rows_left, w);
+      copy_projections(s.x, x + t0 * ROW, rows_left, w.lane);
       copy_rows(s.grad[k % 2], grad + t0 * 2 * dim, 2 * dim, rows_left, w);
     }
     copies_commit();
   };
-  copy_weights(s, reverse ? weight_b : weight_f, reverse ? bias_b : bias_f, w);
+  copy_step_sizes(s, reverse ? weight_b : weight_f, reverse ? bias_b : bias_f, w);
   copy_tile(0);
   float a[OWN][OWN], q[OWN][OWN] = {};
   load_decays(a, reverse ? A_b : A_f, w);

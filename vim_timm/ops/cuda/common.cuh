@@ -1,10 +1,9 @@
 // What the kernels share beside the instructions of ptx.cuh.
 //
-// Macros from the caller: RANK (dt_rank), RANK_PAD (RANK rounded up to 16).
+// Macros from the caller: RANK (dt_rank), RANK_PAD (RANK rounded up to 16), ROW (a token's projections: dt, B, C), and those
+// that sizes.py explains.
 
-constexpr int STATE = 16;
-constexpr int ROW = RANK_PAD + 2 * STATE;  // a token's projections: dt, B, C
-constexpr int TILE = 16;                   // tokens that a warp prepares at once, the height of a matrix product
+static_assert(STATE == 16 && TILE == 16 && RANK_PAD % 16 == 0 && ROW == RANK_PAD + 2 * STATE, "products are 16 wide and high");
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 

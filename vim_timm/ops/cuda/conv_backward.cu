@@ -4,14 +4,12 @@
 // eight rows are on their way while these are used. What the projections' gradient adds to that of u is added here, by the
 // matrix unit, and reaches the lanes that convolve through shared memory.
 
-constexpr int GROUP = 8;
-constexpr int WARPS = 4;
-constexpr int CHANNELS = 64;  // of a block
-constexpr int PAD = 8;        // rows of 144 bytes: eight of them have no banks in common
+static_assert(CHANNELS == 64 && CONV_GROUP == 8, "a lane owns two channels, and four lanes share a token's gradients");
+constexpr int PAD = 8;  // rows of 144 bytes: eight of them have no banks in common
 
 struct Shared {
   alignas(16) T x_proj[2][ROW][CHANNELS + PAD];
-  T2 grad[WARPS][2][GROUP][CHANNELS / 2];  // pairs of channels of row r exchanged by 4 r, against bank conflicts
+  T2 grad[CONV_WARPS][2][CONV_GROUP][CHANNELS / 2];  // pairs of channels of row r exchanged by 4 r, against bank conflicts
 };
 
 // Two neighbouring channels of a token, zeros beyond the ends.
@@ -35,7 +33,7 @@ struct Place {
   __device__ __forceinline__ Place(int length, int dim, int span) {
     const int groups = dim / CHANNELS, spans = (length + span - 1) / span;
     channel0 = blockIdx.x % groups * CHANNELS;
-    index = blockIdx.x / groups * WARPS + threadIdx.x / 32;  // of the span in all sequences
+    index = blockIdx.x / groups * CONV_WARPS + threadIdx.x / 32;  // of the span in all sequences
     entry = index / spans;
     begin = index % spans * span;
     end = min(begin + span, length);
@@ -92,7 +90,7 @@ __device__ __forceinline__ float through_silu(float grad, float y) {
 // projections (2, batch, L, ROW), with x_proj (2, ROW, dim); sums (spans of all sequences, 2, 5, dim): of tap 0 to 3 and of
 // the bias, to be added in a fixed order. p and q are the gradients before the activation of the forward and the backward
 // direction; x[t] meets p[t .. t + 3] and q[t - 3 .. t].
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
+extern "C" __global__ void __launch_bounds__(32 * CONV_WARPS, 3)
 conv_backward(const T* x, long long x_stride, const float* weight_f, const float* weight_b, const float* bias_f,
               const float* bias_b, const T* grad_u, const T* grad_x, const T* x_proj, T* grad, float* sums, int batch,
               int length, int dim, int span) {
@@ -100,7 +98,7 @@ conv_backward(const T* x, long long x_stride, const float* weight_f, const float
   const Place place(length, dim, span);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channel = place.channel0 + 2 * lane;
 #pragma unroll
-  for (int i = threadIdx.x; i < 2 * ROW * CHANNELS / 8; i += 32 * WARPS) {
+  for (int i = threadIdx.x; i < 2 * ROW * CHANNELS / 8; i += 32 * CONV_WARPS) {
     const int row = i / (CHANNELS / 8), column = i % (CHANNELS / 8) * 8;
     copy16(&shared.x_proj[0][0][0] + row * (CHANNELS + PAD) + column, x_proj + row * dim + place.channel0 + column, true);
   }
@@ -117,31 +115,31 @@ conv_backward(const T* x, long long x_stride, const float* weight_f, const float
   const T *grad_u_b = grad_u + other * dim, *grad_x_b = grad_x + other * ROW;
 
   int t = place.begin - REACH;
-  Row window[REACH + GROUP];
-  T2 next[GROUP];
+  Row window[REACH + CONV_GROUP];
+  T2 next[CONV_GROUP];
   Gradients next_f, next_b;
-  float p[REACH + GROUP][2] = {}, q[REACH + GROUP][2] = {};
+  float p[REACH + CONV_GROUP][2] = {}, q[REACH + CONV_GROUP][2] = {};
   float sum_f[5][2] = {}, sum_b[5][2] = {};
 #pragma unroll
   for (int i = 0; i < REACH; i++) window[i] = widen(load_row(x, x_stride, t + i, length));
 #pragma unroll
-  for (int i = 0; i < GROUP; i++) next[i] = load_row(x, x_stride, t + REACH + i, length);
+  for (int i = 0; i < CONV_GROUP; i++) next[i] = load_row(x, x_stride, t + REACH + i, length);
   next_f.load(grad_u, grad_x, dim, t + REACH, length, lane);
   next_b.load(grad_u_b, grad_x_b, dim, t, length, lane);
-  for (; t < place.end; t += GROUP) {
-    T2(*through)[GROUP][CHANNELS / 2] = shared.grad[warp];
+  for (; t < place.end; t += CONV_GROUP) {
+    T2(*through)[CONV_GROUP][CHANNELS / 2] = shared.grad[warp];
     next_f.add(through[0], shared.x_proj[0], lane);
     next_b.add(through[1], shared.x_proj[1], lane);
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) {
+    for (int i = 0; i < CONV_GROUP; i++) {
       window[REACH + i] = widen(next[i]);
-      next[i] = load_row(x, x_stride, t + REACH + GROUP + i, length);
+      next[i] = load_row(x, x_stride, t + REACH + CONV_GROUP + i, length);
     }
-    next_f.load(grad_u, grad_x, dim, t + REACH + GROUP, length, lane);
-    next_b.load(grad_u_b, grad_x_b, dim, t + GROUP, length, lane);
+    next_f.load(grad_u, grad_x, dim, t + REACH + CONV_GROUP, length, lane);
+    next_b.load(grad_u_b, grad_x_b, dim, t + CONV_GROUP, length, lane);
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) {
+    for (int i = 0; i < CONV_GROUP; i++) {
       const Row g_f = widen(through[0][i][lane ^ 4 * i]), g_b = widen(through[1][i][lane ^ 4 * i]);
       const bool own_f = t + i + REACH < place.end, own_b = t + i >= place.begin && t + i < place.end;
       float to_x[2];
@@ -171,11 +169,11 @@ conv_backward(const T* x, long long x_stride, const float* weight_f, const float
     }
 #pragma unroll
     for (int i = 0; i < REACH; i++) {
-      window[i] = window[GROUP + i];
+      window[i] = window[CONV_GROUP + i];
 #pragma unroll
       for (int c = 0; c < 2; c++) {
-        p[i][c] = p[GROUP + i][c];
-        q[i][c] = q[GROUP + i][c];
+        p[i][c] = p[CONV_GROUP + i][c];
+        q[i][c] = q[CONV_GROUP + i][c];
       }
     }
     __syncwarp();  // the next gradients overwrite what other lanes may still read

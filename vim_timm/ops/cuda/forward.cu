@@ -12,7 +12,7 @@
 //
 // Macros beside common.cuh's: LOCAL, CARRY, KEEP, GRAD (0 or 1, see scan_forward), BLOCKS (of a multiprocessor).
 
-constexpr int CHANNELS = 64;
+static_assert(CHANNELS == 64 && SCAN_THREADS == 64 && KEPT == 4, "a lane owns two channels and writes four steps out");
 // Whether a tile's u is asked for before the tile's work, or already after the last one's steps.
 constexpr bool U_LATE = !LOCAL && !GRAD;
 
@@ -48,15 +48,6 @@ __device__ __forceinline__ float decay(float x, int state) {
   return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
 }
 
-// Copies the projections of 16 tokens; tokens from `rows_left` on become zeros. These rows stay in order of tokens.
-__device__ __forceinline__ void copy_projections(Warp& s, const T* x, int rows_left, int lane) {
-#pragma unroll
-  for (int i = 0; i < TILE * ROW / 8 / 32; i++) {
-    const int at = (i * 32 + lane) * 8;
-    copy16(&s.x[0][0] + at, x + at, at < rows_left * ROW);
-  }
-}
-
 // A lane's part of a tile of 64 channels: 8 neighbouring ones in 4 rows, four apart. Rows lie in scan order.
 struct Piece {
   int row, column, token, step;
@@ -87,17 +78,7 @@ __device__ __forceinline__ void step_sizes(Warp& s, int rows_left, int flip, int
     acc[j][0] = acc[j][2] = b.x;
     acc[j][1] = acc[j][3] = b.y;
   }
-#pragma unroll
-  for (int k = 0; k < RANK_PAD; k += 16) {
-    unsigned a[4], b[4];
-    load_matrices(a, &s.x[lane % 16 ^ flip][k + lane / 16 * 8]);
-#pragma unroll
-    for (int j = 0; j < CHANNELS / 8; j += 2) {
-      load_matrices(b, &s.weight[8 * j + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
-      multiply(acc[j], a, b[0], b[1]);
-      multiply(acc[j + 1], a, b[2], b[3]);
-    }
-  }
+  add_steps(acc, s.x, s.weight, [=](int first) { return first + lane / 16 * 8 + lane % 8; }, flip, lane);
   const int swap = (row & 3) << 3;
 #pragma unroll
   for (int j = 0; j < CHANNELS / 8; j++) {
@@ -110,17 +91,6 @@ __device__ __forceinline__ void step_sizes(Warp& s, int rows_left, int flip, int
   if (rows_left < TILE) {
     __syncwarp();
     for (int r = rows_left; r < TILE; r++) *(float2*)&s.delta[r ^ flip][2 * lane] = make_float2(0.f, 0.f);
-  }
-}
-
-__device__ __forceinline__ void widen_b_and_c(Warp& s, int flip, int lane) {
-#pragma unroll
-  for (int i = 0; i < TILE; i += 8) {
-    const int row = i + lane / 4, column = lane % 4 * 8;
-    const uint4 v = *(const uint4*)&s.x[row ^ flip][RANK_PAD + column];
-    const float2 p = unpack(v.x), q = unpack(v.y), r = unpack(v.z), t = unpack(v.w);
-    *(float4*)&s.bc[row][column] = make_float4(p.x, p.y, q.x, q.y);
-    *(float4*)&s.bc[row][column + 4] = make_float4(r.x, r.y, t.x, t.y);
   }
 }
 
@@ -189,12 +159,12 @@ __device__ __forceinline__ void finish(const Warp& s, T* out, int out_stride, T*
 // RANK_PAD); bias, skip (D), A_log (D, 16) float32; z and out (batch, L, D) with rows of the given strides.
 // LOCAL: the state at the exit of each chunk from zero (H) and the chunk's sum of step sizes (S); nothing else.
 // CARRY: the scan starts from the states in H (2 batch, chunks, 16, D), else from zero.
-// KEEP: the state on entry of every 4 tokens, in two bytes, to BOUNDS (2 batch, ceil(L / 4), 16, D).
+// KEEP: the state on entry of every KEPT tokens, in two bytes, to BOUNDS (2 batch, ceil(L / KEPT), 16, D).
 // Offsets in a sequence are 32 bits: 2 L D < 2^31.
 // GRAD: from the output's gradient `grad` (batch, L, D) the gradient of z to OUT and that of y to GRAD_Y, whose rows lie
 // as OUT's; the output itself to GATED (batch, L, D) if that is not null; it may be `grad`: a thread has read what it
 // overwrites.
-extern "C" __global__ void __launch_bounds__(64, BLOCKS)
+extern "C" __global__ void __launch_bounds__(SCAN_THREADS, BLOCKS)
 scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* weight_f, const T* weight_b,
              const float* bias_f, const float* bias_b, const float* A_f, const float* A_b, const float* skip_f,
              const float* skip_b, const T* z, int z_stride, T* out, int out_stride, const T* grad,
@@ -233,7 +203,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
       const float log[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int m = 0; m < 4; m++) {
-        a[c][n + m] = -LOG2E * exp2_fast(log[m] * LOG2E);
+        a[c][n + m] = decay_rate(log[m]);
         // The polynomial would lose a NaN.
         if (by_polynomial(n + m) && log[m] != log[m]) (c ? skip.y : skip.x) = log[m];
       }
@@ -245,9 +215,8 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
   {
     const int t0 = begin + (reverse ? tiles - 1 : 0) * TILE;
     const T* weight = (reverse ? weight_b : weight_f) + (long long)channel0 * RANK_PAD;
-#pragma unroll
-    for (int i = lane * 8; i < CHANNELS * RANK_PAD; i += 32 * 8) copy16(&s.weight[0][0] + i, weight + i, true);
-    copy_projections(s, x + t0 * ROW, end - t0, lane);
+    copy_weights(s.weight, weight, lane);
+    copy_projections(s.x, x + t0 * ROW, end - t0, lane);
     copies_commit();
     if (!U_LATE) {
       copy_rows(s.u, u + t0 * dim, dim, end - t0, piece);
@@ -267,7 +236,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
   float2 total = make_float2(0.f, 0.f);
 #endif
 #if KEEP
-  bounds += (long long)cell * ((length + 3) / 4) * STATE * dim + channel;
+  bounds += (long long)cell * ((length + KEPT - 1) / KEPT) * STATE * dim + channel;
 #endif
   int column[4];  // of this lane's step sizes in row r, by r & 3
 #pragma unroll
@@ -277,7 +246,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
     const int tile = reverse ? tiles - 1 - k : k;
     const int t0 = begin + tile * TILE, rows_left = end - t0, next = reverse ? t0 - TILE : t0 + TILE;
     const bool second = !LOCAL && (reverse ? tile < middle : tile >= middle);
-    if (!LOCAL && k == (reverse ? tiles - middle : middle)) meet<1>(64);
+    if (!LOCAL && k == (reverse ? tiles - middle : middle)) meet<1>(SCAN_THREADS);
     if (U_LATE) {
       copy_rows(s.u, u + t0 * dim, dim, rows_left, piece);
       copies_commit();
@@ -292,9 +261,9 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
     copies_commit();
     copies_wait<2>();  // the projections
     step_sizes(s, rows_left, flip, lane);
-    widen_b_and_c(s, flip, lane);
+    widen_b_and_c(s.bc, s.x, flip, lane);
     copies_wait<1>();  // u
-    if (k + 1 < tiles) copy_projections(s, x + next * ROW, end - next, lane);
+    if (k + 1 < tiles) copy_projections(s.x, x + next * ROW, end - next, lane);
     copies_commit();
 
     // Rows of no token are the last ones, or against their order the first.
@@ -302,7 +271,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
 #pragma unroll 1
     for (int row = first; row < first + steps; row += 4) {
 #if KEEP
-      T* to = bounds + (long long)((t0 + (row ^ (flip & ~3))) / 4) * STATE * dim;
+      T* to = bounds + (long long)((t0 + (row ^ (flip & ~3))) / KEPT) * STATE * dim;
 #pragma unroll
       for (int n = 0; n < STATE; n++) *(T2*)&to[(long long)n * dim] = pack(h[0][n], h[1][n]);
 #endif
@@ -357,7 +326,7 @@ scan_forward(const T* u_f, const T* u_b, const T* x_f, const T* x_b, const T* we
   for (int n = 0; n < STATE; n++) *(float2*)&H[(long long)n * dim] = make_float2(h[0][n], h[1][n]);
   *(float2*)&S[((long long)cell * gridDim.y + blockIdx.y) * dim + channel] = total;
 #else
-  if ((reverse ? tiles - middle : middle) == tiles) meet<1>(64);
+  if ((reverse ? tiles - middle : middle) == tiles) meet<1>(SCAN_THREADS);
 #endif
 }
 
@@ -370,7 +339,7 @@ extern "C" __global__ void carry(const float* A_f, const float* A_b, const float
   if (i >= STATE * dim) return;
   const int channel = i % dim, n = i / dim;
   const bool from_last = (cell >= batch) != (against != 0);
-  const float a = -LOG2E * exp2_fast((cell >= batch ? A_b : A_f)[(long long)channel * STATE + n] * LOG2E);
+  const float a = decay_rate((cell >= batch ? A_b : A_f)[(long long)channel * STATE + n]);
   const int step = from_last ? -1 : 1;
   long long j = (long long)cell * chunks + (from_last ? chunks - 1 : 0);
   float h = 0.f;

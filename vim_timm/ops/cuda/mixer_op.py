@@ -19,18 +19,14 @@ from .. import operands
 from ..operands import schema
 from ..registration import Kernel, autocast_off, mixer_flops, register
 from ..triton_kernels.launch import multiprocessors
+from . import sizes
 from .nvrtc import Argument, Module, load
+from .sizes import BACKWARD_CHANNELS, CHANNELS, FLAT_THREADS, KEPT, STATE, SUM_COLUMNS, TILE, padded_rank
 
-STATE = 16
-CHANNELS = 64  # of a block of the scan, two warps, and of the other kernels' blocks
-TILE = 16  # tokens
 MIN_CHUNK = 64
 CONV_BACKWARD_WARPS = 12  # on a multiprocessor, as many as registers allow
 PRODUCT_BLOCKS = 2  # on a multiprocessor, of sums of outer products; more write more sums
-PRODUCT_TOKENS = 32  # that such a block has in shared memory at once
-BACKWARD_CHANNELS = 32  # of a block of the scan's backward, one warp
 BACKWARD_BLOCKS = 8
-KEPT = 4  # tokens between two states that the backward pass starts again from
 DIRECTION = len(operands.Weights._fields)
 
 
@@ -84,10 +80,6 @@ class Cut(NamedTuple):
     blocks: int
 
 
-def padded_rank(rank: int) -> int:
-    return 16 * math.ceil(rank / 16)
-
-
 def cut(batch: int, length: int, dim: int, rank: int, sms: int) -> Cut:
     """Cuts a scan so that blocks fill the device; in chunks it computes its exponentials twice."""
     blocks = 6 if padded_rank(rank) <= 32 else 5  # what shared memory and registers hold, without gradients
@@ -105,12 +97,6 @@ def gradient_blocks(programs: int, rank: int, sms: int) -> int:
     return 4 if math.ceil(programs / (4 * sms)) <= math.ceil(programs / (most * sms)) else most
 
 
-def project_shared(row: int, warps: int, fused: bool) -> int:
-    """Bytes of shared memory of a block of project.cu: 64 channels each of two parts of x with three neighbours, of
-    what warps convolve, and of two parts of the weights."""
-    return 128 * (2 * (16 * warps + 6) + 32 * warps + (4 * row if fused else 0))
-
-
 class Mixer:
     """The operands as the kernels take them, and the launches of one call."""
 
@@ -125,9 +111,8 @@ class Mixer:
         self.dim, self.width = forward.conv.shape
         self.rank = forward.dt.shape[1]
         self.rank_pad = padded_rank(self.rank)
-        self.row = self.rank_pad + 2 * STATE
-        half = int(xz.dtype == torch.float16)
-        self.macros = (('HALF', half), ('RANK', self.rank), ('RANK_PAD', self.rank_pad))
+        self.row = sizes.row(self.rank)
+        self.macros = (('HALF', int(xz.dtype == torch.float16)), ('RANK', self.rank))
         self.cut = cut(self.batch, self.length, self.dim, self.rank, multiprocessors(xz.device))
 
     @functools.cached_property
@@ -155,9 +140,9 @@ class Mixer:
                 others, out_proj = weight.numel(), self.empty(*weight.shape)
             else:
                 out_proj = weight.to(self.xz.dtype)
-        blocks = math.ceil(max(self.row * self.dim, others) / 512)
+        blocks = math.ceil(max(self.row * self.dim, others) / (2 * FLAT_THREADS))
         module.launch(
-            'pack_weights', (blocks, 1, 1), 256, *self.at.x_proj, *self.at.dt, weight, x_proj, dt, out_proj,
+            'pack_weights', (blocks, 1, 1), FLAT_THREADS, *self.at.x_proj, *self.at.dt, weight, x_proj, dt, out_proj,
             self.dim, others,
         )  # fmt: skip
         return x_proj, dt, out_proj
@@ -169,13 +154,14 @@ class Mixer:
         fused = tokens >= 64 * multiprocessors(self.xz.device)
         warps = 4 if fused else 1
         u = self.empty(2, self.batch, self.length, self.dim)
-        module = self.conv_module('project.cu', PROJECT=int(fused))
+        shared = sizes.project_shared(self.rank, warps, fused)
+        module = self.conv_module('project.cu', PROJECT=int(fused), WARPS=warps, SHARED_BYTES=shared)
         x_proj, dt, out_proj = self.pack_weights(module)
         x = self.empty(2, self.batch, self.length, self.row) if fused else None
         module.launch(
-            'conv_project', (math.ceil(tokens / (16 * warps)), 1 if fused else self.dim // CHANNELS, 1), 32 * warps,
+            'conv_project', (math.ceil(tokens / (TILE * warps)), 1 if fused else self.dim // CHANNELS, 1), 32 * warps,
             self.xz, 2 * self.dim, *self.at.conv, *self.at.conv_bias, x_proj, *each(u), x, tokens, self.length,
-            self.dim, shared=project_shared(self.row, warps, fused), early=True,
+            self.dim, shared=shared, early=True,
         )  # fmt: skip
         if x is None:
             x = torch.bmm(u.view(2, -1, self.dim), x_proj.transpose(1, 2)).view(2, self.batch, self.length, self.row)
@@ -191,11 +177,11 @@ class Mixer:
         z = self.xz.data_ptr() + self.dim * self.xz.element_size()
         blocks, sms = self.dim // CHANNELS * self.cut.chunks * self.batch, multiprocessors(self.xz.device)
         held = self.cut.blocks if grad is None else gradient_blocks(blocks, self.rank, sms)
-        module = self.module('forward.cu', BLOCKS=held, **{name: int(flag) for name, flag in flags.items()})
+        module = self.module('scan.cuh', 'forward.cu', BLOCKS=held, **{name: int(flag) for name, flag in flags.items()})
         # Fewer blocks would crowd on the multiprocessors that the last kernel leaves first.
         early = blocks > (held - 1) * sms
         module.launch(
-            'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), 64,
+            'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), sizes.SCAN_THREADS,
             *each(p.u), *each(p.x), *each(p.dt), *self.at.dt_bias, *self.at.A_log, *self.at.skip,
             z, 2 * self.dim, out, out.stride(1), grad, grad_y, gated, H, S, bounds, self.scale, self.batch, self.length,
             self.dim, self.cut.chunk, early=early,
@@ -223,7 +209,7 @@ class Mixer:
     def carry(self, contributions: Tensor, S: Tensor, against: bool) -> Tensor:
         states = torch.empty_like(contributions)
         flags = dict(BLOCKS=self.cut.blocks, LOCAL=1, CARRY=0, KEEP=0, GRAD=0)
-        self.module('forward.cu', **flags).launch(
+        self.module('scan.cuh', 'forward.cu', **flags).launch(
             'carry', (math.ceil(STATE * self.dim / 128), 2 * self.batch, 1), 128, *self.at.A_log, contributions,
             states, S, self.batch, self.dim, self.cut.chunks, int(against),
         )  # fmt: skip
@@ -238,9 +224,11 @@ class Mixer:
         return self.carry(ends, S, against=False), S
 
     def sum_rows(self, parts: Tensor, sums: Tensor, stride: int) -> None:
-        """Sums of parts (G, P, N), float32, N a multiple of 128: those of group g to sums[g * stride :]."""
+        """Sums of parts (G, P, N), float32, N a multiple of SUM_COLUMNS: those of group g to sums[g * stride :]."""
         groups, rows, columns = parts.shape
-        self.module('sums.cu').launch('sum_rows', (columns // 128, groups, 1), 256, parts, sums, rows, columns, stride)
+        self.module('sums.cu').launch(
+            'sum_rows', (columns // SUM_COLUMNS, groups, 1), FLAT_THREADS, parts, sums, rows, columns, stride
+        )  # fmt: skip
 
     def scan_backward(
         self, p: Projected, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor], weights: Tensor
@@ -250,7 +238,7 @@ class Mixer:
         chunks = self.cut.chunks
         grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
         sizes = (self.batch, self.length, self.dim, self.cut.chunk)
-        module = self.module('backward.cu', BLOCKS=BACKWARD_BLOCKS, CHUNKED=int(chunks > 1))
+        module = self.module('scan.cuh', 'backward.cu', BLOCKS=BACKWARD_BLOCKS, CHUNKED=int(chunks > 1))
         rows: List[Argument] = [*each(p.x), *each(p.dt), *self.at.dt_bias, *self.at.A_log]
         Q = None
         if S is not None:
@@ -267,7 +255,8 @@ class Mixer:
         tokens = 2 * self.batch * self.length
         grad_x = self.empty(2, tokens // 2, self.row)
         self.module('sums.cu').launch(
-            'sum_projections', (math.ceil(tokens / 32), 1, 1), 256, part_x, grad_x, grid[0], tokens
+            'sum_projections', (math.ceil(8 * tokens / FLAT_THREADS), 1, 1), FLAT_THREADS, part_x, grad_x, grid[0],
+            tokens,
         )  # fmt: skip
         self.sum_rows(part_p, weights, self.direction_size)
         return grad_u, grad_delta, grad_x
@@ -277,12 +266,13 @@ class Mixer:
         those of four taps and the bias (2, 5, D)."""
         groups = self.dim // CHANNELS
         wanted = CONV_BACKWARD_WARPS * multiprocessors(self.xz.device) // (groups * self.batch)
-        span = 8 * math.ceil(self.length / max(1, wanted) / 8)  # tokens of a warp
+        span = sizes.CONV_GROUP * math.ceil(self.length / max(1, wanted) / sizes.CONV_GROUP)  # tokens of a warp
         spans = self.batch * math.ceil(self.length / span)
         parts = self.empty(1, spans, 10 * self.dim, dtype=torch.float32)
         self.conv_module('conv_backward.cu').launch(
-            'conv_backward', (groups * math.ceil(spans / 4), 1, 1), 128, self.xz, 2 * self.dim, *self.at.conv,
-            *self.at.conv_bias, grad_u, grad_x, p.x_proj, grad_xz, parts, self.batch, self.length, self.dim, span,
+            'conv_backward', (groups * math.ceil(spans / sizes.CONV_WARPS), 1, 1), 32 * sizes.CONV_WARPS,
+            self.xz, 2 * self.dim, *self.at.conv, *self.at.conv_bias, grad_u, grad_x, p.x_proj, grad_xz, parts,
+            self.batch, self.length, self.dim, span,
         )  # fmt: skip
         taps = self.empty(2, 5, self.dim, dtype=torch.float32)
         self.sum_rows(parts, taps, taps.numel())
@@ -321,11 +311,11 @@ class Mixer:
         tokens, columns = self.batch * self.length, self.rank_pad + self.row
         groups = self.dim // CHANNELS
         spans = max(1, PRODUCT_BLOCKS * multiprocessors(self.xz.device) // (2 * groups))
-        span = PRODUCT_TOKENS * math.ceil(tokens / (PRODUCT_TOKENS * spans))
+        span = sizes.PRODUCT_TOKENS * math.ceil(tokens / (sizes.PRODUCT_TOKENS * spans))
         parts = self.empty(2, math.ceil(tokens / span), self.dim * columns, dtype=torch.float32)
         self.module('weights.cu').launch(
-            'sum_outer_products', (groups, parts.shape[1], 2), 128, grad_delta, p.u, p.x, grad_x, parts, tokens,
-            self.dim, span,
+            'sum_outer_products', (groups, parts.shape[1], 2), 2 * CHANNELS, grad_delta, p.u, p.x, grad_x, parts,
+            tokens, self.dim, span,
         )  # fmt: skip
         products = self.empty(2, self.dim, columns, dtype=torch.float32)
         self.sum_rows(parts, products, self.dim * columns)
@@ -342,8 +332,8 @@ class Mixer:
         taps = self.conv_backward(p, grad_u, grad_x, grad_xz)
         threads = max((self.rank + 2 * STATE) * self.dim, others)
         self.module('weights.cu').launch(
-            'place_gradients', (math.ceil(threads / 256), 1, 1), 256, taps, products, out_proj, weights,
-            self.direction_size, self.dim, self.width, others,
+            'place_gradients', (math.ceil(threads / FLAT_THREADS), 1, 1), FLAT_THREADS, taps, products, out_proj,
+            weights, self.direction_size, self.dim, self.width, others,
         )  # fmt: skip
         return grad_xz, weights
 

@@ -10,6 +10,8 @@ from typing import Any, Callable, Dict, Sequence, Tuple, Union
 
 import torch
 
+from . import sizes
+
 SOURCES = Path(__file__).parent
 Argument = Union[torch.Tensor, int, float, None]
 MAX_ARGUMENTS = 64
@@ -38,7 +40,7 @@ def checked(result: Sequence[Any]) -> Any:
 
 
 def compile_cubin(files: Tuple[str, ...], capability: int, macros: Tuple[Tuple[str, int], ...]) -> bytes:
-    """Machine code of the concatenated sources for a compute capability (90 for 9.0).
+    """Machine code of the concatenated sources for a compute capability (90 for 9.0), with `sizes.macros` of `macros`.
 
     Raises:
         RuntimeError: NVRTC refused; its log is in the message.
@@ -47,7 +49,8 @@ def compile_cubin(files: Tuple[str, ...], capability: int, macros: Tuple[Tuple[s
 
     source = ''.join((SOURCES / name).read_text() for name in files)
     program = checked(nvrtc.nvrtcCreateProgram(source.encode(), files[-1].encode(), 0, [], []))
-    options = [f'--gpu-architecture=sm_{capability}', '-std=c++17', *(f'-D{name}={value}' for name, value in macros)]
+    options = [f'--gpu-architecture=sm_{capability}', '-std=c++17']
+    options += [f'-D{name}={value}' for name, value in sizes.macros(macros)]
     try:
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if int(error) != 0:

@@ -4,16 +4,16 @@
 // registers, written to u, and multiplied by the weights while they are in shared memory. The next 64 are on their way.
 // Registers are short: what can be computed anew is not kept from part to part.
 //
-// Macros beside taps.cuh's: PROJECT (0 or 1, see conv_project).
+// Macros beside taps.cuh's: PROJECT (0 or 1, see conv_project), WARPS (of a block of it), SHARED_BYTES.
 
 // Weights in two bytes: those of the projection, (RANK + 32, dim) float32 of each direction, to packed (2, ROW, dim) with
 // zeros from RANK to RANK_PAD; of the step sizes, (dim, RANK) each, to packed_dt (2, dim, RANK_PAD); and `others`
 // neighbouring numbers of out_proj. A thread for two numbers of each.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
 pack_weights(const float* forward, const float* backward, const float* dt_f, const float* dt_b, const float* out_proj,
              T* packed, T* packed_dt, T* packed_out, int dim, int others) {
   let_next_kernel_start();
-  const int i = 2 * (blockIdx.x * 256 + threadIdx.x), row = i / dim, column = i % dim;
+  const int i = 2 * (blockIdx.x * FLAT_THREADS + threadIdx.x), row = i / dim, column = i % dim;
   if (i < others) {
     const float2 v = *(const float2*)&out_proj[i];
     *(T2*)&packed_out[i] = pack(v.x, v.y);
@@ -37,42 +37,40 @@ pack_weights(const float* forward, const float* backward, const float* dt_f, con
   *(T2*)&packed[ROW * dim + i] = pack(b.x, b.y);
 }
 
-constexpr int WARPS = PROJECT ? 4 : 1;  // of a block
-constexpr int TOKENS = 16;              // of a warp, the height of a product
-constexpr int PART = 64;                // channels that a block has in shared memory at once
-constexpr int ROWS = WARPS * TOKENS + 2 * REACH;
+constexpr int ROWS = WARPS * TILE + 2 * REACH;  // of x that a block sees
 
 // Rows of 128 bytes. Where pieces of 16 bytes are read from rows at once, they stand at `piece ^ row % 8`, against conflicts.
 struct Shared {
-  alignas(16) T x[2][ROWS][PART];
-  alignas(16) T u[WARPS][2][TOKENS][PART];
+  alignas(16) T x[2][ROWS][CHANNELS];
+  alignas(16) T u[WARPS][2][TILE][CHANNELS];
 #if PROJECT
-  alignas(16) T weight[2][2 * ROW][PART];
+  alignas(16) T weight[2][2 * ROW][CHANNELS];
 #endif
 };
+static_assert(CHANNELS == 64 && sizeof(Shared) == SHARED_BYTES, "a launch asks for another size of shared memory");
 
 // u of both directions (tokens, dim) contiguous from x (tokens, dim) with rows of x_stride; sequences of `length` tokens
-// one after the other. PROJECT: their projections (2, tokens, ROW) too. A warp owns 16 tokens, whatever sequences they are
+// one after the other. PROJECT: their projections (2, tokens, ROW) too. A warp owns TILE tokens, whatever sequences they are
 // of: a lane convolves two channels of them, then they are a factor of the matrix unit. `packed` as from pack_weights.
-// A grid of (tokens / (16 WARPS), PROJECT ? 1 : dim / 64) blocks.
+// A grid of (tokens / (TILE WARPS), PROJECT ? 1 : dim / CHANNELS) blocks.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, PROJECT ? 3 : 8)
 conv_project(const T* x, long long x_stride, const float* weight_f, const float* weight_b, const float* bias_f,
              const float* bias_b, const T* packed, T* u_f, T* u_b, T* projected, int tokens, int length, int dim) {
   DYNAMIC_SHARED(Shared, s);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int block0 = blockIdx.x * WARPS * TOKENS, first = block0 + warp * TOKENS;
-  const int first_part = PROJECT ? 0 : blockIdx.y, end = PROJECT ? dim / PART : first_part + 1;
+  const int block0 = blockIdx.x * WARPS * TILE, first = block0 + warp * TILE;
+  const int first_part = PROJECT ? 0 : blockIdx.y, end = PROJECT ? dim / CHANNELS : first_part + 1;
   // A thread copies one piece of every 4 WARPS-th row.
   const auto copy_part = [&](int part, int stage) {
     const int thread = anew(threadIdx.x), copied = thread / 8, piece = thread % 8 * 8;
-    const T* from = x + (block0 + copied - REACH) * x_stride + part * PART + piece;
+    const T* from = x + (block0 + copied - REACH) * x_stride + part * CHANNELS + piece;
 #pragma unroll
     for (int i = 0; i < ROWS; i += 4 * WARPS, from += 4 * WARPS * x_stride) {
       const int row = i + copied, token = block0 + row - REACH;
       if (row < ROWS) copy16(&s.x[stage][row][piece], from, token >= 0 && token < tokens);
     }
 #if PROJECT
-    const T* weight = packed + (copied * dim + part * PART + piece);
+    const T* weight = packed + (copied * dim + part * CHANNELS + piece);
 #pragma unroll
     for (int i = 0; i < 2 * ROW; i += 4 * WARPS, weight += 4 * WARPS * dim)
       copy16(&s.weight[stage][i + copied][piece ^ copied % 8 * 8], weight, true);
@@ -82,7 +80,7 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
 
   const int position = first % length;
   // Whether all rows that the warp sees are of one sequence.
-  const bool whole = position >= REACH && position + TOKENS + REACH <= length;
+  const bool whole = position >= REACH && position + TILE + REACH <= length;
 #if PROJECT
   float acc[2][ROW / 8][4] = {};
 #endif
@@ -91,7 +89,7 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
   copy_part(first_part, first_part % 2);
 #pragma unroll 1
   for (int part = first_part; part < end; part++) {
-    const int stage = part % 2, channel = part * PART + 2 * lane;
+    const int stage = part % 2, channel = part * CHANNELS + 2 * lane;
     const Taps f(weight_f, bias_f, channel), b(weight_b, bias_b, channel);
     block_sync();  // the last part's products are done
     if (part + 1 < end)
@@ -105,10 +103,10 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
       int at = all ? 0 : anew(position);
       float2 row[2 * REACH + 1];
 #pragma unroll
-      for (int i = 0; i < 2 * REACH; i++) row[i] = unpack(*(const T2*)&s.x[stage][warp * TOKENS + i][2 * lane]);
+      for (int i = 0; i < 2 * REACH; i++) row[i] = unpack(*(const T2*)&s.x[stage][warp * TILE + i][2 * lane]);
 #pragma unroll
-      for (int t = 0; t < TOKENS; t++) {
-        row[2 * REACH] = unpack(*(const T2*)&s.x[stage][warp * TOKENS + t + 2 * REACH][2 * lane]);
+      for (int t = 0; t < TILE; t++) {
+        row[2 * REACH] = unpack(*(const T2*)&s.x[stage][warp * TILE + t + 2 * REACH][2 * lane]);
         float y[2][2] = {{f.bias[0], f.bias[1]}, {b.bias[0], b.bias[1]}};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -137,22 +135,22 @@ conv_project(const T* x, long long x_stride, const float* weight_f, const float*
 #pragma unroll
     for (int d = 0; d < 2; d++) {
       const int own = anew(lane);
-      T* to = (d ? u_b : u_f) + (long long)(first + own / 8) * dim + part * PART + own % 8 * 8;
-      uint4 v[TOKENS / 4];
+      T* to = (d ? u_b : u_f) + (long long)(first + own / 8) * dim + part * CHANNELS + own % 8 * 8;
+      uint4 v[TILE / 4];
 #pragma unroll
-      for (int i = 0; i < TOKENS / 4; i++) {
+      for (int i = 0; i < TILE / 4; i++) {
         const int row = 4 * i + own / 8;
         v[i] = *(const uint4*)&s.u[warp][d][row][(own % 8 ^ row % 8) * 8];
       }
 #pragma unroll
-      for (int i = 0; i < TOKENS / 4; i++, to += 4 * dim) store16(to, v[i], 4 * i + own / 8 < tokens - first);
+      for (int i = 0; i < TILE / 4; i++, to += 4 * dim) store16(to, v[i], 4 * i + own / 8 < tokens - first);
     }
 #if PROJECT
     const int reader = anew(lane);
 #pragma unroll
     for (int d = 0; d < 2; d++)
 #pragma unroll
-      for (int k = 0; k < PART / 16; k++) {
+      for (int k = 0; k < CHANNELS / 16; k++) {
         unsigned a[4];
         load_matrices(a, &s.u[warp][d][reader % 16][((2 * k + reader / 16) ^ reader % 8) * 8]);
 #pragma unroll

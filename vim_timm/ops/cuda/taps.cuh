@@ -5,7 +5,7 @@
 //
 // Macros from the caller: WIDTH (1 to 4), HAS_BIAS (0 or 1).
 
-constexpr int REACH = 3;
+static_assert(REACH == 3, "four taps are written out");
 
 // Of the two neighbouring channels of a lane.
 struct Taps {

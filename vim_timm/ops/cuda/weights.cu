@@ -4,9 +4,8 @@
 // A library's product would be slow at these shapes, thousands of tokens for a few rows and columns, and take a call for
 // each of four. Here a block sums over a part of the tokens, so that blocks fill the device; sums.cu adds them up.
 
-constexpr int WARPS = 4;
-constexpr int CHANNELS = 16 * WARPS;  // of a block, 16 of a warp
-constexpr int TOKENS = 32;            // in shared memory at once, while the next are on their way
+constexpr int WARPS = CHANNELS / 16;    // of a block
+constexpr int TOKENS = PRODUCT_TOKENS;  // in shared memory at once, while the next are on their way
 constexpr int COLUMNS = RANK_PAD + ROW;
 constexpr int PAD = 8;  // rows of 144, 208 or 272 bytes: eight of them have no banks in common
 
@@ -86,10 +85,10 @@ sum_outer_products(const T* grad_delta, const T* u, const T* x, const T* grad_x,
 // Gradients to where `Mixer.backward` returns them, `direction` numbers of each direction, the first of which sum_rows has
 // written: of four taps and the bias (2, 5, dim), of dt and x_proj in `products` (2, dim, COLUMNS), and `others` of
 // out_proj. A thread for one number of each.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
 place_gradients(const float* taps, const float* products, const T* out_proj, float* weights, int direction, int dim,
                 int width, int others) {
-  const int i = blockIdx.x * 256 + threadIdx.x, row = i / dim;
+  const int i = blockIdx.x * FLAT_THREADS + threadIdx.x, row = i / dim;
 #pragma unroll
   for (int d = 0; d < 2; d++, taps += 5 * dim, products += dim * COLUMNS) {
     float* to = weights + d * direction + (STATE + 2) * dim;
