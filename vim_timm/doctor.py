@@ -1,4 +1,4 @@
-"""`python -m vim_timm.doctor`: what this machine can run, and why not: versions, devices, scan backends.
+"""`python -m vim_timm.doctor`: what this machine can run, and why not: versions, devices, backends, attention.
 
 `--weights` checks the SHA-256 of published weights instead: of those in the package and in the Hub's cache.
 """
@@ -15,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from timm.models._hub import hf_split
 
 from vim_timm import __version__, ops
+from vim_timm.layers.attention import attention_kernels
 
 from .errors import UserError, run
 from .models.checkpoint import CheckpointError
@@ -76,6 +77,19 @@ def _choices() -> list[str]:
     return lines
 
 
+def _attention() -> list[str]:
+    """Which kernels of attention run where torch computes, and what VIM_TIMM_ATTN forces."""
+    devices = ['cpu'] + [name for name in ('cuda', 'mps', 'xpu') if getattr(torch, name).is_available()]
+    lines = []
+    for device in devices:
+        for name, reason in attention_kernels(device):
+            lines.append(f'{device}: {name}: ' + (f'not available: {reason}' if reason else 'available'))
+    forced = os.environ.get('VIM_TIMM_ATTN', 'auto')
+    if forced != 'auto':
+        lines.append(f'VIM_TIMM_ATTN={forced} is forced')
+    return lines
+
+
 def report() -> str:
     """The whole report as text."""
     sections = {
@@ -83,6 +97,7 @@ def report() -> str:
         'Devices': _devices(),
         'Scan backends': _backends(),
         'auto picks': _choices(),
+        'Attention kernels (hybrid models)': _attention(),
     }
     return '\n\n'.join('\n'.join([title, *(f'  {line}' for line in lines)]) for title, lines in sections.items())
 

@@ -4,5 +4,13 @@ from vim_timm.models.factorized_mae import FactorizedAutoencoder, FactorizedViT
 from vim_timm.models.masked_autoencoder import MaskedAutoencoder
 from vim_timm.models.trunk import Trunk
 from vim_timm.models.vision_mamba import VisionMamba
+from vim_timm.models.vision_mamba_hybrid import VisionMambaHybrid
 
-__all__ = ['FactorizedAutoencoder', 'FactorizedViT', 'MaskedAutoencoder', 'Trunk', 'VisionMamba']
+__all__ = [
+    'FactorizedAutoencoder',
+    'FactorizedViT',
+    'MaskedAutoencoder',
+    'Trunk',
+    'VisionMamba',
+    'VisionMambaHybrid',
+]

@@ -1,0 +1,94 @@
+"""The house keeps its shape: imports point one way, files are short, signatures too, every variable is documented."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / 'vim_timm'
+SOURCES = sorted(PACKAGE.rglob('*.py'))
+
+# Each may import itself and what stands before it; `ground` stands under all.
+GROUND = ('errors', 'files', 'version')
+FLOORS = ('ops', 'layers', 'models', 'settings', 'data', 'tasks', 'engine', 'report', 'hub')
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    return parts[:-1] if parts[-1] == '__init__' else parts
+
+
+def floor_of(parts):
+    """The number of a module's floor: -1 for the ground, len(FLOORS) for command lines."""
+    if len(parts) > 1 and parts[1] in GROUND:
+        return -1
+    return FLOORS.index(parts[1]) if len(parts) > 1 and parts[1] in FLOORS else len(FLOORS)
+
+
+def imports_of(path):
+    """Modules of this package that a file imports, wherever it does."""
+    module = module_of(path)
+    package = module if path.name == '__init__.py' else module[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split('.') for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += node.module.split('.') if node.module else []
+            names = [base + [alias.name] for alias in node.names] if len(base) == 1 else [base]
+        else:
+            continue
+        yield from (tuple(name) for name in names if name[:1] == ['vim_timm'])
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    own = floor_of(module_of(path))
+    against = {'.'.join(name) for name in imports_of(path) if floor_of(name) > own and name != ('vim_timm',)}
+    against -= {'vim_timm.version', 'vim_timm.__version__'}
+    assert not against
+
+
+def test_the_check_of_imports_can_fail(tmp_path):
+    assert floor_of(('vim_timm', 'engine', 'loop')) > floor_of(('vim_timm', 'ops'))
+    assert ('vim_timm', 'ops', 'scan') in set(imports_of(PACKAGE / 'ops' / '__init__.py'))
+
+
+@pytest.mark.parametrize(
+    'path',
+    [path for path in PACKAGE.rglob('*') if path.suffix in ('.py', '.c', '.h', '.cu', '.cuh')],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def long_signatures(path):
+    """Functions of more than eight parameters, but constructors of models and layers, and Triton's kernels."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            count = len([argument for argument in every if argument.arg != 'self'])
+            kernel = any('jit' in ast.dump(decorator) for decorator in node.decorator_list)
+            if count > 8 and not kernel and node.name != '__init__':
+                yield f'{node.name} takes {count}'
+
+
+# Signatures that others define: mamba-ssm's function and the original's constructor.
+FOREIGN = {'selective_scan takes 10', 'from_original takes 35'}
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_signatures_are_short(path):
+    assert set(long_signatures(path)) <= FOREIGN
+
+
+def test_every_environment_variable_is_documented():
+    documented = set(re.findall(r'`(VIM_TIMM_[A-Z_]+)`', (ROOT / 'docs' / 'environment.md').read_text()))
+    folders = ('vim_timm', 'tests', 'benchmarks', '.ci')
+    files = [file for folder in folders for file in (ROOT / folder).rglob('*') if file.suffix in ('.py', '.sh', '')]
+    texts = ' '.join(file.read_text() for file in files if file.is_file())
+    used = set(re.findall(r'VIM_TIMM_[A-Z]+(?:_[A-Z]+)*', texts))
+    assert used == documented

@@ -1,0 +1,77 @@
+"""A state space branch and an attention branch on the same tokens, mixed by a learned weight."""
+
+from typing import Any, Literal, Set
+
+import torch
+import torch.nn as nn
+from timm.layers import register_notrace_module
+
+from vim_timm.layers.block import wants_layout
+from vim_timm.layers.token_order import Layout
+
+
+@register_notrace_module  # its branches decide by tensors what runs
+class Hybrid(nn.Module):
+    """w * ssm(x) + (1 - w) * attention(x) with w = sigmoid(mix), (B, L, C) -> (B, L, C)."""
+
+    __constants__ = ['ssm_wants_layout']
+
+    def __init__(
+        self,
+        dim: int,
+        ssm: nn.Module,
+        attention: nn.Module,
+        mix: Literal['scalar', 'channel'] = 'scalar',
+        device=None,
+        dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Width C of the tokens.
+            ssm: A mixer as `layers.block` describes it.
+            attention: (B, L, C) -> (B, L, C).
+            mix: One learned weight ('scalar'), or one for every channel ('channel'); both begin at equal shares.
+
+        Raises:
+            ValueError: unknown `mix`.
+        """
+        super().__init__()
+        if mix not in ('scalar', 'channel'):
+            raise ValueError(f"mix must be 'scalar' or 'channel', not {mix!r}")
+        self.ssm = ssm
+        self.attention = attention
+        self.ssm_wants_layout = wants_layout(ssm)
+        self.mix = nn.Parameter(torch.empty(1 if mix == 'scalar' else dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give both branches equal shares."""
+        nn.init.zeros_(self.mix)
+
+    def init_weights(self, depth: int, scheme: str) -> None:
+        """Draw the branches anew, for a model of `depth` blocks."""
+        init = getattr(self.ssm, 'init_weights', None)
+        if init is not None:
+            init(depth, scheme)
+        for module in self.attention.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the parameters that weight decay must leave alone."""
+        own: Any = getattr(self.ssm, 'no_weight_decay', set)
+        return {'mix'} | {f'ssm.{name}' for name in own()}
+
+    def as_operand(self, x: torch.Tensor) -> torch.Tensor:
+        """The normed tokens in the dtype of the state space branch's first product."""
+        cast = getattr(self.ssm, 'as_operand', None)
+        return x if cast is None else cast(x)
+
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        if self.ssm_wants_layout:
+            y = self.ssm(x, layout)
+        else:
+            y = self.ssm(x)
+        return torch.lerp(self.attention(x), y, self.mix.sigmoid().to(y.dtype))
