@@ -157,6 +157,16 @@ def test_forced_scan_backend_that_cannot_run(tmp_path):
     assert not (tmp_path / 'o').exists()
 
 
+@pytest.mark.parametrize('program', ['train', 'validate'])
+def test_compiling_without_a_compiler(program, weights, tmp_path):
+    command = [sys.executable, '-m', f'vim_timm.{program}', *COMMON, '--model', 'test_vit', '--torchcompile']
+    more = {'train': ['--output', str(tmp_path / 'o'), '--epochs', '1'], 'validate': ['--checkpoint', str(weights)]}
+    nowhere = dict(CXX='/nonexistent/g++', CC='/nonexistent/gcc', TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))
+    result = subprocess.run([*command, *more[program]], env={**os.environ, **nowhere}, capture_output=True, text=True)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert '--torchcompile: ' in result.stderr.splitlines()[-1] and not (tmp_path / 'o').exists()
+
+
 @pytest.fixture
 def weights(tmp_path):
     """A checkpoint of timm's test_vit."""

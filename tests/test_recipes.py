@@ -26,7 +26,7 @@ def head(name):
 
 
 def settings(*argv):
-    return vars(train.parse_args(argv))['settings']
+    return vars(train.parse_args(argv))
 
 
 def test_the_promised_recipes_exist():

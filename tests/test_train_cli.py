@@ -33,7 +33,7 @@ def run(tmp_path):
     """Train here and return (folder of the run, rows of its log)."""
 
     def start(flags, *more, name='a'):
-        arguments = [*flags.split(), *more, '--output', str(tmp_path), '--experiment', name]
+        arguments = [*flags.split(), *more, '--output', str(tmp_path), '--experiment', name, '--overwrite']
         assert train.main(arguments) == 0
         return tmp_path / name, json.loads((tmp_path / name / 'summary.json').read_text())
 

@@ -94,6 +94,8 @@ def _failure(error: Exception) -> str:
     if 'DataLoader worker' in text and ('killed by signal' in text or 'exited unexpectedly' in text):
         return f'a data loading process died (out of memory? lower --workers): {sentence(error)}'
     kinds = {kind.__name__ for kind in type(error).__mro__}
+    if 'TorchDynamoException' in kinds:
+        return f'--torchcompile: {sentence(error)}'
     if 'DistError' in kinds or any(words in text for words in _LOST):
         return f'{_LOST_RANK}: {sentence(error)}'
     if 'in DataLoader worker process' in text:

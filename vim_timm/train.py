@@ -2,15 +2,15 @@
 
 import importlib
 import os
+import shlex
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import yaml
 from timm.data import resolve_input_data_config
-from timm.models import get_pretrained_cfg, safe_model_name
+from timm.models import get_pretrained_cfg
 from timm.utils import random_seed
 
 import vim_timm  # noqa: F401  registers the models with timm
@@ -18,18 +18,19 @@ import vim_timm  # noqa: F401  registers the models with timm
 from . import data
 from .engine import build
 from .engine.checkpoint import Saver
+from .engine.folder import in_folder, open_folder, planned_folder
 from .engine.loop import Hooks, Trainer
 from .engine.process import start_process
 from .errors import UserError, explain, run
 from .files import write_atomically
 from .report.curves import write_curves
 from .settings import Settings
-from .settings.flags import TRAIN
+from .settings.flags import PRECISION, TRAIN, VALIDATE
 from .settings.parse import parse
 from .tasks import make_task
 
 PROGRAM = 'train.py'
-LAYERS = ('data', 'config', 'recipe')  # where settings came from, which args.yaml need not say
+UNWRITTEN = ('data', 'config', 'recipe', 'overwrite')  # what args.yaml need not say, as it says all the rest
 DESCRIPTION = """Train an image classifier with timm's library; flags have the names, defaults and meanings of timm's
 train.py. Without data, recipe or --config it trains on the embedded digits (the recipe `digits`)."""
 
@@ -71,12 +72,6 @@ def input_channels(args: Settings) -> int:
         return args.in_chans or args.input_size[0]
     config = get_pretrained_cfg(args.model, allow_unregistered=True)
     return config.input_size[0] if config else 3
-
-
-def output_folder(args: Settings, image_size: int) -> str:
-    """Folder of this run, not created yet."""
-    name = args.experiment or '-'.join([time.strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)])
-    return os.path.join(args.output or os.path.join('.', 'output', 'train'), name)
 
 
 def checkpoint_to_resume(args: Settings, saver: Saver) -> str:
@@ -135,6 +130,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     if args.model_ema and (process.primary or not args.model_ema_force_cpu):
         task.setup_ema(args.model_ema_decay, args.model_ema_warmup, device='cpu' if args.model_ema_force_cpu else None)  # type: ignore[arg-type]
     if args.torchcompile:
+        build.try_compiler(args, process)
         with explain('--torchcompile'):
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if process.world_size > 1:
@@ -142,22 +138,24 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         task.prepare_distributed(
             device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb, gradient_as_bucket_view=True
         )
-    folder = output_folder(args, data_config['input_size'][-1])
+    folder = planned_folder(args, data_config['input_size'][-1])
     trainer = Trainer(args, process, task, optimizer, loaders, folder, hooks)
     resumed = checkpoint_to_resume(args, trainer.saver)
     if resumed:
         trainer.resume(resumed)
-    for split, dataset in zip((args.train_split, args.val_split), datasets):
-        trainer.progress.say(data.describe(dataset, split, args))
-    announce(args, trainer, model, data_config)
     if trainer.epoch >= trainer.epochs:
         trainer.progress.say(f'all {trainer.epochs} epochs are done')
         return trainer
+    goes_on = args.resume == 'auto' or in_folder(resumed, folder)
+    trainer.saver.folder = open_folder(folder, process, goes_on, args.overwrite)
+    if trainer.folder != folder:
+        trainer.progress.say(f'{folder} holds a run already: this one is {os.path.basename(trainer.folder)}')
+    for split, dataset in zip((args.train_split, args.val_split), datasets):
+        trainer.progress.say(data.describe(dataset, split, args))
+    announce(args, trainer, model, data_config)
     if trainer.primary:
-        with explain('--output'):
-            os.makedirs(folder, exist_ok=True)
-        text = yaml.safe_dump({name: value for name, value in vars(args).items() if name not in LAYERS})
-        write_atomically(os.path.join(folder, 'args.yaml'), text)
+        text = yaml.safe_dump({name: value for name, value in vars(args).items() if name not in UNWRITTEN})
+        write_atomically(os.path.join(trainer.folder, 'args.yaml'), text)
     trainer.run()
     return trainer
 
@@ -180,6 +178,18 @@ def announce(args: Settings, trainer: Trainer, model: torch.nn.Module, data_conf
     )
 
 
+def evaluation_command(args: Settings, checkpoint: str, ema: bool) -> list[str]:
+    """The command line that evaluates a checkpoint of this run on its data, and in its precision."""
+    values = {**vars(args), 'split': args.val_split, 'num_samples': args.val_num_samples}
+    words = ['python', 'validate.py', '--checkpoint', checkpoint, *(['--use-ema'] if ema else [])]
+    for names, kind, default, *_ in (*VALIDATE['data'], *PRECISION):
+        flag = names.split()[0]
+        value = values.get(flag[2:].replace('-', '_'), default)
+        if value != default and flag not in ('--dataset-download', '--data-in-memory'):
+            words += [flag] if kind is bool else [flag, str(value)]
+    return words
+
+
 def farewell(trainer: Trainer) -> None:
     """Print the result and what to try next, and draw the curves."""
     ranking = trainer.saver.ranking(trainer.rows)
@@ -189,14 +199,16 @@ def farewell(trainer: Trainer) -> None:
     metric = trainer.args.eval_metric
     shown = trainer.task.number(metric, best[trainer.metric])
     trainer.progress.say(f'best {metric}: {shown} in epoch {best["epoch"]}')
-    if trainer.primary:
+    if trainer.primary and os.path.isdir(trainer.folder):
         try:
             trainer.progress.say(f'curves: {write_curves(trainer.folder, trainer.rows)}')
         except UserError as error:  # the run is complete without them
             trainer.progress.say(f'no curves: {error}')
     path = trainer.saver.path('model_best')
-    if os.path.exists(path):
-        trainer.progress.say(f'evaluate it: python validate.py --checkpoint {path} --report {trainer.folder}/report')
+    if os.path.exists(path) and not trainer.hooks.dataset and not trainer.hooks.task:
+        report = os.path.join(trainer.folder, 'report')
+        command = evaluation_command(trainer.args, path, trainer.metric.startswith('ema_'))
+        trainer.progress.say(f'evaluate it: {shlex.join([*command, "--report", report])}')
     if trainer.args.recipe == 'digits':
         trainer.progress.say(
             'next: your own images, one folder a class in FOLDER/train and FOLDER/validation:\n'

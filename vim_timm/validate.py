@@ -141,6 +141,7 @@ def _ready_model(
     if labels is not None:
         model = torch.nn.Sequential(model, _Select(labels))
     if args.torchcompile:
+        build.try_compiler(args, process)
         with explain('--torchcompile'):
             model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     return model, parameters, data_config
@@ -218,9 +219,8 @@ def validate_with_retry(args: Settings, process: Process) -> dict[str, Any]:
 def candidates(args: Settings) -> list[dict[str, Any]]:
     """What to evaluate: a folder of checkpoints, a file with model names, a pattern, or the one model."""
     if os.path.isdir(args.checkpoint):
-        files = [
-            file for ending in ('pth.tar', 'pth', 'safetensors') for file in glob.glob(f'{args.checkpoint}/*.{ending}')
-        ]
+        folder, endings = glob.escape(args.checkpoint), ('pth.tar', 'pth', 'safetensors')
+        files = [file for ending in endings for file in glob.glob(f'{folder}/*.{ending}')]
         return [dict(checkpoint=file) for file in sorted(files, key=natural_key)]
     if os.path.isfile(args.model):
         with open(args.model) as file:

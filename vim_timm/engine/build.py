@@ -137,3 +137,18 @@ def make_optimizer(args: Settings, process: Process, task: TrainingTask) -> torc
     options = optimizer_kwargs(cfg=args.replace(lr=learning_rate(args, process.world_size)))
     with explain('optimizer'):
         return create_optimizer_v2(task.get_trainable_module() or task, **options, **args.opt_kwargs)
+
+
+def try_compiler(args: Settings, process: Process) -> None:
+    """Compile something small with --torchcompile, before anything is written: a compiler may be missing.
+
+    Raises:
+        UserError: it cannot be compiled.
+    """
+    with explain('--torchcompile'):
+        compiled = torch.compile(_small, backend=args.torchcompile, mode=args.torchcompile_mode)
+        compiled(torch.zeros(8, device=process.device))
+
+
+def _small(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() + 1

@@ -64,6 +64,27 @@ def check_classes(saved: list[str], here: list[str], path: str) -> None:
             )
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, name: str, content: dict[str, Any], path: str) -> None:
+    """Load the state of the optimizer `name` from a checkpoint; its learning rate, betas, ... stay those of this run.
+
+    Raises:
+        UserError: the checkpoint of `path` is another optimizer's.
+    """
+    args = content.get('args') or {}
+    saved = args.get('opt') if isinstance(args, dict) else getattr(args, 'opt', None)
+    if isinstance(saved, str) and saved.lower() != name.lower():
+        raise UserError(
+            f'{path} has the state of --opt {saved}, not of {name}: --no-resume-opt takes its weights alone'
+        )
+    settings = [
+        {key: value for key, value in group.items() if key != 'params' and not key.endswith('step')}  # those count
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(content['optimizer'])
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
+
+
 def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
     """(epoch, step) at which training goes on; for timm's own checkpoints the epoch after theirs."""
     progress = checkpoint.get('progress')
@@ -104,8 +125,10 @@ class Saver:
     def tidy(self, rows: list[dict[str, Any]]) -> None:
         """Give `last` the further names that it deserves, and drop checkpoints that are no longer among the best."""
         epoch, ranking = rows[-1]['epoch'], self.ranking(rows)
-        if epoch in ranking[:1]:
-            duplicate(self.path('last'), self.path('model_best'))
+        for best in ranking[:1]:
+            source = self.path('last' if epoch == best else f'checkpoint-{best}')
+            if os.path.isfile(source):
+                duplicate(source, self.path('model_best'))
         if epoch in ranking[: self.history]:
             duplicate(self.path('last'), self.path(f'checkpoint-{epoch}'))
         if self.every and (epoch + 1) % self.every == 0:

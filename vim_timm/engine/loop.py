@@ -19,6 +19,7 @@ from ..models.checkpoint import class_names_in, read_checkpoint
 from ..settings import Process, Settings
 from ..tasks import Task
 from . import checkpoint, log
+from .build import learning_rate
 from .evaluate import Metric, Watch, evaluate
 from .process import catch_signals
 from .provenance import provenance
@@ -58,7 +59,7 @@ class Trainer:
         loaders: tuple[Loader, Loader], folder: str, hooks: Hooks,
     ):  # fmt: skip
         self.args, self.process, self.task, self.optimizer = args, process, task, optimizer
-        (self.train_data, self.eval_data), self.folder, self.hooks = loaders, folder, hooks
+        (self.train_data, self.eval_data), self.hooks = loaders, hooks
         self.primary = process.primary
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=process.autocast_dtype == torch.float16)
         self.batches = len(self.train_data)
@@ -69,6 +70,8 @@ class Trainer:
         self.decreasing = task.decreasing(args.eval_metric)
         with explain('schedule'):
             options = scheduler_kwargs(args, decreasing_metric=self.decreasing)
+            if learning_rate(args, process.world_size) == 0 and 'warmup_lr' not in args.chosen:
+                options['warmup_lr'] = 0.0  # timm's default would be above it
             self.scheduler, self.epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=self.updates)
         self.metric = f'{"ema" if self._evaluates_ema() else "eval"}_{args.eval_metric}'
         self.saver = checkpoint.Saver(folder, args.checkpoint_hist, args.checkpoint_every, self.metric, self.decreasing)
@@ -89,6 +92,11 @@ class Trainer:
     def _evaluates_ema(self) -> bool:
         return self.args.model_ema and not self.args.model_ema_force_cpu
 
+    @property
+    def folder(self) -> str:
+        """Where the run writes."""
+        return self.saver.folder
+
     # State
 
     def state(self) -> dict[str, Any]:
@@ -107,6 +115,7 @@ class Trainer:
             'progress': {
                 'epoch': self.epoch, 'step': self.step, 'loss': losses, 'nonfinite': self.nonfinite,
                 'skipped': self.skipped, 'batch': [self.args.batch_size, self.process.world_size],
+                'steps': self._steps,
             },
             'history': self.rows,
             'class_names': self.train_data.classes,
@@ -139,7 +148,7 @@ class Trainer:
                 for row in self.rows:
                     self._schedule(row['epoch'] + 1, row.get(self.metric))
             if not self.args.no_resume_opt:
-                self.optimizer.load_state_dict(content['optimizer'])
+                checkpoint.load_optimizer(self.optimizer, self.args.opt, content, path)
                 if self.scaler.is_enabled() and 'amp_scaler' in content:
                     self.scaler.load_state_dict(content['amp_scaler'])
         progress = content.get('progress', {})
@@ -148,6 +157,12 @@ class Trainer:
             if [size, world] != [self.args.batch_size, self.process.world_size]:
                 raise UserError(
                     f'{path} is from the middle of an epoch: resume it with --batch-size {size} on {world} ranks'
+                )
+            batches, accum = progress.get('steps', self._steps)
+            if [batches, accum] != self._steps:
+                raise UserError(
+                    f'{path} is from the middle of an epoch: resume it with the same data, {batches} batches an epoch '
+                    f'(not {self.batches}), and --grad-accum-steps {accum}'
                 )
             self._reset_loss(progress['loss'][self.process.rank])
         self.nonfinite, self.skipped = progress.get('nonfinite', 0), progress.get('skipped', 0)
@@ -161,6 +176,10 @@ class Trainer:
     def _schedule(self, epoch: int, metric: float | None) -> None:
         if self.scheduler is not None:
             self.scheduler.step(epoch, metric)
+
+    @property
+    def _steps(self) -> list[int]:
+        return [self.batches, self.args.grad_accum_steps]
 
     # Training
 

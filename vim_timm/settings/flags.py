@@ -58,11 +58,14 @@ MODEL: list[Row] = [
     ('--torchcompile-mode', str, None, 'mode of torch.compile'),
     ('--torchscript', refused, False, _JIT),
 ]
-DEVICE: list[Row] = [
-    ('--device', str, 'cuda', 'device to run on (default: cuda where there is one, else cpu)'),
+PRECISION: list[Row] = [
     ('--amp', bool, False, 'mixed precision'),
     ('--amp-dtype', ('float16', 'bfloat16'), 'float16', 'the lower precision of --amp'),
     ('--model-dtype', ('float32', 'float16', 'bfloat16'), None, 'dtype of the weights, without --amp'),
+]
+DEVICE: list[Row] = [
+    ('--device', str, 'cuda', 'device to run on (default: cuda where there is one, else cpu)'),
+    *PRECISION,
     ('--workers -j', int, 4, 'data loading processes', at_least(0)),
     ('--pin-mem', bool, False, 'pin host memory for the copy to the device'),
     ('--no-prefetcher', bool, False, 'normalize and erase on the CPU, in the workers'),
@@ -235,7 +238,8 @@ TRAIN: dict[str, list[Row]] = {
         ('--checkpoint-every', int, 0, 'also keep the checkpoint of every N-th epoch', at_least(0)),
         ('--save-images', bool, False, 'save a training batch as an image at each line of the log'),
         ('--output', str, '', 'folder of all runs (default: ./output/train)'),
-        ('--experiment', str, '', 'name of this run, its folder in --output'),
+        ('--experiment', str, '', 'name of this run, its folder in --output (NAME-2, ... where there is a run NAME)'),
+        ('--overwrite', bool, False, 'remove the run that is in the folder of --experiment'),
         ('--eval-metric', str, 'top1', 'metric that decides which checkpoint is best'),
         ('--tta', refused, 0, 'no loader makes the augmented views that it would average'),
         ('--use-multi-epochs-loader', refused, False, _WORKERS),

@@ -1,0 +1,201 @@
+"""A run has a folder of its own, uses the settings that it announces, and prints commands that re-make its numbers."""
+
+import json
+import os
+import re
+import shlex
+
+import pytest
+import torch
+import yaml
+
+from vim_timm import train, validate
+from vim_timm.engine import Hooks
+
+BASE = '--dataset digits --model test_vit --img-size 16 --in-chans 1 --device cpu --workers 0 --batch-size 718'
+FLAGS = f'{BASE} --opt adamw --lr 1e-3 --warmup-epochs 0'.split()
+
+
+@pytest.fixture
+def start(tmp_path):
+    def run(name, *more, hooks=None):
+        arguments = [*FLAGS, '--output', str(tmp_path), '--experiment', name, *map(str, more)]
+        return train.train(train.parse_args(arguments), hooks)
+
+    return run
+
+
+def load(folder, name='last'):
+    return torch.load(f'{folder}/{name}.pth.tar', weights_only=True)
+
+
+def settings_of(folder):
+    with open(f'{folder}/args.yaml') as file:
+        return yaml.safe_load(file)
+
+
+class TestFolders:
+    def test_another_run_of_the_same_name_gets_a_folder_of_its_own(self, start, tmp_path, capsys):
+        start('a', '--epochs', 2)
+        before = {name: (tmp_path / 'a' / name).read_bytes() for name in os.listdir(tmp_path / 'a')}
+        for number in (2, 3):
+            trainer = start('a', '--epochs', 1)
+            assert trainer.folder == str(tmp_path / f'a-{number}')
+            assert f'{tmp_path / "a"} holds a run already' in capsys.readouterr().out
+        assert {name: (tmp_path / 'a' / name).read_bytes() for name in os.listdir(tmp_path / 'a')} == before
+        assert load(tmp_path / 'a-3')['epoch'] == 0
+
+    def test_a_run_that_was_killed_early_is_not_overwritten_either(self, start, tmp_path):
+        (tmp_path / 'a').mkdir()
+        (tmp_path / 'a' / 'args.yaml').write_text('')
+        assert start('a', '--epochs', 1).folder == str(tmp_path / 'a-2')
+
+    def test_a_folder_without_a_run_is_taken(self, start, tmp_path):
+        (tmp_path / 'a').mkdir()
+        (tmp_path / 'a' / 'notes.txt').write_text('mine')
+        assert start('a', '--epochs', 1, '--overwrite').folder == start('b', '--epochs', 1).folder[:-1] + 'a'
+        assert (tmp_path / 'a' / 'notes.txt').read_text() == 'mine'
+
+    def test_overwrite_leaves_nothing_of_the_run_before(self, start, tmp_path):
+        start('a', '--epochs', 3, '--checkpoint-every', 1)
+        trainer = start('a', '--epochs', 1, '--overwrite')
+        assert trainer.folder == str(tmp_path / 'a')
+        names = {f'{name}.pth.tar' for name in ('last', 'model_best', 'checkpoint-0')}
+        assert set(os.listdir(tmp_path / 'a')) == names | {'args.yaml', 'summary.csv', 'summary.json'}
+        assert 'overwrite' not in settings_of(trainer.folder)  # else another run from these settings would do it again
+
+    def test_resume_goes_on_in_its_folder_and_from_elsewhere_in_another(self, start, tmp_path):
+        whole = start('a', '--epochs', 2)
+        assert start('a', '--epochs', 3, '--resume', whole.saver.path('last')).folder == whole.folder
+        assert start('a', '--epochs', 4, '--resume', 'auto').folder == whole.folder
+        start('b', '--epochs', 1)
+        assert start('b', '--epochs', 5, '--resume', whole.saver.path('last')).folder == str(tmp_path / 'b-2')
+
+    def test_names_with_brackets(self, start, tmp_path, capsys):
+        name = 'lr[1e-3]* {a}'
+        start(name, '--epochs', 1)
+        assert start(name, '--epochs', 2, '--resume', 'auto').rows[-1]['epoch'] == 1
+        flags = ['--checkpoint', str(tmp_path / name), *'--workers 0 --device cpu --batch-size 512'.split()]
+        flags += ['--model', 'test_vit', '--dataset', 'digits', '--img-size', '16', '--in-chans', '1']
+        assert validate.main(flags) == 0
+        assert len(json.loads(capsys.readouterr().out.split('--result')[1])) == 4
+
+
+CHANGES = {
+    'weight_decay': ('adamw', ['--weight-decay', '0.3'], 'weight_decay', 0.3),
+    'betas': ('adamw', ['--opt-betas', '0.5', '0.6'], 'betas', [0.5, 0.6]),
+    'eps': ('adamw', ['--opt-eps', '1e-3'], 'eps', 1e-3),
+    'lr': ('adamw', ['--lr', '0.01'], 'lr', 0.01),
+    'momentum': ('sgd', ['--momentum', '0.1'], 'momentum', 0.1),
+    'opt_kwargs': ('nadamuon', ['--opt-kwargs', 'ns_steps=2'], 'ns_steps', 2),
+}
+
+
+class TestResumedSettings:
+    @pytest.mark.parametrize(('name', 'sched'), [*((name, 'none') for name in CHANGES), ('lr', 'plateau')])
+    def test_what_was_changed_is_in_force(self, name, sched, start):
+        opt, flags, key, value = CHANGES[name]
+        first = start('a', '--opt', opt, '--sched', sched, '--epochs', 1)
+        trainer = start(
+            'b', '--opt', opt, '--sched', sched, '--epochs', 3, *flags, '--resume', first.saver.path('last')
+        )
+        found = [
+            list(group[key]) if isinstance(value, list) else group[key] for group in trainer.optimizer.param_groups
+        ]
+        assert value in found and all(item in (value, 0.0) for item in found)
+        assert settings_of(trainer.folder)[name if name in trainer.args else f'opt_{name}'] is not None
+        states = [load(run.folder)['optimizer'] for run in (first, trainer)]
+        assert [group[key] for group in states[0]['param_groups']] != [
+            group[key] for group in states[1]['param_groups']
+        ]
+        assert trainer.rows[-1]['lr'] == trainer.args.lr
+
+    def test_moments_are_those_of_the_run(self, start):
+        """A rate of zero leaves the weights alone; moments go on."""
+        first = start('a', '--sched', 'none', '--epochs', 2)
+        trainer = start('b', '--sched', 'none', '--epochs', 3, '--lr', 0, '--resume', first.saver.path('last'))
+        one, other = load(first.folder), load(trainer.folder)
+        assert all(torch.equal(value, other['state_dict'][name]) for name, value in one['state_dict'].items())
+        steps = [state['optimizer']['state'][0]['step'].item() for state in (one, other)]
+        assert steps[1] == steps[0] / 2 * 3
+
+    @pytest.mark.parametrize(
+        ('flags', 'words'),
+        [
+            (['--opt', 'sgd'], '--opt adamw'),
+            (['--weight-decay', '0'], 'does not fit'),
+            (['--layer-decay', '0.5'], 'does not fit'),
+        ],
+    )
+    def test_what_cannot_be_in_force_is_refused(self, flags, words, start, tmp_path, capsys):
+        first = start('a', '--epochs', 1)
+        more = [
+            *FLAGS,
+            '--output',
+            str(tmp_path),
+            '--experiment',
+            'b',
+            '--epochs',
+            '2',
+            '--resume',
+            first.saver.path('last'),
+        ]
+        assert train.main([*more, *flags]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / 'b').exists()
+        assert train.main([*more, *flags, '--no-resume-opt']) == 0
+
+    def test_the_middle_of_an_epoch_needs_the_same_steps(self, start, tmp_path, capsys):
+        class Stop(Exception):
+            pass
+
+        def loss(output, target):
+            if len(list(tmp_path.glob('a/recovery-*'))):
+                raise Stop
+            return torch.nn.functional.cross_entropy(output, target)
+
+        module = torch.nn.Module()
+        module.forward = loss
+        flags = ['--batch-size', 359, '--recovery-interval', 2, '--grad-accum-steps', 2, '--epochs', 1]
+        with pytest.raises(Stop):
+            start('a', *flags, hooks=Hooks(loss=module))
+        (path,) = tmp_path.glob('a/recovery-*')
+        arguments = [*FLAGS, *map(str, flags), '--output', str(tmp_path), '--experiment', 'b', '--resume', str(path)]
+        for more in (['--grad-accum-steps', '1'], ['--epoch-repeats', '2']):
+            assert train.main([*arguments, *more]) == 2
+            assert '4 batches an epoch' in capsys.readouterr().err
+        assert train.main(arguments) == 0
+
+    def test_the_best_epoch_is_the_best_by_the_metric_of_now(self, start):
+        first = start('a', '--epochs', 3, '--eval-metric', 'top1', '--lr', '1e-2')
+        trainer = start('a', '--epochs', 4, '--eval-metric', 'loss', '--lr', 0, '--resume', first.saver.path('last'))
+        best = min(trainer.rows, key=lambda row: row['eval_loss'])['epoch']
+        assert load(trainer.folder, 'model_best')['epoch'] == best
+
+
+@pytest.mark.parametrize('sched', ['cosine', 'none', 'step'])
+def test_a_learning_rate_of_zero_is_zero(sched, start):
+    trainer = start('a', '--lr', 0, '--epochs', 2, '--warmup-epochs', 1, '--sched', sched, '--opt', 'sgd')
+    assert [row['lr'] for row in trainer.rows] == [0, 0]
+    first, last = load(trainer.folder, 'checkpoint-0'), load(trainer.folder)
+    assert all(torch.equal(value, last['state_dict'][name]) for name, value in first['state_dict'].items())
+
+
+@pytest.mark.parametrize(
+    ('metric', 'more'),
+    [
+        ('top1', []),
+        ('loss', ['--model-ema', '--model-ema-decay', '0.8']),
+        ('loss', ['--amp', '--amp-dtype', 'bfloat16', '--val-split', 'train']),
+    ],
+)
+def test_the_printed_command_remakes_the_printed_number(metric, more, start, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    train.farewell(start("it's [a] run", '--epochs', 2, '--eval-metric', metric, *more))
+    output = capsys.readouterr().out
+    best = float(re.search(rf'best {metric}: ([\d.]+)', output).group(1))
+    words = shlex.split(re.search(r'evaluate it: (.*)', output).group(1))
+    assert words[:2] == ['python', 'validate.py'] and '--dataset' in words
+    words = words[2 : words.index('--report')]
+    assert validate.main([*words, '--workers', '0', '--device', 'cpu']) == 0
+    found = json.loads(capsys.readouterr().out.split('--result')[1])[metric]
+    assert found == pytest.approx(best, abs=0.006)
