@@ -17,6 +17,10 @@ _MISTAKES = (
 
 _LOST_RANK = 'another rank of this run died or hangs'
 _LOST = ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting', 'pair closure', 'Broken pipe')
+_LOST_WORKER = (
+    'killed by signal', 'exited unexpectedly', 'shared memory', 'Too many open files', 'Cannot allocate memory',
+    'items of ancdata', 'unable to mmap', 'No space left on device',
+)  # fmt: skip
 
 
 class UserError(RuntimeError):
@@ -56,6 +60,8 @@ def explain(what: str = '') -> Iterator[None]:
     except UserError:
         raise
     except _MISTAKES as error:
+        if str(error).startswith('DataLoader worker (pid'):  # it comes by a signal, wherever the process is
+            raise TrainingStopped(lost_worker(error)) from error
         raise UserError(f'{what}: {sentence(error)}' if what else sentence(error)) from error
 
 
@@ -64,20 +70,22 @@ def run(main: Callable[[Sequence[str]], object], program: str, argv: Sequence[st
 
     The traceback of anything else is shown: it is a bug. Rank 0 speaks for all when every rank fails alike.
     """
-    try:
-        main(sys.argv[1:] if argv is None else argv)
-        return 0
-    except UserError as error:
-        status, text = error.status, sentence(error)
-    except OSError as error:
-        status, text = STOPPED, f'{error.strerror or sentence(error)}{f": {error.filename}" if error.filename else ""}'
-    except KeyboardInterrupt:
-        status, text = 130, 'interrupted'
-    except Exception as error:
-        status, text = STOPPED, _failure(error)
-        if not text:
-            raise
-    # The exception is gone by now, and with it the loaders and their workers that its traceback held.
+    with _quiet_loaders():
+        try:
+            main(sys.argv[1:] if argv is None else argv)
+            return 0
+        except UserError as error:
+            status, text = error.status, sentence(error)
+        except OSError as error:
+            file = f': {error.filename}' if error.filename else ''
+            status, text = STOPPED, f'{error.strerror or sentence(error)}{file}'
+        except KeyboardInterrupt:
+            status, text = 130, 'interrupted'
+        except Exception as error:
+            status, text = STOPPED, _failure(error)
+            if not text:
+                raise
+        # The exception is gone by now, and with it the loaders and their workers that its traceback held.
     rank = os.environ.get('RANK', '0')
     print(f'{program}: {f"rank {rank}: " if rank != "0" else ""}error: {text}', file=sys.stderr, flush=True)
     if text.startswith(_LOST_RANK):
@@ -86,13 +94,43 @@ def run(main: Callable[[Sequence[str]], object], program: str, argv: Sequence[st
     return status
 
 
+@contextlib.contextmanager
+def _quiet_loaders() -> Iterator[None]:
+    """Keep torch's loaders from showing tracebacks of their own when dropped with dead or half-made workers."""
+
+    def show(unraisable: 'sys.UnraisableHookArgs') -> None:
+        where = getattr(unraisable.object, '__qualname__', '')
+        if 'DataLoaderIter' not in where and not str(unraisable.exc_value).startswith('DataLoader worker'):
+            before(unraisable)
+
+    before, sys.unraisablehook = sys.unraisablehook, show
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def lost_worker(error: BaseException) -> str:
+    """What an error means that was raised while a batch was fetched, or '' if no loading process is lost."""
+    text = str(error)
+    from_worker = 'in DataLoader worker process' in text  # what its own code raised
+    if isinstance(error, (OSError, EOFError, pickle.UnpicklingError)) and not from_worker:
+        pass  # the connection to it broke, or it could not be started
+    elif not any(words in text for words in _LOST_WORKER):
+        return ''
+    return (
+        'a data loading process died or cannot be reached (too little memory, shared memory or file descriptors? lower '
+        f'--workers): {sentence(error)}'
+    )
+
+
 def _failure(error: Exception) -> str:
     """What an error inside the loop means, if it is one of those that are nobody's bug."""
     text = str(error)
     if 'out of memory' in text:
         return 'out of device memory: lower --batch-size, or add --amp or --grad-checkpointing'
-    if 'DataLoader worker' in text and ('killed by signal' in text or 'exited unexpectedly' in text):
-        return f'a data loading process died (out of memory? lower --workers): {sentence(error)}'
+    if 'DataLoader worker' in text and lost_worker(error):
+        return lost_worker(error)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if 'TorchDynamoException' in kinds:
         return f'--torchcompile: {sentence(error)}'

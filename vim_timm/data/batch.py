@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, get_worker_info
 
 Key = tuple[int, int, int]  # epoch, position in the epoch, place in the data set (-1: it could not be read)
 
@@ -73,4 +73,7 @@ class Collate:
         copies = len(images) // len(samples)
         if copies > 1:
             targets, keys = targets.repeat(copies, *[1] * (targets.ndim - 1)), keys.repeat(copies, 1)
+        if get_worker_info() is not None:  # here, not by the thread that hands them over: its errors are not told
+            for tensor in (images, targets, keys):
+                tensor.share_memory_()
         return images, Labels(targets, keys, bool((keys[:, 2] >= 0).all()))

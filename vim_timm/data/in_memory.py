@@ -14,6 +14,7 @@ from ..settings import Process
 from .batch import Collate, Labels
 from .device_augment import DRAWS, Augmentation
 from .sampling import EpochBatches, Samples, SeededErasing, seed_everything
+from .workers import start_worker, watched
 
 
 def make_augmentation(args: Any, data_config: dict[str, Any]) -> Augmentation:
@@ -107,10 +108,12 @@ class InMemory:
 
     def _decode(self, samples: Samples, workers: int) -> tuple[torch.Tensor, Labels]:
         batches = EpochBatches(len(samples), 256, samples.seed, rank=0, world=1, training=False, passes=1)
-        loader = DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=Collate(_stack))
+        loader = DataLoader(
+            samples, batch_sampler=batches, num_workers=workers, collate_fn=Collate(_stack), worker_init_fn=start_worker
+        )
         images: list[torch.Tensor] = []
         labels: list[Labels] = []
-        for part, of_part in loader:
+        for part, of_part in watched(loader, workers):
             if not images:
                 _check_memory(part[0].numel() * len(samples), self.device)
             images.append(part)

@@ -1,10 +1,6 @@
 """Data sets and loaders from flags."""
 
-import ctypes
 import itertools
-import os
-import signal
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,8 +21,7 @@ from .images import to_mode
 from .in_memory import InMemory, make_augmentation
 from .sampling import EpochBatches, EvaluationShards, RepeatedBatches, Samples, SeededErasing, Stream
 from .unreadable import Unreadable
-
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+from .workers import start_worker, watched
 
 
 def keep_posterizing(transform: Any) -> None:
@@ -41,19 +36,6 @@ def keep_posterizing(transform: Any) -> None:
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
     return auto_augment.posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)
-
-
-def _worker_init(_: int) -> None:
-    # A signal is the training process's to handle: torchrun and terminals send theirs to the whole process group, and a
-    # worker that died of it would take the run down before its state is saved.
-    for name in ('SIGTERM', 'SIGUSR1'):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-    if hasattr(os, 'setpgid'):
-        os.setpgid(0, 0)
-    # Workers end when their parent does. torch sees to it, but not while one waits for a pipe that another holds open.
-    if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Prepared:
@@ -80,6 +62,7 @@ class Loader:
         self.training, self.splits = training, args.aug_splits if training else 0
         self.process, self.prefetch = process, not args.no_prefetcher
         self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.workers = args.workers
         self.dataset: Dataset
         options: dict[str, Any] = {}
         self.seed, self.generator = args.seed, torch.Generator()  # of the workers' own seeds
@@ -110,7 +93,7 @@ class Loader:
             # the readers of streams keep state from epoch to epoch, which a resumed run would not have
             persistent_workers=args.workers > 0 and not isinstance(self.dataset, Stream),
             generator=self.generator,
-            worker_init_fn=_worker_init,
+            worker_init_fn=start_worker,
             **options,
         )
         self.sampler = options.get('batch_sampler')
@@ -166,7 +149,8 @@ class Loader:
         if erasing is not None:
             erasing.epoch, erasing.step = epoch, start if self.sampler is not None else 0
         # A stream that is split unevenly may go on for longer on one rank: training must not, evaluation must.
-        for step, (images, labels) in enumerate(itertools.islice(self.loader, len(self) if self.training else None)):
+        batches = itertools.islice(watched(self.loader, self.workers), len(self) if self.training else None)
+        for step, (images, labels) in enumerate(batches):
             if not self.prefetch:
                 images = images.to(process.device, process.dtype, non_blocking=True)
                 labels = labels.to(process.device, non_blocking=True)

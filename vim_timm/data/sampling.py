@@ -4,6 +4,7 @@ The sampler hands out keys (epoch, position, index), and the data set seeds ever
 fetches the sample. So a run may stop anywhere and go on from (epoch, step), with any number of workers.
 """
 
+import errno
 import hashlib
 import itertools
 import logging
@@ -26,6 +27,7 @@ from .folder import Images
 from .images import reason, to_mode
 from .unreadable import Unreadable
 
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # for which no image can help it
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, DecompressionBombError)  # what PIL and timm raise
 
 
@@ -120,6 +122,8 @@ class Samples(Dataset):
             except UserError:
                 raise
             except UNREADABLE as error:
+                if getattr(error, 'errno', None) in SHORTAGES:
+                    raise
                 self.unreadable.skip(self._name(candidate), reason(error))
                 continue
             return self._augment(image), target, (epoch, position, candidate if attempt == 0 or self.training else -1)
