@@ -15,15 +15,18 @@ from vim_timm.ops.conv import bidirectional_conv, causal_conv
 from vim_timm.ops.mamba_compat import causal_conv1d, selective_scan
 from vim_timm.ops.mixer import fused_mixer
 from vim_timm.ops.norm import rms_norm
-from vim_timm.ops.operands import Direction, Mixer, Taps, Weights
+from vim_timm.ops.operands import Direction, GridMixer, Mixer, Ssd, Taps, Weights
 from vim_timm.ops.scan import bidirectional_scan
+from vim_timm.ops.ssd import fused_grid_mixer, symmetric_ssd
 
 __all__ = [
     'BACKENDS',
     'OPERATORS',
     'BackendStatus',
     'Direction',
+    'GridMixer',
     'Mixer',
+    'Ssd',
     'Taps',
     'Weights',
     'auto_backend',
@@ -32,11 +35,13 @@ __all__ = [
     'causal_conv',
     'causal_conv1d',
     'explain',
+    'fused_grid_mixer',
     'fused_mixer',
     'get_scan_backend',
     'probe_backends',
     'rms_norm',
     'selective_scan',
     'set_scan_backend',
+    'symmetric_ssd',
     'use_scan_backend',
 ]

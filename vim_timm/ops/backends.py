@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import torch
 
 from vim_timm.ops import cpu, cuda, mamba_ssm_adapter, triton_kernels
-from vim_timm.ops.plain import chunked, export, reference
+from vim_timm.ops.plain import chunked, export, reference, ssd
 
 _logger = logging.getLogger('vim_timm')
 
@@ -66,6 +66,15 @@ TABLE: Dict[str, Dict[str, Cell]] = {
         'cpu': Cell(cpu.mixer, cpu.mixer_limit),
         'cuda': Cell(cuda.mixer, cuda.mixer_limit),
     },
+    'ssd': {
+        'reference': Cell(ssd.reference),
+        'torch': Cell(ssd.by_length),
+        'export': Cell(ssd.by_length),
+        'triton': Cell(triton_kernels.ssd, triton_kernels.ssd_limit),
+    },
+    'grid_mixer': {
+        'triton': Cell(triton_kernels.grid_mixer, triton_kernels.grid_mixer_limit),
+    },
     'rms_norm': {
         'cpu': Cell(cpu.rms_norm, cpu.rms_norm_limit),
     },
@@ -78,6 +87,8 @@ KERNELS: Dict[str, Dict[str, str]] = {
     'scan': {'cuda': 'triton', 'cpu': 'cpu'},
     'conv': {'cuda': 'triton', 'cpu': 'cpu'},
     'mixer': {'cuda': 'cuda', 'cpu': 'cpu'},
+    'ssd': {'cuda': 'triton'},
+    'grid_mixer': {'cuda': 'triton'},
     'rms_norm': {'cpu': 'cpu'},
 }
 

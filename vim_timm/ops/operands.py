@@ -1,6 +1,7 @@
 """What each operator takes: the one legend of shapes.
 
-Shapes: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_rank, W convolution width, C width (embed_dim).
+Shapes: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_rank, W convolution width, C width (embed_dim);
+H heads, P channels of a head, O orders in which tokens are visited.
 
 Kernels are registered with flat schemas. `schema` derives one from the fields of a class, `flat` and `of` go there and
 back: fields in their order, the backward direction's with the suffix `_b`, and of an absent direction None for each.
@@ -96,6 +97,42 @@ class Mixer(NamedTuple):
     def of(cls, xz: Tensor, *flat: Any) -> 'Mixer':
         forward, backward, rest = _halves(flat, len(Weights._fields))
         return cls(xz, Weights(*forward), Weights(*backward), *rest)
+
+
+class Ssd(NamedTuple):
+    """Operands of `ops.symmetric_ssd`.
+
+    Two orders are rows, as the tokens stand, and columns; one is columns if `rows` is false.
+    """
+
+    x: Tensor  # values (B, L, H, P)
+    delta: Tensor  # step sizes before bias and softplus (B, L, H)
+    A_log: Tensor  # logarithm of the decay rates (O, H)
+    B: Tensor  # input matrix of all heads (B, L, N)
+    C: Tensor  # output matrix of all heads (B, L, N)
+    D: Optional[Tensor]  # skip weight (H)
+    delta_bias: Optional[Tensor]  # step size bias (H)
+    rows: bool = True  # whether the first order is as the tokens stand
+    columns: Optional[Tensor] = None  # places of the tokens in the order of the columns of their image (1 or B, L)
+    moves: Optional[Tensor] = None  # 1 for tokens at which states decay, 0 for prefix tokens (L); None for no such ones
+
+
+class GridMixer(NamedTuple):
+    """Operands of `ops.fused_grid_mixer`: the inside of a Vision Mamba 2 mixer, whose tokens are a whole grid."""
+
+    zxbcdt: Tensor  # in_proj's output (B, L, 2 D + 2 N + H), and what pads a row
+    conv: Tensor  # 3 x 3 taps (D + 2 N, 9)
+    conv_bias: Optional[Tensor]  # (D + 2 N)
+    delta_bias: Tensor  # (H)
+    A_log: Tensor  # (O, H)
+    D: Tensor  # skip weight (H)
+    norm: Tensor  # weight of the gated norm (D)
+    eps: float
+    state: int  # N
+    rows: bool  # as in `Ssd`
+    prefix: int  # tokens before the grid
+    height: int
+    width: int
 
 
 class Norm(NamedTuple):

@@ -132,6 +132,19 @@ def mixer_flops(shapes: Shapes) -> int:
     return batch * length * both // 2 * inside
 
 
+def ssd_flops(shapes: Shapes) -> int:
+    """FLOPs of `operands.Ssd`: the products of scores and values of its quadratic form."""
+    batch, length, heads, headdim = _shape(shapes, 'x')
+    return 2 * batch * length * length * (_shape(shapes, 'B')[-1] + heads * headdim)
+
+
+def grid_mixer_flops(shapes: Shapes) -> int:
+    """FLOPs of `operands.GridMixer`: nine taps, and what `ssd_flops` counts; norm and gate count nothing."""
+    batch, length, _ = _shape(shapes, 'zxbcdt')
+    channels, dim = _shape(shapes, 'conv')[0], _shape(shapes, 'norm')[0]
+    return batch * length * (18 * channels + 2 * length * ((channels - dim) // 2 + dim))
+
+
 def norm_flops(shapes: Shapes) -> int:
     """FLOPs of a norm: torch counts none of its own either."""
     return 0

@@ -1,1 +1,1 @@
-"""Backends of plain aten: `reference`, the law; `torch`, in chunks; `export`, the chunks as a traceable graph."""
+"""Backends of plain aten: `reference`, the law; `torch`, in chunks; `export`, a traceable graph; `ssd`, its forms."""

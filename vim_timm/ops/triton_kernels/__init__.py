@@ -1,6 +1,7 @@
-"""Fused GPU kernels in Triton: the bidirectional selective scan and the bidirectional causal convolution.
+"""Fused GPU kernels in Triton: bidirectional selective scan and causal convolution, symmetric state space dual.
 
-`scan` and `conv` compute what `ops.plain.reference` defines, on NVIDIA GPUs; Triton is imported at the first call.
+`scan` and `conv` compute what `ops.plain.reference` defines, `ssd` what `ops.plain.ssd` does, and `grid_mixer` the
+inside of a mixer around it, on NVIDIA GPUs; Triton is imported at the first call.
 The kernels were measured on compute capability 9.0 only; they compile for 8.0 to 12.0 (`compile_targets`).
 """
 
@@ -12,11 +13,22 @@ from torch import Tensor
 
 from .. import operands
 from ..plain import reference
-from . import scan_op  # noqa: F401  defines the operator
+from . import grid_mixer_op, scan_op, ssd_op  # noqa: F401  define the operators
 from .conv_op import MAX_WIDTH
 from .launch import INTERPRET, MAX_STATE
 
-__all__ = ['conv', 'conv_limit', 'scan', 'scan_limit', 'unavailable', 'warmup']
+__all__ = [
+    'conv',
+    'conv_limit',
+    'grid_mixer',
+    'grid_mixer_limit',
+    'scan',
+    'scan_limit',
+    'ssd',
+    'ssd_limit',
+    'unavailable',
+    'warmup',
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _reason: Optional[str] = None
@@ -64,6 +76,15 @@ def conv_limit(given: operands.Conv) -> str:
     return limit(given.x)
 
 
+def ssd_limit(given: operands.Ssd) -> str:
+    return limit(given.x) or ssd_op.size_limit(given.x.shape[1], given.x.shape[3], given.B.shape[2])
+
+
+def grid_mixer_limit(given: operands.GridMixer) -> str:
+    headdim = given.norm.shape[0] // given.A_log.shape[1]
+    return limit(given.zxbcdt) or ssd_op.size_limit(given.zxbcdt.shape[1], headdim, given.state)
+
+
 def scan(given: operands.Scan) -> Tensor:
     """`reference.scan` with float32 states, in u's dtype: (B, L, D) contiguous."""
     return torch.ops.vim_timm.triton_scan.default(*given.flat())[0]
@@ -75,6 +96,16 @@ def conv(given: operands.Conv) -> Tuple[Tensor, Optional[Tensor]]:
         return reference.conv(given)
     y, y_b = torch.ops.vim_timm.triton_conv.default(*given.flat())
     return y, None if given.backward is None else y_b
+
+
+def ssd(given: operands.Ssd) -> Tensor:
+    """`plain.ssd.reference` with float32 sums, in x's dtype: (B, L, H, P) contiguous."""
+    return torch.ops.vim_timm.triton_ssd.default(*given)[0]
+
+
+def grid_mixer(given: operands.GridMixer) -> Tensor:
+    """The gated norm of the state space dual of convolved tokens (B, L, D), in zxbcdt's dtype."""
+    return torch.ops.vim_timm.triton_grid_mixer.default(*given)[0]
 
 
 def warmup(

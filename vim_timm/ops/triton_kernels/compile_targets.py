@@ -111,6 +111,25 @@ def compile_conv(capability: int, compiled: Compiled, dim: int, dtype: torch.dty
     conv.backward(y, y_b)
 
 
+def compile_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
+    """The inside of a Vision Mamba 2 mixer on a grid of 14 x 14, forward and backward."""
+    from .. import operands
+    from . import decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_kernels
+    from .grid_mixer_op import GridMixer
+
+    state, heads = 64, dim // 64
+    width = 2 * dim + 2 * state + 8 * math.ceil(heads / 8)
+    zxbcdt = torch.empty([2, 196, width], dtype=dtype, device='meta')
+    shapes = ([dim + 2 * state, 9], [dim + 2 * state], [heads], [2, heads], [heads], [dim])
+    given: Any = [torch.empty(shape, device='meta') for shape in shapes]
+    given += [1e-5, state, True, 0, 14, 14]
+    mixer: Any = GridMixer(operands.GridMixer(zxbcdt, *given))
+    modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_kernels)
+    mixer.kernels = {module.__name__.rsplit('.')[-1]: Recorder(module, capability, compiled) for module in modules}
+    out, *kept = mixer.forward()
+    mixer.backward(out, *kept)
+
+
 def registers_and_stack(cubin: bytes) -> Tuple[int, int]:
     """What the assembler reports: registers of a thread and bytes of its stack (spills)."""
     import triton
@@ -131,13 +150,14 @@ def check(capability: int, dim: int, state: int, dtype: torch.dtype) -> bool:
     compiled: Compiled = {}
     compile_scan(capability, compiled, dim, state, dtype)
     compile_conv(capability, compiled, dim, dtype)
+    compile_grid_mixer(capability, compiled, dim, dtype)
     fits = True
     for key, kernel in compiled.items():
         registers, stack = registers_and_stack(kernel.asm['cubin'])
         shared = kernel.metadata.shared
         fits = fits and shared <= SHARED_KIB[capability] * 1024
         print(
-            f'sm_{capability} D {dim} N {state} {str(dtype)[6:]:8} {key[0]:14} {registers:3} registers, '
+            f'sm_{capability} D {dim} N {state} {str(dtype)[6:]:8} {key[0]:19} {registers:3} registers, '
             f'{stack:4} bytes spilled, {shared:6} bytes of shared memory',
             flush=True,
         )

@@ -1,0 +1,239 @@
+"""The symmetric state space dual: its forms agree in float64, and the Triton kernels with them.
+
+The interpreter must be chosen before Triton is imported: a run without a GPU starts one with TRITON_INTERPRET=1.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vim_timm.ops import GridMixer, Ssd, fused_grid_mixer, symmetric_ssd, use_scan_backend
+from vim_timm.ops.plain import ssd as plain
+
+INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
+GPU = torch.cuda.is_available() and not INTERPRETER
+DEVICE = 'cuda' if GPU else 'cpu'
+FORMS = {
+    'quadratic': plain.quadratic,
+    'chunks of 8': lambda operands: plain.chunked(operands, 8),
+    'one chunk': plain.chunked,
+}
+# grid, prefix tokens, orders
+LAYOUTS = [
+    ((1, 1), 0, 'both'),
+    ((1, 7), 0, 'row'),
+    ((3, 5), 1, 'both'),
+    ((6, 4), 2, 'column'),
+    ((9, 7), 0, 'both'),
+    ((0, 0), 0, 'row'),
+]
+kernels = pytest.mark.skipif(not (GPU or INTERPRETER), reason='needs an NVIDIA GPU or TRITON_INTERPRET=1')
+
+
+def column_places(height, width, prefix):
+    grid = torch.arange(height * width, device=DEVICE).view(height, width).t().reshape(-1)
+    return torch.cat([torch.arange(prefix, device=DEVICE), prefix + grid])[None]
+
+
+def visits_of(grid, prefix, orders):
+    moves = (torch.arange(grid[0] * grid[1] + prefix, device=DEVICE) >= prefix).float()
+    return orders != 'column', None if orders == 'row' else column_places(*grid, prefix), moves
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64, device=DEVICE)
+
+
+def operands_of(length, orders, batch=2, heads=3, headdim=4, state=5):
+    torch.manual_seed(0)
+    count = 2 if orders == 'both' else 1
+    steps, matrix = (batch, length, heads), (batch, length, state)
+    return [
+        draw(*steps, headdim),
+        draw(*steps),
+        draw(count, heads),
+        draw(*matrix),
+        draw(*matrix),
+        draw(heads),
+        draw(heads),
+    ]
+
+
+def results(function, operands, *others):
+    """The output and the gradients of a weighted sum of it."""
+    leaves = [x if x is None else x.detach().requires_grad_() for x in operands]
+    y = function(leaves, *others)
+    torch.manual_seed(1)
+    weights = torch.randn(y.shape, dtype=torch.float64, device=y.device).to(operands[0].dtype)
+    return [y, *torch.autograd.grad(y, [x for x in leaves if x is not None], weights.to(y.dtype))]
+
+
+def relative(found, wanted):
+    error = (found.detach().double() - wanted.detach().double()).norm()
+    return float(error / wanted.detach().norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('grid, prefix, orders', LAYOUTS, ids=str)
+def test_every_form_equals_the_law(grid, prefix, orders, form):
+    length = grid[0] * grid[1] + prefix
+    if length == 0 and form != 'quadratic':
+        return  # nothing to cut
+    operands, visits = operands_of(length, orders), visits_of(grid, prefix, orders)
+    found = results(lambda x, v: FORMS[form](Ssd(*x, *v)), operands, visits)
+    if length == 0:
+        assert found[0].shape == operands[0].shape
+        return
+    wanted = results(lambda x, v: plain.reference(Ssd(*x, *v)), operands, visits)
+    for f, w in zip(found, wanted):
+        torch.testing.assert_close(f, w, rtol=1e-10, atol=1e-10)
+
+
+def test_the_law_is_a_forward_and_a_backward_mamba_2_with_the_diagonal_once():
+    x, delta, A_log, B, C, D, bias = operands_of(9, 'row')
+    dt = F.softplus(delta + bias)
+    s = (dt * A_log.exp()).cumsum(1)
+    mask = torch.exp(-(s[:, :, None] - s[:, None]).abs())
+    wanted = torch.einsum('bin,bjn,bijh,bjh,bjhp->bihp', C, B, mask, dt, x) + D[:, None] * x
+    found = plain.reference(Ssd(x, delta, A_log, B, C, D, bias))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_tokens_of_a_masked_image_are_visited_in_their_own_order():
+    operands = operands_of(6, 'both')
+    keep = torch.tensor([[0, 1, 5, 6, 9, 11], [1, 2, 3, 4, 8, 10]], device=DEVICE)  # of a grid of 3 x 4
+    columns = torch.argsort(keep % 4 * 3 + keep // 4, dim=1)
+    found = symmetric_ssd(Ssd(*operands, True, columns))
+    for i in range(2):
+        one = [x if x.ndim < 3 else x[i : i + 1] for x in operands]
+        alone = plain.reference(Ssd(*one, True, columns[i : i + 1]))
+        torch.testing.assert_close(found[i : i + 1], alone)
+
+
+@pytest.mark.parametrize('form', [plain.quadratic, plain.chunked, plain.reference])
+def test_large_decays_give_finite_gradients(form):
+    operands = operands_of(33, 'both')
+    operands[1] = operands[1] * 1e3
+    visits = visits_of((11, 3), 0, 'both')
+    assert all(torch.isfinite(x).all() for x in results(lambda x, v: form(Ssd(*x, *v)), operands, visits))
+
+
+def test_another_number_of_orders_is_refused():
+    with pytest.raises(ValueError, match='A_log has 2 rows for 1 orders'):
+        symmetric_ssd(Ssd(*operands_of(4, 'both')))
+
+
+def test_the_operator_scripts_and_exports():
+    class Model(torch.nn.Module):
+        def forward(self, x, delta, A_log, B, C, D, bias, columns):
+            return symmetric_ssd(Ssd(x, delta, A_log, B, C, D, bias, True, columns))
+
+    operands = (*operands_of(12, 'both'), column_places(3, 4, 0))
+    wanted = Model()(*operands)
+    torch.testing.assert_close(torch.jit.script(Model())(*operands), wanted)
+    torch.testing.assert_close(torch.export.export(Model(), operands).module()(*operands), wanted)
+
+
+@pytest.mark.skipif(GPU or INTERPRETER, reason='this run has the kernels itself')
+def test_all_of_this_in_the_interpreter():
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__, '-k', 'kernel']
+    environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+@pytest.fixture
+def triton():
+    """The kernels on any device, with NaN in memory that nothing has written."""
+    torch.use_deterministic_algorithms(True)
+    with use_scan_backend('triton'):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+SHAPES = [
+    ((1, 1), 0, 'both', torch.float32),
+    ((5, 4), 0, 'column', torch.float32),
+    ((4, 17), 2, 'both', torch.float32),
+    ((2, 8), 1, 'both', torch.bfloat16),
+    ((2, 8), 1, 'row', torch.float16),
+]
+if GPU:  # long for the interpreter
+    GRIDS = [((1, 7), 0), ((7, 9), 0), ((8, 8), 0), ((14, 14), 0), ((14, 14), 1), ((16, 16), 0)]
+    SHAPES += [(*grid, orders, dtype) for grid in GRIDS for orders in ('both', 'column') for dtype in TOLERANCE]
+
+
+@kernels
+@pytest.mark.parametrize('grid, prefix, orders, dtype', SHAPES, ids=str)
+def test_kernels_equal_the_law(grid, prefix, orders, dtype, triton):
+    length = grid[0] * grid[1] + prefix
+    exact = operands_of(length, orders, heads=2, headdim=16, state=16)
+    exact[1] = exact[1] - 2
+    rounded = [x.to(torch.float32 if i in (2, 5, 6) else dtype) for i, x in enumerate(exact)]
+    visits = visits_of(grid, prefix, orders)
+    wanted = results(lambda x, v: plain.reference(Ssd(*x, *v)), [x.double() for x in rounded], visits)
+    found = results(lambda x, v: symmetric_ssd(Ssd(*x, *v)), rounded, visits)
+    errors = [relative(f, w) for f, w in zip(found, wanted)]
+    # A_log's is a sum of what nearly cancels; of one token it is zero
+    sums = errors.pop(3)
+    assert max(errors) < TOLERANCE[dtype] and (length == 1 or sums < 10 * TOLERANCE[dtype]), errors
+
+
+def composition(operands, eps, state, rows, prefix, height, width):
+    """What the fused operator computes, of plain operators."""
+    zxbcdt, conv, conv_bias, delta_bias, A_log, D, norm = operands
+    dim, heads = norm.shape[0], A_log.shape[1]
+    z, xbc, delta = zxbcdt[..., : 2 * dim + 2 * state + heads].split([dim, dim + 2 * state, heads], -1)
+    kernel = conv.view(-1, 1, 3, 3)
+    grid = xbc[:, prefix:].transpose(1, 2).unflatten(-1, (height, width))
+    alone = xbc[:, :prefix].transpose(1, 2).unflatten(-1, (-1, 1)) if prefix else grid[..., :0, :1]
+    parts = [F.conv2d(alone, kernel[..., 1:2, 1:2], conv_bias, groups=len(conv)).flatten(2)] if prefix else []
+    parts.append(F.conv2d(grid, kernel, conv_bias, padding=1, groups=len(conv)).flatten(2))
+    x, B, C = F.silu(torch.cat(parts, 2).transpose(1, 2)).split([dim, state, state], -1)
+    orders = 'both' if len(A_log) == 2 else 'row' if rows else 'column'
+    x = x.unflatten(-1, (heads, dim // heads))
+    y = plain.reference(Ssd(x, delta, A_log, B, C, D, delta_bias, *visits_of((height, width), prefix, orders)))
+    return F.rms_norm(y.flatten(2), (dim,), norm, eps) * F.silu(z)
+
+
+def mixer_operands(length, orders, dtype, batch=2, heads=2, headdim=16, state=16):
+    torch.manual_seed(0)
+    dim = heads * headdim
+    channels, row = dim + 2 * state, 8 * -(-(2 * dim + 2 * state + heads) // 8)
+    zxbcdt = draw(batch, length, row + 8).to(dtype)[..., :row]
+    weights = [draw(channels, 9) / 3, draw(channels), draw(heads) - 2, draw(orders, heads), draw(heads), draw(dim)]
+    return [zxbcdt, *[w.float() for w in weights]]
+
+
+@kernels
+@pytest.mark.parametrize('grid, prefix, orders, dtype', SHAPES[1:], ids=str)
+def test_fused_kernels_equal_plain_operators(grid, prefix, orders, dtype, triton):
+    def fused(operands, *settings):
+        return fused_grid_mixer(GridMixer(*operands, *settings))
+
+    operands = mixer_operands(grid[0] * grid[1] + prefix, 2 if orders == 'both' else 1, dtype)
+    settings = (1e-5, 16, orders != 'column', prefix, *grid)
+    wanted = results(composition, [x.double() for x in operands], *settings)
+    found = results(fused, operands, *settings)
+    errors = [relative(f, w) for f, w in zip(found, wanted)]
+    sums = [errors.pop(5), errors.pop(5)]  # of A_log and D
+    assert max(errors) < 2 * TOLERANCE[dtype] and max(sums) < 10 * TOLERANCE[dtype], (errors, sums)
+    assert all(torch.equal(a, b) for a, b in zip(found, results(fused, operands, *settings)))
+
+
+@kernels
+def test_kernels_count_their_operations(triton):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    operands, settings = mixer_operands(20, 2, torch.float32), (1e-5, 16, True, 0, 4, 5)
+    operands[0].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        y = fused_grid_mixer(GridMixer(*operands, *settings))
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert forward > 2 * 2 * 20 * 20 * (16 + 32) and counter.get_total_flops() > 2 * forward

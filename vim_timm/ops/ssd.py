@@ -1,0 +1,60 @@
+"""The symmetric state space dual: both directions of a Mamba-2 head as one masked product."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from vim_timm.ops.backends import find
+from vim_timm.ops.operands import GridMixer, Ssd
+from vim_timm.ops.plain import ssd as plain
+from vim_timm.ops.registration import autocast_off
+
+
+def symmetric_ssd(operands: Ssd) -> Tensor:
+    """y_i = sum_j (C_i . B_j) M_ij dt_j x_j + D x_i with M_ij = mean over orders of exp(-|s_i - s_j|).
+
+    s is the cumulated sum of dt exp(A_log) in the order of a visit, dt = softplus(delta + delta_bias). It is a forward
+    and a backward recurrence of Mamba-2 (arXiv 2405.21060, eq. 16) with shared parameters; the diagonal counts once.
+
+    Args:
+        operands: See `operands.Ssd`. Sums are float32 at least.
+
+    Returns:
+        (B, L, H, P) in x's dtype.
+
+    Raises:
+        ValueError: A_log has another number of rows than there are orders.
+        RuntimeError: a forced backend cannot run.
+    """
+    orders = int(operands.rows) + int(operands.columns is not None)
+    if operands.A_log.shape[0] != orders:
+        raise ValueError(f'A_log has {operands.A_log.shape[0]} rows for {orders} orders of tokens')
+    if not torch.jit.is_scripting():
+        run = find('ssd', operands, operands.x)
+        if run is not None:
+            with autocast_off(operands.x):
+                return run(operands)
+    return plain.by_length(operands)
+
+
+def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
+    """RMSNorm(ssd) * SiLU(z), where ssd is `symmetric_ssd` of SiLU(conv(x, B, C)) for zxbcdt = [z, x, B, C, delta].
+
+    The depthwise 3 x 3 convolution is on the grid; a token before the grid meets the middle tap alone.
+
+    Args:
+        mixer: See `operands.GridMixer`.
+
+    Returns:
+        (B, L, D) in zxbcdt's dtype; None where no backend computes it whole, and it is to be composed of convolution,
+        `symmetric_ssd` and norm.
+
+    Raises:
+        RuntimeError: a forced backend cannot run.
+    """
+    run = find('grid_mixer', mixer, mixer.zxbcdt)
+    if run is None:
+        return None
+    with autocast_off(mixer.zxbcdt):
+        return run(mixer)

@@ -1,0 +1,247 @@
+"""The inside of a Vision Mamba 2 mixer, from in_proj's output to out_proj's input, as one dispatcher op.
+
+Four kernels: 3x3 convolution with SiLU, step sizes and their sums, the state space dual, norm with gate. The backward
+pass keeps in_proj's output, what the convolution makes of it, and the sum before the norm; it writes the gradient of
+in_proj's output in place, so that nothing is padded, added or copied.
+"""
+
+import math
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import operands
+from ..operands import schema
+from ..registration import Kernel, grid_mixer_flops, register
+from .launch import INTERPRET, multiprocessors, or_else
+from .ssd_op import Grid, Ssd, sum_dtype
+
+
+class ConvLaunch(NamedTuple):
+    """Columns and channels of a program, its warps, and the rows of the grid that it walks down (0 for all)."""
+
+    columns: int
+    channels: int
+    warps: int
+    span: int
+
+
+class NormLaunch(NamedTuple):
+    """Rows of a step and warps of a program; programs on each multiprocessor that walk over all rows."""
+
+    rows: int
+    warps: int
+    programs: int
+
+
+CONV_FORWARD = ConvLaunch(16, 64, 4, 0)
+CONV_BACKWARD = ConvLaunch(16, 32, 4, 0)
+CONV_INPUT = ConvLaunch(16, 64, 4, 0)
+NORM_FORWARD = NormLaunch(4, 4, 0)
+NORM_BACKWARD = NormLaunch(4, 4, 4)
+
+
+class Conv:
+    """The convolution of a grid behind prefix tokens, with SiLU: launches of one call."""
+
+    def __init__(self, kernels: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], grid: Grid) -> None:
+        self.kernels = kernels
+        self.x, self.weight, self.bias = x, weight.contiguous(), bias
+        self.batch, _, self.channels = x.shape
+        self.prefix, self.height, self.width = grid
+
+    def cut(self, launch: ConvLaunch) -> Tuple[Tuple[int, int, int], int, dict]:
+        """The grid, the rows of a program, and constants."""
+        span = launch.span or self.height
+        blocks = math.ceil(self.width / launch.columns) * math.ceil(self.height / span)
+        constants = {
+            'CHANNELS': self.channels,
+            'BW': launch.columns,
+            'BC': launch.channels,
+            'BP': 1,
+            'FAST': not INTERPRET,
+            'num_warps': launch.warps,
+        }
+        return (math.ceil(self.channels / launch.channels), blocks, self.batch), span, constants
+
+    def forward(self, y: Tensor, launch: ConvLaunch = CONV_FORWARD) -> None:
+        """Fills y (B, L, D), of any row stride."""
+        grid, span, constants = self.cut(launch)
+        self.kernels.grid_conv[grid](
+            self.x, self.weight, or_else(self.bias, self.weight), y, self.prefix, self.height, self.width, span,
+            *self.x.stride()[:2], *y.stride()[:2], HAS_BIAS=self.bias is not None, FLIP=False, SILU=True, **constants,
+        )  # fmt: skip
+
+    def before_silu(self, grad_y: Tensor, launch: ConvLaunch = CONV_BACKWARD) -> Tuple[Tensor, Tensor]:
+        """The gradient before the activation (B, L, D), and float32 gradients of taps and bias (10, D)."""
+        grid, span, constants = self.cut(launch)
+        grad = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
+        parts = torch.empty((grid[1] * grid[2], 10, self.channels), dtype=torch.float32, device=self.x.device)
+        self.kernels.grid_conv_gradients[grid](
+            self.x, self.weight, or_else(self.bias, self.weight), grad_y, grad, parts,
+            self.prefix, self.height, self.width, span,
+            *self.x.stride()[:2], *grad_y.stride()[:2], *grad.stride()[:2], HAS_BIAS=self.bias is not None, **constants,
+        )  # fmt: skip
+        return grad, parts.sum(0)
+
+    def of_input(self, grad: Tensor, grad_x: Tensor, launch: ConvLaunch = CONV_INPUT) -> None:
+        """Fills grad_x (B, L, D), of any row stride, from the gradient before the activation."""
+        grid, span, constants = self.cut(launch)
+        self.kernels.grid_conv[grid](
+            grad, self.weight, self.weight, grad_x, self.prefix, self.height, self.width, span,
+            *grad.stride()[:2], *grad_x.stride()[:2], HAS_BIAS=False, FLIP=True, SILU=False, **constants,
+        )  # fmt: skip
+
+
+class GatedNorm:
+    """RMSNorm(y) * SiLU(z): launches of one call."""
+
+    def __init__(self, kernels: Any, y: Tensor, z: Tensor, weight: Tensor, eps: float) -> None:
+        self.kernels = kernels
+        self.y, self.z, self.weight, self.eps = y, z, weight, eps
+        self.batch, self.length, self.dim = y.shape
+        self.rows = self.batch * self.length
+        self.constants = {'DIM': self.dim, 'BD': 1 << (self.dim - 1).bit_length(), 'FAST': not INTERPRET}
+
+    def forward(self, launch: NormLaunch = NORM_FORWARD) -> Tensor:
+        out = torch.empty(self.y.shape, dtype=self.z.dtype, device=self.y.device)
+        self.kernels.gated_norm[math.ceil(self.rows / launch.rows),](
+            self.y, self.z, self.weight, out, self.rows, self.length, self.eps,
+            *self.y.stride()[:2], *self.z.stride()[:2], **self.constants, BR=launch.rows, num_warps=launch.warps,
+        )  # fmt: skip
+        return out
+
+    def backward(self, grad: Tensor, grad_z: Tensor, launch: NormLaunch = NORM_BACKWARD) -> Tuple[Tensor, Tensor]:
+        """Fills grad_z, of any row stride; returns the gradients of y and, float32, of the weight."""
+        grad_y = torch.empty(self.y.shape, dtype=self.y.dtype, device=self.y.device)
+        programs = min(math.ceil(self.rows / launch.rows), launch.programs * multiprocessors(self.y.device))
+        span = launch.rows * math.ceil(self.rows / (launch.rows * programs))
+        parts = torch.empty((math.ceil(self.rows / span), self.dim), dtype=torch.float32, device=self.y.device)
+        self.kernels.gated_norm_backward[len(parts),](
+            self.y, self.z, self.weight, grad, grad_y, grad_z, parts, self.rows, self.length, span, self.eps,
+            *self.y.stride()[:2], *self.z.stride()[:2], *grad_z.stride()[:2], **self.constants,
+            BR=launch.rows, num_warps=launch.warps,
+        )  # fmt: skip
+        return grad_y, parts.sum(0)
+
+
+class GridMixer:
+    """The operands as the kernels take them, and the launches of one call."""
+
+    def __init__(self, given: operands.GridMixer) -> None:
+        from . import decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_kernels
+
+        modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_kernels)
+        self.kernels: Dict[str, Any] = {module.__name__.rsplit('.')[-1]: module for module in modules}
+        self.given = given
+        self.zxbcdt = given.zxbcdt if given.zxbcdt.stride(-1) == 1 else given.zxbcdt.contiguous()
+        self.dim, self.state, self.heads = given.norm.shape[0], given.state, given.A_log.shape[1]
+        self.grid = Grid(given.prefix, given.height, given.width)
+
+    def split(self, zxbcdt: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """z, the convolution's channels and the step sizes, with a row's padding, of in_proj's output or gradient."""
+        inner = 2 * self.dim + 2 * self.state
+        return zxbcdt[..., : self.dim], zxbcdt[..., self.dim : inner], zxbcdt[..., inner:]
+
+    def convolution(self) -> Conv:
+        x = self.split(self.zxbcdt)[1]
+        return Conv(self.kernels['grid_conv_kernels'], x, self.given.conv, self.given.conv_bias, self.grid)
+
+    def ssd(self, xbc: Tensor) -> Ssd:
+        x = xbc[..., : self.dim].unflatten(-1, (self.heads, self.dim // self.heads))
+        B, C = xbc[..., self.dim :].split(self.state, -1)
+        delta, given = self.split(self.zxbcdt)[2][..., : self.heads], self.given
+        ssd = Ssd(operands.Ssd(x, delta, given.A_log, B, C, given.D, given.delta_bias, given.rows), self.grid)
+        ssd.kernels, ssd.decay_kernels = self.kernels['ssd_kernels'], self.kernels['decay_kernels']
+        return ssd
+
+    def gated_norm(self, y: Tensor) -> GatedNorm:
+        z = self.split(self.zxbcdt)[0]
+        return GatedNorm(self.kernels['gated_norm_kernels'], y, z, self.given.norm, self.given.eps)
+
+    def forward(self) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        inside = self.split(self.zxbcdt)[1]
+        xbc = torch.empty(inside.shape, dtype=inside.dtype, device=inside.device)
+        self.convolution().forward(xbc)
+        ssd = self.ssd(xbc)
+        dt, s = ssd.decays()
+        y = ssd.forward(dt, s, sum_dtype(xbc.dtype)).flatten(2)
+        return self.gated_norm(y).forward(), xbc, dt, s, y
+
+    def backward(self, grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor) -> List[Tensor]:
+        """Gradients of zxbcdt, and float32 ones of taps and bias of the convolution (10, D + 2 N), delta_bias, A_log,
+        D and norm."""
+        grad_zxbcdt = torch.empty(self.zxbcdt.shape, dtype=xbc.dtype, device=y.device)
+        grad_z, grad_inside, grad_delta = self.split(grad_zxbcdt)
+        grad_y, grad_norm = self.gated_norm(y).backward(grad, grad_z)
+        ssd = self.ssd(xbc)
+        grad_xbc = torch.empty_like(xbc)
+        grad_x = grad_xbc[..., : self.dim].unflatten(-1, (self.heads, self.dim // self.heads))
+        grad_y = grad_y.unflatten(-1, (self.heads, self.dim // self.heads))
+        grad_B, grad_C, grad_A, grad_D, grad_bias = ssd.backward(grad_y, dt, s, grad_x, grad_delta)
+        torch.sum(grad_B, 0, out=grad_xbc[..., self.dim : self.dim + self.state])
+        torch.sum(grad_C, 0, out=grad_xbc[..., self.dim + self.state :])
+        conv = self.convolution()
+        grad_before, taps = conv.before_silu(grad_xbc)
+        conv.of_input(grad_before, grad_inside)
+        return [grad_zxbcdt, taps, grad_bias, grad_A, grad_D, grad_norm]
+
+
+def run(*flat: Any) -> Tuple[Tensor, ...]:
+    """The output, and for the backward pass the convolution's, dt, s and the sum before the norm."""
+    mixer = GridMixer(operands.GridMixer(*flat))
+    with torch.cuda.device_of(mixer.zxbcdt):
+        return mixer.forward()
+
+
+def fake(*flat: Any) -> Tuple[Tensor, ...]:
+    given = operands.GridMixer(*flat)
+    x, (orders, heads), dim = given.zxbcdt, given.A_log.shape, given.norm.shape[0]
+    batch, length, _ = x.shape
+    return (
+        x.new_empty((batch, length, dim)),
+        x.new_empty((batch, length, dim + 2 * given.state)),
+        x.new_empty((batch, heads, length), dtype=torch.float32),
+        x.new_empty((batch, orders, heads, length), dtype=torch.float32),
+        x.new_empty((batch, length, dim), dtype=sum_dtype(x.dtype)),
+    )
+
+
+def run_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> Tuple[Tensor, ...]:
+    """`GridMixer.backward`, the convolution's taps as in its weight and its bias apart."""
+    mixer = GridMixer(operands.GridMixer(*flat))
+    with torch.cuda.device_of(mixer.zxbcdt):
+        grad_zxbcdt, taps, *others = mixer.backward(grad.contiguous(), xbc, dt, s, y)
+        return grad_zxbcdt, taps[:9].t().contiguous(), taps[9].clone(), *others
+
+
+def fake_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> Tuple[Tensor, ...]:
+    given = operands.GridMixer(*flat)
+    channels = xbc.shape[-1]
+    shapes = [(channels, 9), (channels,), *(p.shape for p in (given.delta_bias, given.A_log, given.D, given.norm))]
+    weights = [torch.empty(shape, dtype=torch.float32, device=grad.device) for shape in shapes]
+    return torch.empty(given.zxbcdt.shape, dtype=given.zxbcdt.dtype, device=grad.device), *weights
+
+
+def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:], *inputs[:7])
+    ctx.settings = inputs[7:]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
+    kept, tensors = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    grads = torch.ops.vim_timm.triton_grid_mixer_backward.default(grad, *kept, *tensors, *ctx.settings)
+    found = (None if x is None else g.to(x.dtype) for x, g in zip(tensors, grads))
+    return (*found, *[None] * len(ctx.settings))
+
+
+register(
+    'triton_grid_mixer',
+    f'({schema(operands.GridMixer)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    f'(Tensor grad, Tensor xbc, Tensor dt, Tensor s, Tensor y, {schema(operands.GridMixer)})'
+    ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+    Kernel(run, fake, save_operands, differentiate, run_backward, fake_backward),
+    grid_mixer_flops,
+)
