@@ -202,15 +202,19 @@ def _sample(sample: Mapping[str, Any]) -> str:
     lines = []
     for place, guess in enumerate(sample['predicted']):
         kind = 'true' if guess['class'] == sample['true'] else 'first' if place == 0 else ''
-        lines.append(
-            f'<div class="name"><span title="{escape(guess["class"])}">{escape(guess["class"])}</span>'
-            f'<span>{guess["score"]:.1f} %</span></div>'
-            f'<div class="bar"><i class="{kind}" style="width:{guess["score"]:.1f}%"></i></div>'
-        )
+        lines.append(bar(guess['class'], guess['score'], kind))
     return (
         f'<div class="sample {"right" if sample["right"] else "wrong"}"><img src="{data_uri(sample["picture"])}" '
         f'alt="{escape(sample["image"])}" title="{escape(sample["image"])}">'
         f'<div class="name"><span>true: <b>{escape(sample["true"])}</b></span></div>{"".join(lines)}</div>'
+    )
+
+
+def bar(name: str, percent: float, kind: str = '') -> str:
+    """A class with its score as a number and as a bar."""
+    return (
+        f'<div class="name"><span title="{escape(name)}">{escape(name)}</span><span>{percent:.1f} %</span></div>'
+        f'<div class="bar"><i class="{kind}" style="width:{percent:.1f}%"></i></div>'
     )
 
 

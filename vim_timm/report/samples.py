@@ -38,10 +38,10 @@ def fit(image: Image.Image) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def data_uri(image: bytes | Image.Image) -> str:
-    """An image inside a page: PNG bytes, or a PIL image."""
+def data_uri(image: bytes | Image.Image, kind: str = 'png') -> str:
+    """An image inside a page: the bytes of a file of this kind, or a PIL image."""
     if isinstance(image, Image.Image):
         file = io.BytesIO()
         image.save(file, format='PNG')
         image = file.getvalue()
-    return f'data:image/png;base64,{base64.b64encode(image).decode()}'
+    return f'data:image/{kind};base64,{base64.b64encode(image).decode()}'

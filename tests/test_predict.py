@@ -1,0 +1,177 @@
+"""Pictures from anywhere become classes with names and scores, in a terminal, in files, and in Python."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from vim_timm import export
+from vim_timm.engine import explain
+from vim_timm.engine.saved import Saved
+from vim_timm.predict import main, predictor
+
+NAMES = ['cat', 'dog', 'cow', 'hen', 'pig']
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """A training checkpoint with class names; its average is another model."""
+    path = tmp_path_factory.mktemp('run') / 'last.pth.tar'
+    arguments = dict(depth=1, embed_dim=32, img_size=16, num_classes=5)
+    torch.manual_seed(0)
+    states = [timm.create_model('vim_nano_patch4_32', **arguments).state_dict() for _ in range(2)]
+    for state in states:
+        state['head.weight'] *= 50  # scores that differ
+    settings = dict(model='vim_nano_patch4_32', num_classes=5, img_size=16, model_kwargs=dict(depth=1, embed_dim=32))
+    content = {'state_dict': states[0], 'state_dict_ema': states[1], 'args': settings, 'class_names': NAMES}
+    torch.save(content, path)
+    return str(path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with pictures of many kinds, one that is damaged and one that is none."""
+    folder, draw = tmp_path / 'pictures', np.random.default_rng(0)
+    (folder / 'below').mkdir(parents=True)
+    for name in ('2.png', '10.jpg', 'below/1.webp'):
+        Image.fromarray(draw.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / name)
+    Image.fromarray(draw.integers(0, 255, (40, 50), dtype=np.uint8)).save(folder / 'grey.png')
+    (folder / 'damaged.jpg').write_bytes((folder / '10.jpg').read_bytes()[:200])
+    (folder / 'notes.txt').write_text('no picture')
+    (folder / '.hidden.png').write_bytes(b'')
+    return folder
+
+
+def test_a_line_a_picture_and_a_damaged_one_is_named(checkpoint, pictures, capsys):
+    assert main([str(pictures), '--checkpoint', checkpoint, '--top', '2']) == 0
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    assert [re.search(r'pictures/(\S+)', line)[1] for line in lines] == [
+        '2.png', '10.jpg', 'below/1.webp', 'damaged.jpg', 'grey.png',
+    ]  # fmt: skip
+    assert all(len(re.findall(r'(cat|dog|cow|hen|pig) [\d.]+ %', line)) == 2 for line in lines if 'damaged' not in line)
+    assert 'not read' in lines[3] and output.err == '1 of 5 files could not be read\n'
+
+
+@pytest.mark.parametrize('words', [['{}/2.png'], ['{}/*.png'], ['{}/**/*.webp'], ['{}/2.png', '{}', '{}/2.png']])
+def test_files_folders_and_patterns(words, checkpoint, pictures, capsys):
+    assert main([*(word.format(pictures) for word in words), '--checkpoint', checkpoint]) == 0
+    assert (
+        len(capsys.readouterr().out.splitlines())
+        == {0: 1, 1: 2, 2: 1, 3: 5}[
+            [['{}/2.png'], ['{}/*.png'], ['{}/**/*.webp']].index(words) if len(words) == 1 else 3
+        ]
+    )
+
+
+def test_files_hold_the_same_numbers_as_the_model(checkpoint, pictures, tmp_path):
+    for kind in ('json', 'csv', 'html'):
+        assert main([str(pictures), '--checkpoint', checkpoint, '--output', str(tmp_path / f'x.{kind}')]) == 0
+    rows = {row['file']: row for row in json.loads((tmp_path / 'x.json').read_text())}
+    model = timm.create_model('vim_nano_patch4_32', depth=1, embed_dim=32, img_size=16, num_classes=5).eval()
+    model.load_state_dict(torch.load(checkpoint)['state_dict'])
+    image = Image.open(pictures / '2.png').convert('RGB')
+    transform = timm.data.create_transform(**timm.data.resolve_input_data_config(model, {}))
+    scores = model(transform(image)[None]).softmax(1)[0]
+    found = rows[str(pictures / '2.png')]['predictions']
+    assert [one['class'] for one in found] == [NAMES[label] for label in scores.argsort(descending=True)]
+    assert [one['score'] for one in found] == pytest.approx(scores.sort(descending=True).values.tolist(), abs=1e-5)
+    with open(tmp_path / 'x.csv', newline='') as file:
+        table = {row['file']: row for row in csv.DictReader(file)}
+    assert table.keys() == rows.keys() and table[str(pictures / '2.png')]['class_1'] == found[0]['class']
+    assert table[str(pictures / 'damaged.jpg')]['error'] and not table[str(pictures / 'damaged.jpg')]['class_1']
+    page = (tmp_path / 'x.html').read_text()
+    assert page.count('<div class="sample">') == 4 and 'damaged.jpg' in page and 'http' not in page
+
+
+def test_three_lines_of_python(checkpoint, pictures):
+    classify = predictor(checkpoint=checkpoint, top=1)
+    trained = {one.file: one for one in classify(str(pictures / '*.png'))}
+    average = {one.file: one for one in predictor(checkpoint=checkpoint, top=1, use_ema=True)([str(pictures)])}
+    assert all(len(one.classes) == len(one.scores) == 1 for one in trained.values())
+    assert any(trained[file].scores != average[file].scores for file in trained)
+
+
+def test_features_are_the_pooled_ones(checkpoint, pictures, tmp_path):
+    assert main([str(pictures), '--checkpoint', checkpoint, '--features', str(tmp_path / 'f.npy')]) == 0
+    features = np.load(tmp_path / 'f.npy')
+    assert features.shape == (5, 32)
+    assert np.isnan(features).all(1).tolist() == [False, False, False, True, False]
+
+
+def test_onnx_and_torch_export_predict_the_same(checkpoint, pictures, tmp_path, capsys):
+    pytest.importorskip('onnxscript')
+    for name in ('model.onnx', 'model.pt2'):
+        assert export.main(['--checkpoint', checkpoint, '--output', str(tmp_path / name)]) == 0
+        assert 'logits within' in capsys.readouterr().out
+    assert main([str(pictures), '--onnx', str(tmp_path / 'model.onnx')]) == 0
+    from_onnx = capsys.readouterr().out
+    assert main([str(pictures), '--checkpoint', checkpoint]) == 0
+    assert capsys.readouterr().out == from_onnx
+    program = torch.export.load(tmp_path / 'model.pt2').module()
+    classify = predictor(checkpoint=checkpoint)
+    images = torch.rand(3, 3, 16, 16)
+    torch.testing.assert_close(program(images), classify.model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_explain_shows_where_the_model_looks(checkpoint, pictures, tmp_path):
+    line = [str(pictures / '2.png'), '--checkpoint', checkpoint, '--explain']
+    assert main([*line, str(tmp_path / 'seen')]) == 0
+    (picture,) = (tmp_path / 'seen').iterdir()
+    assert picture.name == '0000-2.png' and Image.open(picture).size == (320, 256)
+    assert main([*line, '--output', str(tmp_path / 'x.html')]) == 0
+    assert 'where it looks' in (tmp_path / 'x.html').read_text()
+
+
+class Corner(torch.nn.Module):
+    """A model whose second class is the brightness of the upper left corner alone."""
+
+    num_prefix_tokens = 0
+
+    def forward(self, images):
+        corner = images[..., :8, :8].mean((1, 2, 3))
+        return torch.stack([torch.zeros_like(corner), corner], dim=1)
+
+
+def test_the_explanation_finds_the_only_place_that_matters():
+    heat = explain.integrated_gradients(Corner(), torch.rand(2, 3, 32, 32), torch.tensor([1, 1]))
+    assert heat.shape == (2, 14, 14) and (heat[:, :3, :3] > 0.5).all() and (heat[:, 4:, 4:] == 0).all()
+    random = torch.rand(2, 14, 14, generator=torch.Generator().manual_seed(0))
+    images, labels = 3 * torch.ones(2, 3, 32, 32), torch.tensor([1, 1])
+    (deletion, insertion), (lower, higher) = (explain.measure(Corner(), images, labels, m) for m in (heat, random))
+    assert deletion < lower and insertion > higher
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['x.png'], 'name the weights'),
+    (['x.png', '--checkpoint', 'a', '--onnx', 'b'], 'name the weights'),
+    (['nowhere.png', '--checkpoint', '{checkpoint}'], 'there is no image nowhere.png'),
+    (['{empty}', '--checkpoint', '{checkpoint}'], 'there are no images in'),
+    (['x.png', '--checkpoint', '{checkpoint}', '--output', 'x.pdf'], 'must end in .json, .csv, .html'),
+    (['x.png', '--checkpoint', '{checkpoint}', '--output', 'nowhere/x.csv'], 'there is no such folder'),
+    (['x.png', '--checkpoint', '{checkpoint}', '--explain'], '--explain needs a place'),
+    (['x.png', '--onnx', 'a.onnx', '--features', 'f.npy'], 'look inside the model'),
+    (['x.png', '--checkpoint', '{checkpoint}', '--top', '0'], 'at least 1'),
+    (['{empty}/a.jpg', '--checkpoint', '{checkpoint}'], 'no image could be read'),
+])  # fmt: skip
+def test_mistakes_end_in_a_sentence(words, sentence, checkpoint, tmp_path, capsys):
+    (tmp_path / 'empty').mkdir()
+    if words[0].endswith('a.jpg'):
+        (tmp_path / 'empty' / 'a.jpg').write_bytes(b'no picture')
+    assert main([word.format(checkpoint=checkpoint, empty=tmp_path / 'empty') for word in words]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count('\n') == 1
+
+
+def test_a_model_of_many_channels_says_that_files_have_not_so_many():
+    model = timm.create_model('vim_nano_patch4_32', depth=1, embed_dim=32, in_chans=13).eval()
+    from vim_timm.engine.predict import Predictor
+    from vim_timm.errors import UserError
+
+    with pytest.raises(UserError, match='13 channels'):
+        Predictor(Saved(model, timm.data.resolve_input_data_config(model, {}), []))

@@ -1,0 +1,117 @@
+"""Models as graphs for other programs, ONNX and torch.export: written whole, compared with the model, read again."""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import UserError, explain
+from ..files import write_atomically
+from .saved import Saved
+
+KEY = 'vim_timm'  # of our entry in a file's metadata
+TOLERANCE = 1e-3  # of logits, relative to the largest
+
+
+def _facts(saved: Saved) -> str:
+    """What a reader has to know: images, classes, architecture."""
+    data = {name: list(value) if isinstance(value, tuple) else value for name, value in saved.data_config.items()}
+    return json.dumps({'architecture': saved.architecture, 'data_config': data, 'class_names': saved.class_names})
+
+
+def _example(saved: Saved, batch: int) -> torch.Tensor:
+    return torch.randn(batch, *saved.data_config['input_size'], generator=torch.Generator().manual_seed(batch))
+
+
+def export_onnx(saved: Saved, path: str, batch: int = 0, opset: int | None = None) -> float:
+    """Write an ONNX file with its weights inside, and return the largest relative difference of its logits.
+
+    Args:
+        batch: number of images; 0 for any.
+
+    Raises:
+        UserError: the model cannot be exported, or the file computes something else.
+    """
+    require_onnx()
+    with explain(f'export to {path}'), tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, 'model.onnx')
+        program = torch.onnx.export(
+            saved.model, (_example(saved, batch or 2),), dynamo=True, verbose=False, opset_version=opset,
+            input_names=['images'], output_names=['logits'],
+            dynamic_shapes=None if batch else ({0: torch.export.Dim('batch', min=1)},),
+        )  # fmt: skip
+        assert program is not None
+        program.model.metadata_props[KEY] = _facts(saved)
+        program.save(file, external_data=False)
+        _, run = open_onnx(file)
+        difference = _compare(saved, run, [batch] if batch else [1, 3])
+        content = Path(file).read_bytes()
+    write_atomically(path, content)
+    return difference
+
+
+def export_torch(saved: Saved, path: str, batch: int = 0) -> float:
+    """Write a torch.export program (`torch.export.load`), and return the largest relative difference of its logits."""
+    with explain(f'export to {path}'):
+        shapes = None if batch else ({0: torch.export.Dim('batch', min=1, max=4096)},)
+        program = torch.export.export(saved.model, (_example(saved, batch or 2),), dynamic_shapes=shapes)
+        file = io.BytesIO()
+        torch.export.save(program, file, extra_files={KEY: _facts(saved)})
+        file.seek(0)
+        difference = _compare(saved, torch.export.load(file).module(), [batch] if batch else [1, 3])
+    write_atomically(path, file.getvalue())
+    return difference
+
+
+def _compare(saved: Saved, run: Callable[[torch.Tensor], torch.Tensor], batches: list[int]) -> float:
+    worst = 0.0
+    for batch in batches:
+        images = _example(saved, batch)
+        with torch.inference_mode():
+            expected = saved.model(images)
+        difference = (run(images).detach() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        worst = max(worst, float(difference))
+    if not worst <= TOLERANCE:
+        raise UserError(f'the exported graph computes other logits (relative difference {worst:.2g}): not written')
+    return worst
+
+
+def require_onnx() -> None:
+    """Raise a UserError unless the libraries of ONNX are installed."""
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError("ONNX needs `pip install 'vim-timm[export]'`") from error
+
+
+def open_onnx(path: str) -> tuple[Saved, Callable[[torch.Tensor], torch.Tensor]]:
+    """A model that `export_onnx` wrote: what is known of it, and images (B, C, H, W) -> logits (B, classes).
+
+    Raises:
+        UserError: it cannot be read, or is another program's.
+    """
+    require_onnx()
+    import onnxruntime
+
+    with explain(f'ONNX file {path}'):
+        if not os.path.isfile(path):
+            raise UserError('there is no such file')
+        session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+        facts: dict[str, Any] = json.loads(session.get_modelmeta().custom_metadata_map.get(KEY, '{}'))
+        if not facts:
+            raise UserError('it was not written by vim_timm.export, so nobody knows which images it takes')
+    name = session.get_inputs()[0].name
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        (logits,) = session.run(None, {name: images.cpu().numpy().astype(np.float32, copy=False)})
+        return torch.from_numpy(logits)
+
+    data = {key: tuple(value) if isinstance(value, list) else value for key, value in facts['data_config'].items()}
+    return Saved(None, data, facts['class_names']), run
