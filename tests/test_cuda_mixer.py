@@ -249,6 +249,18 @@ def test_a_nan_decay_makes_its_channel_nan(state, emulator):
     assert y[..., 1].isnan().all() and y[..., 2:].isfinite().all()
 
 
+def test_a_decay_at_once_is_exact_and_has_finite_gradients(emulator):
+    """A_log of plus infinity in some states, and steps of zero length."""
+    tensors = operands(1, 5, 64, 12, device='cpu')
+    for A_log in (tensors[6], tensors[13]):
+        A_log[1, 3] = A_log[2] = math.inf
+    tensors[5][2] = -300.0
+    weight = torch.randn(1, 5, 64)
+    found = with_gradients(mixer, tensors, weight)
+    wanted = with_gradients(compose, [t.double() for t in tensors], weight.double())
+    assert all(f.isfinite().all() and error(f, w) < 2e-2 for f, w in zip(found, wanted))
+
+
 def test_directions_that_differ_are_refused():
     xz, *parameters = operands(1, 5, 64, 12, device='cpu')
     parameters[1] = None

@@ -22,6 +22,13 @@ ScanType = Literal['bidirectional', 'shared', 'forward']
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
+def _call_conv(conv: nn.Module, x_BLD: torch.Tensor, width: int, reverse: bool) -> torch.Tensor:
+    """SiLU of a convolution that is to be called: it sees (B, D, W - 1 + L), zeros before the first token."""
+    x_BDL = (x_BLD.flip(1) if reverse else x_BLD).transpose(1, 2)
+    y_BLD = F.silu(conv(F.pad(x_BDL, [width - 1, 0]))).transpose(1, 2)
+    return (y_BLD.flip(1) if reverse else y_BLD).contiguous()
+
+
 @register_notrace_module  # what runs is decided by tensors, outside an FX graph
 class BiMamba(nn.Module):
     """Gated, bidirectional selective state space mixer, (B, L, C) -> (B, L, C).
@@ -72,6 +79,7 @@ class BiMamba(nn.Module):
         probe_backends()
         d_inner = int(expand * dim)
         self.d_state = d_state
+        self.d_conv = d_conv
         self.dt_rank = math.ceil(dim / 16) if dt_rank == 'auto' else dt_rank
         self.bidirectional = scan == 'bidirectional'
         self.shared = scan == 'shared'
@@ -170,14 +178,28 @@ class BiMamba(nn.Module):
         delta_BLD = F.linear(dt_BLR, self.dt_proj_b.weight)
         return Direction(u_BLD, delta_BLD, self.A_b_log, B_BLN, C_BLN, self.D_b, self.dt_proj_b.bias)
 
+    def _convolve(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """SiLU of the convolution of the tokens, from the first on."""
+        if not torch.jit.is_scripting():
+            if not is_plain(self.conv1d):
+                return _call_conv(self.conv1d, x_BLD, self.d_conv, False)
+        return causal_conv(x_BLD, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+
+    def _convolve_both(self, x_BLD: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """`_convolve`, and the same with the backward direction's convolution from the last token on."""
+        if not torch.jit.is_scripting():
+            if not (is_plain(self.conv1d) and is_plain(self.conv1d_b)):
+                u_b_BLD = _call_conv(self.conv1d_b, x_BLD, self.d_conv, True)
+                return _call_conv(self.conv1d, x_BLD, self.d_conv, False), u_b_BLD
+        taps = Taps(self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        return bidirectional_conv(x_BLD, taps, Taps(self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias))
+
     def _directions(self, x_BLD: torch.Tensor) -> Tuple[Direction, Optional[Direction]]:
         """Operands of both scans, the second None for a forward scan alone."""
-        weight_DW, bias_D = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if self.bidirectional:
-            taps_b = Taps(self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias)
-            u_BLD, u_b_BLD = bidirectional_conv(x_BLD, Taps(weight_DW, bias_D), taps_b)
+            u_BLD, u_b_BLD = self._convolve_both(x_BLD)
             return self._direction(u_BLD), self._direction_b(u_b_BLD)
-        forward = self._direction(causal_conv(x_BLD, weight_DW, bias_D))
+        forward = self._direction(self._convolve(x_BLD))
         if self.shared:
             return forward, Direction(
                 forward.u, forward.delta, self.A_b_log, forward.B, forward.C, forward.D, forward.delta_bias

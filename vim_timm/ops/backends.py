@@ -2,8 +2,9 @@
 
 A cell is a function of an operator's operands and its limit, which says why the function cannot take some of them. An
 operator without a cell of a backend is composed of others by its caller. `auto` takes the kernel of the tensor's
-device where there is one that can run, else `torch`; under export and on meta tensors `export`, and under
-torch.compile `export` where `torch` would run eagerly. VIM_TIMM_SCAN or `set_scan_backend` forces a backend by name.
+device where there is one that can run, else `torch`; under export, on meta tensors and where derivatives are asked for
+that kernels have not, `export`, and under torch.compile `export` where `torch` would run eagerly. VIM_TIMM_SCAN or
+`set_scan_backend` forces a backend by name.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import torch
 
 from vim_timm.ops import cpu, cuda, mamba_ssm_adapter, triton_kernels
 from vim_timm.ops.plain import chunked, export, reference, ssd
+from vim_timm.ops.registration import REFUSAL, transformed
 
 _logger = logging.getLogger('vim_timm')
 
@@ -81,6 +83,9 @@ TABLE: Dict[str, Dict[str, Cell]] = {
 }
 
 OPERATORS = tuple(TABLE)
+
+# Backends made of aten's operators, which have every derivative.
+DIFFERENTIABLE = ('reference', 'export')
 
 # The backend whose cell `auto` prefers on a device.
 KERNELS: Dict[str, Dict[str, str]] = {
@@ -188,11 +193,13 @@ def choose(operator: str, operands: Any, x: torch.Tensor) -> str:
     cells = TABLE[operator]
     if _forced != 'auto':
         _require(_forced)
-        limit = cells[_forced].limit(operands) if _forced in cells else ''
+        limit = ''
+        if _forced in cells:
+            limit = REFUSAL if _forced not in DIFFERENTIABLE and transformed() else cells[_forced].limit(operands)
         if limit:
             raise RuntimeError(f"scan backend '{_forced}' cannot run this call: {limit}")
         return _if_there(_forced, operator)
-    if x.is_meta or _is_exporting():
+    if x.is_meta or _is_exporting() or transformed():
         return _if_there('export', operator)
     kernel = KERNELS[operator].get(x.device.type)
     if kernel is not None and not _unavailable(kernel) and not cells[kernel].limit(operands):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from vim_timm.ops import conv, scan
 from vim_timm.ops.operands import Conv, Direction, Scan, Taps
-from vim_timm.ops.plain.reference import compute_dtype, step_size
+from vim_timm.ops.plain.reference import compute_dtype, state_matrix, step_size
 
 
 def selective_scan(
@@ -160,5 +160,5 @@ def _last_state(u, delta, A, B, delta_bias, delta_softplus) -> torch.Tensor:
     dtype = compute_dtype(u)
     dt = step_size(delta.to(dtype), delta_bias, delta_softplus)
     later = dt.flip(1).cumsum(1).flip(1) - dt
-    decay = torch.exp(later.unsqueeze(-1) * A.to(dtype))
+    decay = torch.exp(later.unsqueeze(-1) * state_matrix(A, False, dtype))
     return (decay * (dt * u.to(dtype)).unsqueeze(-1) * _per_channel(B, u.shape[2]).to(dtype)).sum(1)

@@ -86,7 +86,7 @@ def _one_direction(direction: Direction, delta_softplus: bool, A_is_log: bool, r
 
     scan_fn = _find().scan
     assert scan_fn is not None
-    A = -torch.exp(A.float()) if A_is_log else A.float()
+    A = reference.state_matrix(A, A_is_log, torch.float32)
     y = scan_fn(
         to_BDL(u),
         to_BDL(delta),

@@ -10,7 +10,11 @@ import math
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import register_flop_formula
+
+from vim_timm.ops.operands import schema
 
 library = torch.library.Library('vim_timm', 'FRAGMENT')
 
@@ -57,12 +61,21 @@ def register(name: str, schema: str, schema_backward: str, kernel: Kernel, flops
         _count(overload, formula)
 
 
+# What a kernel has not, and who has it.
+REFUSAL = (
+    'kernels have a first derivative in reverse mode, no second one, no forward mode, none of the transforms of '
+    "torch.func: use vim_timm.ops.use_scan_backend('export') or VIM_TIMM_SCAN=export for them (or `reference`, slower)"
+)
+
+
 def refuse(ctx: Any, *grads: Any) -> None:
     """Raise RuntimeError: a kernel's backward pass has no derivative of its own."""
-    raise RuntimeError(
-        'this kernel has no second derivative: use the `reference` backend for it '
-        "(VIM_TIMM_SCAN=reference, or vim_timm.ops.use_scan_backend('reference'))"
-    )
+    raise RuntimeError(REFUSAL)
+
+
+def transformed() -> bool:
+    """Whether forward-mode differentiation or a transform of torch.func is at work, which would pass kernels by."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -93,6 +106,8 @@ def _differentiable(
     function: Any = type(operator.name(), (torch.autograd.Function,), methods)
 
     def call(*inputs: Any) -> Any:
+        if transformed():
+            raise RuntimeError(REFUSAL)
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             output = function.apply(*inputs)
             return list(output) if several else output
@@ -108,6 +123,26 @@ def _count(overload: torch._ops.OpOverload, formula: Callable[[Shapes], int]) ->
     @register_flop_formula(overload.overloadpacket)
     def count(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return formula(dict(zip(names, shapes)))
+
+
+def count(y: torch.Tensor, flops: Callable[[Shapes], int], given: Any) -> torch.Tensor:
+    """y; a FLOP counter at work sees what an operator that is made of aten's, most of which have no FLOPs, took."""
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _counting():
+        names = [part.split()[-1] for part in schema(type(given)).split(', ')]
+        number = flops({name: getattr(x, 'shape', x) for name, x in zip(names, given.flat())})
+        torch.ops.vim_timm.flops(y.detach(), number)
+        if y.requires_grad:
+            y.register_hook(lambda grad: torch.ops.vim_timm.flops(grad.detach(), 2 * number))
+    return y
+
+
+def _counting() -> bool:
+    return any('FlopCounter' in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
+
+
+library.define('flops(Tensor x, int number) -> ()')
+library.impl('flops', lambda x, number: None, 'CompositeExplicitAutograd')
+register_flop_formula(torch.ops.vim_timm.flops)(lambda shape, number, **kwargs: number)
 
 
 def scan_flops(shapes: Shapes) -> int:
@@ -145,8 +180,8 @@ def grid_mixer_flops(shapes: Shapes) -> int:
     return batch * length * (18 * channels + 2 * length * ((channels - dim) // 2 + dim))
 
 
-def norm_flops(shapes: Shapes) -> int:
-    """FLOPs of a norm: torch counts none of its own either."""
+def uncounted(shapes: Shapes) -> int:
+    """FLOPs of an operator that is counted elsewhere, or not at all, like torch's norms."""
     return 0
 
 

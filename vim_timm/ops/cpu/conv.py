@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vim_timm.ops.cpu import library
-from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, parameter, present, rows, threads
+from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, present, rows, threads
 from vim_timm.ops.operands import Conv, Taps, schema
 from vim_timm.ops.registration import Kernel, conv_flops, register
 
@@ -58,7 +58,7 @@ def _fake(x, weight, bias, weight_b, bias_b, silu):
 def _run(x, weight, bias, weight_b, bias_b, silu):
     """Both directions' results (B, L, D) in x's dtype, the second empty without weight_b."""
     conv = _checked(Conv.of(x, weight, bias, weight_b, bias_b, silu))
-    y, y_b = torch.empty(x.shape), torch.empty(x.shape if weight_b is not None else (0,))
+    y, y_b = new(x.shape), new(x.shape if weight_b is not None else (0,))
     if y.numel():
         library.call('conv_forward', _pack(conv, (y, None if weight_b is None else y_b), None))
     return y.to(x.dtype), y_b.to(x.dtype)
@@ -75,10 +75,10 @@ def _run_backward(grad, grad_b, *arguments):
     shape = conv.x.shape
     if not conv.x.numel():
         return [torch.zeros_like(t) for t in present(*originals)]
-    ys = [torch.zeros(shape) if g is None else gradient(g) for g in (grad, grad_b)]
+    ys = [new(shape).zero_() if g is None else gradient(g) for g in (grad, grad_b)]
     if conv.backward is None:
         ys[1] = None
-    gradients = [None if t is None else torch.empty(t.shape) for t in originals]
+    gradients = [None if t is None else new(t.shape) for t in originals]
     conv = _checked(conv)  # copies in it have to live until the call has ended
     library.call('conv_backward', _pack(conv, ys, gradients))
     return [g.to(t.dtype) for g, t in zip(gradients, originals) if t is not None]
@@ -109,6 +109,8 @@ register(
 
 
 def conv_limit(conv: Conv) -> str:
+    if conv.backward is not None and conv.backward.weight.shape != conv.forward.weight.shape:
+        return 'the CPU kernel takes convolutions of the same width in both directions'
     return limit(conv.x, conv.forward.weight)
 
 

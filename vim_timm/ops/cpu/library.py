@@ -141,4 +141,4 @@ def _keep_freed_pages() -> None:
     A block of Vision Mamba frees some ten megabytes, and getting them back page by page takes longer than its scan.
     Freeing one large, untouched block sets the threshold to 60 MiB; other allocators do not mind.
     """
-    torch.empty(30 << 20, dtype=torch.uint8)
+    torch.empty(30 << 20, dtype=torch.uint8, device='cpu')

@@ -16,7 +16,7 @@ from torch import Tensor
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
 from vim_timm.ops.cpu.scan import new_states, states_shape
-from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, parameter, present, rows, threads
+from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, present, rows, threads
 from vim_timm.ops.operands import Weights, schema
 from vim_timm.ops.registration import Kernel, mixer_flops, register
 
@@ -81,10 +81,10 @@ def _run(*arguments):
     *flat, keep = arguments
     given = operands.Mixer.of(*flat)
     mixer = _Mixer(given)
-    out, x, states = torch.empty((mixer.batch, mixer.length, mixer.channels)), torch.empty(0), torch.empty(0)
+    out, x, states = new((mixer.batch, mixer.length, mixer.channels)), new((0,)), new((0,))
     if keep:
         shapes = _kept_shapes(given)
-        x, states = torch.empty(shapes[0]), new_states(shapes[1], mixer.channels)
+        x, states = new(shapes[0]), new_states(shapes[1], mixer.channels)
     if out.numel():
         kept = list(zip(x, states)) if keep else [(None, None)] * 2
         mixer.call('mixer_forward', out, kept, (_NO_GRADIENTS, _NO_GRADIENTS), None)
@@ -106,7 +106,7 @@ def _run_backward(grad, *arguments):
     if not grad.numel():
         return [torch.zeros_like(t) for t in present(*tensors)]
     mixer = _Mixer(operands.Mixer.of(*tensors, scale))
-    gradients = [None if t is None else torch.empty(t.shape) for t in tensors]
+    gradients = [None if t is None else new(t.shape) for t in tensors]
     grad_xz, forward, backward, *_ = operands.Mixer.of(*gradients)
     mixer.call('mixer_backward', gradient(grad), list(zip(x, states)), (forward, backward), grad_xz)
     return [g.to(t.dtype) for g, t in zip(gradients, tensors) if t is not None]
@@ -144,6 +144,8 @@ register(
 
 
 def mixer_limit(given: operands.Mixer) -> str:
+    if given.backward.conv.shape != given.forward.conv.shape:
+        return 'the CPU kernel takes convolutions of the same width in both directions'
     return limit(given.xz, given.forward.A_log)
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
-from vim_timm.ops.cpu.tensors import address, checked, limit, threads
+from vim_timm.ops.cpu.tensors import address, checked, limit, new, threads
 from vim_timm.ops.operands import schema
-from vim_timm.ops.registration import Kernel, norm_flops, register
+from vim_timm.ops.registration import Kernel, register, uncounted
 
 # The C structure Norm: five pointers, three integers, one double.
 _STRUCT = struct.Struct('@8qd')
@@ -28,13 +28,13 @@ def _call(function, x, weight, grad, y, grad_weight, eps) -> None:
 
 
 def _run(x, weight, eps):
-    y = torch.empty(x.shape)
+    y = new(x.shape)
     _call('norm_forward', x, weight, None, y, None, eps)
     return y.to(x.dtype)
 
 
 def _run_backward(grad, x, weight, eps):
-    grad_x, grad_weight = torch.empty(x.shape), torch.zeros(weight.shape)
+    grad_x, grad_weight = new(x.shape), new(weight.shape).zero_()
     _call('norm_backward', x, weight, grad.float().contiguous(), grad_x, grad_weight, eps)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
@@ -60,7 +60,7 @@ register(
         _run_backward,
         lambda grad, x, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
     ),
-    norm_flops,
+    uncounted,
 )
 
 

@@ -66,7 +66,8 @@ static Parameters prepare(const Scan *scan, const Direction *direction, float *m
         vec largest = splat(0);
         for (int64_t n = 0; n < state; n++) {
             float *a = p.A2 + n * padded + c;
-            vec v = (scan->log_A ? -exp_of_any(load(a)) : load(a)) * LOG2E;
+            /* Finite: minus infinity times a slope of 0 would be NaN. */
+            vec v = at_least((scan->log_A ? -exp_of_any(load(a)) : load(a)) * LOG2E, splat(-3e38f));
             store(a, v);
             largest = at_least(absolute(v), largest);
         }

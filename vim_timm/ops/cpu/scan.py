@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vim_timm.ops.cpu import library
-from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, parameter, present, rows, threads
+from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, present, rows, threads
 from vim_timm.ops.operands import Direction, Scan, schema
 from vim_timm.ops.registration import Kernel, register, scan_flops
 
@@ -73,7 +73,7 @@ def states_shape(shape: Sequence[int], state: int) -> tuple[int, int, int, int]:
 
 def new_states(shape: Sequence[int], channels: int) -> Tensor:
     """Memory for states. Narrow vectors leave some of the padding alone: two runs must still return equal tensors."""
-    return torch.zeros(shape) if channels % _PADDING else torch.empty(shape)
+    return new(shape).zero_() if channels % _PADDING else new(shape)
 
 
 def _fake(*arguments):
@@ -92,7 +92,7 @@ def _run(*arguments):
     scan = _checked(given)
     shape, state = scan.forward.u.shape, scan.forward.A_log.shape[1]
     directions = [direction for direction in (scan.forward, scan.backward) if direction is not None]
-    out = torch.empty(shape)
+    out = new(shape)
     kept = states_shape(shape, state)
     states = [new_states(kept if keep and i < len(directions) else (0,), shape[2]) for i in range(2)]
     if out.numel():
@@ -124,7 +124,7 @@ def _run_backward(grad, *arguments):
     if not given.forward.u.numel() or not given.forward.A_log.numel():
         return [torch.zeros_like(x) for x in present(*tensors)]
     scan = _checked(given)
-    gradients = [None if x is None else torch.empty(x.shape) for x in tensors]
+    gradients = [None if x is None else new(x.shape) for x in tensors]
     own = Scan.of(*gradients)
     fields = [*_fields(scan.forward, states), *_gradient_fields(own.forward)]
     if scan.backward is not None and own.backward is not None:

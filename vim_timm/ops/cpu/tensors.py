@@ -39,6 +39,11 @@ def checked(name: str, x: Tensor, shape: Sequence[int]) -> Tensor:
     return x if x.dtype == torch.float32 else x.float()
 
 
+def new(shape: Sequence[int]) -> Tensor:
+    """Memory for the kernel to fill, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device='cpu')
+
+
 def parameter(name: str, x: Optional[Tensor], shape: Sequence[int]) -> Optional[Tensor]:
     """A parameter is small: any strides, copied where they are not plain."""
     if x is None or x.dtype is torch.float32 and x.shape == shape and x.is_contiguous() and x.is_cpu:

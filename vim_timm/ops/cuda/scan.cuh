@@ -2,8 +2,11 @@
 // to shared memory, and the step sizes before their activation, B and C are made of them. Rows of results are in scan order
 // (row p is token p ^ flip), rows of projections in order of tokens.
 
-// A_log as kernels take it: a step's decay is exp2_fast(step * decay_rate).
-__device__ __forceinline__ float decay_rate(float A_log) { return -LOG2E * exp2_fast(A_log * LOG2E); }
+// A_log as kernels take it: a step's decay is exp2_fast(step * decay_rate). Finite: infinity times a step of 0 would be NaN.
+__device__ __forceinline__ float decay_rate(float A_log) {
+  const float rate = -LOG2E * exp2_fast(A_log * LOG2E);
+  return rate < -3e38f ? -3e38f : rate;
+}
 
 // Copies the projections of a tile; tokens from `rows_left` on become zeros.
 __device__ __forceinline__ void copy_projections(T (&to)[TILE][ROW], const T* x, int rows_left, int lane) {

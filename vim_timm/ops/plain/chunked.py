@@ -11,15 +11,16 @@ Shapes: B batch, L tokens, K chunks, T tokens a chunk, D channels, N state.
 
 import functools
 import math
-from typing import Iterator, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vim_timm.ops.operands import Direction
 from vim_timm.ops.plain import reference
-from vim_timm.ops.plain.reference import compute_dtype, step_size
-from vim_timm.ops.registration import refuse
+from vim_timm.ops.plain.reference import compute_dtype, no_tokens, state_matrix, step_size
+from vim_timm.ops.registration import Kernel, register, uncounted
 
 # elements of one (B, L, D, N) workspace: about the last-level cache on a CPU, 256 MiB of float32 on an accelerator
 _WORKSPACE_CPU = 2**21
@@ -36,7 +37,7 @@ def _slices(batch: int, length: int, channels: int, state: int, device: torch.de
             yield slice(b, b + batch_step), slice(d, d + channel_step)
 
 
-def _chunk(x: torch.Tensor, chunks: int, size: int) -> torch.Tensor:
+def _chunk(x: Tensor, chunks: int, size: int) -> Tensor:
     """(B, L, ...) -> (B, K, T, ...); the zeros after the last token (dt = 0) leave every state as it is."""
     pad = chunks * size - x.shape[1]
     if pad:
@@ -49,7 +50,7 @@ def _chunk_counts(length: int) -> Tuple[int, int]:
     return -(-length // size), size
 
 
-def _recur(decay: torch.Tensor, x: torch.Tensor, chunk_decay: torch.Tensor, reverse: bool) -> None:
+def _recur(decay: Tensor, x: Tensor, chunk_decay: Tensor, reverse: bool) -> None:
     """h_t = decay_t h_{t-1} + x_t along (K, T) of (B, K, T, D, N), written into x; `reverse` starts at the end."""
     chunks, size = x.shape[1:3]
     steps = range(size - 1, -1, -1) if reverse else range(size)
@@ -65,7 +66,7 @@ def _recur(decay: torch.Tensor, x: torch.Tensor, chunk_decay: torch.Tensor, reve
         h = x[:, :, t].addcmul_(decay[:, :, t], h)
 
 
-def _recur_adjoint(decay: torch.Tensor, g: torch.Tensor, chunk_decay: torch.Tensor, reverse: bool) -> None:
+def _recur_adjoint(decay: Tensor, g: Tensor, chunk_decay: Tensor, reverse: bool) -> None:
     """g_t += decay_{t+1} g_{t+1}: the gradient of every state of `_recur`, written into g."""
     chunks, size = g.shape[1:3]
     steps = range(size) if reverse else range(size - 1, -1, -1)
@@ -82,12 +83,12 @@ def _recur_adjoint(decay: torch.Tensor, g: torch.Tensor, chunk_decay: torch.Tens
 
 
 def _states(
-    u: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
     reverse: bool,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor]:
     """Chunked tokens -> decay, states, chunk decay: (B, K, T, D, N) twice and (B, K, D, N)."""
     decay = torch.exp(dt.unsqueeze(-1) * A)
     chunk_decay = torch.exp(dt.sum(2).unsqueeze(-1) * A)
@@ -96,61 +97,82 @@ def _states(
     return decay, h, chunk_decay
 
 
-class _Scan(torch.autograd.Function):
+def _run(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) -> Tensor:
     """y_t = C_t h_t, h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t for u, dt (B, L, D), A (D, N), B, C (B, L, N)."""
-
-    @staticmethod
-    def forward(ctx, u, dt, A, B, C, reverse):
-        length = u.shape[1]
-        chunks, size = _chunk_counts(length)
-        y = torch.empty_like(u)
-        for b, d in _slices(*u.shape, A.shape[1], u.device):
-            u_, dt_, B_, C_ = (_chunk(x, chunks, size) for x in (u[b, :, d], dt[b, :, d], B[b], C[b]))
-            _, h, _ = _states(u_, dt_, A[d], B_, reverse)
-            y[b, :, d] = torch.matmul(h, C_.unsqueeze(-1)).squeeze(-1).flatten(1, 2)[:, :length]
-        ctx.save_for_backward(u, dt, A, B, C)
-        ctx.reverse = reverse
-        return y
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        if torch.is_grad_enabled():
-            refuse(ctx)
-        u, dt, A, B, C = ctx.saved_tensors
-        reverse, length = ctx.reverse, u.shape[1]
-        chunks, size = _chunk_counts(length)
-        grad_u, grad_dt = torch.empty_like(u), torch.empty_like(dt)
-        grad_A, grad_B, grad_C = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
-        for b, d in _slices(*u.shape, A.shape[1], u.device):
-            u_, dt_, B_, C_, gy = (
-                _chunk(x, chunks, size) for x in (u[b, :, d], dt[b, :, d], B[b], C[b], grad_y[b, :, d])
-            )
-            decay, h, chunk_decay = _states(u_, dt_, A[d], B_, reverse)
-            grad_C[b] += torch.matmul(gy.unsqueeze(-2), h).squeeze(-2).flatten(1, 2)[:, :length]
-            gh = gy.unsqueeze(-1) * C_.unsqueeze(-2)
-            _recur_adjoint(decay, gh, chunk_decay, reverse)
-            grad_B[b] += torch.matmul((dt_ * u_).unsqueeze(-2), gh).squeeze(-2).flatten(1, 2)[:, :length]
-            grad_x = torch.matmul(gh, B_.unsqueeze(-1)).squeeze(-1)
-            grad_u[b, :, d] = (grad_x * dt_).flatten(1, 2)[:, :length]
-            # from here on gh holds the gradient of dt_t A: gh_t decay_t h_{t-1}
-            gh.mul_(decay)
-            gh_flat, h_flat = gh.flatten(1, 2), h.flatten(1, 2)
-            if reverse:
-                gh_flat[:, :-1].mul_(h_flat[:, 1:])
-                gh_flat[:, -1].zero_()
-            else:
-                gh_flat[:, 1:].mul_(h_flat[:, :-1])
-                gh_flat[:, 0].zero_()
-            grad_dt[b, :, d] = (grad_x * u_ + (gh * A[d]).sum(-1)).flatten(1, 2)[:, :length]
-            grad_A[d] += (gh * dt_.unsqueeze(-1)).sum((0, 1, 2))
-        return grad_u, grad_dt, grad_A, grad_B, grad_C, None
+    length = u.shape[1]
+    chunks, size = _chunk_counts(length)
+    y = torch.empty_like(u)
+    for b, d in _slices(*u.shape, A.shape[1], u.device):
+        u_, dt_, B_, C_ = (_chunk(x, chunks, size) for x in (u[b, :, d], dt[b, :, d], B[b], C[b]))
+        _, h, _ = _states(u_, dt_, A[d], B_, reverse)
+        y[b, :, d] = torch.matmul(h, C_.unsqueeze(-1)).squeeze(-1).flatten(1, 2)[:, :length]
+    return y
 
 
-def _one_direction(direction: Direction, delta_softplus: bool, A_is_log: bool, reverse: bool) -> torch.Tensor:
+def _run_backward(
+    grad_y: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool
+) -> Tuple[Tensor, ...]:
+    """Gradients of u, dt, A, B and C."""
+    length = u.shape[1]
+    chunks, size = _chunk_counts(length)
+    grad_u, grad_dt = torch.empty_like(u), torch.empty_like(dt)
+    grad_A, grad_B, grad_C = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
+    for b, d in _slices(*u.shape, A.shape[1], u.device):
+        u_, dt_, B_, C_, gy = (_chunk(x, chunks, size) for x in (u[b, :, d], dt[b, :, d], B[b], C[b], grad_y[b, :, d]))
+        decay, h, chunk_decay = _states(u_, dt_, A[d], B_, reverse)
+        grad_C[b] += torch.matmul(gy.unsqueeze(-2), h).squeeze(-2).flatten(1, 2)[:, :length]
+        gh = gy.unsqueeze(-1) * C_.unsqueeze(-2)
+        _recur_adjoint(decay, gh, chunk_decay, reverse)
+        grad_B[b] += torch.matmul((dt_ * u_).unsqueeze(-2), gh).squeeze(-2).flatten(1, 2)[:, :length]
+        grad_x = torch.matmul(gh, B_.unsqueeze(-1)).squeeze(-1)
+        grad_u[b, :, d] = (grad_x * dt_).flatten(1, 2)[:, :length]
+        # from here on gh holds the gradient of dt_t A: gh_t decay_t h_{t-1}
+        gh.mul_(decay)
+        gh_flat, h_flat = gh.flatten(1, 2), h.flatten(1, 2)
+        if reverse:
+            gh_flat[:, :-1].mul_(h_flat[:, 1:])
+            gh_flat[:, -1].zero_()
+        else:
+            gh_flat[:, 1:].mul_(h_flat[:, :-1])
+            gh_flat[:, 0].zero_()
+        grad_dt[b, :, d] = (grad_x * u_ + (gh * A[d]).sum(-1)).flatten(1, 2)[:, :length]
+        grad_A[d] += (gh * dt_.unsqueeze(-1)).sum((0, 1, 2))
+    return grad_u, grad_dt, grad_A, grad_B, grad_C
+
+
+def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
+    *tensors, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    return *torch.ops.vim_timm.torch_scan_backward.default(grad, *ctx.saved_tensors, ctx.reverse), None
+
+
+_OPERANDS = 'Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, bool reverse'
+register(
+    'torch_scan',
+    f'({_OPERANDS}) -> Tensor',
+    f'(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    Kernel(
+        _run,
+        lambda u, *_: torch.empty_like(u),
+        _save,
+        _differentiate,
+        _run_backward,
+        lambda grad, *inputs: tuple(torch.empty_like(x) for x in inputs[:-1]),
+    ),
+    uncounted,  # `reference.scan` counts what it makes of this
+)
+
+
+def _one_direction(direction: Direction, delta_softplus: bool, A_is_log: bool, reverse: bool) -> Tensor:
     u, delta, A, B, C, D, delta_bias = direction
+    if not u.numel():
+        return no_tokens(direction)
     dtype = compute_dtype(u)
-    u, dt, A = u.to(dtype), step_size(delta.to(dtype), delta_bias, delta_softplus), A.to(dtype)
-    y = _Scan.apply(u, dt, -torch.exp(A) if A_is_log else A, B.to(dtype), C.to(dtype), reverse)
+    u, dt, B, C = u.to(dtype), step_size(delta.to(dtype), delta_bias, delta_softplus), B.to(dtype), C.to(dtype)
+    y = torch.ops.vim_timm.torch_scan.default(u, dt, state_matrix(A, A_is_log, dtype), B, C, reverse)
     return y if D is None else torch.addcmul(y, D.to(dtype), u)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from vim_timm.ops import operands
 from vim_timm.ops.operands import Direction
 from vim_timm.ops.plain import reference
-from vim_timm.ops.plain.reference import step_size
+from vim_timm.ops.plain.reference import no_tokens, state_matrix, step_size
+from vim_timm.ops.registration import count, scan_flops
 
 
 def scan_one_direction(direction: Direction, delta_softplus: bool, A_is_log: bool, reverse: bool) -> Tensor:
@@ -23,8 +24,10 @@ def scan_one_direction(direction: Direction, delta_softplus: bool, A_is_log: boo
     u, delta, A, B, C, D, delta_bias = direction  # TorchScript refines an optional variable, no optional field
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     u, dt, B, C = u.to(dtype), step_size(delta.to(dtype), delta_bias, delta_softplus), B.to(dtype), C.to(dtype)
-    A = -torch.exp(A.to(dtype)) if A_is_log else A.to(dtype)
+    A = state_matrix(A, A_is_log, dtype)
     length = int(u.shape[1])  # a tensor under torch.jit.trace
+    if length == 0:
+        return no_tokens(direction)
     size = max(1, int(math.sqrt(float(length))))
     chunks = (length + size - 1) // size
     pad = [0, 0, 0, chunks * size - length]
@@ -71,7 +74,10 @@ def scan(given: operands.Scan) -> Tensor:
         y = y * scale
     if z is not None:
         y = y * F.silu(z.to(y.dtype))
-    return y.to(forward.u.dtype)
+    y = y.to(forward.u.dtype)
+    if not torch.jit.is_scripting():
+        count(y, scan_flops, given)
+    return y
 
 
 conv = reference.conv

@@ -4,6 +4,7 @@ Every other backend is compared with this file. It takes every dtype and device 
 Shapes: see `ops.operands`.
 """
 
+import math
 from typing import Callable, List, Optional, Tuple
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from vim_timm.ops import operands
 from vim_timm.ops.operands import Direction, Taps
+from vim_timm.ops.registration import conv_flops, count, scan_flops
+
+_LARGEST_LOG = 88.0  # exp of it fits float32
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -26,12 +30,31 @@ def step_size(delta: Tensor, delta_bias: Optional[Tensor], softplus: bool) -> Te
     return F.softplus(delta) if softplus else delta
 
 
+def state_matrix(A: Tensor, is_log: bool, dtype: torch.dtype) -> Tensor:
+    """The state matrix's diagonal (D, N); minus infinity becomes a finite number whose decays are 0 all the same, with
+    derivatives that are 0 as well, where those of infinity are not a number."""
+    return -torch.exp(A.to(dtype).clamp(max=_LARGEST_LOG)) if is_log else A.to(dtype).clamp(min=-math.exp(_LARGEST_LOG))
+
+
+def no_tokens(direction: Direction) -> Tensor:
+    """The result of a scan of no tokens (B, 0, D), which all operands lead to, so that all have a gradient of zeros."""
+    u, delta, A, B, C, D, delta_bias = direction
+    y = u * delta * (B * C).sum(-1, keepdim=True) * A.sum(-1)
+    if D is not None:
+        y = y * D
+    if delta_bias is not None:
+        y = y * delta_bias
+    return y.to(compute_dtype(u))
+
+
 def scan_one_direction(direction: Direction, delta_softplus: bool, A_is_log: bool, reverse: bool) -> Tensor:
     """y_t = C_t h_t + D u_t with h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t (Mamba, arXiv 2312.00752, eq. 2 and 4)."""
     u, delta, A, B, C, D, delta_bias = direction
+    if u.shape[1] == 0:
+        return no_tokens(direction)
     dtype = compute_dtype(u)
     u, dt, B, C = u.to(dtype), step_size(delta.to(dtype), delta_bias, delta_softplus), B.to(dtype), C.to(dtype)
-    A = -torch.exp(A.to(dtype)) if A_is_log else A.to(dtype)
+    A = state_matrix(A, A_is_log, dtype)
     length = u.shape[1]
     h = torch.zeros([u.shape[0], u.shape[2], A.shape[1]], dtype=dtype, device=u.device)
     ys: List[Tensor] = []
@@ -56,7 +79,7 @@ def scan(given: operands.Scan, one_direction: Callable[..., Tensor] = scan_one_d
         y = y * scale
     if z is not None:
         y = y * F.silu(z.to(y.dtype))
-    return y.to(forward.u.dtype)
+    return count(y.to(forward.u.dtype), scan_flops, given)
 
 
 def conv_one_direction(x: Tensor, taps: Taps, silu: bool, reverse: bool) -> Tensor:
@@ -80,6 +103,8 @@ def conv(given: operands.Conv) -> Tuple[Tensor, Optional[Tensor]]:
     """Both directions' convolutions of the same tokens, in x's dtype. See `ops.conv`."""
     x, forward, backward, silu = given
     y = conv_one_direction(x, forward, silu, False).to(x.dtype)
+    if not torch.jit.is_scripting():
+        count(y, conv_flops, given)
     if backward is None:
         return y, None
     return y, conv_one_direction(x, backward, silu, True).to(x.dtype)

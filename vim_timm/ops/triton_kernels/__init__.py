@@ -66,13 +66,17 @@ def limit(x: Tensor) -> str:
 
 
 def scan_limit(given: operands.Scan) -> str:
-    state = given.forward.A_log.shape[-1]
+    state, backward = given.forward.A_log.shape[-1], given.backward
+    if backward is not None and backward.A_log.shape != given.forward.A_log.shape:
+        return 'The triton backend takes state matrices of the same shape in both directions.'
     if state > MAX_STATE:
         return f'The triton backend takes d_state up to {MAX_STATE}, not {state}.'
     return limit(given.forward.u)
 
 
 def conv_limit(given: operands.Conv) -> str:
+    if given.backward is not None and given.backward.weight.shape != given.forward.weight.shape:
+        return 'The triton backend takes convolutions of the same width in both directions.'
     return limit(given.x)
 
 
@@ -85,15 +89,41 @@ def grid_mixer_limit(given: operands.GridMixer) -> str:
     return limit(given.zxbcdt) or ssd_op.size_limit(given.zxbcdt.shape[1], headdim, given.state)
 
 
+def _absent(*tensors: Optional[Tensor]) -> Tuple[bool, ...]:
+    """Which tensors are absent; the kernels' directions have or lack each together."""
+    return tuple(x is None for x in tensors)
+
+
+def _both(x: Optional[Tensor], y: Optional[Tensor]) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """x and y, zeros in place of one that is absent alone."""
+    if x is None and y is not None:
+        return torch.zeros_like(y), y
+    if y is None and x is not None:
+        return x, torch.zeros_like(x)
+    return x, y
+
+
 def scan(given: operands.Scan) -> Tensor:
     """`reference.scan` with float32 states, in u's dtype: (B, L, D) contiguous."""
+    forward, backward, *rest = given
+    if not forward.u.numel():
+        return reference.scan(given)
+    if backward is not None and _absent(forward.D, forward.delta_bias) != _absent(backward.D, backward.delta_bias):
+        D, D_b = _both(forward.D, backward.D)
+        bias, bias_b = _both(forward.delta_bias, backward.delta_bias)
+        forward, backward = forward._replace(D=D, delta_bias=bias), backward._replace(D=D_b, delta_bias=bias_b)
+        given = operands.Scan(forward, backward, *rest)
     return torch.ops.vim_timm.triton_scan.default(*given.flat())[0]
 
 
 def conv(given: operands.Conv) -> Tuple[Tensor, Optional[Tensor]]:
     """`reference.conv` in x's dtype: (B, L, D) contiguous each. Widths over 4 run as plain aten operations."""
-    if given.forward.weight.shape[1] > MAX_WIDTH:
+    x, forward, backward, silu = given
+    if not x.numel() or forward.weight.shape[1] > MAX_WIDTH:
         return reference.conv(given)
+    if backward is not None and _absent(forward.bias) != _absent(backward.bias):
+        bias, bias_b = _both(forward.bias, backward.bias)
+        given = operands.Conv(x, forward._replace(bias=bias), backward._replace(bias=bias_b), silu)
     y, y_b = torch.ops.vim_timm.triton_conv.default(*given.flat())
     return y, None if given.backward is None else y_b
 

@@ -20,7 +20,9 @@ def decays(
     a = tl.load(A + index % DIM * N + index // DIM, mask=mask, other=0.0).to(tl.float32)
     if A_IS_LOG:
         a = -tl.exp(a)
-    tl.store(DECAY + tl.program_id(1) * (DIM * N) + index, a * LOG2E, mask=mask)
+    a *= LOG2E
+    a = tl.where(a < -3e38, -3e38, a)  # finite: minus infinity times a step of 0 would be NaN
+    tl.store(DECAY + tl.program_id(1) * (DIM * N) + index, a, mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

@@ -1,0 +1,149 @@
+"""No number depends on the state of the process: default dtype and device, inference mode, memory filled by torch.
+
+A run without TRITON_INTERPRET=1 leaves Triton's kernels out; `test_triton_kernels.py` starts one with it.
+"""
+
+import contextlib
+import os
+
+import pytest
+import timm
+import torch
+
+import vim_timm  # noqa: F401  registers the models
+from vim_timm import ops
+from vim_timm.ops import Direction, GridMixer, Mixer, Ssd, Taps, Weights, backends
+from vim_timm.ops.operands import Conv, Norm, Scan
+
+INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
+AVAILABLE = [status.name for status in ops.explain() if status.available]
+ON_CPU = ('reference', 'torch', 'export', 'cpu')
+CELLS = [
+    (operator, backend)
+    for operator, cells in backends.TABLE.items()
+    for backend in cells
+    if backend in AVAILABLE and (backend in ON_CPU or backend == 'triton' and INTERPRETER)
+]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def filled_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+STATES = {
+    'float64': lambda: default_dtype(torch.float64),
+    'bfloat16': lambda: default_dtype(torch.bfloat16),
+    'meta device': lambda: default_device('meta'),
+    'filled memory': filled_memory,
+}
+every_state = pytest.mark.parametrize('state', STATES)
+
+
+def operands_of(operator, dtype):
+    """Small operands; those that are two-byte in a model are of `dtype`."""
+    torch.manual_seed(0)
+    length, channels, state, rank, width = 67, 20, 4, 3, 4
+
+    def draw(*shape, narrow=False):
+        return torch.randn(shape).to(dtype if narrow else torch.float32).requires_grad_()
+
+    def rows(size):
+        return draw(2, length, size, narrow=True)
+
+    def direction():
+        parameters = draw(channels, state), rows(state), rows(state), draw(channels), draw(channels)
+        return Direction(rows(channels), rows(channels), *parameters)
+
+    def weights():
+        projections = draw(rank + 2 * state, channels), draw(channels, rank), draw(channels)
+        return Weights(draw(channels, width), draw(channels), *projections, draw(channels, state), draw(channels))
+
+    if operator == 'scan':
+        return Scan(direction(), direction(), rows(channels), 0.5)
+    if operator == 'conv':
+        return Conv(rows(channels), Taps(draw(channels, width), draw(channels)), Taps(draw(channels, width), None))
+    if operator == 'mixer':
+        return Mixer(rows(2 * channels), weights(), weights(), 0.5)
+    if operator == 'ssd':
+        x, steps = draw(2, length, 2, 16, narrow=True), rows(2)
+        return Ssd(x, steps, draw(1, 2), rows(16), rows(16), draw(2), draw(2))
+    if operator == 'grid_mixer':
+        inside = 32 + 2 * 16  # two heads of 16 channels, d_state 16
+        parameters = draw(inside, 9), draw(inside), draw(2), draw(1, 2), draw(2), draw(32)
+        return GridMixer(rows(2 * 32 + 2 * 16 + 2), *parameters, 1e-5, 16, True, 3, 8, 8)
+    assert operator == 'rms_norm'
+    return Norm(rows(channels), draw(channels, narrow=True), 1e-5)
+
+
+def results(operator, backend, operands):
+    """Outputs and all gradients, whose own operands are made before."""
+    out = backends.TABLE[operator][backend].run(operands)
+    outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y is not None]
+    flat = operands.flat() if hasattr(operands, 'flat') else operands
+    weights = [torch.ones_like(y) for y in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, [x for x in flat if isinstance(x, torch.Tensor)], weights)]
+
+
+@every_state
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('operator, backend', CELLS)
+def test_operators_do_not_see_the_state_of_the_process(operator, backend, dtype, state):
+    operands = operands_of(operator, dtype)
+    expected = results(operator, backend, operands)
+    with STATES[state]():
+        found = results(operator, backend, operands)
+    for f, e in zip(found, expected, strict=True):
+        assert f.dtype == e.dtype and f.device == e.device and torch.equal(f, e)
+
+
+@pytest.mark.parametrize('operator, backend', CELLS)
+def test_inference_mode_gives_the_same_bits(operator, backend):
+    operands = operands_of(operator, torch.float32)
+    expected = results(operator, backend, operands)[0]
+    with torch.inference_mode():
+        out = backends.TABLE[operator][backend].run(operands)
+    assert torch.equal(out[0] if isinstance(out, tuple) else out, expected)
+
+
+@every_state
+@pytest.mark.parametrize('backend', [name for name in ON_CPU if name in AVAILABLE])
+def test_a_model_does_not_see_the_state_of_the_process(backend, state):
+    torch.manual_seed(0)
+    model = timm.create_model('vim_nano_patch4_32', depth=1, embed_dim=32, img_size=8)
+    images = torch.randn(2, 3, 8, 8)
+
+    def logits_and_gradients():
+        model.zero_grad()
+        logits = model(images)
+        logits.sum().backward()
+        return [logits, *(p.grad for p in model.parameters())]
+
+    with ops.use_scan_backend(backend):
+        expected = logits_and_gradients()
+        with STATES[state]():
+            found = logits_and_gradients()
+    assert all(f.dtype == e.dtype and torch.equal(f, e) for f, e in zip(found, expected, strict=True))
