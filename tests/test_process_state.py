@@ -63,10 +63,10 @@ STATES = {
 every_state = pytest.mark.parametrize('state', STATES)
 
 
-def operands_of(operator, dtype):
+def operands_of(operator, dtype, length):
     """Small operands; those that are two-byte in a model are of `dtype`."""
     torch.manual_seed(0)
-    length, channels, state, rank, width = 67, 20, 4, 3, 4
+    channels, state, rank, width = 20, 4, 3, 4
 
     def draw(*shape, narrow=False):
         return torch.randn(shape).to(dtype if narrow else torch.float32).requires_grad_()
@@ -94,7 +94,7 @@ def operands_of(operator, dtype):
     if operator == 'grid_mixer':
         inside = 32 + 2 * 16  # two heads of 16 channels, d_state 16
         parameters = draw(inside, 9), draw(inside), draw(2), draw(1, 2), draw(2), draw(32)
-        return GridMixer(rows(2 * 32 + 2 * 16 + 2), *parameters, 1e-5, 16, True, 3, 8, 8)
+        return GridMixer(rows(2 * 32 + 2 * 16 + 2), *parameters, 1e-5, 16, True, 1, length - 1, 1)
     assert operator == 'rms_norm'
     return Norm(rows(channels), draw(channels, narrow=True), 1e-5)
 
@@ -108,21 +108,24 @@ def results(operator, backend, operands):
     return [*outputs, *torch.autograd.grad(outputs, [x for x in flat if isinstance(x, torch.Tensor)], weights)]
 
 
-@every_state
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('operator, backend', CELLS)
-def test_operators_do_not_see_the_state_of_the_process(operator, backend, dtype, state):
-    operands = operands_of(operator, dtype)
+def test_operators_do_not_see_the_state_of_the_process(operator, backend, dtype):
+    if backend == 'triton' and dtype != torch.float32:
+        pytest.skip('its allocations are the same for all dtypes, and its interpreter is slow')
+    operands = operands_of(operator, dtype, 5 if backend == 'triton' else 67)
     expected = results(operator, backend, operands)
-    with STATES[state]():
-        found = results(operator, backend, operands)
-    for f, e in zip(found, expected, strict=True):
-        assert f.dtype == e.dtype and f.device == e.device and torch.equal(f, e)
+    states = ('bfloat16', 'meta device') if backend == 'triton' else STATES  # its interpreter is slow
+    for state in states:
+        with STATES[state]():
+            found = results(operator, backend, operands)
+        for f, e in zip(found, expected, strict=True):
+            assert f.dtype == e.dtype and f.device == e.device and torch.equal(f, e), state
 
 
 @pytest.mark.parametrize('operator, backend', CELLS)
 def test_inference_mode_gives_the_same_bits(operator, backend):
-    operands = operands_of(operator, torch.float32)
+    operands = operands_of(operator, torch.float32, 5)
     expected = results(operator, backend, operands)[0]
     with torch.inference_mode():
         out = backends.TABLE[operator][backend].run(operands)
