@@ -27,8 +27,10 @@ _WORKSPACE_CPU = 2**21
 _WORKSPACE_DEVICE = 2**26
 
 
-def _slices(batch: int, length: int, channels: int, state: int, device: torch.device) -> Iterator[Tuple[slice, slice]]:
+def _slices(u: Tensor, A: Tensor) -> Iterator[Tuple[slice, slice]]:
     """Slices of batch and channels whose states fit the workspace."""
+    batch, length, channels = u.shape
+    state, device = A.shape[1], u.device
     budget = _WORKSPACE_CPU if device.type == 'cpu' else _WORKSPACE_DEVICE
     batch_step = max(1, min(batch, budget // (length * channels * state)))
     channel_step = channels if batch_step > 1 else max(1, min(channels, budget // (length * state)))
@@ -102,7 +104,7 @@ def _run(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) 
     length = u.shape[1]
     chunks, size = _chunk_counts(length)
     y = torch.empty_like(u)
-    for b, d in _slices(*u.shape, A.shape[1], u.device):
+    for b, d in _slices(u, A):
         u_, dt_, B_, C_ = (_chunk(x, chunks, size) for x in (u[b, :, d], dt[b, :, d], B[b], C[b]))
         _, h, _ = _states(u_, dt_, A[d], B_, reverse)
         y[b, :, d] = torch.matmul(h, C_.unsqueeze(-1)).squeeze(-1).flatten(1, 2)[:, :length]
@@ -117,7 +119,7 @@ def _run_backward(
     chunks, size = _chunk_counts(length)
     grad_u, grad_dt = torch.empty_like(u), torch.empty_like(dt)
     grad_A, grad_B, grad_C = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
-    for b, d in _slices(*u.shape, A.shape[1], u.device):
+    for b, d in _slices(u, A):
         u_, dt_, B_, C_, gy = (_chunk(x, chunks, size) for x in (u[b, :, d], dt[b, :, d], B[b], C[b], grad_y[b, :, d]))
         decay, h, chunk_decay = _states(u_, dt_, A[d], B_, reverse)
         grad_C[b] += torch.matmul(gy.unsqueeze(-2), h).squeeze(-2).flatten(1, 2)[:, :length]

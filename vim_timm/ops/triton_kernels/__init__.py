@@ -105,14 +105,14 @@ def _both(x: Optional[Tensor], y: Optional[Tensor]) -> Tuple[Optional[Tensor], O
 
 def scan(given: operands.Scan) -> Tensor:
     """`reference.scan` with float32 states, in u's dtype: (B, L, D) contiguous."""
-    forward, backward, *rest = given
+    forward, backward = given.forward, given.backward
     if not forward.u.numel():
         return reference.scan(given)
     if backward is not None and _absent(forward.D, forward.delta_bias) != _absent(backward.D, backward.delta_bias):
         D, D_b = _both(forward.D, backward.D)
         bias, bias_b = _both(forward.delta_bias, backward.delta_bias)
         forward, backward = forward._replace(D=D, delta_bias=bias), backward._replace(D=D_b, delta_bias=bias_b)
-        given = operands.Scan(forward, backward, *rest)
+        given = given._replace(forward=forward, backward=backward)
     return torch.ops.vim_timm.triton_scan.default(*given.flat())[0]
 
 
