@@ -17,6 +17,7 @@ README = ROOT / 'README.md'
 TEST = ['pytest', 'pytest-timeout', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy']
 TRAIN = ['scikit-learn', 'torchmetrics', 'matplotlib', 'tensorboard', 'tqdm']
 HEIC = ['pillow-heif']
+TIFF = ['tifffile']
 EXPORT = ['onnx', 'onnxruntime', 'onnxscript']
 CUDA = ['mamba-ssm', 'causal-conv1d']
 
@@ -109,7 +110,14 @@ setup(
     ],
     python_requires='>=3.10',
     install_requires=['torch>=2.6', 'timm>=1.0.31', 'einops', 'safetensors', 'huggingface_hub'],
-    extras_require={'train': TRAIN, 'heic': HEIC, 'cuda': CUDA, 'export': EXPORT, 'test': TEST + TRAIN + EXPORT},
+    extras_require={
+        'train': TRAIN,
+        'heic': HEIC,
+        'tiff': TIFF,
+        'cuda': CUDA,
+        'export': EXPORT,
+        'test': TEST + TRAIN + HEIC + TIFF + EXPORT,
+    },
     packages=find_packages(include=['vim_timm', 'vim_timm.*']),
     package_data={
         'vim_timm': ['py.typed', 'recipes/*.yaml', 'weights/*', 'weights/*/*', '*.npz', '**/*.npz'],

@@ -295,7 +295,7 @@ def test_policies_for_grey_and_rgb_are_refused_for_other_channels(tmp_path, caps
     touch(tmp_path, 'train/a/1.png', 'val/a/1.png')
     flags = [*TINY[:-1], '--data-dir', str(tmp_path), '--in-chans', '4', '--output', str(tmp_path / 'out')]
     assert train.main([*flags, '--batch-size', '1', '--aa', 'rand-m9']) == 2
-    assert '--aa is for grey and RGB images' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+    assert '--aa is for grey and RGB pictures' in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
 class Broken(torch.utils.data.Dataset):

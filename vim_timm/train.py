@@ -98,6 +98,9 @@ def make_datasets(args: Settings, hooks: Hooks) -> tuple[Settings, list[Any]]:
     sets[1] = data.renumbered(sets[1], known, f'split {args.val_split!r}', f'split {args.train_split!r}')
     for split, dataset in zip((args.train_split, args.val_split), sets):
         args = match_classes(args, dataset, split)
+    if isinstance(sets[0], data.Arrays) and not args.chosen & {'mean', 'std'}:  # no model knows those of other channels
+        mean, std = data.channel_statistics(sets[0])
+        args = args.replace(mean=mean, std=std)
     return args, sets
 
 
@@ -186,7 +189,7 @@ def evaluation_command(args: Settings, checkpoint: str, ema: bool) -> list[str]:
         flag = names.split()[0]
         value = values.get(flag[2:].replace('-', '_'), default)
         if value != default and flag not in ('--dataset-download', '--data-in-memory'):
-            words += [flag] if kind is bool else [flag, str(value)]
+            words += [flag, *([] if kind is bool else map(str, value) if isinstance(value, list) else [str(value)])]
     return words
 
 

@@ -44,9 +44,9 @@ validate.py. Settings that a checkpoint of train.py carries (model, data, size, 
 
 # What a training checkpoint says about its own evaluation, by the names that it has here.
 _SAME = (
-    'data_dir dataset class_map input_img_mode input_key target_key dataset_trust_remote_code model num_classes gp '
-    'img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs amp amp_dtype '
-    'model_dtype'
+    'data_dir dataset class_map input_img_mode input_key input_span target_key dataset_trust_remote_code model '
+    'num_classes gp img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs '
+    'amp amp_dtype model_dtype'
 )
 _DATA = {'data_dir', 'dataset', 'class_map', 'input_img_mode', 'input_key', 'target_key', 'split', 'num_samples'}
 _INHERITED = {**{name: name for name in _SAME.split()}, 'val_split': 'split', 'val_num_samples': 'num_samples'}

@@ -1,5 +1,6 @@
 """Data sets, samplers and loaders for training and evaluation, on top of timm's."""
 
+from .arrays import Arrays, channel_statistics
 from .batch import Batch
 from .classes import class_names, renumbered
 from .datasets import describe, make_dataset
@@ -8,6 +9,6 @@ from .loading import Loader, eval_loader, train_loader
 from .sampling import seed_everything
 
 __all__ = [
-    'Batch', 'Digits', 'Loader', 'class_names', 'describe', 'eval_loader', 'make_dataset', 'renumbered',
-    'seed_everything', 'train_loader',
+    'Arrays', 'Batch', 'Digits', 'Loader', 'channel_statistics', 'class_names', 'describe', 'eval_loader',
+    'make_dataset', 'renumbered', 'seed_everything', 'train_loader',
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Collection
 from typing import Any
 
 from PIL import Image
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UserError, explain
 from ..files import printable
+from .arrays import ENDINGS, Arrays
 from .classes import class_names, read_class_map
 from .digits import Digits
 from .folder import HIDDEN, Images, is_split, split_folder, top_folders
@@ -74,23 +76,29 @@ def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
     Raises:
         UserError: there is no such data set, folder or split, it is empty, or cannot have so many channels.
     """
-    mode = image_mode(args, channels)
-    folder = not args.dataset or args.dataset in TORCHVISION_FOLDERS
+    arrays = args.dataset == 'arrays'
+    mode = '' if arrays else image_mode(args, channels)
+    folder = arrays or not args.dataset or args.dataset in TORCHVISION_FOLDERS
     if args.class_map and not folder and args.dataset.startswith(('digits', 'torch/')):
         raise UserError(f'--class-map orders the classes of a folder or tar, not those of {args.dataset}')
     if args.dataset == 'digits':
         return Digits(training, mode)
-    if args.dataset and not args.dataset.startswith(KINDS):  # timm would take it for a folder of images
+    if not folder and not args.dataset.startswith(KINDS):  # timm would take it for a folder of images
         names = 'NAME, '.join(KINDS)
-        raise UserError(f'--dataset takes digits, nothing for a folder or tar, or {names}NAME, not {args.dataset!r}')
+        raise UserError(
+            f'--dataset takes digits, nothing or arrays for a folder or tar, or {names}NAME, not {args.dataset!r}'
+        )
     if args.dataset.startswith('torch/') or folder:
         if not args.data_dir:
             raise UserError('no data: give --data-dir, or --dataset digits for the embedded digits')
         if not os.path.exists(args.data_dir) and not args.dataset_download:
             raise UserError(f'there is no data folder {args.data_dir}')
     with explain(f'{args.dataset or "image folder"} {args.data_dir or ""}, split {split!r}'):
+        if arrays:
+            return Arrays(_image_files(args, split, ENDINGS), channels, args.input_key or '', args.input_span)
         if folder:
-            return Pictures(_image_files(args, split), mode)
+            endings = args.input_key.lower().split(';') if args.input_key else image_endings()
+            return Pictures(_image_files(args, split, endings), mode)
         if is_compressed(args.dataset, args.data_dir):
             dataset: Any = CompressedIdx(args.dataset, args.data_dir, 'train' in split)
         else:
@@ -103,7 +111,7 @@ def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
     return dataset
 
 
-def _image_files(args: Any, split: str) -> Images:
+def _image_files(args: Any, split: str, endings: Collection[str]) -> Images:
     root = args.data_dir
     if os.path.isfile(root) and not root.lower().endswith('.tar'):
         raise UserError('it is neither a folder nor a .tar')
@@ -117,7 +125,6 @@ def _image_files(args: Any, split: str) -> Images:
             raise UserError(f'{root} has folders of splits ({", ".join(others)}), but none for split {split!r}')
         if not is_split(split):
             raise UserError(f'there is no folder {split} in {root}')
-    endings = set(args.input_key.lower().split(';')) if args.input_key else image_endings()
     class_map = read_class_map(args.class_map, root) if args.class_map else None
     images = Images(root, endings, folder, class_map, outermost=args.dataset in TORCHVISION_FOLDERS)
     if not len(images):

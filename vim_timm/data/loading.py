@@ -38,6 +38,11 @@ def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
     return auto_augment.posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)
 
 
+def _prefetches(args: Any, dataset: Any) -> bool:
+    """Whether images go to the device as 8 bits and are normalized there. Arrays are normalized where they are read."""
+    return not args.no_prefetcher and not getattr(dataset, 'floating', False)
+
+
 class _Prepared:
     """The transform of a stream, after the images have their mode."""
 
@@ -59,8 +64,10 @@ class Loader:
         self.classes, self.unreadable = class_names(dataset), unreadable
         for part in transform if isinstance(transform, tuple) else [transform]:
             keep_posterizing(part)
+        if args.data_in_memory and getattr(dataset, 'floating', False):
+            raise UserError('--data-in-memory keeps pictures of 8 bits, not arrays: leave it out')
         self.training, self.splits = training, args.aug_splits if training else 0
-        self.process, self.prefetch = process, not args.no_prefetcher
+        self.process, self.prefetch = process, _prefetches(args, dataset)
         self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
         self.workers = args.workers
         self.dataset: Dataset
@@ -167,26 +174,41 @@ class Loader:
 
 def train_loader(args: Any, process: Process, dataset: Any, data_config: dict[str, Any]) -> Loader:
     """Loader of the training split with timm's augmentation flags."""
-    splits, mode = max(args.aug_splits, 0), getattr(dataset, 'image_mode', 'RGB')
-    for flag, wanted in (('--aa', args.aa), ('--grayscale-prob', args.grayscale_prob)):
-        if wanted and not args.no_aug and mode not in ('L', 'RGB'):
-            raise UserError(f'{flag} is for grey and RGB images, not for {mode}: leave it out')
+    splits, prefetches = max(args.aug_splits, 0), _prefetches(args, dataset)
+    jitter = _colour_jitter(args, dataset)
     with explain('augmentation'):
         transform = create_transform(
             data_config['input_size'], is_training=True, no_aug=args.no_aug, train_crop_mode=args.train_crop_mode,
-            scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
+            scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip, color_jitter=jitter,
             color_jitter_prob=args.color_jitter_prob, grayscale_prob=args.grayscale_prob or 0.0,
             gaussian_blur_prob=args.gaussian_blur_prob or 0.0, auto_augment=args.aa,
             interpolation=data_config['interpolation'] if args.no_aug or not args.train_interpolation
             else args.train_interpolation,
             mean=data_config['mean'], std=data_config['std'], crop_pct=data_config['crop_pct'], re_prob=args.reprob,
             re_mode=args.remode, re_count=args.recount, re_num_splits=(splits or 2) if args.resplit else 0,
-            use_prefetcher=not args.no_prefetcher, separate=splits > 0,
+            use_prefetcher=prefetches, separate=splits > 0,
         )  # fmt: skip
     augment = make_augmentation(args, data_config) if args.data_in_memory and not args.no_aug else None
     transform = PILToTensor() if augment else transform
     unreadable = Unreadable(args.max_unreadable, args.workers)
     return Loader(dataset, transform, args, process, data_config, True, unreadable, augment)
+
+
+def _colour_jitter(args: Any, dataset: Any) -> float:
+    """Strength of the colour jitter. Arrays, whose channels are no colours, have none.
+
+    Raises:
+        UserError: a flag asks for what the data set's kind of images cannot have.
+    """
+    floating, mode = getattr(dataset, 'floating', False), getattr(dataset, 'image_mode', 'RGB')
+    for flag, wanted in (('--aa', args.aa), ('--grayscale-prob', args.grayscale_prob)):
+        if wanted and not args.no_aug and (floating or mode not in ('L', 'RGB')):
+            raise UserError(
+                f'{flag} is for grey and RGB pictures, not for {"arrays" if floating else mode}: leave it out'
+            )
+    if floating and args.color_jitter and 'color_jitter' in args.chosen and not args.no_aug:
+        raise UserError('--color-jitter is for pictures, not for arrays: leave it out')
+    return 0.0 if floating else args.color_jitter
 
 
 def eval_loader(
@@ -201,7 +223,7 @@ def eval_loader(
         data_config['input_size'], is_training=False, interpolation=data_config['interpolation'],
         mean=data_config['mean'], std=data_config['std'], crop_pct=data_config['crop_pct'],
         crop_mode=data_config.get('crop_mode'), crop_border_pixels=getattr(args, 'crop_border_pixels', None),
-        use_prefetcher=not args.no_prefetcher,
+        use_prefetcher=_prefetches(args, dataset),
     )  # fmt: skip
     unreadable = unreadable or Unreadable(args.max_unreadable, args.workers)
     return Loader(dataset, transform, args, process, data_config, False, unreadable)

@@ -5,6 +5,7 @@ import io
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
@@ -24,7 +25,15 @@ def read(dataset: Any, place: int) -> Image.Image | None:
     """The picture at a place of the data set, as it is stored; None where the data set is streamed."""
     if isinstance(dataset, IterableDataset):
         return None
-    return fit(dataset[place][0])
+    return fit(_picture(dataset[place][0]))
+
+
+def _picture(image: Any) -> Image.Image:
+    """The image; of an array (C, H, W) in 0..1 the first three channels, or the first one."""
+    if not isinstance(image, torch.Tensor):
+        return image
+    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return Image.fromarray((shown * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def fit(image: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ timm's positional `data` is `--data-dir` by another name.
 
 from typing import Any
 
-from .ranges import PAIR, POSITIVE, SHARE, Range, at_least
+from .ranges import ASCENDING, PAIR, POSITIVE, SHARE, Range, at_least
 
 Row = tuple[str, Any, Any, str] | tuple[str, Any, Any, str, Range]
 
@@ -24,12 +24,18 @@ _JIT = 'TorchScript fusers and scripted training are replaced by --torchcompile'
 
 DATA: list[Row] = [
     ('--data-dir', str, None, 'folder of the data set'),
-    ('--dataset', str, '', "'' (image folder or tar), digits, torch/NAME, hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME"),
+    (
+        '--dataset',
+        str,
+        '',
+        "'' or arrays (folder or tar), digits, torch/NAME, hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME",
+    ),
     ('--dataset-download', bool, False, 'let torch/ and tfds/ data sets download themselves'),
     ('--data-in-memory', bool, False, 'decode once, keep the images on the device and augment them there'),
     ('--class-map', str, '', 'file with the class names in the order of their numbers'),
     ('--input-img-mode', _MODES, None, 'PIL mode of the images (default: L, LA, RGB, RGBA by the number of channels)'),
-    ('--input-key', str, None, 'key of the image in a sample'),
+    ('--input-key', str, None, 'key of the image in a sample; endings to read of a folder; array to read of .npz'),
+    ('--input-span', [float], None, 'of arrays: the stored values that become 0 and 1', ASCENDING),
     ('--target-key', str, None, 'key of the label in a sample'),
     ('--dataset-trust-remote-code', bool, False, "run the Python code in a Hugging Face data set's repository"),
 ]

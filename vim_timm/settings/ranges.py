@@ -26,7 +26,8 @@ class Range:
         """Why a number, or a list of numbers, is none of these, as `must be ...`; '' if it is."""
         if isinstance(value, Sequence):
             if self.ascending and not (len(value) == 2 and self.low < value[0] <= value[1] <= self.high):
-                return f'takes two numbers above {self.low}, the smaller first, not {value}'
+                above = f' above {self.low}' if self.low > -LARGEST else ''
+                return f'takes two numbers{above}, the smaller first, not {value}'
             return next(filter(None, map(self.refusal, value)), '')
         if not math.isfinite(value) or abs(value) > LARGEST:
             return f'must be a finite number, not {value}'
@@ -39,6 +40,7 @@ ANY = Range()
 SHARE = Range(0, 1)
 POSITIVE = Range(0, above=True)
 PAIR = Range(0, ascending=True)
+ASCENDING = Range(-LARGEST, ascending=True)
 
 
 def at_least(low: float, high: float = math.inf) -> Range:
