@@ -6,14 +6,18 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from .console import lasting_streams
+
 BAD_INPUT, STOPPED, PREEMPTED = 2, 3, 75  # exit statuses; 75 is EX_TEMPFAIL: saved, start me again with --resume auto
 
 # What libraries raise over a wrong name, argument, file or size.
 _MISTAKES = (
     RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError, ImportError, OSError, EOFError,
-    NotImplementedError, pickle.UnpicklingError,
+    NotImplementedError, pickle.UnpicklingError, MemoryError,
 )  # fmt: skip
 
+_NO_DEVICE_MEMORY = ('out of memory', '_STATUS_ALLOC_FAILED')  # of CUDA, MPS; cuDNN and cuBLAS
+_NO_HOST_MEMORY = ("can't allocate memory", 'Cannot allocate memory', 'bad_alloc')  # of torch; the system; C++
 
 _LOST_RANK = 'another rank of this run died or hangs'
 _LOST = ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting', 'pair closure', 'Broken pipe')
@@ -35,6 +39,12 @@ class TrainingStopped(UserError):
     status = STOPPED
 
 
+class OutOfMemory(UserError):
+    """What is computed at once does not fit; the sentence says how to make it smaller."""
+
+    status = STOPPED
+
+
 class Preempted(UserError):
     """A signal asked the run to end; its state is saved."""
 
@@ -52,6 +62,18 @@ def sentence(error: BaseException) -> str:
     return text if len(text) <= 400 else f'{text[:400]} ...'
 
 
+def out_of_memory(error: BaseException) -> str:
+    """The sentence for an error that says that a device or the host has no more memory, or ''."""
+    if isinstance(error, OutOfMemory):
+        return str(error)
+    text = str(error)
+    if any(words in text for words in _NO_DEVICE_MEMORY):
+        return 'out of device memory: lower --batch-size, or add --amp or --grad-checkpointing'
+    if isinstance(error, MemoryError) or any(words in text for words in _NO_HOST_MEMORY):
+        return 'out of memory: lower --batch-size or --workers, or add --amp or --grad-checkpointing'
+    return ''
+
+
 @contextlib.contextmanager
 def explain(what: str = '') -> Iterator[None]:
     """Turn whatever a library raises in this block into a UserError that starts with `what`."""
@@ -62,6 +84,8 @@ def explain(what: str = '') -> Iterator[None]:
     except _MISTAKES as error:
         if str(error).startswith('DataLoader worker (pid'):  # it comes by a signal, wherever the process is
             raise TrainingStopped(lost_worker(error)) from error
+        if out_of_memory(error):
+            raise OutOfMemory(out_of_memory(error)) from error
         raise UserError(f'{what}: {sentence(error)}' if what else sentence(error)) from error
 
 
@@ -70,22 +94,23 @@ def run(main: Callable[[Sequence[str]], object], program: str, argv: Sequence[st
 
     The traceback of anything else is shown: it is a bug. Rank 0 speaks for all when every rank fails alike.
     """
-    with _quiet_loaders():
-        try:
-            main(sys.argv[1:] if argv is None else argv)
-            return 0
-        except UserError as error:
-            status, text = error.status, sentence(error)
-        except OSError as error:
-            file = f': {error.filename}' if error.filename else ''
-            status, text = STOPPED, f'{error.strerror or sentence(error)}{file}'
-        except KeyboardInterrupt:
-            status, text = 130, 'interrupted'
-        except Exception as error:
-            status, text = STOPPED, _failure(error)
-            if not text:
-                raise
-        # The exception is gone by now, and with it the loaders and their workers that its traceback held.
+    with lasting_streams(), _quiet_loaders():
+        return _run(main, program, argv)
+
+
+def _run(main: Callable[[Sequence[str]], object], program: str, argv: Sequence[str] | None) -> int:
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+        return 0
+    except UserError as error:
+        status, text = error.status, sentence(error)
+    except KeyboardInterrupt:
+        status, text = 130, 'interrupted'
+    except Exception as error:
+        status, text = STOPPED, _failure(error)
+        if not text:
+            raise
+    # The exception is gone by now, and with it the loaders and their workers that its traceback held.
     rank = os.environ.get('RANK', '0')
     print(f'{program}: {f"rank {rank}: " if rank != "0" else ""}error: {text}', file=sys.stderr, flush=True)
     if text.startswith(_LOST_RANK):
@@ -127,10 +152,12 @@ def lost_worker(error: BaseException) -> str:
 def _failure(error: Exception) -> str:
     """What an error inside the loop means, if it is one of those that are nobody's bug."""
     text = str(error)
-    if 'out of memory' in text:
-        return 'out of device memory: lower --batch-size, or add --amp or --grad-checkpointing'
     if 'DataLoader worker' in text and lost_worker(error):
         return lost_worker(error)
+    if out_of_memory(error):
+        return out_of_memory(error)
+    if isinstance(error, OSError):
+        return f'{error.strerror or sentence(error)}{f": {error.filename}" if error.filename else ""}'
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if 'TorchDynamoException' in kinds:
         return f'--torchcompile: {sentence(error)}'

@@ -13,7 +13,7 @@ from timm.data import resolve_input_data_config
 from timm.layers import apply_test_time_pool
 from timm.models import safe_model_name
 from timm.task import ClassificationTask
-from timm.utils import check_batch_size_retry, decay_batch_step, natural_key, reparameterize_model
+from timm.utils import decay_batch_step, natural_key, reparameterize_model
 
 import vim_timm  # noqa: F401  registers the models with timm
 
@@ -24,7 +24,7 @@ from .engine.checkpoint import load_weights
 from .engine.evaluate import Metric, Predicted, Watch, evaluate
 from .engine.log import Progress, Speed
 from .engine.process import catch_signals, start_process
-from .errors import Preempted, UserError, explain, run, sentence
+from .errors import Preempted, UserError, explain, out_of_memory, run, sentence
 from .files import table, write_atomically
 from .models.checkpoint import class_names_in, read_checkpoint
 from .report.evaluation import Evaluation, open_folder, write_report
@@ -208,9 +208,9 @@ def validate_with_retry(args: Settings, process: Process) -> dict[str, Any]:
     while True:
         try:
             return validate(args, process)
-        except RuntimeError as error:
+        except Exception as error:
             smaller = decay_batch_step(args.batch_size)
-            if not args.retry or not check_batch_size_retry(str(error)) or smaller < 1:
+            if not args.retry or not out_of_memory(error) or smaller < 1:
                 raise
             print(f'batch size {args.batch_size} does not fit ({sentence(error)}); trying {smaller}', flush=True)
             args = args.replace(batch_size=smaller)
