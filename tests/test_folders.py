@@ -1,9 +1,13 @@
 """A run has a folder of its own, uses the settings that it announces, and prints commands that re-make its numbers."""
 
+import errno
+import functools
 import json
+import multiprocessing
 import os
 import re
 import shlex
+import signal
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import yaml
 
 from vim_timm import train, validate
 from vim_timm.engine import Hooks
+from vim_timm.engine.lock import NAME, FolderLock
 
 BASE = '--dataset digits --model test_vit --img-size 16 --in-chans 1 --device cpu --workers 0 --batch-size 718'
 FLAGS = f'{BASE} --opt adamw --lr 1e-3 --warmup-epochs 0'.split()
@@ -199,3 +204,85 @@ def test_the_printed_command_remakes_the_printed_number(metric, more, start, cap
     assert validate.main([*words, '--workers', '0', '--device', 'cpu']) == 0
     found = json.loads(capsys.readouterr().out.split('--result')[1])[metric]
     assert found == pytest.approx(best, abs=0.006)
+
+
+def hold(folder, pipe, then):
+    lock = FolderLock(folder)
+    pipe.send(lock.path)
+    then()
+
+
+def holding(folder, then):
+    """Another process that holds the folder, then calls `then`."""
+    context = multiprocessing.get_context('fork')
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(str(folder), theirs, then), daemon=True)
+    process.start()
+    assert ours.poll(60) and ours.recv()
+    return process
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """A folder that another process holds, and that process."""
+    folder = tmp_path / 'held'
+    folder.mkdir()
+    process = holding(folder, signal.pause)
+    yield folder, process
+    process.kill()
+    process.join()
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+@pytest.mark.filterwarnings('ignore:.*fork:DeprecationWarning')
+class TestTwoRunsAtOnce:
+    def test_a_folder_in_use_is_refused(self, other_run, capsys):
+        folder, process = other_run
+        before = set(os.listdir(folder))
+        arguments = [*FLAGS, '--output', str(folder.parent), '--experiment', folder.name, '--epochs', '1']
+        for more in ([], ['--resume', 'auto'], ['--overwrite']):
+            assert train.main([*arguments, *more]) == 2
+            assert f'another run (process {process.pid} on ' in capsys.readouterr().err
+            assert set(os.listdir(folder)) == before
+
+    def test_a_run_without_a_name_takes_the_next(self, other_run, monkeypatch):
+        folder, _ = other_run
+        monkeypatch.setattr('vim_timm.engine.folder.planned_folder', lambda *_: str(folder))
+        monkeypatch.setattr(train, 'planned_folder', lambda *_: str(folder))
+        trainer = train.train(train.parse_args([*FLAGS, '--epochs', '1']))
+        assert trainer.folder == f'{folder}-2'
+
+    def test_what_a_dead_run_held_is_free(self, tmp_path):
+        holding(tmp_path, functools.partial(os._exit, 9)).join()
+        assert (tmp_path / NAME).exists()
+        lock = FolderLock(str(tmp_path))
+        assert f'process {os.getpid()} on' in (tmp_path / NAME).read_text()
+        lock.release()
+        assert not (tmp_path / NAME).exists()
+
+    def test_a_run_leaves_no_lock(self, start):
+        assert NAME not in os.listdir(start('a', '--epochs', 1).folder)
+
+    def test_a_file_system_without_locks(self, tmp_path, monkeypatch):
+        def refuse(*_):
+            raise OSError(errno.ENOLCK, 'No locks available')
+
+        monkeypatch.setattr('fcntl.lockf', refuse)
+        FolderLock(str(tmp_path)).release()
+
+
+class TestFinishedRuns:
+    def test_resumed_elsewhere_there_is_nothing_to_do(self, start, tmp_path, capsys):
+        path = start('a', '--epochs', 1).saver.path('last')
+        arguments = [*FLAGS, '--output', str(tmp_path), '--experiment', 'b', '--epochs', '1', '--resume', path]
+        assert train.main(arguments) == 0
+        assert 'all 1 epochs are done' in capsys.readouterr().out and not (tmp_path / 'b').exists()
+
+    def test_curves_that_do_not_fit_on_the_disk_are_not_missed(self, tmp_path, capsys, monkeypatch):
+        def full(path, content):
+            raise OSError(errno.ENOSPC, 'No space left on device', path)
+
+        monkeypatch.setattr('vim_timm.report.curves.write_atomically', full)
+        assert train.main([*FLAGS, '--output', str(tmp_path), '--experiment', 'a', '--epochs', '1']) == 0
+        assert 'no curves: [Errno 28] No space left' in capsys.readouterr().out
+        assert (tmp_path / 'a' / 'model_best.pth.tar').exists()

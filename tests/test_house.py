@@ -11,7 +11,7 @@ PACKAGE = ROOT / 'vim_timm'
 SOURCES = sorted(PACKAGE.rglob('*.py'))
 
 # Each may import itself and what stands before it; `ground` stands under all.
-GROUND = ('errors', 'files', 'version')
+GROUND = ('console', 'errors', 'files', 'version')
 FLOORS = ('ops', 'layers', 'models', 'settings', 'data', 'tasks', 'engine', 'report', 'hub')
 
 
@@ -92,3 +92,29 @@ def test_every_environment_variable_is_documented():
     texts = ' '.join(file.read_text() for file in files if file.is_file())
     used = set(re.findall(r'VIM_TIMM_[A-Z]+(?:_[A-Z]+)*', texts))
     assert used == documented
+
+
+def text_without_encoding(source):
+    """Lines that open a text file, or a program's output, in whatever encoding the locale names."""
+    for node in ast.walk(ast.parse(source)):
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ''
+        if name.startswith('subprocess.'):
+            given = {keyword.arg for keyword in node.keywords}
+            if given & {'text', 'universal_newlines'} and 'encoding' not in given:
+                yield node.lineno
+        elif name in ('open', 'io.open', 'os.fdopen') or name.endswith(('.read_text', '.write_text')):
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            mode = given.get('mode') or (node.args[1] if name.endswith('open') and len(node.args) > 1 else None)
+            binary = isinstance(mode, ast.Constant) and 'b' in mode.value
+            if not binary and 'encoding' not in given and "distribution('vim-timm')" not in name:
+                yield node.lineno
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_text_does_not_depend_on_the_locale(path):
+    assert not list(text_without_encoding(path.read_text(encoding='utf-8')))
+
+
+def test_the_check_of_encodings_can_fail():
+    source = "open(x)\nopen(x, 'rb')\np.read_text()\nsubprocess.run(x, text=True)\nopen(x, mode='w', encoding='utf-8')"
+    assert list(text_without_encoding(source)) == [1, 3, 4]

@@ -30,7 +30,7 @@ class Lasting:
         return getattr(self.stream, name)
 
     def _lose(self, error: OSError) -> None:
-        with open(os.devnull, 'w') as null:
+        with open(os.devnull, 'wb') as null:
             os.dup2(null.fileno(), self.stream.fileno())  # and what is in buffers goes there at the end of the process
         if self.name == 'stdout':
             print(f'warning: the output can be written no more ({error.strerror}): its rest is lost', file=sys.stderr)

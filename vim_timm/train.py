@@ -21,7 +21,7 @@ from .engine.checkpoint import Saver
 from .engine.folder import in_folder, open_folder, planned_folder
 from .engine.loop import Hooks, Trainer
 from .engine.process import start_process
-from .errors import UserError, explain, run
+from .errors import UserError, explain, run, sentence
 from .files import write_atomically
 from .report.curves import write_curves
 from .settings import Settings
@@ -146,20 +146,25 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     resumed = checkpoint_to_resume(args, trainer.saver)
     if resumed:
         trainer.resume(resumed)
-    if trainer.epoch >= trainer.epochs:
+    goes_on = args.resume == 'auto' or in_folder(resumed, folder)
+    if trainer.epoch >= trainer.epochs and not goes_on:
         trainer.progress.say(f'all {trainer.epochs} epochs are done')
         return trainer
-    goes_on = args.resume == 'auto' or in_folder(resumed, folder)
-    trainer.saver.folder = open_folder(folder, process, goes_on, args.overwrite)
-    if trainer.folder != folder:
-        trainer.progress.say(f'{folder} holds a run already: this one is {os.path.basename(trainer.folder)}')
-    for split, dataset in zip((args.train_split, args.val_split), datasets):
-        trainer.progress.say(data.describe(dataset, split, args))
-    announce(args, trainer, model, data_config)
-    if trainer.primary:
-        text = yaml.safe_dump({name: value for name, value in vars(args).items() if name not in UNWRITTEN})
-        write_atomically(os.path.join(trainer.folder, 'args.yaml'), text)
-    trainer.run()
+    with open_folder(folder, process, goes_on, args) as trainer.saver.folder:
+        if trainer.primary and trainer.rows and resumed == trainer.saver.path('last'):
+            trainer.saver.tidy(trainer.rows)
+        if trainer.epoch >= trainer.epochs:
+            trainer.progress.say(f'all {trainer.epochs} epochs are done')
+            return trainer
+        if trainer.folder != folder:
+            trainer.progress.say(f'{folder} holds a run already: this one is {os.path.basename(trainer.folder)}')
+        for split, dataset in zip((args.train_split, args.val_split), datasets):
+            trainer.progress.say(data.describe(dataset, split, args))
+        announce(args, trainer, model, data_config)
+        if trainer.primary:
+            text = yaml.safe_dump({name: value for name, value in vars(args).items() if name not in UNWRITTEN})
+            write_atomically(os.path.join(trainer.folder, 'args.yaml'), text)
+        trainer.run()
     return trainer
 
 
@@ -205,8 +210,8 @@ def farewell(trainer: Trainer) -> None:
     if trainer.primary and os.path.isdir(trainer.folder):
         try:
             trainer.progress.say(f'curves: {write_curves(trainer.folder, trainer.rows)}')
-        except UserError as error:  # the run is complete without them
-            trainer.progress.say(f'no curves: {error}')
+        except (UserError, OSError) as error:  # the run is complete without them
+            trainer.progress.say(f'no curves: {sentence(error)}')
     path = trainer.saver.path('model_best')
     if os.path.exists(path) and not trainer.hooks.dataset and not trainer.hooks.task:
         report = os.path.join(trainer.folder, 'report')

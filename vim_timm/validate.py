@@ -181,7 +181,7 @@ class _Select(torch.nn.Module):
 def _valid_labels(args: Settings) -> list[int] | None:
     if not args.valid_labels:
         return None
-    with explain(f'--valid-labels {args.valid_labels}'), open(args.valid_labels) as file:
+    with explain(f'--valid-labels {args.valid_labels}'), open(args.valid_labels, encoding='utf-8') as file:
         return [int(line) for line in file if line.strip()]
 
 
@@ -223,7 +223,7 @@ def candidates(args: Settings) -> list[dict[str, Any]]:
         files = [file for ending in endings for file in glob.glob(f'{folder}/*.{ending}')]
         return [dict(checkpoint=file) for file in sorted(files, key=natural_key)]
     if os.path.isfile(args.model):
-        with open(args.model) as file:
+        with open(args.model, encoding='utf-8') as file:
             return [dict(model=line.strip()) for line in file if line.strip()]
     if not args.checkpoint and (args.model == 'all' or '*' in args.model):
         pattern = '' if args.model == 'all' else args.model

@@ -6,12 +6,14 @@ import itertools
 import os
 import shutil
 import time
+from collections.abc import Iterator
 
 import torch.distributed as dist
 from timm.models import safe_model_name
 
-from ..errors import explain
+from ..errors import UserError, explain
 from ..settings import Process, Settings
+from .lock import FolderLock
 
 WRITTEN = ('*.pth.tar', 'args.yaml', 'summary.*', 'curves.*', 'train-batch-*.jpg', 'tensorboard')  # by a run
 
@@ -32,34 +34,45 @@ def in_folder(path: str, folder: str) -> bool:
     return bool(path) and os.path.realpath(os.path.dirname(path)) == os.path.realpath(folder)
 
 
-def open_folder(folder: str, process: Process, goes_on: bool, overwrite: bool) -> str:
-    """Make the folder of a run and return it, the same on every rank: `folder`, or FOLDER-2, ... if a run is in it.
+@contextlib.contextmanager
+def open_folder(folder: str, process: Process, goes_on: bool, args: Settings) -> Iterator[str]:
+    """Make the folder of a run and hold it in this block; the same one on every rank.
+
+    It is `folder`, or FOLDER-2, ... where that has a run in it, other than the one that goes on or gives way to
+    --overwrite, or where it has no name of the user's and another run has just taken it.
 
     Args:
         goes_on: the run in the folder is the one that goes on.
-        overwrite: the run in the folder gives way.
 
     Raises:
-        UserError: there can be no such folder.
+        UserError: there can be no such folder, or another run is writing to it.
     """
-    chosen = [folder]
+    chosen, lock = [folder], None
     if process.primary:
         with explain('--output'):
-            chosen = [folder if goes_on or overwrite else _free(folder)]
-            os.makedirs(chosen[0], exist_ok=True)
-            for path in files_of_a_run(folder) if overwrite and not goes_on else []:
+            chosen[0], lock = _take(folder, goes_on or args.overwrite, bool(args.experiment))
+            for path in files_of_a_run(folder) if args.overwrite and not goes_on else []:
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-    if process.world_size > 1:
-        dist.broadcast_object_list(chosen)
-    return chosen[0]
+    try:
+        if process.world_size > 1:
+            dist.broadcast_object_list(chosen)
+        yield chosen[0]
+    finally:
+        if lock:
+            lock.release()
 
 
-def _free(folder: str) -> str:
-    """The first of FOLDER, FOLDER-2, FOLDER-3, ... in which there is no run."""
+def _take(folder: str, as_it_is: bool, named: bool) -> tuple[str, FolderLock]:
+    """The first of FOLDER, FOLDER-2, FOLDER-3, ... in which there is no run, or `as_it_is` FOLDER itself, locked."""
     for name in itertools.chain([folder], (f'{folder}-{number}' for number in itertools.count(2))):
-        with contextlib.suppress(FileExistsError):
-            os.makedirs(name)  # whoever makes it has it
-            return name
-        if os.path.isdir(name) and not files_of_a_run(name):
-            return name
+        os.makedirs(name, exist_ok=True)
+        try:
+            lock = FolderLock(name)
+        except UserError:
+            if named:
+                raise
+            continue
+        if as_it_is or not files_of_a_run(name):
+            return name, lock
+        lock.release()
     raise AssertionError('numbers have no end')

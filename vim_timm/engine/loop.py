@@ -166,8 +166,6 @@ class Trainer:
                 )
             self._reset_loss(progress['loss'][self.process.rank])
         self.nonfinite, self.skipped = progress.get('nonfinite', 0), progress.get('skipped', 0)
-        if self.primary and self.rows and path == self.saver.path('last'):
-            self.saver.tidy(self.rows)
         self.progress.say(f'resumed from {path}: epoch {self.epoch}, step {self.step}')
 
     def _update_number(self) -> int:

@@ -26,7 +26,7 @@ def commit() -> str:
     try:
         git = subprocess.run(
             ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-            capture_output=True, text=True, timeout=10,
+            capture_output=True, text=True, encoding='utf-8', timeout=10,
         )  # fmt: skip
         if git.returncode == 0 and (ROOT.parent / 'setup.py').is_file():
             return git.stdout.strip()
@@ -47,7 +47,7 @@ def hardware(process: Process) -> str:
 
 def _processor() -> str:
     try:
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
+        for line in Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines():
             if line.startswith('model name'):
                 return line.partition(':')[2].strip()
     except OSError:

@@ -43,9 +43,9 @@ def write_folder(folder: str | Path, saved: Saved, half: bool = False) -> None:
             metadata = {'format': 'pt', 'architecture': saved.architecture, 'vim_timm': __version__}
             write_safetensors(model.state_dict(), new / WEIGHTS, metadata)
             if saved.settings:
-                (new / SETTINGS).write_text(yaml.safe_dump(public(saved.settings)))
+                (new / SETTINGS).write_text(yaml.safe_dump(public(saved.settings)), encoding='utf-8')
             if saved.record.get('history'):
-                (new / LOG).write_text(table(saved.record['history'], 'epoch'))
+                (new / LOG).write_text(table(saved.record['history'], 'epoch'), encoding='utf-8')
             _refuse_other_files(folder)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(new, folder)
@@ -67,7 +67,7 @@ def finish_folder(folder: str | Path, text: str, private: Sequence[str] = ()) ->
     folder = Path(folder)
     (folder / CARD).write_text(text, encoding='utf-8')
     names = [name for name in FILES if (folder / name).is_file() and name != SUMS]
-    (folder / SUMS).write_text(''.join(f'{sha256(folder / name)}  {name}\n' for name in names))
+    (folder / SUMS).write_text(''.join(f'{sha256(folder / name)}  {name}\n' for name in names), encoding='utf-8')
     check_folder(folder, private)
 
 

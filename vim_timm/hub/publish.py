@@ -53,7 +53,7 @@ def evaluate(folder: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
 def read_result(path: str) -> dict[str, Any]:
     """The row in a results file of validate.py."""
     with explain(f'--results {path}'):
-        row = json.loads(Path(path).read_text())
+        row = json.loads(Path(path).read_text(encoding='utf-8'))
         if not isinstance(row, dict) or 'top1' not in row:
             raise UserError('it is no result of one model, written by validate.py with --results-format json')
         return row

@@ -31,7 +31,7 @@ def packaged(name: str) -> Dict[str, Any]:
     folder = PACKAGED / name
     if not ((folder / 'config.json').is_file() and (folder / SUMS).is_file()):
         return {}
-    config = json.loads((folder / 'config.json').read_text())
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     entries = {key: value for key, value in config['pretrained_cfg'].items() if key not in ('tag', 'custom_load')}
     entries.update(file=str(folder / _NAMES[0]), num_classes=config['num_classes'])
     if 'label_names' in config:
@@ -123,7 +123,7 @@ def known_sum(path: Union[str, Path]) -> str:
     path = Path(path)
     sums = path.parent / SUMS
     if sums.is_file():
-        lines = (line.split(maxsplit=1) for line in sums.read_text().splitlines())
+        lines = (line.split(maxsplit=1) for line in sums.read_text(encoding='utf-8').splitlines())
         return {name.lstrip('*'): digest for digest, name in lines}.get(path.name, '')
     blob = path.resolve()
     return blob.name if blob.parent.name == 'blobs' and re.fullmatch('[0-9a-f]{64}', blob.name) else ''

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument('folder', help='folder of a training run, with its summary.csv')
         folder = parser.parse_args(arguments).folder
         path = os.path.join(folder, 'summary.csv')
-        with explain(path), open(path, newline='') as file:
+        with explain(path), open(path, newline='', encoding='utf-8') as file:
             rows = list(csv.DictReader(file))
         if not rows:
             raise UserError(f'{path} holds no epoch yet')

@@ -155,7 +155,8 @@ class _Kwargs(ParseKwargs):
 class _ListRecipes(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         for path in sorted(Path(str(RECIPES)).glob('*.yaml')):
-            print(f'{path.stem:24}{path.read_text().splitlines()[0].lstrip("# ")}')
+            first = path.read_text(encoding='utf-8').splitlines()[0]
+            print(f'{path.stem:24}{first.lstrip("# ")}')
         parser.exit()
 
 
@@ -251,7 +252,7 @@ def _yaml(path: str | None, flags: Mapping[str, _Flag]) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        settings = yaml.safe_load(Path(path).read_text()) or {}
+        settings = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
     except RecursionError as error:
         raise UserError(f'{path} is not a readable YAML file: it is nested too deeply') from error
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -47,7 +47,7 @@ def compile_cubin(files: Tuple[str, ...], capability: int, macros: Tuple[Tuple[s
     """
     from cuda.bindings import nvrtc
 
-    source = ''.join((SOURCES / name).read_text() for name in files)
+    source = ''.join((SOURCES / name).read_text(encoding='utf-8') for name in files)
     program = checked(nvrtc.nvrtcCreateProgram(source.encode(), files[-1].encode(), 0, [], []))
     options = [f'--gpu-architecture=sm_{capability}', '-std=c++17']
     options += [f'-D{name}={value}' for name, value in sizes.macros(macros)]

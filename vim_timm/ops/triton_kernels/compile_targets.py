@@ -138,7 +138,7 @@ def registers_and_stack(cubin: bytes) -> Tuple[int, int]:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, '-res-usage', file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(command, capture_output=True, encoding='utf-8', check=True).stdout
     found = re.search(r'REG:(\d+) STACK:(\d+)', text)
     if found is None:
         raise RuntimeError(f'cuobjdump reports no registers: {text[:200]}')
