@@ -7,9 +7,9 @@ from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
 from vim_timm import data, tasks, train
-from vim_timm.engine import build, log, loop, process
+from vim_timm.engine import build, folder, log, loop, process
 from vim_timm.errors import UserError
-from vim_timm.settings import flags, parse
+from vim_timm.settings import flags, masked, parse
 
 # Every flag of timm's train.py (as of 1.0.29, then those that came later) and its default.
 TIMM = {
@@ -104,8 +104,8 @@ def test_unknown_flag_is_named(capsys):
 @pytest.mark.parametrize('flag', sorted(ROWS.keys() - set(REFUSED) - {'--worker-seeding'}))
 def test_no_flag_is_ignored(flag):
     """The code that runs a training, or timm's helper that it hands the settings to, reads the flag."""
-    sources = [data.datasets, data.loading, loop, build, process, tasks.classification, tasks, train, log]
-    sources += [optimizer_kwargs, scheduler_kwargs]
+    sources = [data.datasets, data.loading, loop, build, process, tasks.classification, tasks.masked, tasks, train, log]
+    sources += [folder, masked, optimizer_kwargs, scheduler_kwargs]
     code = ' '.join(inspect.getsource(source) for source in sources)
     name = name_of(flag)
     by_timm = {'input_size', 'img_size', 'in_chans', 'crop_pct', 'mean', 'std', 'interpolation'}

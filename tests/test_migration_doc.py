@@ -112,6 +112,14 @@ def checkpoint(place):
     return place / 'checkpoint'
 
 
+@pytest.fixture
+def pretrained(place):
+    """The document's PRETRAINED, a masked autoencoder trained once."""
+    if not (place / 'PRETRAINED').exists():
+        folder = start('python train.py --recipe cifar10_tiny_mae --data-dir DATA', 'pretrained')
+        (place / 'PRETRAINED').symlink_to(folder / 'last.pth.tar')
+
+
 def words_of(line):
     words = shlex.split(line)
     return words[next(i for i, word in enumerate(words) if word.endswith(('.py', 'vim_timm.original'))) + 1 :]
@@ -138,8 +146,9 @@ def test_every_row_has_its_counterpart():
 
 @pytest.mark.parametrize('line', TRAINING)
 def test_training_runs(line, request):
-    if 'CHECKPOINT' in line:
-        request.getfixturevalue('checkpoint')
+    for name in ('CHECKPOINT', 'PRETRAINED'):
+        if name in line:
+            request.getfixturevalue(name.lower())
     folder = start(line, f'train{TRAINING.index(line)}')
     assert (folder / 'last.pth.tar').exists() and (folder / 'summary.json').exists()
     assert ('--tensorboard' in line) == (folder / 'tensorboard').exists()
@@ -185,6 +194,15 @@ def test_evaluation_runs(line, checkpoint):
     files = {path.name for path in Path(words[words.index('--report') + 1]).iterdir()}
     assert {'report.html', 'report.json', 'per_class.csv', 'predictions.csv'} <= files
     assert {'confusion_matrix.png', 'confusion_matrix_normalized.png'} <= files
+
+
+@pytest.mark.parametrize('line', [line for line in VALIDATION if 'PRETRAINED' in line])
+def test_evaluation_of_reconstructions_runs(line, pretrained):
+    words = words_of(line)
+    assert validate.main([*words, '--device', 'cpu', '--workers', '0']) == 0
+    if '--report' in words:
+        files = {path.name for path in Path(words[words.index('--report') + 1]).iterdir()}
+        assert {'report.html', 'report.json', 'reconstruction.csv', 'gallery_75.png'} <= files
 
 
 def test_files_of_a_run_and_its_curves(checkpoint):

@@ -32,7 +32,8 @@ def settings(*argv):
 def test_the_promised_recipes_exist():
     assert set(NAMES) == {
         'digits', 'mnist', 'fashion_mnist', 'cifar10_tiny', 'cifar100_tiny', 'imagenet_tiny', 'imagenet_small',
-        'imagenet_base', 'imagenet_tiny_stride8', 'imagenet_small_stride8',
+        'imagenet_base', 'imagenet_tiny_stride8', 'imagenet_small_stride8', 'mae_digits', 'cifar10_tiny_mae',
+        'cifar10_tiny_finetune', 'cifar10_tiny_probe',
     }  # fmt: skip
 
 
@@ -66,8 +67,12 @@ def test_its_model_can_be_built(name):
     args = train.parse_args(['--recipe', name])
     kwargs = dict(num_classes=args.num_classes or 10, drop_path_rate=args.drop_path, **args.model_kwargs)
     kwargs.update({key: value for key, value in dict(img_size=args.img_size, in_chans=args.in_chans).items() if value})
-    model = timm.create_model(args.model, device='meta', **kwargs)
     size = (args.img_size or 32,) * 2
+    if args.mae:
+        model = build.make_model(args)
+        assert model.patch_embed.img_size == size and model.mask_ratio == args.mask_ratio
+        return
+    model = timm.create_model(args.model, device='meta', **kwargs)
     assert model.patch_embed.img_size == size
     assert model(torch.zeros(2, args.in_chans or 3, *size, device='meta')).shape == (2, kwargs['num_classes'])
 

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import safetensors.torch
 import torch
 import yaml
 from timm.data import resolve_input_data_config
 from timm.models import get_pretrained_cfg
-from timm.utils import random_seed
+from timm.utils import random_seed, unwrap_model
 
 import vim_timm  # noqa: F401  registers the models with timm
 
@@ -24,8 +25,10 @@ from .engine.process import start_process
 from .errors import UserError, explain, run, sentence
 from .files import write_atomically
 from .report.curves import write_curves
+from .report.reconstruction import Gallery
 from .settings import Settings
 from .settings.flags import PRECISION, TRAIN, VALIDATE
+from .settings.masked import AUGMENTATION, check_masked, is_autoencoder
 from .settings.parse import parse
 from .tasks import make_task
 
@@ -37,13 +40,17 @@ train.py. Without data, recipe or --config it trains on the embedded digits (the
 
 def parse_args(argv: Sequence[str]) -> Settings:
     """Settings of a run, checked as far as they can be without a model."""
-    args = parse(PROGRAM, TRAIN, argv, DESCRIPTION, fallback_recipe='digits')
+    fallback = 'mae_digits' if '--mae' in argv else 'digits'
+    args = parse(PROGRAM, TRAIN, argv, DESCRIPTION, fallback_recipe=fallback)
+    if args.mae or is_autoencoder(args.model):
+        args = parse(PROGRAM, TRAIN, argv, DESCRIPTION, ('--mae', AUGMENTATION), fallback).replace(mae=True)
     check(args)
     return args
 
 
 def check(args: Settings) -> None:
     """Refuse settings that contradict each other."""
+    check_masked(args)
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise UserError(f'--amp needs float32 weights, not --model-dtype {args.model_dtype}')
     if getattr(args, 'lr_base_scale', '') not in ('', 'linear', 'sqrt'):
@@ -120,7 +127,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     args, datasets = make_datasets(args, hooks)
     args = args.replace(model=build.current_name(args.model, process))
     model = build.make_training_model(args, process)
-    args = args.replace(num_classes=args.num_classes or model.num_classes)
+    args = args.replace(num_classes=args.num_classes or model.num_classes or None)
     with explain('images'):
         data_config = resolve_input_data_config(model, vars(args))
     model = build.place_model(args, process, model, data_config['input_size'])
@@ -164,19 +171,32 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         if trainer.primary:
             text = yaml.safe_dump({name: value for name, value in vars(args).items() if name not in UNWRITTEN})
             write_atomically(os.path.join(trainer.folder, 'args.yaml'), text)
+        if args.mae and trainer.primary:
+            task.gallery = Gallery(process, loaders[1], args.gallery_interval).after_epoch  # type: ignore[assignment]
         trainer.run()
+        if args.save_encoder and trainer.primary:
+            save_encoder(args.save_encoder, task)
+            trainer.progress.say(f'encoder: {args.save_encoder}')
     return trainer
 
 
-def announce(args: Settings, trainer: Trainer, model: torch.nn.Module, data_config: dict[str, Any]) -> None:
+def save_encoder(path: str, task: Any) -> None:
+    """Write the encoder's weights, of the moving average where there is one, as a safetensors file."""
+    encoder = unwrap_model(task.get_eval_model(ema=task.has_ema()))
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    write_atomically(path, safetensors.torch.save(state, {'format': 'pt'}))
+
+
+def announce(args: Settings, trainer: Trainer, model: Any, data_config: dict[str, Any]) -> None:
     """Print what is about to happen, the effective global batch and learning rate among it."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = 'x'.join(map(str, data_config['input_size']))
     process = trainer.process
+    aim = f'{100 * model.mask_ratio:g} % of the patches hidden' if args.mae else f'{args.num_classes} classes'
     batch = args.batch_size * process.world_size * args.grad_accum_steps
     rate = build.learning_rate(args, process.world_size)
     trainer.progress.say(
-        f'{args.model}: {parameters / 1e6:.2f} M parameters, input {size}, {args.num_classes} classes, '
+        f'{args.model}: {parameters / 1e6:.2f} M parameters, input {size}, {aim}, '
         f'on {process.world_size} x {process.device}, {process.precision}'
     )
     trainer.progress.say(
@@ -189,13 +209,21 @@ def announce(args: Settings, trainer: Trainer, model: torch.nn.Module, data_conf
 def evaluation_command(args: Settings, checkpoint: str, ema: bool) -> list[str]:
     """The command line that evaluates a checkpoint of this run on its data, and in its precision."""
     values = {**vars(args), 'split': args.val_split, 'num_samples': args.val_num_samples}
-    words = ['python', 'validate.py', '--checkpoint', checkpoint, *(['--use-ema'] if ema else [])]
+    words = ['python', 'validate.py', *(['--mae'] if args.mae else []), '--checkpoint', checkpoint]
+    words += ['--use-ema'] if ema else []
     for names, kind, default, *_ in (*VALIDATE['data'], *PRECISION):
         flag = names.split()[0]
         value = values.get(flag[2:].replace('-', '_'), default)
         if value != default and flag not in ('--dataset-download', '--data-in-memory'):
             words += [flag, *([] if kind is bool else map(str, value) if isinstance(value, list) else [str(value)])]
     return words
+
+
+def fine_tuning_command(args: Settings, checkpoint: str) -> list[str]:
+    """The beginning of a command line that trains a classifier from a pretrained encoder."""
+    words = ['python', 'train.py', '--model', args.model.removeprefix('mae_'), '--pretrained', '--pretrained-path']
+    kwargs = [f'{name}={value}' for name, value in args.model_kwargs.items()]
+    return [*words, checkpoint, *(['--model-kwargs', *kwargs] if kwargs else [])]
 
 
 def farewell(trainer: Trainer) -> None:
@@ -217,6 +245,8 @@ def farewell(trainer: Trainer) -> None:
         report = os.path.join(trainer.folder, 'report')
         command = evaluation_command(trainer.args, path, trainer.metric.startswith('ema_'))
         trainer.progress.say(f'evaluate it: {shlex.join([*command, "--report", report])}')
+        if trainer.args.mae:
+            trainer.progress.say(f'fine-tune it: {shlex.join(fine_tuning_command(trainer.args, path))} ...')
     if trainer.args.recipe == 'digits':
         trainer.progress.say(
             'next: your own images, one folder a class in FOLDER/train and FOLDER/validation:\n'

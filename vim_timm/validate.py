@@ -27,6 +27,7 @@ from .engine.process import catch_signals, start_process
 from .errors import Preempted, UserError, explain, out_of_memory, run, sentence
 from .files import table, write_atomically
 from .models.checkpoint import class_names_in, read_checkpoint
+from .report import reconstruction
 from .report.evaluation import Evaluation, open_folder, write_report
 from .report.extras import require
 from .report.facts import facts
@@ -34,8 +35,9 @@ from .report.metrics import measure
 from .report.names import words
 from .settings import Process, Settings
 from .settings.flags import VALIDATE
+from .settings.masked import is_autoencoder
 from .settings.parse import parse
-from .tasks import adopt
+from .tasks import adopt, make_task
 from .train import check, input_channels, match_classes
 
 PROGRAM = 'validate.py'
@@ -46,7 +48,8 @@ validate.py. Settings that a checkpoint of train.py carries (model, data, size, 
 _SAME = (
     'data_dir dataset class_map input_img_mode input_key input_span target_key dataset_trust_remote_code model '
     'num_classes gp img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs '
-    'amp amp_dtype model_dtype'
+    'amp amp_dtype model_dtype mae mask_ratio norm_pix_loss mae_loss decoder decoder_dim decoder_depth decoder_heads '
+    'decoder_pos_embed channel_drop'
 )
 _DATA = {'data_dir', 'dataset', 'class_map', 'input_img_mode', 'input_key', 'target_key', 'split', 'num_samples'}
 _INHERITED = {**{name: name for name in _SAME.split()}, 'val_split': 'split', 'val_num_samples': 'num_samples'}
@@ -67,7 +70,7 @@ def parse_args(argv: Sequence[str]) -> Settings:
         if first.chosen & {'data_dir', 'dataset'}:  # other data than it was trained on
             layer = {name: value for name, value in layer.items() if name not in _DATA}
     args = parse(PROGRAM, VALIDATE, argv, DESCRIPTION, layer=(f'checkpoint {first.checkpoint}', layer))
-    args = Settings(vars(args), first.chosen)
+    args = Settings({**vars(args), 'mae': args.mae or is_autoencoder(args.model)}, first.chosen)
     if not args.data_dir and not args.dataset:
         args = args.replace(dataset='digits')
     check(args)
@@ -82,6 +85,8 @@ def validate(args: Settings, process: Process, metrics: Mapping[str, Metric] | N
     Raises:
         UserError: the settings, data or files are wrong.
     """
+    if args.mae:
+        return validate_masked(args, process)
     if args.report:
         require()
         open_folder(args.report)
@@ -115,6 +120,55 @@ def validate(args: Settings, process: Process, metrics: Mapping[str, Metric] | N
         write_report(args.report, Evaluation(row, facts(args, process, rate), scores, dataset))
         progress.say(f'report: {os.path.join(args.report, "report.html")}')
     return row
+
+
+def validate_masked(args: Settings, process: Process) -> dict[str, Any]:
+    """Evaluate one masked autoencoder, and return its result row: mse, mae, mean_psnr, ..., param_count, img_size.
+
+    Raises:
+        UserError: the settings, data or files are wrong.
+    """
+    require(['torchmetrics'])
+    if args.report:
+        require()
+        open_folder(args.report)
+    dataset = data.make_dataset(args, args.split, False, input_channels(args))
+    args = args.replace(model=build.current_name(args.model, process))
+    model: Any
+    model, parameters, data_config = _ready_model(args, process, None)
+    loader = data.eval_loader(args, process, dataset, data_config)
+    task: Any = make_task(args, process, model, data_config)
+    progress, own = Progress(process.primary, args.log_freq), task.autoencoder().mask_ratio
+    ratios = sorted({own, *(args.mask_ratios if args.report else ())})
+    steps = len(loader) * len(ratios)
+    progress.say(data.describe(dataset, args.split, args))
+    with catch_signals() as signals:
+        watch = Watch(progress, Speed(process, steps), signals)
+        scores = {ratio: reconstruction.measure(task, loader, process, ratio, watch=watch) for ratio in ratios}
+        rate = watch.speed.rate()
+        row: dict[str, Any] = {'model': args.model, **_rounded(scores[own])}
+        row.update(param_count=round(parameters / 1e6, 2), img_size=data_config['input_size'][-1])
+        progress.say(
+            f' * {100 * own:g} % hidden: MSE {row["mse"]:.4g}  MAE {row["mae"]:.4g}  mean of PSNR '
+            f'{row["mean_psnr"]:.2f} dB  PSNR of mean MSE {row["psnr_of_mean_mse"]:.2f} dB'
+        )
+        bands = reconstruction.measure_bands(task, loader, process, watch) if args.report else []
+    if args.report and process.primary:
+        reconstruction.write_report(
+            args.report,
+            reconstruction.ReconstructionReport(
+                row, facts(args, process, rate), [_rounded(scores[ratio]) for ratio in ratios],
+                [_rounded(band) for band in bands], reconstruction.galleries(task, loader, process, ratios),
+                reconstruction.notes(task),
+            ),
+        )  # fmt: skip
+        progress.say(f'report: {os.path.join(args.report, "report.html")}')
+    return row
+
+
+def _rounded(row: Mapping[str, float]) -> dict[str, float]:
+    """Numbers with six significant digits."""
+    return {name: value if isinstance(value, int) else float(f'{value:.6g}') for name, value in row.items()}
 
 
 def _ready_model(
@@ -272,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     failures.append(f'{choice.get("checkpoint") or choice.get("model")}: {error}')
                     if process.primary:
                         print(failures[-1], flush=True)
-                rows.sort(key=lambda row: row['top1'], reverse=True)
+                rows.sort(key=lambda row: row.get('top1', -row.get('mse', 0)), reverse=True)
                 if rows and process.primary and args.results_file:
                     write_results(args.results_file, rows, args.results_format)
             if rows and process.primary:

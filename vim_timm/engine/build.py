@@ -16,7 +16,9 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import TrainingTask
 
 from ..errors import UserError, explain
+from ..models.masked_autoencoder import as_autoencoder
 from ..settings import Process, Settings
+from ..settings.masked import AUTOENCODER, is_autoencoder
 from .checkpoint import load_weights
 
 
@@ -73,9 +75,13 @@ def make_model(args: Settings, **kwargs: Any) -> torch.nn.Module:
         UserError: an unknown argument, a size that does not fit, weights that cannot be had or do not fit.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    autoencoder = {name: getattr(args, name) for name in AUTOENCODER if args.mae and getattr(args, name) is not None}
     with explain(f'model {args.model}'), explain_download(args.model):
-        kwargs.update(pretrained=args.pretrained, num_classes=args.num_classes, global_pool=args.gp)
-        return create_model(**resolve_model_input_args(args.model, vars(args), **kwargs, **args.model_kwargs))
+        kwargs.update(pretrained=args.pretrained, num_classes=0 if args.mae else args.num_classes, global_pool=args.gp)
+        if is_autoencoder(args.model):
+            kwargs.update(autoencoder)
+        model = create_model(**resolve_model_input_args(args.model, vars(args), **kwargs, **args.model_kwargs))
+        return as_autoencoder(model, **autoencoder) if args.mae and not is_autoencoder(args.model) else model
 
 
 def place_model(
@@ -114,6 +120,9 @@ def make_training_model(args: Settings, process: Process) -> torch.nn.Module:
                 parameter.mul_(args.head_init_scale)
         if args.head_init_bias is not None:
             model.get_classifier().bias.fill_(args.head_init_bias)  # type: ignore[operator]
+        if args.linear_probe:
+            model.requires_grad_(False)
+            model.get_classifier().requires_grad_(True)  # type: ignore[operator]
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
         if args.split_bn:

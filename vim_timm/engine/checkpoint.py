@@ -12,6 +12,7 @@ from ..errors import UserError, explain
 from ..files import duplicate, write_atomically
 from ..models.adapt import filter_of
 from ..models.checkpoint import has_average, read_checkpoint, select_weights
+from ..models.masked_autoencoder import MaskedAutoencoder, autoencoder_weights
 
 EXTENSION = '.pth.tar'
 
@@ -20,16 +21,16 @@ def load_weights(model: torch.nn.Module, path: str, use_ema: bool | None) -> Non
     """Load a training checkpoint, a state dict or a safetensors file strictly into a model.
 
     Args:
-        use_ema: take the moving average, where the checkpoint has one; None: where timm does, of its own checkpoints
-            (`state_dict_ema`) but not of those with a `model` and a `model_ema`.
+        use_ema: take the moving average, where the checkpoint has one; None: where timm does.
 
     Raises:
         UserError: the file cannot be read, or the weights belong to another model.
     """
     content = read_checkpoint(path)
-    use_ema = content.get('state_dict_ema') is not None if use_ema is None else use_ema and has_average(content)
-    state = select_weights(content, use_ema)
+    use_ema = use_ema and has_average(content)
     with explain(f'checkpoint {path}'):
+        select = autoencoder_weights if isinstance(model, MaskedAutoencoder) else select_weights
+        state = select(content, use_ema)
         own = model.state_dict()
         if state.keys() != own.keys():
             # The model's filter may know the file as an original or older layout, or name the family it belongs to.

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib
+import io
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ..errors import UserError
 from ..files import table, write_atomically
@@ -132,6 +135,12 @@ class Trackers:
                 self.board.add_scalar(key.replace('_', '/', 1), value, row['epoch'])
         for logger in self.loggers:
             logger.log(row)
+
+    def picture(self, name: str, png: bytes, epoch: int) -> None:
+        """Send a picture to TensorBoard."""
+        if self.board:
+            with Image.open(io.BytesIO(png)) as image:
+                self.board.add_image(name, np.asarray(image.convert('RGB')), epoch, dataformats='HWC')
 
     def close(self) -> None:
         if self.board:

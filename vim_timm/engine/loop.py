@@ -192,27 +192,32 @@ class Trainer:
             self.trackers.start(self.folder, self.epoch)
         try:
             with catch_signals() as self.signals:
-                while self.epoch < self.epochs and not self._early_stop():
+                while not self.finished():
                     self._train_epoch()
                     self._finish_epoch()
                     self.task.end_epoch(self)
                     if self.hooks.callback:
                         self.hooks.callback(self)
+                if self.epoch < self.epochs:
+                    since = self._since_best()
+                    self.progress.say(f'early stop: no better {self.args.eval_metric} in {since} evaluations')
         finally:
             if self.trackers:
                 self.trackers.close()
 
-    def _early_stop(self) -> bool:
-        """Whether the last --early-stop-patience evaluations brought nothing better."""
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the last --early-stop-patience evaluations brought nothing better."""
+        patience = self.args.early_stop_patience
+        return self.epoch >= self.epochs or bool(patience and self._since_best() >= patience)
+
+    def _since_best(self) -> int:
+        """Evaluations since the best one."""
         best, since = float('-inf'), 0
         for row in self.rows:
             if row.get(self.metric) is not None:
                 value = -row[self.metric] if self.decreasing else row[self.metric]
                 best, since = (value, 0) if value > best + self.args.early_stop_min_delta else (best, since + 1)
-        if not self.args.early_stop_patience or since < self.args.early_stop_patience:
-            return False
-        self.progress.say(f'early stop: no better {self.args.eval_metric} in {since} evaluations')
-        return True
+        return since
 
     def _train_epoch(self) -> None:
         """The rest of this epoch, from `self.step` on; nothing where only its evaluation is left."""

@@ -5,7 +5,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Set, Union
+from typing import Any, Dict, List, Optional, Set, Union
 
 import safetensors.torch
 import torch
@@ -71,13 +71,22 @@ def has_average(content: Dict[str, Any]) -> bool:
     return any(content.get(key) is not None for key in _EMA_WEIGHTS)
 
 
-def select_weights(content: Dict[str, Any], use_ema: bool = False) -> Dict[str, torch.Tensor]:
-    """The state dict of a training checkpoint: `model` / `state_dict`, or with `use_ema` its moving average.
+def wants_average(content: Dict[str, Any], use_ema: Optional[bool]) -> bool:
+    """Whether to take the moving average of a training checkpoint; where nobody says (None), as timm does.
+
+    timm takes that of its own checkpoints (`state_dict_ema`), and so do we, but not that of those with a `model` and a
+    `model_ema`.
+    """
+    return content.get('state_dict_ema') is not None if use_ema is None else use_ema
+
+
+def select_weights(content: Dict[str, Any], use_ema: Optional[bool] = False) -> Dict[str, torch.Tensor]:
+    """The state dict of a training checkpoint: `model` / `state_dict`, or where `wants_average` its moving average.
 
     Raises:
         CheckpointError: `use_ema` of a checkpoint without one.
     """
-    if use_ema:
+    if wants_average(content, use_ema):
         for key in _EMA_WEIGHTS:
             if content.get(key) is not None:
                 return clean_state_dict(content[key])
@@ -88,7 +97,7 @@ def select_weights(content: Dict[str, Any], use_ema: bool = False) -> Dict[str, 
     return clean_state_dict(content)
 
 
-def load_weights(path: Union[str, Path], use_ema: bool = False) -> Dict[str, torch.Tensor]:
+def load_weights(path: Union[str, Path], use_ema: Optional[bool] = False) -> Dict[str, torch.Tensor]:
     """`select_weights` of `read_checkpoint`."""
     return select_weights(read_checkpoint(path), use_ema)
 

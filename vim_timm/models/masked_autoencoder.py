@@ -22,7 +22,14 @@ from vim_timm.layers.patches import patchify, unpatchify
 from vim_timm.layers.pos_embed import resample_pos_embed
 from vim_timm.models.adapt import filter_of
 from vim_timm.models.build import build_model, cfg, small_cfg
-from vim_timm.models.checkpoint import CheckpointError, check_names, check_shape, read_checkpoint, select_weights
+from vim_timm.models.checkpoint import (
+    CheckpointError,
+    check_names,
+    check_shape,
+    read_checkpoint,
+    select_weights,
+    wants_average,
+)
 from vim_timm.models.trunk import Trunk
 
 __all__ = ['MaskedAutoencoder']
@@ -135,6 +142,9 @@ class MaskedAutoencoder(nn.Module):
                 f'{to_2tuple(embed.proj.stride)} over patches of {self.patch_size}'
             )
         self.in_chans: int = getattr(encoder, 'in_chans', embed.proj.in_channels)
+        # what timm's factory gives to the models that it makes
+        self.pretrained_cfg = self.default_cfg = getattr(encoder, 'pretrained_cfg', {})
+        self._traits = dict(getattr(encoder, '_traits', {}), first_conv=None)
         for name in _AFTER_TOKENS:
             module = getattr(encoder, name, None)
             if module is not None:
@@ -305,19 +315,26 @@ class MaskedAutoencoder(nn.Module):
         self.load_state_dict(checkpoint_filter_fn(read_checkpoint(checkpoint_path), self))
 
 
-def autoencoder_weights(content: Dict[str, Any], use_ema: bool = False) -> Dict[str, torch.Tensor]:
+def as_autoencoder(encoder: nn.Module, **kwargs: Any) -> MaskedAutoencoder:
+    """The masked autoencoder around an encoder: the encoder's own kind, where it has one."""
+    make = getattr(encoder, 'as_autoencoder', None)
+    return make(**kwargs) if make is not None else MaskedAutoencoder(encoder, **kwargs)
+
+
+def autoencoder_weights(content: Dict[str, Any], use_ema: Optional[bool] = None) -> Dict[str, torch.Tensor]:
     """The state dict of a `MaskedAutoencoder` from what a checkpoint file holds.
 
     Args:
         content: A training checkpoint of ours (the encoder as `state_dict`, the decoder in `task_state`), a state dict
             of encoder and decoder, or one in the original MAE's layout.
-        use_ema: Take the moving average of a training checkpoint.
+        use_ema: Take the moving average of a training checkpoint; None: where timm does.
 
     Raises:
         CheckpointError: there is no decoder in it.
     """
     weights = select_weights(content, use_ema)
-    decoder = (content.get('task_state_ema' if use_ema else 'task_state') or {}).get('decoder')
+    state = content.get('task_state_ema' if wants_average(content, use_ema) else 'task_state')
+    decoder = state.get('decoder') if isinstance(state, dict) else None
     if decoder is not None:
         weights = {f'encoder.{name}': value for name, value in weights.items()}
         weights.update({f'decoder.{name}': value for name, value in decoder.items()})
@@ -374,6 +391,7 @@ default_cfgs = generate_default_cfgs(
         'mae_vim_small_patch16_224.mae': cfg(**_ENCODER),
         'mae_vim_base_patch16_224.mae': cfg(**_ENCODER),
         'mae_vim_tiny_patch4_32.mae': small_cfg(**_ENCODER),
+        'mae_vim_hybrid_small_patch16_224.mae': cfg(**_ENCODER),
     }
 )
 
@@ -404,3 +422,10 @@ def mae_vim_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> MaskedAut
     """Masked autoencoder over Vim-Ti for 32 x 32 images."""
     model_args = dict(encoder='vim_tiny_patch4_32')
     return _create_masked_autoencoder('mae_vim_tiny_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mae_vim_hybrid_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder over the hybrid of state space and attention branches (small)."""
+    model_args = dict(encoder='vim_hybrid_small_patch16_224')
+    return _create_masked_autoencoder('mae_vim_hybrid_small_patch16_224', pretrained, **dict(model_args, **kwargs))

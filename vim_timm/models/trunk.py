@@ -188,7 +188,7 @@ class Trunk(nn.Module):
             CheckpointError: the file cannot be read, or is not this model's.
         """
         cfg: Any = dict(
-            getattr(self, 'pretrained_cfg', {}), state_dict=load_weights(checkpoint_path), custom_load=False
+            getattr(self, 'pretrained_cfg', {}), state_dict=load_weights(checkpoint_path, None), custom_load=False
         )
         load_pretrained(
             self,

@@ -20,7 +20,7 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[list[
     """What to draw of a run's log: panel title -> name of the line -> (epochs, values)."""
     found: dict[str, dict[str, tuple[list[float], list[float]]]] = {'loss': {}, 'accuracy (%)': {}, 'learning rate': {}}
     for column in dict.fromkeys(name for row in rows for name in row if name != 'epoch'):
-        prefix, _, metric = column.rpartition('_') if column.startswith(tuple(PREFIXES)) else ('', '', column)
+        prefix, _, metric = column.partition('_') if column.startswith(tuple(PREFIXES)) else ('', '', column)
         points = [(int(row['epoch']), float(row[column])) for row in rows if row.get(column) not in (None, '')]
         if not points or (column == 'skipped' and not points[-1][1]):
             continue

@@ -58,7 +58,7 @@ def write_report(folder: str, evaluation: Evaluation) -> None:
     }
     pngs = _figures(scores, shown)
     files: dict[str, str | bytes] = {
-        'report.json': _json(_summary(evaluation, pairs, shown)),
+        'report.json': to_json(_summary(evaluation, pairs, shown)),
         'per_class.csv': _csv(
             ['label', 'class', *scores.per_class],
             zip(range(len(scores.names)), scores.names, *map(_rounded, scores.per_class.values())),
@@ -155,7 +155,8 @@ def _rounded(values: np.ndarray) -> list[Any]:
     return [None if value != value else round(value, 2) for value in values.tolist()]
 
 
-def _json(content: Any) -> str:
+def to_json(content: Any) -> str:
+    """JSON for people."""
     return json.dumps(content, indent=1, default=str) + '\n'
 
 

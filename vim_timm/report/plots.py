@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -188,7 +189,26 @@ def samples(pictures: Sequence[tuple[Any, str, bool]], title: str, columns: int 
         return _png(figure)
 
 
-def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> bytes:
+def reconstructions(triples: Sequence[Sequence[np.ndarray]], caption: str) -> bytes:
+    """A sheet of (original, masked, reconstructed) images (H, W, 3) in 0..1, two triples a row, with sharp pixels."""
+    titles = ('original', 'masked', 'reconstructed')
+    rows = -(-len(triples) // 2)
+    with _figure(10.2, 0.9 + 1.7 * rows) as figure:
+        grid = figure.subplots(rows, 6, squeeze=False)
+        for axes in grid.flat:
+            axes.axis('off')
+        for place, triple in enumerate(triples):
+            row, half = divmod(place, 2)
+            for column, image in enumerate(triple):
+                axes = grid[row, 3 * half + column]
+                axes.imshow(image, interpolation='nearest', vmin=0, vmax=1)
+                if row == 0:
+                    axes.set_title(titles[column])
+        figure.supxlabel('\n'.join(textwrap.wrap(caption, 120)), fontsize=9)
+        return _png(figure)
+
+
+def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], xlabel: str = 'epoch') -> bytes:
     """A panel for each quantity, over epochs: panel title -> name of the line -> (epochs, values)."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -199,7 +219,7 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
         for axes, (title, lines) in zip(grid.flat, panels.items()):
             for (name, (epochs, values)), colour in zip(lines.items(), COLOURS * len(lines)):
                 axes.plot(epochs, values, color=colour, marker='.' if len(epochs) <= 30 else None, label=name)
-            axes.set(title=title, xlabel='epoch')
+            axes.set(title=title, xlabel=xlabel)
             axes.xaxis.get_major_locator().set_params(integer=True)
             if len(lines) > 1:
                 axes.legend()

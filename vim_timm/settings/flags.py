@@ -80,6 +80,18 @@ DEVICE: list[Row] = [
     ('--dist-timeout', float, 600.0, 'seconds after which a silent rank ends a distributed run', at_least(1)),
     ('--max-unreadable', int, 10, 'distinct unreadable images to skip before the run ends', at_least(0, 10**6)),
 ]
+MASKED: list[Row] = [
+    ('--mae', bool, False, 'a masked autoencoder around --model, without labels; models named mae_* imply it'),
+    ('--mask-ratio', float, None, 'share of the patches that are hidden (default: 0.75)', Range(0, 1, above=True)),
+    ('--norm-pix-loss', bool, False, 'predict each patch without its own mean and standard deviation'),
+    ('--mae-loss', ('mse', 'l1'), None, 'error of the hidden patches (default: as the model, mostly mse)'),
+    ('--decoder', ('transformer', 'vim'), None, 'kind of the decoder (default: transformer)'),
+    ('--decoder-dim', int, None, 'its width (default: 512)', at_least(1)),
+    ('--decoder-depth', int, None, 'its blocks (default: 8)', at_least(1)),
+    ('--decoder-heads', int, None, 'its attention heads (default: 8)', at_least(1)),
+    ('--decoder-pos-embed', ('sincos', 'learned'), None, 'its positions (default: sincos)'),
+    ('--channel-drop', float, None, 'probability that a whole channel is hidden, of mae_favit_* (default: 0)', SHARE),
+]
 NAFLEX_EVAL: list[Row] = [
     ('--naflex-loader', refused, False, _NAFLEX),
     ('--naflex-max-seq-len', refused, 576, _NAFLEX),
@@ -109,6 +121,7 @@ TRAIN: dict[str, list[Row]] = {
         ('--grad-checkpointing', bool, False, 'recompute activations in the backward pass to save memory'),
         ('--head-init-scale', float, None, "factor on the classifier's initial weights"),
         ('--head-init-bias', float, None, "the classifier's initial bias"),
+        ('--linear-probe', bool, False, 'train the classifier alone, on features that stay as they are'),
     ],
     'device': [
         *DEVICE,
@@ -280,6 +293,11 @@ TRAIN: dict[str, list[Row]] = {
         ('--naflex-patch-size-probs', refused, None, _NAFLEX),
         ('--naflex-loss-scale', refused, 'linear', _NAFLEX),
     ],
+    'masked autoencoding': [
+        *MASKED,
+        ('--gallery-interval', int, 0, 'epochs between two pictures of reconstructions (0: at the end)', at_least(0)),
+        ('--save-encoder', str, '', "at the end, write the encoder's weights into this safetensors file"),
+    ],
     'knowledge distillation': [
         ('--kd-model-name', str, None, 'name of the teacher, with its published weights'),
         ('--kd-distill-type', ('logit', 'feature', 'token'), 'logit', 'what the student imitates'),
@@ -315,6 +333,16 @@ VALIDATE: dict[str, list[Row]] = {
         ('--aot-autograd', refused, False, 'use --torchcompile aot_eager'),
         ('--tf-preprocessing', refused, False, 'TensorFlow preprocessing is not part of this project'),
         *NAFLEX_EVAL,
+    ],
+    'masked autoencoding': [
+        *MASKED,
+        (
+            '--mask-ratios',
+            [float],
+            [0.25, 0.5, 0.75, 0.9],
+            'mask ratios that a report compares',
+            Range(0, 1, above=True),
+        ),
     ],
     'device': [*DEVICE, ('--num-gpu', refused, 1, 'start one process a GPU with torchrun')],
     'run': [

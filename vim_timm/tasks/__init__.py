@@ -10,7 +10,7 @@ import torch
 from timm.task import TrainingTask
 
 from ..settings import Process, Settings
-from . import classification
+from . import classification, masked
 from .base import Task, adopt
 
 __all__ = ['Task', 'adopt', 'make_task']
@@ -27,11 +27,13 @@ def make_task(
         loss: called with (output, target), in place of the one that the settings name.
         custom: `custom(model, settings)` returns a task in place of all this.
     """
-    task = (
-        adopt(custom(model, settings))
-        if custom
-        else classification.make_task(settings, process, model, data_config, loss)
-    )
+    if custom:
+        task = adopt(custom(model, settings))
+    elif settings.mae:
+        return masked.make_task(settings, process, model, data_config)
+    else:
+        task = classification.make_task(settings, process, model, data_config, loss)
+    task.linear_probe = settings.linear_probe
     if task.mixup is None:
         task.mixup = classification.make_mixup(settings, multi_label=getattr(task, 'multi_label', False))
         task.mixup_off_epoch = settings.mixup_off_epoch

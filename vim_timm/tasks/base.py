@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.task import TrainingTask
+from timm.utils import unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Batch
@@ -26,12 +27,23 @@ class Task(TrainingTask):
         lower_is_better: metrics of which less is better, besides all whose name contains `loss`.
         percentages: metrics that are written as `12.34 %`.
         mixup: timm's `Mixup`, applied to every training batch before the epoch `mixup_off_epoch` (0: in all).
+        linear_probe: whether only the classifier trains, on features as evaluation has them.
     """
 
     lower_is_better: tuple[str, ...] = ()
     percentages: tuple[str, ...] = PERCENTAGES
     mixup: Mixup | None = None
     mixup_off_epoch = 0
+    linear_probe = False
+
+    def train(self, mode: bool = True) -> 'Task':
+        """Training or evaluation mode."""
+        super().train(mode)
+        if self.linear_probe:
+            model = unwrap_model(self.get_trainable_module())
+            model.eval()
+            model.get_classifier().train(mode)
+        return self
 
     def prepare(self, batch: Batch, epoch: int) -> Batch:
         """A training batch after what is drawn on the host for all of it: mixup.

@@ -4,6 +4,7 @@ Source: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ..errors import UserError
 from ..layers.masking import sample_noise
 from ..layers.patches import normalize_patches
 from ..models.masked_autoencoder import MaskedAutoencoder
+from ..settings import Process, Settings
 from .base import Task
 
 Loss = Literal['mse', 'l1']
@@ -77,11 +79,11 @@ def psnr(mse: torch.Tensor) -> torch.Tensor:
 class ReconstructionEvaluator:
     """Averages over images what `MaskedImages.predict` says of each: loss, mean squared and mean absolute error.
 
-    `psnr` is the mean of the images' PSNR, `psnr_of_mean` the PSNR of the mean of their errors; both are in use.
+    `mean_psnr` is the mean of the images' PSNR, `psnr_of_mean_mse` that of the mean of their errors; both are in use.
     """
 
     default_metric = 'loss'
-    metric_names = ('loss', 'mse', 'mae', 'psnr', 'psnr_of_mean')
+    metric_names = ('loss', 'mse', 'mae', 'mean_psnr', 'psnr_of_mean_mse')
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == 'mps' else torch.float64
@@ -106,8 +108,8 @@ class ReconstructionEvaluator:
     @staticmethod
     def _summary(sums: torch.Tensor) -> OrderedDict[str, float]:
         means = sums[:4] / sums[4].clamp(min=1)
-        names = ('loss', 'mse', 'mae', 'psnr')
-        return OrderedDict(zip(names, means.tolist()), psnr_of_mean=float(psnr(means[1])))
+        names = ('loss', 'mse', 'mae', 'mean_psnr')
+        return OrderedDict(zip(names, means.tolist()), psnr_of_mean_mse=float(psnr(means[1])))
 
 
 class MaskedImages(Task):
@@ -150,6 +152,7 @@ class MaskedImages(Task):
         self.trainable_module: Any = model
         self.kind: Loss = loss or model.loss
         self.norm_pix_loss, self.seed = norm_pix_loss, seed
+        self.gallery: Callable[[Any], None] | None = None  # called with the trainer after every epoch
         for name, value in (('mean', mean), ('std', std)):
             self.register_buffer(name, value.view(1, -1, 1, 1).to(self.device), persistent=False)
 
@@ -209,6 +212,11 @@ class MaskedImages(Task):
             target = normalize_patches(target)[0]
         return patch_loss(pred.float(), target, mask, self.kind, real)
 
+    def end_epoch(self, trainer: Any) -> None:
+        """Show some reconstructions, if someone has asked for them."""
+        if self.gallery is not None:
+            self.gallery(trainer)
+
     # Checkpoints
 
     def autoencoder(self, ema: bool = False) -> MaskedAutoencoder:
@@ -250,3 +258,14 @@ class MaskedImages(Task):
         """Compile the autoencoder before it is wrapped."""
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.trainable_module
+
+
+def make_task(settings: Settings, process: Process, model: Any, data_config: dict[str, Any]) -> MaskedImages:
+    """The task for the flags.
+
+    Args:
+        data_config: input_size, mean and std of the images.
+    """
+    return MaskedImages(
+        model, data_config, settings.mae_loss, settings.norm_pix_loss, settings.seed, process.device, process.dtype
+    )

@@ -1,0 +1,292 @@
+"""Masked autoencoders from the command line: pretrain, look, measure, fine-tune."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from test_resume import load, torchrun
+
+from vim_timm import train, validate
+from vim_timm.data import Batch
+from vim_timm.errors import UserError
+from vim_timm.models.masked_autoencoder import MaskedAutoencoder
+from vim_timm.report.reconstruction import measure, measure_bands, reconstruct
+from vim_timm.settings import Process
+from vim_timm.tasks.masked import MaskedImages, Reconstruction, patch_loss, psnr
+
+MODEL = '--model vim_nano_patch4_32 --img-size 16 --in-chans 1 --model-kwargs depth=2 embed_dim=32'
+BASE = (
+    f'--dataset digits {MODEL} --device cpu --workers 0 --batch-size 359 --warmup-epochs 0 --log-interval 100'.split()
+)
+MAE = [*BASE, *'--mae --mask-ratio 0.5 --decoder-dim 32 --decoder-depth 1 --decoder-heads 4'.split()]
+ADAM = [*MAE, *'--opt adamw --lr 1e-3'.split()]
+
+
+def pretrain(folder, name, *flags, base=ADAM):
+    arguments = [*base, *flags, '--output', str(folder), '--experiment', name]
+    assert train.main(arguments) == 0
+    return folder / name
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """A short pretraining with everything on."""
+    folder = tmp_path_factory.mktemp('mae')
+    more = '--epochs 3 --model-ema --model-ema-decay 0.5 --gallery-interval 1 --tensorboard --norm-pix-loss'.split()
+    return pretrain(folder, 'a', *more, '--save-encoder', str(folder / 'encoder.safetensors'))
+
+
+def tiny(**kwargs):
+    encoder = timm.create_model('vim_nano_patch4_32', img_size=16, in_chans=1, num_classes=0, depth=1, embed_dim=32)
+    return MaskedAutoencoder(encoder, 0.5, decoder_dim=32, decoder_depth=1, decoder_heads=4, **kwargs)
+
+
+def make_task(model=None, **kwargs):
+    return MaskedImages(model or tiny(), {'input_size': (1, 16, 16), 'mean': (0.3,), 'std': (0.4,)}, **kwargs)
+
+
+def make_batch(positions, epoch=0):
+    images = torch.stack([torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(p)) for p in positions])
+    keys = torch.tensor([(epoch, position, position) for position in positions])
+    return Batch(images, torch.zeros(len(positions)), keys)
+
+
+class TestTask:
+    def test_masks_depend_on_seed_epoch_and_position_alone(self):
+        def masks(task, batch):
+            seen = []
+            hook = task.autoencoder().register_forward_hook(lambda module, args, output: seen.append(output[1]))
+            task.training_loss(batch)
+            hook.remove()
+            return seen[0]
+
+        task = make_task(seed=1)
+        mask = masks(task, make_batch([3, 4, 5]))
+        assert torch.equal(mask[1:], masks(task, make_batch([4, 5])))
+        assert not torch.equal(mask, masks(task, make_batch([3, 4, 5], epoch=1)))
+        assert not torch.equal(mask, masks(make_task(seed=2), make_batch([3, 4, 5])))
+        assert torch.equal(mask, masks(make_task(seed=1), make_batch([3, 4, 5])))
+
+    def test_the_loss_of_a_batch_is_the_mean_of_its_parts(self):
+        task = make_task()
+        parts = [task.training_loss(make_batch(part)) for part in ([0, 1], [2, 3])]
+        assert torch.allclose(task.training_loss(make_batch([0, 1, 2, 3])), sum(parts) / 2)
+
+    def test_the_encoder_is_the_model_and_the_decoder_the_tasks(self):
+        task, other = make_task(), make_task()
+        task.setup_ema(0.5)
+        state = task.get_checkpoint_state()
+        assert state['state_dict'].keys() == task.autoencoder().encoder.state_dict().keys()
+        other.load_checkpoint_state(state['state_dict'], state['task_state'])
+        batch = make_batch([0, 1])
+        assert torch.equal(task.predict(batch), other.predict(batch))
+        average = task.get_checkpoint_state(ema=True)
+        assert average['task_state_ema']['decoder'].keys() == state['task_state']['decoder'].keys()
+
+    def test_predictions_are_of_hidden_pixels_in_0_to_1(self):
+        task, batch = make_task(), make_batch([0, 1, 2])
+        task.eval()
+        result = task.reconstruct(batch)
+        images = (batch.images * 0.4 + 0.3).clamp(0, 1)
+        assert torch.allclose(result.images, images)
+        hidden = result.mask.bool()
+        assert hidden.sum(dim=(1, 2, 3)).tolist() == [128] * 3
+        for i in range(3):
+            difference = (result.output - images)[i][hidden[i]]
+            scores = task.predict(batch)[i]
+            assert torch.allclose(scores[1], difference.square().mean()) and scores[2].isclose(difference.abs().mean())
+        assert torch.equal(result.composite[~hidden], images[~hidden])
+
+    def test_normalized_targets_are_put_back_with_the_true_patchs_statistics(self):
+        task, batch = make_task(norm_pix_loss=True), make_batch([0])
+        model = task.eval().autoencoder()
+        model.decoder.pred.weight.data.zero_()
+        model.decoder.pred.bias.data.zero_()
+        result = task.reconstruct(batch)
+        means = model.patchify(batch.images).mean(dim=-1, keepdim=True).expand(-1, -1, 16)
+        expected = (model.unpatchify(means, (16, 16)) * 0.4 + 0.3).clamp(0, 1)
+        assert torch.allclose(result.output, expected, atol=1e-6)
+        assert result.loss.item() == pytest.approx(15 / 16, rel=1e-3)  # the variance of n - 1
+
+    def test_padding_does_not_count(self):
+        real = torch.tensor([[[1.0, 0.0]]])
+        pred, target = torch.tensor([[[1.0, 9.0], [1.0, 1.0]]]), torch.zeros(1, 2, 2)
+        real = torch.cat([real, torch.ones(1, 1, 2)], dim=1)
+        assert patch_loss(pred, target, torch.ones(1, 2), 'l1', real).item() == 1.0
+
+    def test_psnr(self):
+        assert psnr(torch.tensor(0.01)).item() == pytest.approx(20)
+
+
+class TestTraining:
+    def test_it_learns_and_shows_it(self, run):
+        rows = json.loads((run / 'summary.json').read_text())
+        assert rows[-1]['ema_loss'] < rows[0]['ema_loss'] and rows[-1]['train_loss'] < rows[0]['train_loss']
+        assert {'eval_mse', 'eval_mae', 'eval_mean_psnr', 'eval_psnr_of_mean_mse'} <= rows[0].keys()
+        pictures = [run / 'reconstruction.png', *(run / f'reconstruction-{epochs}.png' for epochs in (1, 2, 3))]
+        assert all(path.read_bytes()[:4] == b'\x89PNG' for path in pictures)
+        assert pictures[0].read_bytes() == pictures[3].read_bytes() != pictures[1].read_bytes()
+        (events,) = (run / 'tensorboard').iterdir()
+        assert b'reconstruction' in events.read_bytes()
+
+    def test_the_checkpoint_is_a_plain_encoder_for_timm(self, run):
+        path = run / 'last.pth.tar'
+        encoder = timm.create_model(
+            'vim_nano_patch4_32', pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=-1),
+            img_size=16, in_chans=1, depth=2, embed_dim=32, num_classes=5,
+        )  # fmt: skip
+        average = torch.load(path, weights_only=True)['state_dict_ema']
+        assert all(torch.equal(encoder.state_dict()[name], tensor) for name, tensor in average.items())
+        saved = load_file(run.parent / 'encoder.safetensors')
+        assert saved.keys() == average.keys() and all(torch.equal(saved[name], average[name]) for name in saved)
+
+    def test_fine_tuning_and_linear_probing_start_from_it(self, run, tmp_path):
+        flags = [*BASE, *'--opt adamw --lr 1e-3 --epochs 1'.split(), '--pretrained', '--pretrained-path']
+        tuned = pretrain(tmp_path, 'tuned', str(run / 'last.pth.tar'), '--layer-decay', '0.7', base=flags)
+        probed = pretrain(tmp_path, 'probed', str(run / 'last.pth.tar'), '--linear-probe', base=flags)
+        start = torch.load(run / 'last.pth.tar', weights_only=True)['state_dict_ema']
+        after = [torch.load(path / 'last.pth.tar', weights_only=True)['state_dict'] for path in (tuned, probed)]
+        changed = [{name for name, tensor in start.items() if not torch.equal(state[name], tensor)} for state in after]
+        assert changed[0] == start.keys() and not changed[1]
+        assert after[1]['head.weight'].shape == (10, 32)
+
+    def test_a_named_autoencoder_implies_it(self, tmp_path):
+        named = [flag.replace('vim_nano', 'mae_vim_tiny') for flag in ADAM if flag != '--mae']
+        folder = pretrain(tmp_path, 'a', '--epochs', '1', base=named)
+        assert load(tmp_path, 'a')['args']['mae'] and (folder / 'reconstruction.png').exists()
+        assert validate.main(['--checkpoint', str(folder / 'last.pth.tar'), '--workers', '0', '--device', 'cpu']) == 0
+
+    def test_half_precision_and_accumulation(self, tmp_path):
+        flags = '--amp --amp-dtype bfloat16 --grad-accum-steps 2 --grad-checkpointing --epochs 1'.split()
+        pretrain(tmp_path, 'a', *flags)
+        assert 0 < load(tmp_path, 'a')['history'][0]['train_loss'] < 10
+
+    def test_the_papers_augmentation_is_the_default(self):
+        args = train.parse_args(ADAM)
+        assert (args.scale, args.color_jitter, args.train_interpolation) == ([0.2, 1.0], 0.0, 'bicubic')
+        assert train.parse_args([*ADAM, '--scale', '0.5', '1']).scale == [0.5, 1.0]
+        assert train.parse_args(['--mae']).recipe == 'mae_digits'
+
+    def test_a_resumed_run_is_bit_equal(self, tmp_path):
+        flags = '--epochs 2 --model-ema --grad-accum-steps 2 --batch-size 200 --clip-grad 1'.split()
+        pretrain(tmp_path, 'whole', *flags)
+        pretrain(tmp_path, 'cut', *flags, '--resume', str(tmp_path / 'whole' / 'checkpoint-0.pth.tar'))
+        first, second = load(tmp_path, 'whole'), load(tmp_path, 'cut')
+        for part in ('task_state', 'task_state_ema'):
+            one, other = (checkpoint[part]['decoder'] for checkpoint in (first, second))
+            assert all(torch.equal(one[name], other[name]) for name in one)
+        for name, tensor in first['state_dict'].items():
+            assert torch.equal(tensor, second['state_dict'][name])
+
+    def test_two_processes_train_like_one(self, tmp_path):
+        """Ten steps of SGD without augmentation, weights to 1e-6, and no parameter is unused."""
+        flags = [*MAE, *'--opt sgd --lr 0.05 --no-aug --epochs 2 --output'.split(), str(tmp_path)]
+        assert train.main([*flags, '--batch-size', '280', '--experiment', 'one']) == 0
+        command = [sys.executable, *torchrun(2), '-m', 'vim_timm.train', *flags, '--batch-size', '140']
+        result = subprocess.run([*command, '--experiment', 'two'], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        first, second = load(tmp_path, 'one'), load(tmp_path, 'two')
+        assert first['history'][-1]['eval_mse'] == pytest.approx(second['history'][-1]['eval_mse'], rel=1e-4)
+        for one, other in (
+            (first['state_dict'], second['state_dict']),
+            (first['task_state']['decoder'], second['task_state']['decoder']),
+        ):
+            for name, tensor in one.items():
+                torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-6)
+
+
+class TestEvaluation:
+    def test_a_report(self, run, tmp_path):
+        folder = tmp_path / 'report'
+        flags = ['--mae', '--checkpoint', str(run / 'last.pth.tar'), '--use-ema', '--device', 'cpu', '--workers', '0']
+        results = ['--results-file', str(tmp_path / 'row.json'), '--results-format', 'json']
+        assert validate.main([*flags, '--report', str(folder), *results]) == 0
+        row = json.loads((tmp_path / 'row.json').read_text())
+        logged = json.loads((run / 'summary.json').read_text())[-1]
+        assert (row['mask_ratio'], row['count']) == (0.5, 359)
+        for name in ('mse', 'mae', 'mean_psnr', 'psnr_of_mean_mse', 'loss'):
+            assert row[name] == pytest.approx(logged[f'ema_{name}'], rel=1e-5)
+        with open(folder / 'reconstruction.csv') as file:
+            rows = list(csv.DictReader(file))
+        assert [float(line['mask_ratio']) for line in rows] == [0.25, 0.5, 0.75, 0.9]
+        assert all(0 < float(line['ssim_composite']) < 1 for line in rows)
+        assert float(rows[0]['ssim_composite']) > float(rows[3]['ssim_composite'])
+        report = json.loads((folder / 'report.json').read_text())
+        assert report['result'] == row and len(report['ratios']) == 4
+        assert all((folder / f'gallery_{percent}.png').exists() for percent in (25, 50, 75, 90))
+        assert 'oracle' in (folder / 'report.html').read_text()
+
+    def test_metrics_by_hand(self):
+        images, output = torch.rand(2, 3, 12, 12), torch.rand(2, 3, 12, 12)
+        mask = torch.zeros(2, 3, 12, 12)
+        mask[:, :, :4] = 1
+        errors = Reconstruction(images, output, mask, torch.zeros(2)).errors()
+        assert torch.allclose(errors[:, 0], (images - output)[:, :, :4].square().flatten(1).mean(dim=1))
+        assert torch.allclose(errors[:, 1], (images - output)[:, :, :4].abs().flatten(1).mean(dim=1))
+
+    def test_missing_channels(self):
+        model = timm.create_model(
+            'mae_favit_small_patch16_224', img_size=8, patch_size=4, in_chans=5, embed_dim=32, depth=1, num_heads=4,
+            decoder_dim=32, decoder_depth=1, decoder_heads=4,
+        )  # fmt: skip
+        task = MaskedImages(model, {'input_size': (5, 8, 8), 'mean': (0.5,), 'std': (0.5,)})
+
+        class Loader:
+            def epoch(self, epoch):
+                yield Batch(torch.randn(6, 5, 8, 8), torch.zeros(6), torch.arange(18).view(6, 3))
+
+            def __len__(self):
+                return 1
+
+        bands = measure_bands(task, Loader(), Process())
+        assert [row['missing'] for row in bands] == [0, 1, 2, 4]
+        assert 'mse_missing' not in bands[0] and all(row['mse_missing'] > 0 for row in bands[1:])
+        row = measure(task, Loader(), Process(), 0.75)
+        assert 'ssim_output' not in row and row['mse_of_neighbour'] > 0 and model.mask_ratio == 0.75
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        ('--mask-ratio 0', ['--mask-ratio', 'above 0']),
+        ('--mask-ratio 1', ['below 1']),
+        ('--mask-ratio 0.99', ['none of 16 patches']),
+        ('--decoder-heads 5', ['5 heads']),
+        ('--decoder lstm', ['--decoder']),
+        ('--mixup 0.2', ['--mixup', 'labels']),
+        ('--linear-probe', ['--linear-probe', 'labels']),
+        ('--model resnet18 --model-kwargs', ['ResNet']),
+        ('--img-size 3', ['3']),
+        ('--channel-drop 0.2', ['channel_drop']),
+        ('--eval-metric top1', ['--eval-metric', 'mean_psnr']),
+        ('--save-encoder nowhere/encoder.safetensors', ['nowhere']),
+    ],
+)
+def test_mistakes_end_in_a_sentence(flags, words, tmp_path, capsys):
+    assert train.main([*ADAM, *flags.split(), '--epochs', '1', '--output', str(tmp_path / 'output')]) != 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), errors
+    assert not (tmp_path / 'output').exists()
+
+
+def test_flags_of_masked_autoencoding_need_it(capsys):
+    assert train.main([*BASE, '--mask-ratio', '0.5']) == 2
+    assert 'add --mae' in capsys.readouterr().err
+
+
+def test_an_encoder_alone_is_refused(run, capsys):
+    path = str(run.parent / 'encoder.safetensors')
+    assert validate.main(['--mae', '--checkpoint', path, *MODEL.split(), '--dataset', 'digits', '--device', 'cpu']) == 2
+    assert 'an encoder without its decoder' in capsys.readouterr().err
+
+
+def test_pixels_that_are_no_numbers_are_refused():
+    batch = make_batch([0, 7])
+    batch.images[1, 0, 3, 3] = float('nan')
+    with pytest.raises(UserError, match='image 7 .* not finite'):
+        reconstruct(make_task(), Process(), batch, False)

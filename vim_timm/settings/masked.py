@@ -1,0 +1,40 @@
+"""Settings of masked autoencoding: what it takes, what it implies, and what it has no use for."""
+
+import os
+
+from ..errors import UserError
+from .parse import Settings
+
+# arguments of the model
+AUTOENCODER = (
+    'mask_ratio', 'decoder', 'decoder_dim', 'decoder_depth', 'decoder_heads', 'decoder_pos_embed', 'channel_drop',
+)  # fmt: skip
+# arXiv 2111.06377, table 8: all that is augmented is where the image is cut out, and its side
+AUGMENTATION = {'scale': [0.2, 1.0], 'color_jitter': 0.0, 'train_interpolation': 'bicubic'}
+_OWN = (*AUTOENCODER, 'norm_pix_loss', 'mae_loss', 'gallery_interval', 'save_encoder')
+_LABELLED = (
+    'mixup', 'cutmix', 'cutmix_minmax', 'smoothing', 'loss', 'bce_loss', 'jsd_loss', 'aug_splits', 'reprob',
+    'kd_model_name', 'linear_probe', 'head_init_scale', 'head_init_bias', 'real_labels', 'valid_labels', 'metrics_avg',
+)  # fmt: skip
+
+
+def is_autoencoder(name: str) -> bool:
+    """Whether a model's name is a masked autoencoder's."""
+    return name.startswith('mae_')
+
+
+def check_masked(args: Settings) -> None:
+    """Refuse what masked autoencoding, or anything else, would not use.
+
+    Raises:
+        UserError: a flag is chosen in vain, or the folder for --save-encoder is not there.
+    """
+    for name in _LABELLED if args.mae else _OWN:
+        if name in args.chosen and getattr(args, name, None):
+            flag = f'--{name.replace("_", "-")}'
+            if args.mae:
+                raise UserError(f'{flag} is about labels or hides pixels itself: masked autoencoding goes without it')
+            raise UserError(f'{flag} is for masked autoencoding: add --mae')
+    folder = os.path.dirname(getattr(args, 'save_encoder', '')) or '.'
+    if not os.path.isdir(folder):
+        raise UserError(f'--save-encoder {args.save_encoder}: there is no such folder')
