@@ -21,6 +21,7 @@ Build = Callable[..., nn.Module]
 # arguments that make a family's models small, by the module that registers them
 SMALL: dict[str, dict] = {
     'vision_mamba': dict(embed_dim=32, depth=3),
+    'vision_mamba2': dict(embed_dim=32, depth=3, headdim=16, d_state=16),
     'vision_mamba_hybrid': dict(embed_dim=32, depth=3, num_heads=2, attn_blocks=(0,)),
     'toy_family': dict(embed_dim=32, depth=3),
 }

@@ -40,6 +40,35 @@ def prefix_places(class_token: str, num_patches: int) -> List[int]:
     return places
 
 
+def patch_places(layout: Layout, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """Places (M,) of the patches that are there among the tokens, ascending."""
+    places = torch.arange(num_tokens - len(layout.prefix), device=device)
+    for place in layout.prefix:
+        places = places + (places >= place).to(places.dtype)
+    return places
+
+
+def column_places(layout: Layout, device: torch.device) -> torch.Tensor:
+    """Places (1 or B, L) of the tokens in the order of the columns of their image; class tokens keep theirs."""
+    height, width = layout.grid
+    keep = layout.keep
+    if keep is None:
+        order = torch.arange(height * width, device=device).reshape(height, width).t().reshape(1, height * width)
+    else:
+        order = torch.argsort(keep % width * height + keep // width, dim=1)
+    for place in layout.prefix:
+        order = order + (order >= place).to(order.dtype)
+        own = torch.full([order.shape[0], 1], place, dtype=order.dtype, device=device)
+        order = torch.cat([order[:, :place], own, order[:, place:]], dim=1)
+    return order
+
+
+def patch_moves(layout: Layout, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """1 for patches, 0 for class tokens, (L,) float32."""
+    moves = torch.zeros(num_tokens, device=device)
+    return moves.index_fill(0, patch_places(layout, num_tokens, device), 1.0)
+
+
 def to_scan_order(x: torch.Tensor, class_token: str) -> torch.Tensor:
     """Tokens (B, L, C), or anything else of L rows, from [cls, patches] to the order in which they are scanned."""
     if class_token == 'middle':

@@ -35,11 +35,11 @@ class NormLaunch(NamedTuple):
     programs: int
 
 
-CONV_FORWARD = ConvLaunch(16, 64, 4, 0)
+CONV_FORWARD = ConvLaunch(16, 32, 4, 0)
 CONV_BACKWARD = ConvLaunch(16, 32, 4, 0)
-CONV_INPUT = ConvLaunch(16, 64, 4, 0)
-NORM_FORWARD = NormLaunch(4, 4, 0)
-NORM_BACKWARD = NormLaunch(4, 4, 4)
+CONV_INPUT = ConvLaunch(16, 32, 4, 0)
+NORM_FORWARD = NormLaunch(1, 2, 0)
+NORM_BACKWARD = NormLaunch(1, 1, 16)
 
 
 class Conv:

@@ -30,8 +30,8 @@ class Launch(NamedTuple):
         return {'BM': self.block, 'num_warps': self.warps, 'num_stages': self.stages}
 
 
-FORWARD = Launch(64, 4, 2, 1)
-BACKWARD_VALUES = Launch(64, 4, 2, 1)
+FORWARD = Launch(64, 4, 1, 1)
+BACKWARD_VALUES = Launch(64, 4, 1, 1)
 BACKWARD_SCORES = Launch(64, 4, 2, 1)
 
 

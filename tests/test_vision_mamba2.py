@@ -1,0 +1,116 @@
+"""What is Vision Mamba 2's own: sizes, arguments, the layout of its tokens, modules that are called."""
+
+import pytest
+import timm
+import torch
+
+import vim_timm  # noqa: F401  registers the models
+from vim_timm.layers import BiSSD, Layout
+
+
+def parameters(name):
+    return sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+
+
+def build(**kwargs):
+    torch.manual_seed(0)
+    small = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, headdim=16, d_state=16, num_classes=5)
+    return timm.create_model('vim2_tiny_patch16_224', **{**small, **kwargs}).eval()
+
+
+def test_sizes():
+    assert abs(parameters('vim2_tiny_patch16_224') / parameters('vim_tiny_patch16_224') - 1) < 0.1
+    assert 0.4e6 < parameters('vim2_mnist') < 0.6e6
+    larger = timm.create_model('vim2_mnist', embed_dim=256, depth=6)
+    assert len(larger.blocks) == 6 and larger(torch.randn(1, 1, 28, 28)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    'arguments, sentence',
+    [
+        (
+            dict(embed_dim=48, headdim=64),
+            r'headdim 64 does not divide the 96 channels .* use one of \[8, 16, 32, 48, 96\]',
+        ),
+        (dict(orders='col'), "orders must be 'row', 'column', 'both' or 'alternate', not 'col'"),
+        (dict(conv='3d'), "conv must be '2d', '1d' or 'none'"),
+        (dict(stem='conv', patch_size=6, img_size=36), 'patch_size must be 2, 4, 8 or 16, not 6'),
+        (dict(stem='conv', dynamic_img_pad=True), "dynamic_img_pad needs stem 'patch'"),
+        (dict(rope=True, d_state=18), 'rope needs a d_state divisible by 4, not 18: use 20'),
+        (dict(mlp_ratio=-1), 'mlp_ratio must be 0 for none, or more'),
+        (dict(weight_init='early'), "weight_init must be '' or 'skip'"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else '',
+)
+def test_values_that_do_not_fit_are_refused(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build(**arguments)
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        dict(orders='row'),
+        dict(orders='column', conv='1d'),
+        dict(orders='alternate', conv='none', mlp_ratio=0),
+        dict(bc_norm=True, rope=True, class_token='middle', global_pool='token'),
+        dict(class_token='double', stem='conv'),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning')
+def test_every_option_trains_scripts_and_takes_masked_images(arguments):
+    model = build(**arguments)
+    images = torch.randn(2, 3, 16, 16)
+    logits = model(images)
+    torch.testing.assert_close(torch.jit.script(model)(images), logits)
+    keep = torch.tensor([[0, 3, 5, 6, 15], [1, 2, 7, 8, 9]])
+    tokens, _ = model.encode(*model.embed(images), keep=keep)
+    (logits.sum() + tokens.square().sum()).backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing or all(name.startswith(('norm', 'head', 'fc_norm')) for name in missing)
+
+
+def test_columns_of_an_image_are_the_rows_of_its_transpose():
+    torch.manual_seed(0)
+    row, column = (BiSSD(16, d_state=8, headdim=8, orders=o, conv='none') for o in ('row', 'column'))
+    column.load_state_dict(row.state_dict())
+    x = torch.randn(2, 3, 4, 16)
+    turned = column(x.flatten(1, 2), Layout((3, 4), [], None)).unflatten(1, (3, 4))
+    expected = row(x.transpose(1, 2).flatten(1, 2), Layout((4, 3), [], None)).unflatten(1, (4, 3)).transpose(1, 2)
+    torch.testing.assert_close(turned, expected)
+
+
+def test_a_hidden_patch_is_a_hole_in_the_convolution():
+    torch.manual_seed(0)
+    mixer = BiSSD(16, d_state=8, headdim=8)
+    keep = torch.tensor([[0, 1, 4, 8], [2, 3, 5, 7]])
+    x = torch.randn(2, 4, mixer.conv2d.in_channels)
+    image = torch.zeros(2, 9, x.shape[-1]).scatter(1, keep[..., None].expand_as(x), x)
+    whole = mixer._on_grid(image, Layout((3, 3), [], None))
+    some = mixer._on_grid(x, Layout((3, 3), [], keep))
+    torch.testing.assert_close(some, whole.gather(1, keep[..., None].expand_as(x)))
+
+
+@pytest.mark.parametrize('name', ['in_proj', 'conv2d', 'norm', 'out_proj'])
+def test_a_hooked_module_is_called(name):
+    model = build(depth=1)
+    images, called = torch.randn(1, 3, 16, 16), []
+    expected = model(images)
+    module = model.blocks[0].mixer.get_submodule(name)
+    module.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(model(images), expected)
+    module.register_forward_hook(lambda module, given, output: 0 * output)
+    assert called and not torch.allclose(model(images), expected)
+
+
+def test_activations_of_ten_thousand_stay_right():
+    model = build(depth=1)
+    with torch.no_grad():
+        model.blocks[0].mixer.in_proj.weight.mul_(1e4)
+    images = torch.randn(2, 3, 16, 16)
+    expected = build(depth=1).double()
+    expected.load_state_dict(model.state_dict())
+    wanted = expected(images.double())
+    error = (model(images).double() - wanted).norm() / wanted.norm()
+    assert error < 1e-2
