@@ -1,0 +1,35 @@
+"""torch.compile keeps the kernels: a compiled model runs on the operators that the eager one runs on."""
+
+import pytest
+import timm
+import torch
+
+import vim_timm  # noqa: F401  registers the models
+from vim_timm import ops
+
+
+def operators_of(model, images):
+    """Names of this package's operators in the graph that Dynamo makes of a model, and the compiled result."""
+    found = set()
+
+    def look(graph, inputs):
+        calls = [node.target for node in graph.graph.nodes if node.op == 'call_function']
+        found.update(call.name() for call in calls if isinstance(call, torch._ops.OpOverload))
+        found.update(call._qualified_op_name for call in calls if isinstance(call, torch._ops.OpOverloadPacket))
+        return graph.forward
+
+    with torch.no_grad():
+        result = torch.compile(model, backend=look, fullgraph=True)(images)
+    return {name.partition('::')[2] for name in found if name.startswith('vim_timm::')}, result
+
+
+@pytest.mark.skipif(bool(ops.cpu.unavailable()), reason='the native kernel is not built')
+@pytest.mark.parametrize(
+    'arguments, operators', [(dict(), {'cpu_mixer'}), (dict(scan='forward'), {'cpu_conv', 'cpu_scan'})]
+)
+def test_compiled_models_call_the_cpu_kernel(arguments, operators):
+    model = timm.create_model('vim_nano_patch4_32', depth=2, embed_dim=32, img_size=16, **arguments).eval()
+    images = torch.randn(2, 3, 16, 16)
+    found, result = operators_of(model, images)
+    assert found == operators
+    torch.testing.assert_close(result, model(images))
