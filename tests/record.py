@@ -78,7 +78,8 @@ def record_all(device: str, backends: list[str], **environment: str) -> dict:
     everything = {}
     with tempfile.TemporaryDirectory() as folder:
         for backend in backends:
-            own = dict(os.environ, PYTHONPATH=os.pathsep.join([os.getcwd(), os.environ.get('PYTHONPATH', '')]), **environment)
+            places = os.pathsep.join([os.getcwd(), os.environ.get('PYTHONPATH', '')])
+            own = dict(os.environ, PYTHONPATH=places, **environment)
             own['TRITON_INTERPRET'] = str(int(backend == 'triton' and device == 'cpu'))
             part = Path(folder) / f'{backend}.pt'
             subprocess.run([sys.executable, __file__, 'one', device, backend, part], check=True, env=own)
