@@ -13,6 +13,7 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
+from process_state import STATES
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -351,6 +352,35 @@ def _vision_transformer() -> dict[str, torch.Tensor]:
     return timm.create_model('test_vit').state_dict()
 
 
+def a_model_does_not_see_the_state_of_the_process(build: Build) -> None:
+    arguments = dict(drop_path_rate=0.2, dynamic_img_size=True)
+    model = build(**arguments)
+    larger = torch.randn(2, model.in_chans, *(2 * side for side in model.patch_embed.img_size))
+    for images in (images_for(model), larger):
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        logits = model.eval()(images)
+        expected = train_step(model, images)
+        for name, state in STATES.items():
+            with state():
+                found = model.eval()(images)
+                step = train_step(model, images)
+                again = build(**arguments, device='cpu', dtype=torch.float32).state_dict()
+            assert found.dtype == torch.float32 and torch.equal(found, logits), name
+            assert_same_step(step, expected, rtol=0, atol=0)
+            assert all(torch.equal(value, weights[key]) for key, value in again.items()), name
+
+
+def inference_mode_leaves_nothing_behind(build: Build) -> None:
+    """What a first pass computes and keeps must do for training too."""
+    with torch.inference_mode():
+        model = build(dynamic_img_size=True)
+        logits = model(images_for(model))
+    trained = build(dynamic_img_size=True)
+    with torch.inference_mode():
+        assert torch.equal(trained(images_for(trained)), logits)
+    train_step(trained)
+
+
 # takes long: asked of one model of a family
 SLOW = (exports_with_any_batch_size,)
 CHECKS = (
@@ -377,4 +407,6 @@ CHECKS = (
     a_masked_image_is_encoded_where_its_patches_stand,
     copies_and_checkpoints_compute_the_same,
     foreign_weights_are_refused,
+    a_model_does_not_see_the_state_of_the_process,
+    inference_mode_leaves_nothing_behind,
 )

@@ -3,12 +3,12 @@
 A run without TRITON_INTERPRET=1 leaves Triton's kernels out; `test_triton_kernels.py` starts one with it.
 """
 
-import contextlib
 import os
 
 import pytest
 import timm
 import torch
+from process_state import STATES
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import ops
@@ -26,40 +26,6 @@ CELLS = [
 ]
 
 
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextlib.contextmanager
-def filled_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-STATES = {
-    'float64': lambda: default_dtype(torch.float64),
-    'bfloat16': lambda: default_dtype(torch.bfloat16),
-    'meta device': lambda: default_device('meta'),
-    'filled memory': filled_memory,
-}
 every_state = pytest.mark.parametrize('state', STATES)
 
 
@@ -149,4 +115,21 @@ def test_a_model_does_not_see_the_state_of_the_process(backend, state):
         expected = logits_and_gradients()
         with STATES[state]():
             found = logits_and_gradients()
+    assert all(f.dtype == e.dtype and torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@every_state
+@pytest.mark.parametrize('training', [False, True])
+def test_a_masked_autoencoder_does_not_see_the_state_of_the_process(state, training):
+    small = dict(img_size=8, embed_dim=32, depth=1, decoder_depth=1)
+    model = timm.create_model('mae_vim_tiny_patch4_32', **small).train(training)
+    images = torch.randn(2, 3, 8, 8)
+
+    def prediction_and_mask():
+        torch.manual_seed(1)
+        return model(images)
+
+    expected = prediction_and_mask()
+    with STATES[state]():
+        found = prediction_and_mask()
     assert all(f.dtype == e.dtype and torch.equal(f, e) for f, e in zip(found, expected, strict=True))

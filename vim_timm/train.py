@@ -21,7 +21,7 @@ from .engine import build
 from .engine.checkpoint import Saver
 from .engine.folder import in_folder, open_folder, planned_folder
 from .engine.loop import Hooks, Trainer
-from .engine.process import start_process
+from .engine.process import start_process, usual_defaults
 from .errors import UserError, explain, run, sentence
 from .files import write_atomically
 from .report.curves import write_curves
@@ -111,6 +111,7 @@ def make_datasets(args: Settings, hooks: Hooks) -> tuple[Settings, list[Any]]:
     return args, sets
 
 
+@usual_defaults()
 def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     """Run the training that `args` (from `parse_args`) describe, and return its Trainer.
 

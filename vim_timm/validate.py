@@ -23,7 +23,7 @@ from .engine import build
 from .engine.checkpoint import load_weights
 from .engine.evaluate import Metric, Predicted, Watch, evaluate
 from .engine.log import Progress, Speed
-from .engine.process import catch_signals, start_process
+from .engine.process import catch_signals, start_process, usual_defaults
 from .errors import Preempted, UserError, explain, out_of_memory, run, sentence
 from .files import table, write_atomically
 from .models.checkpoint import class_names_in, read_checkpoint
@@ -79,6 +79,7 @@ def parse_args(argv: Sequence[str]) -> Settings:
     return args.replace(val_num_samples=args.num_samples, validation_batch_size=None)
 
 
+@usual_defaults()
 def validate(args: Settings, process: Process, metrics: Mapping[str, Metric] | None = None) -> dict[str, Any]:
     """Evaluate one model, and return timm's result row: top1, top1_err, top5, top5_err, param_count, img_size, ...
 

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UserError, explain
 from ..files import write_atomically
+from .process import usual_defaults
 from .saved import Saved
 
 KEY = 'vim_timm'  # of our entry in a file's metadata
@@ -29,6 +30,7 @@ def _example(saved: Saved, batch: int) -> torch.Tensor:
     return torch.randn(batch, *saved.data_config['input_size'], generator=torch.Generator().manual_seed(batch))
 
 
+@usual_defaults()
 def export_onnx(saved: Saved, path: str, batch: int = 0, opset: int | None = None) -> float:
     """Write an ONNX file with its weights inside, and return the largest relative difference of its logits.
 
@@ -56,6 +58,7 @@ def export_onnx(saved: Saved, path: str, batch: int = 0, opset: int | None = Non
     return difference
 
 
+@usual_defaults()
 def export_torch(saved: Saved, path: str, batch: int = 0) -> float:
     """Write a torch.export program (`torch.export.load`), and return the largest relative difference of its logits."""
     with explain(f'export to {path}'):

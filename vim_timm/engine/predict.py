@@ -16,6 +16,7 @@ from timm.data import create_transform
 from ..data.folder import natural_key
 from ..data.images import MODES, image_endings, read_image
 from ..errors import UserError, sentence
+from .process import usual_defaults
 from .saved import Saved
 
 
@@ -94,7 +95,8 @@ class Predictor:
         self.features, self.pictures, self.explain = features, pictures, explain
         self.model = saved.model if run else saved.model.to(self.device)
         self.run = run or self.model
-        self.transform: Any = create_transform(**saved.data_config, is_training=False)
+        with usual_defaults():
+            self.transform: Any = create_transform(**saved.data_config, is_training=False)
         channels = saved.data_config['input_size'][0]
         if channels not in MODES:
             raise UserError(f'the model takes images of {channels} channels, which image files do not have')
@@ -105,7 +107,9 @@ class Predictor:
         files = iter(image_files([inputs] if isinstance(inputs, str) else inputs))
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
             while batch := list(itertools.islice(files, self.batch_size)):
-                yield from self._predict(batch, list(threads.map(self._read, batch)))
+                with usual_defaults():
+                    found = list(self._predict(batch, list(threads.map(self._read, batch))))
+                yield from found
 
     def _read(self, file: str) -> tuple[torch.Tensor | None, Image.Image | None, str]:
         try:

@@ -16,6 +16,19 @@ from ..errors import UserError, explain
 from ..settings import Process, Settings
 
 
+@contextlib.contextmanager
+def usual_defaults() -> Iterator[None]:
+    """Give torch its own default dtype and device in this block, whatever the caller's are: images, weights, random
+    numbers and sums of timm and torchvision follow them."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with contextlib.nullcontext() if device.type == 'cpu' else torch.device('cpu'):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def start_process(settings: Settings) -> Process:
     """Choose the device, join the process group, and set what torch has for all of the process.
 

@@ -14,6 +14,7 @@ from ..errors import UserError, explain
 from ..models.checkpoint import class_names_in, read_checkpoint, select_weights
 from .build import explain_download
 from .checkpoint import load_weights
+from .process import usual_defaults
 
 # settings of a run that say what images its model takes
 _IMAGES = ('img_size', 'in_chans', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation')
@@ -43,6 +44,7 @@ class Saved:
         return self.model.pretrained_cfg['architecture']
 
 
+@usual_defaults()
 def open_published(name: str, **kwargs: Any) -> Saved:
     """The model `name` (a registered one, `hf-hub:...`, `local-dir:...`) with its weights; `kwargs` of its constructor.
 
@@ -54,6 +56,7 @@ def open_published(name: str, **kwargs: Any) -> Saved:
         return Saved(model, resolve_input_data_config(model, {}), _label_names(model))
 
 
+@usual_defaults()
 def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
     """The model in a file or folder, built as it was trained.
 

@@ -37,8 +37,8 @@ def rope_tables(
     height, width = grid_size
     half = dim // 2
     frequencies = 1.0 / 10000 ** (torch.arange(0, half, 2, device=device).float() / half)
-    rows = torch.arange(height, device=device) / height * pretrained_grid
-    columns = torch.arange(width, device=device) / width * pretrained_grid
+    rows = torch.arange(height, device=device).float() / height * pretrained_grid
+    columns = torch.arange(width, device=device).float() / width * pretrained_grid
     row_angles = torch.outer(rows, frequencies).repeat_interleave(2, dim=1)
     column_angles = torch.outer(columns, frequencies).repeat_interleave(2, dim=1)
     patches = torch.cat(

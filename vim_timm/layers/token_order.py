@@ -102,7 +102,7 @@ def random_order(
     if move_class:
         usual = prefix_places(class_token, num_tokens - 1)[0]
         patches = torch.cat([order[:usual], order[usual + 1 :]])
-        place = int(torch.randint(num_tokens, [1]))
+        place = int(torch.randint(num_tokens, [1], device='cpu'))
         order = torch.cat([patches[:place], order[usual : usual + 1], patches[place:]])
     if shuffle:
         order = order[torch.randperm(num_tokens, device=device)]

@@ -187,8 +187,8 @@ class MaskedAutoencoder(nn.Module):
         """Noise (B, count) for a call that brings none."""
         if self.training:
             return torch.rand(x.shape[0], count, device=x.device, dtype=torch.float32)
-        generator = torch.Generator().manual_seed(EVAL_SEED)
-        return torch.rand(x.shape[0], count, generator=generator, dtype=torch.float32).to(x.device)
+        generator = torch.Generator('cpu').manual_seed(EVAL_SEED)
+        return torch.rand(x.shape[0], count, generator=generator, dtype=torch.float32, device='cpu').to(x.device)
 
     def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, Grid]:
         """Images -> tokens with positions, of timm's models with prefix tokens, and the grid of patches."""
