@@ -14,8 +14,12 @@ ROOT = Path(__file__).parent
 VERSION = (ROOT / 'vim_timm' / 'version.py').read_text().split("'")[1]
 README = ROOT / 'README.md'
 
+CORE = [
+    'torch>=2.6', 'torchvision', 'timm>=1.0.31', 'einops', 'safetensors', 'huggingface_hub', 'numpy', 'pyyaml',
+    'pillow', 'tqdm',
+]  # fmt: skip
 TEST = ['pytest', 'pytest-timeout', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy']
-TRAIN = ['scikit-learn', 'torchmetrics', 'matplotlib', 'tensorboard', 'tqdm']
+TRAIN = ['scikit-learn', 'torchmetrics', 'matplotlib', 'tensorboard']
 HEIC = ['pillow-heif']
 TIFF = ['tifffile']
 EXPORT = ['onnx', 'onnxruntime', 'onnxscript']
@@ -109,7 +113,7 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     python_requires='>=3.10',
-    install_requires=['torch>=2.6', 'timm>=1.0.31', 'einops', 'safetensors', 'huggingface_hub'],
+    install_requires=CORE,
     extras_require={
         'train': TRAIN,
         'heic': HEIC,

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,25 @@ def test_text_does_not_depend_on_the_locale(path):
 def test_the_check_of_encodings_can_fail():
     source = "open(x)\nopen(x, 'rb')\np.read_text()\nsubprocess.run(x, text=True)\nopen(x, mode='w', encoding='utf-8')"
     assert list(text_without_encoding(source)) == [1, 3, 4]
+
+
+def third_parties(path):
+    """Packages of others that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
+        yield from (name.partition('.')[0] for name in names)
+
+
+PROJECTS = {'PIL': 'pillow', 'yaml': 'pyyaml', 'sklearn': 'scikit_learn'}  # whose modules have other names
+WITH_TORCH = {'triton', 'cuda'}  # come with its builds for GPUs
+ONLY_IF_THERE = {'tifffile', 'flash_attn'}  # whose lack a sentence names
+
+
+@pytest.mark.skipif(not (ROOT / 'setup.py').exists(), reason='no checkout')
+def test_what_is_imported_is_declared():
+    imported = {name for path in SOURCES for name in third_parties(path)} - set(sys.stdlib_module_names) - {'vim_timm'}
+    words = re.findall(r"'([\w-]+)(?:[<>=]+[\w.]+)?'", (ROOT / 'setup.py').read_text(encoding='utf-8'))
+    declared = {word.replace('-', '_') for word in words}
+    assert 'torch' in imported and 'timm' in declared
+    assert {PROJECTS.get(name, name) for name in imported} <= declared | WITH_TORCH | ONLY_IF_THERE
