@@ -85,7 +85,7 @@ def test_blocks_with_attention(attn_blocks, expected):
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 5)
 
 
-@pytest.mark.parametrize('ssm', ['mamba'])
+@pytest.mark.parametrize('ssm', ['ssd', 'mamba'])
 def test_every_parameter_of_both_branches_learns(ssm):
     model = small(ssm=ssm)
     model(torch.randn(2, 3, 16, 16)).square().sum().backward()
@@ -95,7 +95,7 @@ def test_every_parameter_of_both_branches_learns(ssm):
 @pytest.mark.parametrize(
     'arguments, sentence',
     [
-        (dict(ssm='s4'), 'ssm must be one of mamba'),
+        (dict(ssm='s4'), 'ssm must be one of ssd, mamba'),
         (dict(mix='vector'), "mix must be 'scalar' or 'channel'"),
         (dict(attn_blocks='some'), "attn_blocks must be 'all', 'every_fourth' or numbers from 0 to 3"),
         (dict(attn_blocks=[4]), 'numbers from 0 to 3'),

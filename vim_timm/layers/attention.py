@@ -146,7 +146,8 @@ class Attention(timm.layers.Attention):
     timm's `set_fused_attn(False)` has it computed step by step, as in timm's own.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # neither masks nor causal
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        # neither masks nor causal; a second comment beside the first would end TorchScript
         batch, length, _ = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)

@@ -64,10 +64,11 @@ class Hybrid(nn.Module):
         own: Any = getattr(self.ssm, 'no_weight_decay', set)
         return {'mix'} | {f'ssm.{name}' for name in own()}
 
-    def as_operand(self, x: torch.Tensor) -> torch.Tensor:
-        """The normed tokens in the dtype of the state space branch's first product."""
-        cast = getattr(self.ssm, 'as_operand', None)
-        return x if cast is None else cast(x)
+    @torch.jit.ignore
+    def casts_operand(self) -> bool:
+        """Whether the state space branch wants tokens as autocast would cast them; attention's product casts too."""
+        casts: Any = getattr(self.ssm, 'casts_operand', None)
+        return casts is not None and casts()
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         if self.ssm_wants_layout:

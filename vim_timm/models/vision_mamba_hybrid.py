@@ -1,7 +1,8 @@
 """Hybrid Vision Mamba: a state space branch and an attention branch on the same tokens, then an MLP.
 
 Every block, or every fourth (`attn_blocks`), mixes the two branches by a learned weight. The state space branch is
-Vision Mamba's (arXiv 2401.09417); attention is timm's, on the kernel that `layers.attention` chooses.
+Vision Mamba 2's (`layers.bissd`) or Vision Mamba's (arXiv 2401.09417); attention is timm's, on the kernel that
+`layers.attention` chooses.
 """
 
 from functools import partial
@@ -11,7 +12,7 @@ import torch.nn as nn
 from timm.layers import Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 
-from vim_timm.layers import BiMamba, Block, PatchEmbed, get_norm_layer
+from vim_timm.layers import BiMamba, BiSSD, Block, PatchEmbed, get_norm_layer
 from vim_timm.layers.attention import Attention
 from vim_timm.layers.hybrid import Hybrid
 from vim_timm.layers.patch_embed import Size
@@ -23,7 +24,7 @@ from vim_timm.models.trunk import Trunk
 __all__ = ['VisionMambaHybrid']
 
 # State space branches by name.
-_BRANCHES = {'mamba': BiMamba}
+_BRANCHES: Dict[str, Any] = {'ssd': BiSSD, 'mamba': BiMamba}
 
 AttnBlocks = Union[Literal['all', 'every_fourth'], Sequence[int]]
 
@@ -56,7 +57,7 @@ class VisionMambaHybrid(Trunk):
         num_heads: int = 6,
         class_token: ClassToken = 'none',
         pos_embed: bool = True,
-        ssm: Literal['mamba'] = 'mamba',
+        ssm: Literal['ssd', 'mamba'] = 'ssd',
         attn_blocks: AttnBlocks = 'all',
         mix: Literal['scalar', 'channel'] = 'scalar',
         expand: int = 2,
@@ -91,7 +92,7 @@ class VisionMambaHybrid(Trunk):
             num_heads: Heads of the attention branch.
             class_token: Where a class token stands in the scan, as in Vim, or 'none'.
             pos_embed: Add a learned position embedding.
-            ssm: The state space branch: 'mamba' is Vim's mixer.
+            ssm: The state space branch: 'ssd' is Vision Mamba 2's mixer, 'mamba' Vim's.
             attn_blocks: Blocks with an attention branch: 'all', 'every_fourth' (3, 7, 11, ...), or their numbers.
             mix: One learned weight of the branches for a block ('scalar') or for every channel ('channel').
             expand: Channels of the state space branch as a multiple of embed_dim.
