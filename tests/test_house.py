@@ -131,7 +131,7 @@ def third_parties(path):
 
 PROJECTS = {'PIL': 'pillow', 'yaml': 'pyyaml', 'sklearn': 'scikit_learn'}  # whose modules have other names
 WITH_TORCH = {'triton', 'cuda'}  # come with its builds for GPUs
-ONLY_IF_THERE = {'tifffile', 'flash_attn'}  # whose lack a sentence names
+ONLY_IF_THERE = {'flash_attn'}  # whose lack a sentence names
 
 
 @pytest.mark.skipif(not (ROOT / 'setup.py').exists(), reason='no checkout')

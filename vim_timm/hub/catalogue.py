@@ -114,7 +114,9 @@ def weights(name: str) -> list[tuple[str, str, str]]:
 def _packaged_accuracy(tagged: str) -> float | None:
     """The accuracy in the card of a weight that comes with the package."""
     path = Path(PACKAGED / tagged / 'README.md')
-    found = re.search(r'type: accuracy\n\s+value: ([\d.]+)', path.read_text()) if path.is_file() else None
+    found = (
+        re.search(r'type: accuracy\n\s+value: ([\d.]+)', path.read_text(encoding='utf-8')) if path.is_file() else None
+    )
     return float(found[1]) if found else None
 
 
