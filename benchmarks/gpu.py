@@ -150,8 +150,8 @@ def measure_mamba_ssm(scan: Scan, grad: torch.Tensor) -> dict[str, float]:
 
 def build(name: str, size: int, way: str, train: bool) -> Callable[[], None]:
     """One inference, or one training step with AdamW, on fixed random images."""
-    # DeiT and MambaOut have no argument in common for other sizes
-    arguments = {} if name.startswith('mambaout') else {'img_size': size}
+    # DeiT has no argument for other sizes in common with these
+    arguments = {} if name.startswith(('mambaout', 'efficientvim')) else {'img_size': size}
     model = timm.create_model(name, **arguments).cuda().train(train)
     images = torch.randn(BATCHES[size], 3, size, size, device='cuda')
     labels = torch.randint(1000, (len(images),), device='cuda')
@@ -204,8 +204,8 @@ def measure_models(options: argparse.Namespace, train: bool) -> list[dict]:
     sizes = [size for size in options.sizes if size == 224] if train else options.sizes
     rows = []
     for size, model in itertools.product(sizes, options.models):
-        names = [f'vim_{model}_patch16_224', f'deit_{model}_patch16_224']
-        names += ['mambaout_femto'] if model == 'tiny' and size == 224 else []
+        names = [f'{family}_{model}_patch16_224' for family in ('vim', 'vim2', 'deit')]
+        names += ['mambaout_femto', 'efficientvim_m1'] if model == 'tiny' and size == 224 else []
         for name, way in itertools.product(names, options.ways):
             rows.append(measure_model(name, size, way, train))
         if not mamba_ssm_adapter.unavailable() and 'eager' in options.ways:
@@ -214,23 +214,25 @@ def measure_models(options: argparse.Namespace, train: bool) -> list[dict]:
 
 
 def ratios(rows: list[dict]) -> list[dict]:
-    """Vim over DeiT for each size, mode and model: the speed of the fastest way of each; speed and peak memory in
-    eager mode (what a CUDA graph holds is not counted)."""
+    """Vim and Vision Mamba 2 over DeiT for each size, mode and model: the speed of the fastest way of each; speed and
+    peak memory in eager mode (what a CUDA graph holds is not counted)."""
     found = []
     for size, train, model in sorted({(r['size'], r['train'], r['model'].split('_')[1]) for r in rows}):
         group = [r for r in rows if (r['size'], r['train']) == (size, train) and r['backend'] == 'auto']
-        vim, deit = ([r for r in group if r['model'].startswith(f'{k}_{model}')] for k in ('vim', 'deit'))
-        if not vim or not deit:
-            continue
-        eager = [[r for r in rs if r['way'] == 'eager'] for rs in (vim, deit)]
-        best = [max(rs, key=lambda r: r['images_per_second']) for rs in (vim, deit)]
-        row = {'model': model, 'size': size, 'train': train, 'ways': [r['way'] for r in best]}
-        row['fastest'] = best[0]['images_per_second'] / best[1]['images_per_second']
-        if all(eager):
-            row['eager'] = eager[0][0]['images_per_second'] / eager[1][0]['images_per_second']
-            row['memory'] = eager[0][0]['peak_gib'] / eager[1][0]['peak_gib']
-        print(row, flush=True)
-        found.append(row)
+        deit = [r for r in group if r['model'].startswith(f'deit_{model}')]
+        for family in ('vim', 'vim2'):
+            ours = [r for r in group if r['model'].startswith(f'{family}_{model}')]
+            if not ours or not deit:
+                continue
+            eager = [[r for r in rs if r['way'] == 'eager'] for rs in (ours, deit)]
+            best = [max(rs, key=lambda r: r['images_per_second']) for rs in (ours, deit)]
+            row = {'model': f'{family}_{model}', 'size': size, 'train': train, 'ways': [r['way'] for r in best]}
+            row['fastest'] = best[0]['images_per_second'] / best[1]['images_per_second']
+            if all(eager):
+                row['eager'] = eager[0][0]['images_per_second'] / eager[1][0]['images_per_second']
+                row['memory'] = eager[0][0]['peak_gib'] / eager[1][0]['peak_gib']
+            print(row, flush=True)
+            found.append(row)
     return found
 
 
@@ -242,7 +244,9 @@ def plot(rows: list[dict], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    shown = [r for r in rows if not r['train'] and r['backend'] == 'auto' and r['model'][:4] in ('vim_', 'deit')]
+    shown = [
+        r for r in rows if not r['train'] and r['backend'] == 'auto' and r['model'][:4] in ('vim_', 'vim2', 'deit')
+    ]
     for name in sorted({r['model'] for r in shown}):
         best: dict[int, float] = {}
         for r in shown:
