@@ -22,6 +22,7 @@ TINY = {  # small versions of every kind of encoder
     'vim_nano_patch4_32': dict(depth=2, embed_dim=32),
     'mae_vim_small_patch16_224': dict(img_size=64, depth=2, embed_dim=32, decoder='vim', **DECODER),
     'vim_tiny_patch16_rope_ape_gap_224': dict(img_size=64, depth=2, embed_dim=32),
+    'vim_hybrid_tiny_patch4_32': dict(depth=2, embed_dim=32, num_heads=2),
     'test_vit': dict(img_size=64),
     'test_vit2': dict(img_size=64),
     'test_vit3': dict(img_size=64),

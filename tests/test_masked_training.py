@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from test_resume import load, torchrun
 
-from vim_timm import train, validate
+from vim_timm import predict, train, validate
 from vim_timm.data import Batch
 from vim_timm.errors import UserError
+from vim_timm.hub import publish
 from vim_timm.models.masked_autoencoder import MaskedAutoencoder
 from vim_timm.report.reconstruction import measure, measure_bands, reconstruct
 from vim_timm.settings import Process
@@ -277,6 +278,21 @@ def test_mistakes_end_in_a_sentence(flags, words, tmp_path, capsys):
 def test_flags_of_masked_autoencoding_need_it(capsys):
     assert train.main([*BASE, '--mask-ratio', '0.5']) == 2
     assert 'add --mae' in capsys.readouterr().err
+
+
+def test_an_encoder_predicts_no_classes_and_has_no_accuracy(run, tmp_path, capsys):
+    checkpoint = str(run / 'last.pth.tar')
+    assert predict.main(['nothing.png', '--checkpoint', checkpoint]) == 2
+    (tmp_path / 'nothing.png').touch()
+    assert predict.main([str(tmp_path / 'nothing.png'), '--checkpoint', checkpoint]) == 2
+    folder = tmp_path / 'hub'
+    words = [checkpoint, '--output', str(folder), '--dry-run', '--repo-id', 'me/encoder']
+    assert publish.main(words) == 0
+    flags = ['--pretrained', '--dataset', 'digits', '--device', 'cpu', '--workers', '0']
+    assert validate.main(['--model', f'local-dir:{folder}', *flags]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if 'error:' in line]
+    assert 'knows no classes' in errors[1] and 'has no accuracy' in errors[2]
+    assert timm.create_model(f'local-dir:{folder}', pretrained=True).num_classes == 0
 
 
 def test_an_encoder_alone_is_refused(run, capsys):

@@ -49,6 +49,11 @@ def predictor(
     if not (model or checkpoint):
         raise UserError('name the weights: --model NAME, --checkpoint FILE or --onnx FILE')
     saved = open_saved(checkpoint, model, use_ema) if checkpoint else open_published(model)
+    if not saved.model.num_classes:
+        raise UserError(
+            f'{checkpoint or model} is an encoder without a classifier, which knows no classes: fine-tune it first '
+            '(train.py --pretrained --pretrained-path FILE)'
+        )
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     with explain(f'--device {device}'):
         return Predictor(saved, device=device, **options)

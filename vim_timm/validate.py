@@ -179,6 +179,11 @@ def _ready_model(
     model: Any = build.make_model(args)
     if args.checkpoint:
         load_weights(model, args.checkpoint, args.use_ema)
+    elif not args.mae and model.pretrained_cfg.get('num_classes') == 0:
+        raise UserError(
+            f'the weights of {args.model} are an encoder without a classifier, which has no accuracy: fine-tune it '
+            'first (train.py --pretrained)'
+        )
     if args.reparam:
         model = reparameterize_model(model)
     with explain('images'):

@@ -73,6 +73,8 @@ def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
     content = read_checkpoint(path)
     settings = _settings(content)
     name = name or settings.get('model') or _architecture(path)
+    if settings.get('mae'):  # what it holds as its model is the encoder, without a classifier
+        name = name.removeprefix('mae_')
     name = get_deprecated_models().get(name) or name
     if not name:
         raise UserError(f'{path} does not say which model it holds: name it with --model')
@@ -81,7 +83,7 @@ def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
     head = select_weights(content, use_ema).get('head.weight')
     classes = settings.get('num_classes') or (None if head is None else len(head))
     with explain(f'model {name}'):
-        kwargs: dict[str, Any] = dict(num_classes=classes, global_pool=settings.get('gp'))
+        kwargs: dict[str, Any] = dict(num_classes=0 if settings.get('mae') else classes, global_pool=settings.get('gp'))
         arguments = resolve_model_input_args(name, settings, **kwargs, **settings.get('model_kwargs', {}))
         model = create_model(**arguments)
     load_weights(model, path, use_ema)

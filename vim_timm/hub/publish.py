@@ -99,7 +99,7 @@ def write(args: argparse.Namespace, folder: Path, source: str) -> None:
     write_folder(folder, saved, args.half)
     if args.results:
         told.result = read_result(args.results)
-    elif not args.no_evaluate:
+    elif not args.no_evaluate and saved.model.num_classes:  # an encoder alone has no accuracy
         told.result = evaluate(folder, flags)
     private = [value for value in saved.settings.values() if isinstance(value, str) and os.path.isabs(value)]
     finish_folder(folder, card(told), private)

@@ -136,10 +136,11 @@ class MaskedAutoencoder(nn.Module):
             )
         embed: Any = encoder.patch_embed
         self.patch_size: Tuple[int, int] = to_2tuple(embed.patch_size)
-        if to_2tuple(embed.proj.stride) != self.patch_size:
+        seen, step = to_2tuple(embed.proj.kernel_size), to_2tuple(embed.proj.stride)
+        if not seen == step == self.patch_size:
             raise ValueError(
-                'a masked autoencoder needs patches side by side, and this encoder steps by '
-                f'{to_2tuple(embed.proj.stride)} over patches of {self.patch_size}'
+                'a masked autoencoder needs patches side by side that see nothing of each other, and this encoder '
+                f'looks at {seen} in steps of {step} for patches of {self.patch_size}'
             )
         self.in_chans: int = getattr(encoder, 'in_chans', embed.proj.in_channels)
         # what timm's factory gives to the models that it makes

@@ -27,7 +27,8 @@ WINDOW = 11  # sides of SSIM's Gaussian window of deviation 1.5
 COLUMNS = {
     'mask_ratio': 'hidden', 'mse': 'MSE', 'mae': 'MAE', 'mean_psnr': 'mean of PSNR (dB)',
     'psnr_of_mean_mse': 'PSNR of mean MSE (dB)', 'ssim_composite': 'SSIM, composite', 'ssim_output': 'SSIM, output',
-    'mse_of_visible_mean': 'MSE of the visible mean', 'mse_of_neighbour': 'MSE of the next channel', 'loss': 'loss',
+    'mse_of_visible_mean': 'MSE of the visible mean', 'mae_of_visible_mean': 'MAE of the visible mean',
+    'mse_of_neighbour': 'MSE of the next channel', 'mae_of_neighbour': 'MAE of the next channel', 'loss': 'loss',
 }  # fmt: skip
 BANDS = {'missing': 'missing channels', 'mse_present': 'MSE, others', 'mse_missing': 'MSE, missing ones'}
 EXPLANATIONS = """MSE, MAE and PSNR are over hidden pixels alone and divided by their number, for pixels in 0 to 1 and
@@ -232,11 +233,12 @@ def _scores(result: Reconstruction, by_channel: bool) -> dict[str, torch.Tensor]
             scores[name] = torch.as_tensor(ssim(images, result.images, data_range=1.0, reduction='none')).reshape(-1)
     visible = 1 - result.mask
     mean = (result.images * visible).sum(dim=(2, 3)) / visible.sum(dim=(2, 3)).clamp(min=1)
-    filled = result._replace(output=mean[:, :, None, None].expand_as(result.images))
-    scores['mse_of_visible_mean'] = filled.errors()[:, 0]
+    baselines = {'visible_mean': mean[:, :, None, None].expand_as(result.images)}
     if by_channel and result.images.shape[1] > 1:
-        neighbour = torch.cat([result.images[:, 1:], result.images[:, -2:-1]], dim=1)
-        scores['mse_of_neighbour'] = result._replace(output=neighbour).errors()[:, 0]
+        baselines['neighbour'] = torch.cat([result.images[:, 1:], result.images[:, -2:-1]], dim=1)
+    for name, output in baselines.items():
+        errors = result._replace(output=output).errors()
+        scores[f'mse_of_{name}'], scores[f'mae_of_{name}'] = errors.unbind(dim=1)
     return scores
 
 
