@@ -81,14 +81,6 @@ def assert_close_to_reference(operator, operands, flags, tolerance):
     assert max(errors) < tolerance, [f'{error:.1e}' for error in errors]
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Whatever a kernel leaves unwritten is NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, 'empty', lambda *a, **k: empty(*a, **k).fill_(float('nan')))
-    monkeypatch.setattr(torch, 'empty_like', lambda *a, **k: empty_like(*a, **k).fill_(float('nan')))
-
-
 @pytest.mark.skipif(GPU or INTERPRETER, reason='this run has the kernels itself')
 def test_all_of_this_in_the_interpreter():
     pytest.importorskip('triton')
