@@ -303,11 +303,17 @@ def test_damaged_files_are_told_once(tmp_path):
     pytest.importorskip('tifffile')
     (tmp_path / 'x.tif').write_bytes(cut(tiff(VALUES.transpose(1, 2, 0), planarconfig='contig'), 0.1).getvalue())
     program = f"""
+import sys
 from vim_timm.data.arrays import read_array
-try:
-    read_array(open({str(tmp_path / 'x.tif')!r}, 'rb'), 'x.tif', 13)
-except ValueError as error:
-    print(error)
+from vim_timm.errors import UserError, run
+
+def main(words):
+    try:
+        read_array(open({str(tmp_path / 'x.tif')!r}, 'rb'), 'x.tif', 13)
+    except ValueError as error:
+        raise UserError(str(error))
+
+sys.exit(run(main, 'x') != 2)
 """
     result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
-    assert not result.stderr and result.stdout.strip()
+    assert len(result.stderr.splitlines()) == 1

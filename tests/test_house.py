@@ -25,6 +25,8 @@ def floor_of(parts):
     """The number of a module's floor: -1 for the ground, len(FLOORS) for command lines."""
     if len(parts) > 1 and parts[1] in GROUND:
         return -1
+    if parts[-1] == '__main__':
+        return len(FLOORS)
     return FLOORS.index(parts[1]) if len(parts) > 1 and parts[1] in FLOORS else len(FLOORS)
 
 

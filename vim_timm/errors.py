@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 from .console import lasting_streams
@@ -94,7 +95,7 @@ def run(main: Callable[[Sequence[str]], object], program: str, argv: Sequence[st
 
     The traceback of anything else is shown: it is a bug. Rank 0 speaks for all when every rank fails alike.
     """
-    with lasting_streams(), _quiet_loaders():
+    with lasting_streams(), _quiet():
         return _run(main, program, argv)
 
 
@@ -119,9 +120,14 @@ def _run(main: Callable[[Sequence[str]], object], program: str, argv: Sequence[s
     return status
 
 
+def quiet_pillow() -> None:
+    """Keep from the console what Pillow remarks on metadata of images; it warns of nothing that is read wrongly."""
+    warnings.filterwarnings('ignore', module=r'PIL\.')
+
+
 @contextlib.contextmanager
-def _quiet_loaders() -> Iterator[None]:
-    """Keep torch's loaders from showing tracebacks of their own when dropped with dead or half-made workers."""
+def _quiet() -> Iterator[None]:
+    """Keep others' remarks from the console: Pillow's, and tracebacks of torch's loaders that lost their workers."""
 
     def show(unraisable: 'sys.UnraisableHookArgs') -> None:
         where = getattr(unraisable.object, '__qualname__', '')
@@ -130,7 +136,9 @@ def _quiet_loaders() -> Iterator[None]:
 
     before, sys.unraisablehook = sys.unraisablehook, show
     try:
-        yield
+        with warnings.catch_warnings():
+            quiet_pillow()
+            yield
     finally:
         sys.unraisablehook = before
 

@@ -27,6 +27,7 @@ from .files import write_atomically
 from .report.curves import write_curves
 from .report.reconstruction import Gallery
 from .settings import Settings
+from .settings.fit import with_model, with_warmup
 from .settings.flags import PRECISION, TRAIN, VALIDATE
 from .settings.masked import AUGMENTATION, check_masked, is_autoencoder
 from .settings.parse import parse
@@ -45,7 +46,7 @@ def parse_args(argv: Sequence[str]) -> Settings:
     if args.mae or is_autoencoder(args.model):
         args = parse(PROGRAM, TRAIN, argv, DESCRIPTION, ('--mae', AUGMENTATION), fallback).replace(mae=True)
     check(args)
-    return args
+    return with_model(args)
 
 
 def check(args: Settings) -> None:
@@ -98,7 +99,12 @@ def make_datasets(args: Settings, hooks: Hooks) -> tuple[Settings, list[Any]]:
     Classes have the numbers of the training split.
     """
     channels, sets = input_channels(args), []
-    for split, training in ((args.train_split, True), (args.val_split, False)):
+    share = 0.0 if hooks.dataset else data.held_out_share(args)
+    if share:
+        whole = data.make_dataset(args, args.train_split, True, channels)
+        sets = list(data.hold_out(whole, share, args.seed))
+        args = args.replace(val_fraction=share)
+    for split, training in () if share else ((args.train_split, True), (args.val_split, False)):
         dataset = hooks.dataset(split, training, args) if hooks.dataset else None
         sets.append(dataset if dataset is not None else data.make_dataset(args, split, training, channels))
     known = data.class_names(sets[0])
@@ -125,6 +131,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
             importlib.import_module(module)
     process = start_process(args)
     random_seed(args.seed)
+    args, remark = with_warmup(args)
     args, datasets = make_datasets(args, hooks)
     args = args.replace(model=build.current_name(args.model, process))
     model = build.make_training_model(args, process)
@@ -168,7 +175,11 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
             trainer.progress.say(f'{folder} holds a run already: this one is {os.path.basename(trainer.folder)}')
         for split, dataset in zip((args.train_split, args.val_split), datasets):
             trainer.progress.say(data.describe(dataset, split, args))
+        if args.train_split == args.val_split and not (hooks.dataset or args.val_fraction):
+            trainer.progress.say('both splits are the same: the evaluation is on images that were trained on')
         announce(args, trainer, model, data_config)
+        if remark:
+            trainer.progress.say(remark)
         if trainer.primary:
             text = yaml.safe_dump({name: value for name, value in vars(args).items() if name not in UNWRITTEN})
             write_atomically(os.path.join(trainer.folder, 'args.yaml'), text)
@@ -196,6 +207,9 @@ def announce(args: Settings, trainer: Trainer, model: Any, data_config: dict[str
     aim = f'{100 * model.mask_ratio:g} % of the patches hidden' if args.mae else f'{args.num_classes} classes'
     batch = args.batch_size * process.world_size * args.grad_accum_steps
     rate = build.learning_rate(args, process.world_size)
+    if 'model' not in args.chosen:
+        hint = '' if args.pretrained else " from random weights; with few images --pretrained starts from ImageNet's"
+        trainer.progress.say(f'no --model was named: {args.model}{hint}')
     trainer.progress.say(
         f'{args.model}: {parameters / 1e6:.2f} M parameters, input {size}, {aim}, '
         f'on {process.world_size} x {process.device}, {process.precision}'
@@ -209,9 +223,11 @@ def announce(args: Settings, trainer: Trainer, model: Any, data_config: dict[str
 
 def evaluation_command(args: Settings, checkpoint: str, ema: bool) -> list[str]:
     """The command line that evaluates a checkpoint of this run on its data, and in its precision."""
-    values = {**vars(args), 'split': args.val_split, 'num_samples': args.val_num_samples}
+    split = args.train_split if args.val_fraction else args.val_split
+    values = {**vars(args), 'split': split, 'num_samples': args.val_num_samples}
     words = ['python', 'validate.py', *(['--mae'] if args.mae else []), '--checkpoint', checkpoint]
     words += ['--use-ema'] if ema else []
+    words += ['--seed', str(args.seed)] if args.val_fraction else []  # by which images were held out
     for names, kind, default, *_ in (*VALIDATE['data'], *PRECISION):
         flag = names.split()[0]
         value = values.get(flag[2:].replace('-', '_'), default)

@@ -51,7 +51,18 @@ _SAME = (
     'amp amp_dtype model_dtype mae mask_ratio norm_pix_loss mae_loss decoder decoder_dim decoder_depth decoder_heads '
     'decoder_pos_embed channel_drop'
 )
-_DATA = {'data_dir', 'dataset', 'class_map', 'input_img_mode', 'input_key', 'target_key', 'split', 'num_samples'}
+_DATA = {
+    'data_dir',
+    'dataset',
+    'class_map',
+    'input_img_mode',
+    'input_key',
+    'target_key',
+    'split',
+    'num_samples',
+    'val_fraction',
+    'seed',
+}
 _INHERITED = {**{name: name for name in _SAME.split()}, 'val_split': 'split', 'val_num_samples': 'num_samples'}
 
 
@@ -67,6 +78,8 @@ def parse_args(argv: Sequence[str]) -> Settings:
         saved = read_checkpoint(first.checkpoint).get('args')
         if isinstance(saved, dict):
             layer = {ours: saved[theirs] for theirs, ours in _INHERITED.items() if saved.get(theirs) is not None}
+            if saved.get('val_fraction'):  # images of the training split were held out
+                layer.update({name: saved[name] for name in ('val_fraction', 'seed')}, split=saved['train_split'])
         if first.chosen & {'data_dir', 'dataset'}:  # other data than it was trained on
             layer = {name: value for name, value in layer.items() if name not in _DATA}
     args = parse(PROGRAM, VALIDATE, argv, DESCRIPTION, layer=(f'checkpoint {first.checkpoint}', layer))
@@ -92,6 +105,8 @@ def validate(args: Settings, process: Process, metrics: Mapping[str, Metric] | N
         require()
         open_folder(args.report)
     dataset = data.make_dataset(args, args.split, False, input_channels(args))
+    if args.val_fraction:
+        dataset = data.hold_out(dataset, args.val_fraction, args.seed)[1]
     labels = _valid_labels(args)
     args = args.replace(model=build.current_name(args.model, process))
     args, dataset, names = _name_classes(args, dataset, labels)

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError, sentence
 from .folder import Images
-from .images import quiet
 
 ENDINGS = ('.npy', '.npz', '.tif', '.tiff')
 _NUMPY, _TIFF = b'\x93NUMPY', (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # how such files begin
@@ -181,7 +180,7 @@ def _with_pillow(content: bytes) -> np.ndarray:
     if b'+' in content[:4]:  # a BigTIFF, which Pillow reads in part
         raise _NotAsStored
     bands: list[np.ndarray] = []
-    with quiet(), Image.open(io.BytesIO(content), formats=['TIFF']) as image:
+    with Image.open(io.BytesIO(content), formats=['TIFF']) as image:
         for page in ImageSequence.Iterator(image):
             tags = page.tag_v2  # type: ignore[attr-defined]
             if tags.get(_SUBFILE, 0) & _REDUCED:

@@ -1,5 +1,6 @@
 """Data sets from flags: image folders and tars, the embedded digits, and timm's."""
 
+import copy
 import functools
 import os
 from collections.abc import Collection
@@ -20,6 +21,7 @@ from .images import MODES, channels_of, image_endings, read_image
 
 TORCHVISION_FOLDERS = ('torch/image_folder', 'torch/folder')
 KINDS = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
+DEFAULT_SHARE = 0.2  # of the images, to evaluate on, where the data has no split for that
 STREAMS = ('hfids/', 'tfds/', 'wds/')
 
 
@@ -78,12 +80,14 @@ def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
     """
     arrays = args.dataset == 'arrays'
     mode = '' if arrays else image_mode(args, channels)
-    folder = arrays or not args.dataset or args.dataset in TORCHVISION_FOLDERS
+    folder = _is_of_files(args)
     if args.class_map and not folder and args.dataset.startswith(('digits', 'torch/')):
         raise UserError(f'--class-map orders the classes of a folder or tar, not those of {args.dataset}')
     if args.dataset == 'digits':
         return Digits(training, mode)
     if not folder and not args.dataset.startswith(KINDS):  # timm would take it for a folder of images
+        if os.path.isdir(args.dataset):
+            raise UserError(f'--dataset {args.dataset} is a folder: --data-dir {args.dataset} reads it')
         names = 'NAME, '.join(KINDS)
         raise UserError(
             f'--dataset takes digits, nothing or arrays for a folder or tar, or {names}NAME, not {args.dataset!r}'
@@ -118,11 +122,14 @@ def _image_files(args: Any, split: str, endings: Collection[str]) -> Images:
     if '[' in split:
         raise UserError('a part of a split can be had of hfds/ and tfds/ data sets only')
     folders = top_folders(root)
-    folder = split_folder(split, folders)
+    folder = split if os.path.isdir(os.path.join(root, split)) else split_folder(split, folders)
     if split and not folder:
         others = [name for name in folders if is_split(name)]
         if others:
-            raise UserError(f'{root} has folders of splits ({", ".join(others)}), but none for split {split!r}')
+            raise UserError(
+                f'{root} has folders of splits ({", ".join(others)}), but none for split {split!r}: name one of them, '
+                'or let training hold out a share of its images with --val-fraction'
+            )
         if not is_split(split):
             raise UserError(f'there is no folder {split} in {root}')
     class_map = read_class_map(args.class_map, root) if args.class_map else None
@@ -130,6 +137,51 @@ def _image_files(args: Any, split: str, endings: Collection[str]) -> Images:
     if not len(images):
         raise UserError(f'there are no images in {root}, split {split!r}{passed_over(images)}')
     return images
+
+
+def held_out_share(args: Any) -> float:
+    """The share of the training images to evaluate on, 0 where the data has a split for that.
+
+    Raises:
+        UserError: --val-fraction is asked for where it cannot be had.
+    """
+    asked = args.val_fraction or 0.0
+    if not _is_of_files(args) or not args.data_dir or not os.path.exists(args.data_dir):
+        if asked:
+            raise UserError(f'--val-fraction holds out files of a folder or tar, not of {args.dataset or "no data"}')
+        return 0.0
+    folders = top_folders(args.data_dir)
+    own = split_folder(args.val_split, folders)
+    if asked and own:
+        raise UserError(f'{args.data_dir} has a split to evaluate on, {own}: leave --val-fraction out')
+    others = {name for name in folders if is_split(name)} - {split_folder(args.train_split, folders)}
+    if asked or own or others or 'val_split' in args.chosen:
+        return asked
+    return DEFAULT_SHARE
+
+
+def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """Two parts of a data set of files: what stays for training, and a share of each class to evaluate on.
+
+    Raises:
+        UserError: it is no such data set, or the second part would be empty.
+    """
+    reader = getattr(dataset, 'reader', None)
+    if not isinstance(reader, Images):
+        raise UserError('--val-fraction holds out files of a folder or tar')
+    parts = []
+    for held_out in (False, True):
+        part = copy.copy(dataset)
+        part.reader = copy.copy(reader)
+        part.reader.keep(share, seed, held_out)
+        parts.append(part)
+    if not len(parts[1]):
+        raise UserError(f'--val-fraction {share:g} holds out no image of {reader.root}: a class needs two of them')
+    return parts[0], parts[1]
+
+
+def _is_of_files(args: Any) -> bool:
+    return args.dataset in ('', 'arrays', *TORCHVISION_FOLDERS)
 
 
 def _timm_dataset(args: Any, split: str, training: bool, mode: str) -> Any:
@@ -167,6 +219,6 @@ def describe(dataset: Any, split: str, args: Any) -> str:
     images = 'a stream' if isinstance(dataset, IterableDataset) else f'{len(dataset)} images'
     shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
     classes = f' of {len(names)} classes ({shown})' if names else ''
-    place = getattr(reader, 'root', '') if isinstance(reader, Images) else args.data_dir
-    where = ' in '.join(filter(None, (args.dataset, place)))
-    return printable(f'{split}: {images}{classes}{f" in {where}" if where else ""}{passed_over(reader)}')
+    where = ' in '.join(filter(None, (args.dataset, reader.root if isinstance(reader, Images) else args.data_dir)))
+    where = f' in {where}' if where else ''
+    return printable(f'{split}: {images}{classes}{where}{getattr(reader, "share", "")}{passed_over(reader)}')

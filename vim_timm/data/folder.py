@@ -1,6 +1,7 @@
 """Files in class folders, of a directory or a tar: which there are, of which class, and which are passed over."""
 
 import functools
+import hashlib
 import io
 import os
 import posixpath
@@ -48,6 +49,7 @@ class Images(Reader):
 
     Attributes:
         root: where files lie: the directory, or the tar.
+        share: in words, which part of the files this is; '' for all.
         class_to_idx: class numbers by name; empty without class folders.
         samples: (file, class number).
         passed_over: names of files and folders that are no data, by reason.
@@ -64,7 +66,7 @@ class Images(Reader):
         super().__init__()
         self.passed_over: dict[str, list[str]] = {}
         self.tar = os.path.isfile(root)
-        self.root = root if self.tar else os.path.join(root, folder)
+        self.root = os.path.join(root, folder) if folder and not self.tar else root
         folders: dict[str, list[File]] = {}  # of each class folder the files that are data
         for file, why in _in_tar(root, folder) if self.tar else _in_directory(self.root):
             place, name = (file.name, '') if why == EMPTY else posixpath.split(file.name)
@@ -85,6 +87,25 @@ class Images(Reader):
         else:
             self.samples = [(file, 0) for file in loose]
         self.samples.sort(key=lambda sample: (natural_key(sample[0].name), sample[0].name))
+        self.share = ''
+
+    def keep(self, fraction: float, seed: int, held_out: bool) -> None:
+        """Keep one of two parts of each class: the share that is held out for evaluation, or the rest.
+
+        Which file is in which part depends on the seed and the names in its class alone, not on where the folder lies.
+
+        Args:
+            fraction: share of a class to hold out, rounded; of two images and more at least one is in either part.
+        """
+        by_class: dict[int, list[File]] = {}
+        for file, label in self.samples:
+            by_class.setdefault(label, []).append(file)
+        chosen: set[File] = set()
+        for files in by_class.values():
+            count = min(max(round(fraction * len(files)), 1), len(files) - 1)
+            chosen.update(sorted(files, key=lambda file: (_draw(seed, file.name), file.name))[:count])
+        self.share = f', of {len(self.samples)} in all: --val-fraction {fraction:g} of each class, by --seed {seed}'
+        self.samples = [sample for sample in self.samples if (sample[0] in chosen) == held_out]
 
     @staticmethod
     def _number(folders: Mapping[str, list[File]], outermost: bool) -> dict[str, int]:
@@ -135,6 +156,10 @@ class Images(Reader):
         return posixpath.basename(name) if basename else os.path.join(self.root, name) if absolute else name
 
 
+def _draw(seed: int, name: str) -> bytes:
+    return hashlib.blake2b(f'{seed} {name}'.encode(errors='surrogatepass'), digest_size=8).digest()
+
+
 def natural_key(name: str) -> list[str | int]:
     """timm's order of names: case does not matter, and whole numbers in them count as numbers."""
     parts: list[str | int] = list(re.split(r'(\d{1,4000})', name.lower()))
@@ -150,7 +175,7 @@ def is_split(name: str) -> bool:
 def split_folder(split: str, folders: Collection[str]) -> str:
     """The one of these folders that holds a split (also under a name that timm takes for the split's), or ''."""
     synonyms = next((names for names in _SYNONYMS if split.lower() in names), ())
-    for name in filter(None, (split, *synonyms)):
+    for name in (split, *synonyms) if split else ():
         for same in (lambda text: text, str.lower):
             for folder in folders:
                 if same(folder) == same(name):

@@ -1,8 +1,5 @@
 """Decoding of image files: which ones can be, and how their pixels become channels of 8 bits."""
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -44,18 +41,9 @@ def read_image(file: BinaryIO, mode: str) -> Image.Image:
         ValueError: it cannot be read; the message says why.
     """
     try:
-        with quiet():
-            return to_mode(Image.open(file), mode)
+        return to_mode(Image.open(file), mode)
     except Exception as error:  # of any kind, in damaged files
         raise ValueError(reason(error)) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """A context without Pillow's warnings, of metadata that do not matter here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        yield
 
 
 def reason(error: BaseException) -> str:

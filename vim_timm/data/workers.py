@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from multiprocessing import queues
 from typing import Any, TypeVar
 
-from ..errors import TrainingStopped, lost_worker
+from ..errors import TrainingStopped, lost_worker, quiet_pillow
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 T = TypeVar('T')
@@ -27,6 +27,7 @@ def start_worker(_: int) -> None:
     # Workers end when their parent does. torch sees to it, but not while one waits for a pipe that another holds open.
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    quiet_pillow()
     # A batch that cannot be handed over, for want of descriptors or shared memory, would be lost, and waited for.
     queues.Queue._on_queue_feeder_error = staticmethod(_give_up)  # type: ignore[attr-defined]
 

@@ -49,6 +49,8 @@ tfoot tr:first-child td { box-shadow: inset 0 2px 0 var(--line); }
   margin-bottom: .4rem; }
 .sample .name { display: flex; justify-content: space-between; gap: .4rem; }
 .sample .name span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.pairs { grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; }
 .bar { height: 4px; border-radius: 2px; background: var(--line); margin-bottom: .25rem; }
 .bar i { display: block; height: 4px; border-radius: 2px; background: var(--soft); }
 .bar i.true { background: var(--right); }

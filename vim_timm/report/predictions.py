@@ -1,6 +1,5 @@
 """Predictions to read: lines in a terminal, JSON, CSV, and a contact sheet as one HTML file."""
 
-import io
 import json
 from collections.abc import Sequence
 
@@ -10,7 +9,7 @@ from PIL import Image
 from ..engine.predict import Prediction
 from ..files import table
 from . import page
-from .samples import SIDE, data_uri, fit
+from .samples import SIDE, embedded
 
 
 def line(prediction: Prediction, width: int) -> str:
@@ -62,15 +61,6 @@ def overlay(image: Image.Image, heat: np.ndarray, side: int = 2 * SIDE) -> Image
     return Image.fromarray(colour.clip(0, 255).astype(np.uint8))
 
 
-def _picture(image: Image.Image) -> str:
-    """A picture inside a page; photographs as JPEG, for a sheet holds many."""
-    file, shown = io.BytesIO(), fit(image)
-    if max(image.size) <= SIDE:
-        return data_uri(shown)
-    shown.save(file, format='JPEG', quality=85)
-    return data_uri(file.getvalue(), 'jpeg')
-
-
 def contact_sheet(title: str, predictions: Sequence[Prediction]) -> str:
     """A page with every picture, its classes and scores, where the model looks, and the files that were not read."""
     cards = ''.join(_card(found) for found in predictions if found.image)
@@ -89,10 +79,10 @@ def contact_sheet(title: str, predictions: Sequence[Prediction]) -> str:
 def _card(found: Prediction) -> str:
     assert found.image is not None
     name = page.escape(found.file)
-    seen = '' if found.heat is None else _picture(overlay(found.image, found.heat))
+    seen = '' if found.heat is None else embedded(overlay(found.image, found.heat))
     heat = f'<img src="{seen}" alt="where it looks">' if seen else ''
     bars = ''.join(page.bar(guess, 100 * score) for guess, score in zip(found.classes, found.scores))
     return (
-        f'<div class="sample"><img src="{_picture(found.image)}" alt="{name}" title="{name}">{heat}'
+        f'<div class="sample"><img src="{embedded(found.image)}" alt="{name}" title="{name}">{heat}'
         f'<div class="name"><span title="{name}">{name}</span></div>{bars}</div>'
     )

@@ -25,10 +25,10 @@ def read(dataset: Any, place: int) -> Image.Image | None:
     """The picture at a place of the data set, as it is stored; None where the data set is streamed."""
     if isinstance(dataset, IterableDataset):
         return None
-    return fit(_picture(dataset[place][0]))
+    return fit(as_picture(dataset[place][0]))
 
 
-def _picture(image: Any) -> Image.Image:
+def as_picture(image: Any) -> Image.Image:
     """The image; of an array (C, H, W) in 0..1 the first three channels, or the first one."""
     if not isinstance(image, torch.Tensor):
         return image
@@ -45,6 +45,15 @@ def fit(image: Image.Image) -> Image.Image:
         return image
     factor = max(1, SIDE // longest)
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def embedded(image: Image.Image) -> str:
+    """A picture inside a page, made fit; photographs as JPEG, for a page may hold many."""
+    file, shown = io.BytesIO(), fit(image)
+    if max(image.size) <= SIDE:
+        return data_uri(shown)
+    shown.save(file, format='JPEG', quality=85)
+    return data_uri(file.getvalue(), 'jpeg')
 
 
 def data_uri(image: bytes | Image.Image, kind: str = 'png') -> str:

@@ -15,6 +15,7 @@ Row = tuple[str, Any, Any, str] | tuple[str, Any, Any, str, Range]
 refused = object()  # the kind of a flag that is known and not honoured
 
 _FILTERS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+_PART = Range(0, 0.9, above=True)
 _MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV')  # of 8 bits, and in transforms
 _NAFLEX = 'there is no model here that takes patch sequences (NaFlex)'
 _MULTI_LABEL = "an image has one label here; for several, run timm's own train.py through vim_timm.run"
@@ -104,6 +105,7 @@ TRAIN: dict[str, list[Row]] = {
         ('--target-format', refused, None, _MULTI_LABEL),
         ('--train-split', str, 'train', 'split to train on'),
         ('--val-split', str, 'validation', 'split to evaluate on'),
+        ('--val-fraction', float, None, 'share of each class to evaluate on, where the data has no such split', _PART),
         ('--train-num-samples', int, None, 'images in the training split of a streamed data set', at_least(1)),
         ('--val-num-samples', int, None, 'images in the evaluation split of a streamed data set', at_least(1)),
     ],
@@ -315,6 +317,7 @@ VALIDATE: dict[str, list[Row]] = {
     'data': [
         *DATA,
         ('--split', str, 'validation', 'split to evaluate on'),
+        ('--val-fraction', float, None, 'only the share of the split that training held out (same --seed)', _PART),
         ('--num-samples', int, None, 'images in the split of a streamed data set', at_least(1)),
         ('--real-labels', str, '', 'JSON file of ImageNet ReaL labels'),
         ('--valid-labels', str, '', "file with the model's class indices that the data set uses, one a line"),

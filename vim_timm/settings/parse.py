@@ -6,6 +6,7 @@ Whatever a setting comes from, it is checked against its row of the table.
 import argparse
 import datetime
 import importlib.resources
+import os
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -132,8 +133,17 @@ def _numbers(value: Any) -> list[float]:
 
 
 class _Parser(argparse.ArgumentParser):
+    words: Sequence[str] = ()
+
+    def parse_args(self, args=None, namespace=None):
+        self.words = args or ()
+        return super().parse_args(args, namespace)
+
     def error(self, message):
-        raise UserError(f'{message} (--help lists every flag)')
+        lost = next((word for word in self.words if repr(word) in message and os.path.isdir(word)), '')
+        raise UserError(
+            f'{message} ({f"if {lost} is the data: --data-dir {lost}" if lost else "--help lists every flag"})'
+        )
 
 
 class _Refuse(argparse.Action):
@@ -217,9 +227,10 @@ def parse(
     given = {name: getattr(namespace, name) for name in names if getattr(namespace, name) is not _UNSET}
     if given.get('data') is None:
         given.pop('data', None)
-    else:
-        given.setdefault('data_dir', given['data'])
+    elif given.setdefault('data_dir', given['data']) != given['data']:
+        raise UserError(f'{given["data"]} and --data-dir {given["data_dir"]} are two data folders: give one')
     if not given.keys() & {'data_dir', 'dataset', 'recipe', 'config'}:
+        _check_folders(given, flags)
         given['recipe'] = fallback_recipe
     source, inherited = layer
     given.update(_checked('', {name: given[name] for name in flags if name in given}, flags))
@@ -231,6 +242,17 @@ def parse(
     }
     defaults = {name: flag.default for name, flag in flags.items() if flag.kind is not refused}
     return Settings({**dict.fromkeys(_SOURCES), **defaults, **chosen}, chosen)
+
+
+def _check_folders(given: Mapping[str, Any], flags: Mapping[str, _Flag]) -> None:
+    """Refuse a data folder that a flag with any number of values has taken for one of them."""
+    for name, flag in flags.items():
+        several, one = isinstance(flag.kind, list), isinstance(flag.kind, tuple) and flag.kind[0] == '?'
+        for value in given.get(name) or () if several else [given.get(name)] if one else ():
+            if isinstance(value, str) and os.path.isdir(value) and not os.path.exists(f'{value}/__init__.py'):
+                raise UserError(
+                    f'{flag.names.split()[0]} took the folder {value}: if it is the data, --data-dir {value}'
+                )
 
 
 def _checked(source: str, values: Mapping[str, Any], flags: Mapping[str, _Flag]) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""Look at a data set before training: `python -m vim_timm.data FOLDER [--page FILE] [flags of train.py]`.
+
+Writes one HTML page: counts, sizes, files that are no data, a picture a class, near-duplicates between the splits, and
+the first training batch as the model will see it.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from timm.data import resolve_input_data_config
+from torch.utils.data import IterableDataset
+from tqdm import tqdm
+
+from .. import train
+from ..engine import build
+from ..engine.loop import Hooks
+from ..errors import UserError, explain, run
+from ..files import write_atomically
+from ..report.dataset import Split, dataset_page
+from ..report.samples import as_picture
+from ..settings import Process
+from . import class_names, describe, train_loader
+from .survey import survey
+
+BATCH = 32  # images of the first batch that are shown
+
+
+def look(argv: Sequence[str]) -> str:
+    """Write the page, and return its path.
+
+    Raises:
+        UserError: the settings or the data are wrong.
+    """
+    parser = argparse.ArgumentParser('vim_timm.data', description=__doc__, add_help=False)
+    parser.add_argument('--page', default='data.html', metavar='FILE', help='the page (default: %(default)s)')
+    own, rest = parser.parse_known_args(argv)
+    folder = os.path.dirname(own.page)
+    if folder and not os.path.isdir(folder):
+        raise UserError(f'--page {own.page}: there is no such folder')
+    process = Process()
+    args, datasets = train.make_datasets(train.parse_args(rest), Hooks())
+    if any(isinstance(dataset, IterableDataset) for dataset in datasets):
+        raise UserError(f'{args.dataset} is a stream: its images cannot be looked at one by one')
+    args = args.replace(model=build.current_name(args.model, process), pretrained=False, initial_checkpoint='')
+    with explain('images'):
+        data_config = resolve_input_data_config(build.make_training_model(args, process), vars(args))
+    size = min(BATCH, args.batch_size, len(datasets[0]))
+    small = args.replace(batch_size=size, workers=0, max_unreadable=10**6, data_in_memory=False, epoch_repeats=0)
+    loader = train_loader(small, process, datasets[0], data_config)
+    splits = []
+    for name, dataset in zip((args.train_split, args.val_split), datasets):
+        with tqdm(total=len(dataset), desc=name, unit='img', disable=not sys.stderr.isatty()) as bar:
+            found = survey(dataset, as_picture, args.workers, bar.update)
+        splits.append(Split(name, dataset, found, describe(dataset, name, args)))
+        print(splits[-1].line, flush=True)
+    title = f'Data in {args.data_dir or args.dataset}'
+    batch = next(iter(loader.epoch(0)))
+    write_atomically(own.page, dataset_page(title, splits, class_names(datasets[0]), batch, data_config))
+    return own.page
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    return run(lambda words: print(f'page: {look(words)}'), 'data', argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
