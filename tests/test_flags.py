@@ -144,7 +144,7 @@ def test_yaml_lr_in_exponent_notation_is_a_number(tmp_path):
 def test_bare_command_line_is_the_digits_recipe():
     args = train.parse_args([])
     assert (args.model, args.dataset, args.recipe) == ('vim_nano_patch4_32', 'digits', 'digits')
-    assert train.parse_args(['--data-dir', 'x']).model == 'resnet50'
+    assert parse.parse('train.py', flags.TRAIN, ['--data-dir', 'x']).model == 'resnet50'
 
 
 def test_flags_override_a_recipe():

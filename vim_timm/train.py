@@ -266,8 +266,9 @@ def farewell(trainer: Trainer) -> None:
             trainer.progress.say(f'fine-tune it: {shlex.join(fine_tuning_command(trainer.args, path))} ...')
     if trainer.args.recipe == 'digits':
         trainer.progress.say(
-            'next: your own images, one folder a class in FOLDER/train and FOLDER/validation:\n'
-            '  python train.py --data-dir FOLDER --model vim_tiny_patch4_32 --opt adamw --lr 1e-3 --epochs 100\n'
+            'next: your own photos, one folder a class in FOLDER (docs/own-photos.md):\n'
+            '  python -m vim_timm.data FOLDER\n'
+            '  python train.py FOLDER --pretrained --epochs 10 --batch-size 16 --opt adamw --lr 3e-4\n'
             'python train.py --list-recipes shows settings that are known to work'
         )
 

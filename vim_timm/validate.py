@@ -92,6 +92,12 @@ def parse_args(argv: Sequence[str]) -> Settings:
     return args.replace(val_num_samples=args.num_samples, validation_batch_size=None)
 
 
+def make_dataset(args: Settings) -> Any:
+    """The data set that the settings name, or what training held out of it."""
+    dataset = data.make_dataset(args, args.split, False, input_channels(args))
+    return data.hold_out(dataset, args.val_fraction, args.seed)[1] if args.val_fraction else dataset
+
+
 @usual_defaults()
 def validate(args: Settings, process: Process, metrics: Mapping[str, Metric] | None = None) -> dict[str, Any]:
     """Evaluate one model, and return timm's result row: top1, top1_err, top5, top5_err, param_count, img_size, ...
@@ -104,9 +110,7 @@ def validate(args: Settings, process: Process, metrics: Mapping[str, Metric] | N
     if args.report:
         require()
         open_folder(args.report)
-    dataset = data.make_dataset(args, args.split, False, input_channels(args))
-    if args.val_fraction:
-        dataset = data.hold_out(dataset, args.val_fraction, args.seed)[1]
+    dataset = make_dataset(args)
     labels = _valid_labels(args)
     args = args.replace(model=build.current_name(args.model, process))
     args, dataset, names = _name_classes(args, dataset, labels)
@@ -148,7 +152,7 @@ def validate_masked(args: Settings, process: Process) -> dict[str, Any]:
     if args.report:
         require()
         open_folder(args.report)
-    dataset = data.make_dataset(args, args.split, False, input_channels(args))
+    dataset = make_dataset(args)
     args = args.replace(model=build.current_name(args.model, process))
     model: Any
     model, parameters, data_config = _ready_model(args, process, None)

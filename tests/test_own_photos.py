@@ -1,0 +1,258 @@
+"""From a folder of class folders to a prediction: what is held out, said, shown, and named when it is misplaced."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vim_timm import data, predict, train, validate
+from vim_timm.data.__main__ import main as look
+from vim_timm.data.folder import Images
+from vim_timm.data.survey import near_duplicates, survey
+from vim_timm.engine import Hooks
+from vim_timm.errors import UserError
+from vim_timm.report.samples import as_picture
+from vim_timm.settings.fit import with_warmup
+
+DOCS = Path(__file__).parents[1] / 'docs'
+SMALL = '--model test_vit --img-size 32 --workers 0 --device cpu --batch-size 8 --opt adamw --lr 1e-3'.split()
+
+
+def photos(root, count=10, classes=('ant', 'bee', 'cow')):
+    """Noisy pictures of one grey value a class."""
+    rng = np.random.default_rng(0)
+    for place, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            coarse = rng.normal(30 + 90 * place, 25, (6, 8, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(coarse).resize((48, 36), Image.Resampling.BICUBIC).save(root / name / f'{i}.jpg')
+    return root
+
+
+def held_out(root, share=0.2, seed=42):
+    parts = data.hold_out(data.datasets.Pictures(Images(str(root), {'.jpg'}), 'RGB'), share, seed)
+    return [part.filenames() for part in parts]
+
+
+def test_a_share_of_each_class_is_held_out(tmp_path):
+    rest, out = held_out(photos(tmp_path))
+    assert not set(rest) & set(out) and len(rest) + len(out) == 30
+    assert [sum(name.startswith(kind) for name in out) for kind in ('ant', 'bee', 'cow')] == [2, 2, 2]
+
+
+def test_what_is_held_out_follows_from_seed_and_names(tmp_path):
+    here, there = photos(tmp_path / 'a'), photos(tmp_path / 'b' / 'c')
+    assert held_out(here) == held_out(there) != held_out(here, seed=43)
+    before = set(held_out(here)[1])
+    Image.new('RGB', (8, 8)).save(here / 'ant' / 'new.jpg')
+    assert len(before - set(held_out(here)[1])) <= 1  # one more picture does not mix all others anew
+
+
+@pytest.mark.parametrize('count, share, expected', [(1, 0.5, 0), (2, 0.1, 1), (2, 0.9, 1), (10, 0.25, 2), (10, 0.9, 9)])
+def test_each_part_has_an_image_of_each_class_that_has_two(count, share, expected, tmp_path):
+    photos(tmp_path, count, ['a'])
+    photos(tmp_path, 4, ['b'])
+    assert sum(name.startswith('a/') for name in held_out(tmp_path, share)[1]) == expected
+
+
+def test_nothing_to_hold_out_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match='a class needs two of them'):
+        held_out(photos(tmp_path, 1))
+
+
+@pytest.mark.parametrize('kind', ['flat', 'train alone', 'torchvision'])
+def test_a_run_says_what_it_reads_and_prints_the_line_that_evaluates_the_same_images(kind, tmp_path, capsys):
+    root = photos(tmp_path / 'photos' / ('train' if kind == 'train alone' else ''))
+    (root / 'cow' / 'clip.mov').write_bytes(b'x')
+    more = ['--dataset', 'torch/image_folder'] if kind == 'torchvision' else []
+    run = [
+        *SMALL,
+        str(tmp_path / 'photos'),
+        '--epochs',
+        '3',
+        '--output',
+        str(tmp_path / 'o'),
+        '--experiment',
+        'a',
+        *more,
+    ]
+    assert train.main([*run, '--seed', '7', '--val-fraction', '0.3'] if kind == 'flat' else run) == 0
+    text = capsys.readouterr().out
+    counts = (21, 9) if kind == 'flat' else (24, 6)
+    for split, count in zip(('train', 'validation'), counts):
+        line = next(line for line in text.splitlines() if line.startswith(f'{split}: '))
+        assert f'{count} images of 3 classes (ant, bee, cow) in ' in line and ', of 30 in all: --val-fraction' in line
+        assert 'passed over: 1 with the ending .mov (cow/clip.mov)' in line
+    command = shlex.split(next(line for line in text.splitlines() if line.startswith('evaluate it: ')))[4:]
+    best = float(re.search(r'best top1: ([\d.]+)', text)[1])
+    result = tmp_path / 'result.json'
+    flags = ['--workers', '0', '--device', 'cpu', '--results-file', str(result), '--results-format', 'json']
+    assert validate.main([*command[: command.index('--report')], *flags]) == 0
+    found = json.loads(result.read_text())
+    assert found['count'] == counts[1] and found['top1'] == pytest.approx(best, abs=0.01)
+
+
+def test_a_split_of_its_own_is_taken_and_a_share_refused(tmp_path):
+    photos(tmp_path / 'train')
+    photos(tmp_path / 'val', 3)
+    args = train.parse_args([*SMALL, str(tmp_path)])
+    _, sets = train.make_datasets(args, Hooks())
+    assert [len(part) for part in sets] == [30, 9]
+    with pytest.raises(UserError, match='has a split to evaluate on, val: leave --val-fraction out'):
+        train.make_datasets(args.replace(val_fraction=0.2), Hooks())
+
+
+def test_another_split_is_not_mixed_into_training(tmp_path):
+    photos(tmp_path / 'train')
+    photos(tmp_path / 'test', 3)
+    args = train.parse_args([*SMALL, str(tmp_path)])
+    with pytest.raises(UserError, match=r'has folders of splits \(test, train\), but none for split .validation'):
+        train.make_datasets(args, Hooks())
+    _, sets = train.make_datasets(args.replace(val_fraction=0.5), Hooks())
+    assert [len(part) for part in sets] == [15, 15]
+    _, sets = train.make_datasets(args.replace(val_split='test'), Hooks())
+    assert [len(part) for part in sets] == [30, 9]
+
+
+def test_other_data_have_splits_of_their_own():
+    with pytest.raises(UserError, match='holds out files of a folder or tar, not of digits'):
+        train.make_datasets(train.parse_args([*SMALL, '--dataset', 'digits', '--val-fraction', '0.2']), Hooks())
+
+
+def test_an_evaluation_on_training_images_is_said(tmp_path, capsys):
+    photos(tmp_path / 'train')
+    run = [*SMALL, str(tmp_path), '--val-split', 'train', '--epochs', '1', '--output', str(tmp_path / 'o')]
+    assert train.main(run) == 0
+    assert 'the evaluation is on images that were trained on' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        ('--dataset FOLDER', 'FOLDER is a folder: --data-dir FOLDER reads it'),
+        ('--scale 0.5 1 FOLDER', 'if FOLDER is the data: --data-dir FOLDER'),
+        ('--model-kwargs depth=1 FOLDER', 'if FOLDER is the data: --data-dir FOLDER'),
+        ('--clip-mode FOLDER', 'if FOLDER is the data: --data-dir FOLDER'),
+        ('--wandb-tags x FOLDER', '--wandb-tags took the folder FOLDER'),
+        ('--torchcompile FOLDER', '--torchcompile took the folder FOLDER'),
+        ('FOLDER --data-dir /other', 'FOLDER and --data-dir /other are two data folders'),
+    ],
+)
+def test_a_folder_in_the_place_of_a_value_is_named(flags, words, tmp_path, capsys):
+    folder = str(photos(tmp_path / 'photos', 2))
+    assert train.main(flags.replace('FOLDER', folder).split()) == 2
+    assert words.replace('FOLDER', folder) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'flags, epochs, said',
+    [
+        ('--epochs 300', 5, ''),
+        ('--epochs 25', 5, ''),
+        ('--epochs 10', 2, '2 epochs of warm-up, not 5, for there are 10'),
+        ('--epochs 3', 0, 'no epochs of warm-up, not 5, for there are 3'),
+        ('--epochs 10 --warmup-epochs 5', 5, ''),
+        ('--epochs 5 --warmup-epochs 5', 5, 'the warm-up of 5 epochs does not end: there are 5'),
+        ('--epochs 3 --warmup-prefix', 5, ''),
+        ('--epochs 3 --sched none', 5, ''),
+    ],
+)
+def test_a_warm_up_that_nobody_chose_does_not_eat_the_run(flags, epochs, said):
+    args, remark = with_warmup(train.parse_args(['--data-dir', 'x', *flags.split()]))
+    assert args.warmup_epochs == epochs and remark.startswith(said) and bool(remark) == bool(said)
+
+
+def test_without_a_model_named_it_is_one_of_ours():
+    assert train.parse_args(['--data-dir', 'x']).model == 'vim_tiny_patch16_224'
+    assert train.parse_args(['--data-dir', 'x', '--img-size', '48']).model == 'vim_tiny_patch4_32'
+    assert train.parse_args(['--data-dir', 'x', '--model', 'resnet50']).model == 'resnet50'
+
+
+def seen(pictures):
+    return survey([(picture, 0) for picture in pictures], as_picture, 0)
+
+
+def test_near_duplicates_are_found_and_others_not():
+    rng = np.random.default_rng(0)
+    some = [Image.fromarray(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8)).resize((160, 120)) for _ in range(20)]
+    brighter = Image.fromarray((np.asarray(some[3]).astype(int) + 4).clip(0, 255).astype(np.uint8))
+    others = [some[5].copy(), some[7].resize((80, 60)), brighter, some[9].transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    flat = [Image.new('RGB', (40, 40), (shade,) * 3) for shade in (20, 120, 220)]  # alike in nothing but their hashes
+    pairs = near_duplicates(seen([*some, flat[0]]), seen([*others, flat[1], flat[2]]))
+    assert pairs == [(5, 0), (7, 1), (3, 2)]
+
+
+def test_the_page_of_a_data_set(tmp_path, capsys):
+    root = photos(tmp_path / 'photos')
+    for i in range(10):
+        Image.open(root / 'ant' / f'{i}.jpg').save(root / 'ant' / f'{i} (1).jpg')
+    (root / 'bee' / 'half.jpg').write_bytes((root / 'bee' / '0.jpg').read_bytes()[:300])
+    (root / 'bee' / '<b>.txt').write_text('')
+    page = tmp_path / 'page.html'
+    assert look([*SMALL, str(root), '--page', str(page)]) == 0
+    text = page.read_text()
+    assert 'cannot be read: ' in text and 'bee/&lt;b&gt;.txt' in text and '<b>.txt' not in text
+    assert int(re.search(r'<b>(\d+)</b><span>evaluation images much like', text)[1]) > 0
+    assert len(re.findall('class="sample pair"', text)) > 0
+    assert all(source.startswith('data:image/') for source in re.findall(r'src="([^"]*)"', text))
+    assert not re.search(r'https?://|<link|@import', text)
+    assert f'page: {page}' in capsys.readouterr().out
+
+
+def test_the_page_shows_the_batch_of_the_run(tmp_path):
+    root = photos(tmp_path / 'photos')
+    for flags in ('', '--dataset digits --in-chans 1'):
+        page = tmp_path / 'page.html'
+        assert look([*SMALL, *(flags.split() or [str(root)]), '--page', str(page)]) == 0
+        batch = page.read_text().partition('id="batch"')[2].partition('id="alike"')[0]
+        assert batch.count('<img') == 8
+
+
+@pytest.mark.parametrize('flags, words', [('--page nowhere/x.html', 'no such folder'), ('--dataset hfds', '--dataset')])
+def test_a_page_that_cannot_be_made_is_a_sentence(flags, words, capsys):
+    assert look(['--data-dir', 'x', *flags.split()]) == 2
+    assert words in capsys.readouterr().err
+
+
+def commands(name):
+    text = (DOCS / name).read_text()
+    return [
+        shlex.split(line) for block in re.findall(r'```bash\n(.*?)```', text, re.DOTALL) for line in block.splitlines()
+    ]
+
+
+def test_every_line_of_the_guide_works(tmp_path, monkeypatch, capsys):
+    """In the order of the page, with a tiny model and without the published weights."""
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / 'photos')
+    photos(tmp_path / 'new', 2)
+    tiny = ['--model', 'test_vit', '--img-size', '32', '--epochs', '2', '--workers', '0', '--device', 'cpu']
+    ran = []
+    for words in commands('own-photos.md'):
+        if words[:3] == ['python', '-m', 'vim_timm.data']:
+            assert look([*words[3:], *SMALL]) == 0
+        elif words[:2] == ['python', 'train.py']:
+            assert train.main([*(word for word in words[2:] if word != '--pretrained'), *tiny]) == 0
+        elif words[:2] == ['python', 'validate.py']:
+            assert validate.main([*words[2:], '--workers', '0', '--device', 'cpu']) == 0
+        elif words[:3] == ['python', '-m', 'vim_timm.predict']:
+            assert predict.main(words[3:]) == 0
+        else:
+            continue
+        ran.append(words)
+    assert len(ran) == 5
+    for file in ('data.html', 'report/report.html', 'sheet.html', 'output/train/photos/model_best.pth.tar'):
+        assert (tmp_path / file).exists()
+
+
+def test_lines_on_fine_tuning_are_command_lines():
+    lines = commands('fine-tuning.md')
+    assert lines and all(train.parse_args(words[2:]).pretrained for words in lines)
+    for flags in re.findall(r'`(--[^`]*)`', (DOCS / 'fine-tuning.md').read_text()):
+        words = shlex.split(flags.replace('FILE', 'x.pth'))
+        if words[0] not in ('--report', '--save-encoder', '--initial-checkpoint', '--img-size', '--scale'):
+            train.parse_args(['--data-dir', 'x', *words])
