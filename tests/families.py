@@ -16,6 +16,7 @@ import torch
 from process_state import STATES
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 Build = Callable[..., nn.Module]
 
@@ -172,6 +173,15 @@ def a_scripted_model_can_be_saved(build: Build) -> None:
     file.seek(0)
     images = images_for(model)
     torch.testing.assert_close(torch.jit.load(file)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def torchvisions_extractor_takes_it_as_timms_models(build: Build) -> None:
+    model = build(depth=2)
+    images = images_for(model)
+    node = [node for node in get_graph_node_names(model)[1] if node.startswith('blocks.0')][-1]
+    outputs = create_feature_extractor(model, {node: 'block', 'head': 'logits'})(images)
+    assert torch.equal(outputs['logits'], model(images))
+    assert outputs['block'].shape[0] == 2 and outputs['block'].shape[2] == model.embed_dim
 
 
 def channels_last_computes_the_same(build: Build) -> None:
@@ -393,6 +403,7 @@ CHECKS = (
     an_optimizer_with_layer_decay_trains,
     compiles_to_one_graph_forward_and_backward,
     a_scripted_model_can_be_saved,
+    torchvisions_extractor_takes_it_as_timms_models,
     channels_last_computes_the_same,
     a_half_precision_model_returns_its_dtype_and_stays_close,
     a_double_precision_model_stays_close,

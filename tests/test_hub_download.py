@@ -188,8 +188,8 @@ class TestEveryRouteGivesModel:
         line = (
             f'--dataset digits --device cpu --num-classes 1000 --model vim_tiny_patch16_224 --checkpoint {path} {flag}'
         )
-        args = validate.parse_args([*line.split(), *flag.split(), '--model-kwargs', 'depth=1', 'embed_dim=32'])
-        assert same(validate._ready_model(args, Process(), None)[0], expected(seed))
+        args, content = validate.read_args([*line.split(), *flag.split(), '--model-kwargs', 'depth=1', 'embed_dim=32'])
+        assert same(validate._ready_model(args, Process(), None, content)[0], expected(seed))
 
     def test_convert(self, path, tmp_path, monkeypatch):
         monkeypatch.setattr('vim_timm.hub.convert.find_architecture', lambda model: '')

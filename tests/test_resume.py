@@ -92,14 +92,14 @@ def test_killed_and_resumed_run_is_the_run_never_killed(tmp_path):
 STUCK = """
 import time
 from torch.utils.data import DataLoader
-from vim_timm.data.loading import _worker_init
+from vim_timm.data.workers import start_worker
 
 class Stuck(list):
     def __getitem__(self, index):
         print('here', flush=True)
         time.sleep(600)
 
-next(iter(DataLoader(Stuck([0]), num_workers=1, worker_init_fn=_worker_init)))
+next(iter(DataLoader(Stuck([0]), num_workers=1, worker_init_fn=start_worker)))
 """
 
 

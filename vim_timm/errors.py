@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import reprlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +74,11 @@ def out_of_memory(error: BaseException) -> str:
     if isinstance(error, MemoryError) or any(words in text for words in _NO_HOST_MEMORY):
         return 'out of memory: lower --batch-size or --workers, or add --amp or --grad-checkpointing'
     return ''
+
+
+def shown(text: str) -> str:
+    """A text from a file as it may stand in a sentence: short, and on one line."""
+    return text if text.isprintable() and len(text) <= 100 else reprlib.repr(text)
 
 
 @contextlib.contextmanager

@@ -20,13 +20,13 @@ import vim_timm  # noqa: F401  registers the models with timm
 from . import data
 from .data.real_labels import read_real_labels, real_accuracy
 from .engine import build
-from .engine.checkpoint import load_weights
 from .engine.evaluate import Metric, Predicted, Watch, evaluate
 from .engine.log import Progress, Speed
 from .engine.process import catch_signals, start_process, usual_defaults
 from .errors import Preempted, UserError, explain, out_of_memory, run, sentence
 from .files import table, write_atomically
-from .models.checkpoint import class_names_in, read_checkpoint
+from .models.checkpoint import class_names_in, read_checkpoint, select_weights
+from .models.load import check_size, load_content
 from .report import reconstruction
 from .report.evaluation import Evaluation, open_folder, write_report
 from .report.extras import require
@@ -35,6 +35,7 @@ from .report.metrics import measure
 from .report.names import words
 from .settings import Process, Settings
 from .settings.flags import VALIDATE
+from .settings.inherited import data_of, settings_of
 from .settings.masked import is_autoencoder
 from .settings.parse import parse
 from .tasks import adopt, make_task
@@ -44,52 +45,41 @@ PROGRAM = 'validate.py'
 DESCRIPTION = """Evaluate an image classifier with timm's library; flags have the names, defaults and meanings of timm's
 validate.py. Settings that a checkpoint of train.py carries (model, data, size, precision) need not be repeated."""
 
-# What a training checkpoint says about its own evaluation, by the names that it has here.
-_SAME = (
-    'data_dir dataset class_map input_img_mode input_key input_span target_key dataset_trust_remote_code model '
-    'num_classes gp img_size in_chans input_size crop_pct mean std interpolation channels_last fast_norm model_kwargs '
-    'amp amp_dtype model_dtype mae mask_ratio norm_pix_loss mae_loss decoder decoder_dim decoder_depth decoder_heads '
-    'decoder_pos_embed channel_drop'
-)
-_DATA = {
-    'data_dir',
-    'dataset',
-    'class_map',
-    'input_img_mode',
-    'input_key',
-    'target_key',
-    'split',
-    'num_samples',
-    'val_fraction',
-    'seed',
-}
-_INHERITED = {**{name: name for name in _SAME.split()}, 'val_split': 'split', 'val_num_samples': 'num_samples'}
-
 
 def parse_args(argv: Sequence[str]) -> Settings:
     """Settings of an evaluation: defaults, what the checkpoint says, --config, flags."""
+    return read_args(argv)[0]
+
+
+def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
+    """`parse_args`, and the content of the checkpoint that they name."""
     first = parse(PROGRAM, VALIDATE, argv, DESCRIPTION)
     if not first.checkpoint and not first.pretrained:
         runs = glob.glob(os.path.join('output', 'train', '*', 'model_best.pth.tar'))
         newest = f' (the newest run here has {max(runs, key=os.path.getmtime)})' if runs else ''
         raise UserError(f'name the weights: --checkpoint FILE, or --model NAME --pretrained{newest}')
-    layer: dict[str, Any] = {}
-    if first.checkpoint and os.path.isfile(first.checkpoint) and not first.checkpoint.endswith('.safetensors'):
-        saved = read_checkpoint(first.checkpoint).get('args')
-        if isinstance(saved, dict):
-            layer = {ours: saved[theirs] for theirs, ours in _INHERITED.items() if saved.get(theirs) is not None}
-            if saved.get('val_fraction'):  # images of the training split were held out
-                layer.update({name: saved[name] for name in ('val_fraction', 'seed')}, split=saved['train_split'])
-        if first.chosen & {'data_dir', 'dataset'}:  # other data than it was trained on
-            layer = {name: value for name, value in layer.items() if name not in _DATA}
-    args = parse(PROGRAM, VALIDATE, argv, DESCRIPTION, layer=(f'checkpoint {first.checkpoint}', layer))
+    what, content, layer = f'checkpoint {first.checkpoint}', {}, {}
+    if first.checkpoint and os.path.isfile(first.checkpoint):
+        content = read_checkpoint(first.checkpoint)
+        content.pop('optimizer', None)  # large, and nobody's here
+        layer = settings_of(content, what)
+        if not first.chosen & {'data_dir', 'dataset'}:
+            layer.update(data_of(content, what))
+    args = parse(PROGRAM, VALIDATE, argv, DESCRIPTION, layer=(what, layer))
     args = Settings({**vars(args), 'mae': args.mae or is_autoencoder(args.model)}, first.chosen)
+    if layer:
+        with explain(what):
+            sizes = ('img_size', 'input_size') if not {'img_size', 'input_size'} & args.chosen else ()
+            described = {
+                name: getattr(args, name) for name in ('model', 'model_kwargs', 'num_classes', 'in_chans', *sizes)
+            }
+            check_size(described, select_weights(content, what=what), what)
     if not args.data_dir and not args.dataset:
         args = args.replace(dataset='digits')
     check(args)
     if args.results_file and not os.path.isdir(os.path.dirname(args.results_file) or '.'):
         raise UserError(f'--results-file {args.results_file}: there is no such folder')
-    return args.replace(val_num_samples=args.num_samples, validation_batch_size=None)
+    return args.replace(val_num_samples=args.num_samples, validation_batch_size=None), content
 
 
 def make_dataset(args: Settings) -> Any:
@@ -99,23 +89,32 @@ def make_dataset(args: Settings) -> Any:
 
 
 @usual_defaults()
-def validate(args: Settings, process: Process, metrics: Mapping[str, Metric] | None = None) -> dict[str, Any]:
+def validate(
+    args: Settings,
+    process: Process,
+    metrics: Mapping[str, Metric] | None = None,
+    content: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Evaluate one model, and return timm's result row: top1, top1_err, top5, top5_err, param_count, img_size, ...
+
+    Args:
+        content: of the checkpoint, where it has been read.
 
     Raises:
         UserError: the settings, data or files are wrong.
     """
+    content = content or (read_checkpoint(args.checkpoint) if args.checkpoint else {})
     if args.mae:
-        return validate_masked(args, process)
+        return validate_masked(args, process, content)
     if args.report:
         require()
         open_folder(args.report)
     dataset = make_dataset(args)
     labels = _valid_labels(args)
     args = args.replace(model=build.current_name(args.model, process))
-    args, dataset, names = _name_classes(args, dataset, labels)
+    args, dataset, names = _name_classes(args, dataset, labels, content)
     real = read_real_labels(args.real_labels, dataset) if args.real_labels else None
-    model, parameters, data_config = _ready_model(args, process, labels)
+    model, parameters, data_config = _ready_model(args, process, labels, content)
     loader = data.eval_loader(args, process, dataset, data_config)
     task = adopt(ClassificationTask(model, device=process.device, dtype=process.dtype, verbose=False))
     progress, speed = Progress(process.primary, args.log_freq), Speed(process, len(loader))
@@ -142,7 +141,7 @@ def validate(args: Settings, process: Process, metrics: Mapping[str, Metric] | N
     return row
 
 
-def validate_masked(args: Settings, process: Process) -> dict[str, Any]:
+def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluate one masked autoencoder, and return its result row: mse, mae, mean_psnr, ..., param_count, img_size.
 
     Raises:
@@ -155,7 +154,7 @@ def validate_masked(args: Settings, process: Process) -> dict[str, Any]:
     dataset = make_dataset(args)
     args = args.replace(model=build.current_name(args.model, process))
     model: Any
-    model, parameters, data_config = _ready_model(args, process, None)
+    model, parameters, data_config = _ready_model(args, process, None, content)
     loader = data.eval_loader(args, process, dataset, data_config)
     task: Any = make_task(args, process, model, data_config)
     progress, own = Progress(process.primary, args.log_freq), task.autoencoder().mask_ratio
@@ -192,17 +191,13 @@ def _rounded(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def _ready_model(
-    args: Settings, process: Process, labels: list[int] | None
+    args: Settings, process: Process, labels: list[int] | None, content: Mapping[str, Any]
 ) -> tuple[torch.nn.Module, int, dict[str, Any]]:
     """The model with its weights on its device, the number of its parameters, and its data settings."""
     model: Any = build.make_model(args)
     if args.checkpoint:
-        load_weights(model, args.checkpoint, args.use_ema)
-    elif not args.mae and model.pretrained_cfg.get('num_classes') == 0:
-        raise UserError(
-            f'the weights of {args.model} are an encoder without a classifier, which has no accuracy: fine-tune it '
-            'first (train.py --pretrained)'
-        )
+        with explain(f'checkpoint {args.checkpoint}'):
+            load_content(model, content, args.use_ema, f'checkpoint {args.checkpoint}')
     if args.reparam:
         model = reparameterize_model(model)
     with explain('images'):
@@ -226,12 +221,14 @@ def _ready_model(
     return model, parameters, data_config
 
 
-def _name_classes(args: Settings, dataset: Any, labels: list[int] | None) -> tuple[Settings, Any, list[str]]:
+def _name_classes(
+    args: Settings, dataset: Any, labels: list[int] | None, content: Mapping[str, Any]
+) -> tuple[Settings, Any, list[str]]:
     """The settings with the number of classes, the data set with the model's class numbers, and the classes' names.
 
     Names that a checkpoint knows are its own, and numbers follow from them; a --class-map says them instead.
     """
-    known = class_names_in(read_checkpoint(args.checkpoint), args.checkpoint) if args.checkpoint else []
+    known = class_names_in(content, args.checkpoint)
     if labels is not None and known:
         with explain(f'--valid-labels {args.valid_labels}'):
             if not 0 <= min(labels) <= max(labels) < len(known):
@@ -282,11 +279,11 @@ def _more_metrics(args: Settings, metrics: Mapping[str, Metric] | None) -> dict[
     return more
 
 
-def validate_with_retry(args: Settings, process: Process) -> dict[str, Any]:
+def validate_with_retry(args: Settings, process: Process, content: Mapping[str, Any]) -> dict[str, Any]:
     """`validate`, with half the batch as long as --retry is given and memory runs out."""
     while True:
         try:
-            return validate(args, process)
+            return validate(args, process, content=content)
         except Exception as error:
             smaller = decay_batch_step(args.batch_size)
             if not args.retry or not out_of_memory(error) or smaller < 1:
@@ -310,13 +307,16 @@ def candidates(args: Settings) -> list[dict[str, Any]]:
     return [{}]
 
 
-def _evaluate_choice(args: Settings, process: Process, choice: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+def _evaluate_choice(
+    args: Settings, process: Process, choice: Mapping[str, Any], alone: bool, content: Mapping[str, Any]
+) -> dict[str, Any]:
     """The result row of one of the candidates; each of several has its own folder in that of --report."""
     report = args.report
     if report and not alone:
         name = os.path.basename(choice.get('checkpoint', '')).partition('.')[0] or safe_model_name(choice['model'])
         report = os.path.join(report, name)
-    row = validate_with_retry(args.replace(**choice, report=report), process)
+    content = {} if 'checkpoint' in choice else content
+    row = validate_with_retry(args.replace(**choice, report=report), process, content)
     return {**row, **({'checkpoint': choice['checkpoint']} if 'checkpoint' in choice else {})}
 
 
@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status. The results are also printed as JSON after `--result`."""
 
     def body(arguments: Sequence[str]) -> None:
-        args = parse_args(arguments)
+        args, content = read_args(arguments)
         process = start_process(args)
         try:
             choices = candidates(args)
@@ -342,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows, failures = [], []
             for choice in choices:
                 try:
-                    rows.append(_evaluate_choice(args, process, choice, alone=len(choices) == 1))
+                    rows.append(_evaluate_choice(args, process, choice, len(choices) == 1, content))
                 except Preempted:
                     raise
                 except UserError as error:  # the others may do; those done are not lost

@@ -10,49 +10,25 @@ import torch
 
 from ..errors import UserError, explain
 from ..files import duplicate, write_atomically
-from ..models.adapt import filter_of
-from ..models.checkpoint import has_average, read_checkpoint, select_weights
-from ..models.masked_autoencoder import MaskedAutoencoder, autoencoder_weights
+from ..models.checkpoint import read_checkpoint
+from ..models.load import load_content
+from .record import progress_of
 
 EXTENSION = '.pth.tar'
 
 
-def load_weights(model: torch.nn.Module, path: str, use_ema: bool | None) -> None:
+def load_weights(model: torch.nn.Module, path: str, use_ema: bool | None = False) -> None:
     """Load a training checkpoint, a state dict or a safetensors file strictly into a model.
 
     Args:
-        use_ema: take the moving average, where the checkpoint has one; None: where timm does.
+        use_ema: take the moving average; None: where timm does.
 
     Raises:
-        UserError: the file cannot be read, or the weights belong to another model.
+        UserError: the file cannot be read, has no such weights, or those of another model.
     """
     content = read_checkpoint(path)
-    use_ema = use_ema and has_average(content)
     with explain(f'checkpoint {path}'):
-        select = autoencoder_weights if isinstance(model, MaskedAutoencoder) else select_weights
-        state = select(content, use_ema)
-        own = model.state_dict()
-        if state.keys() != own.keys():
-            # The model's filter may know the file as an original or older layout, or name the family it belongs to.
-            filter_fn = filter_of(model)
-            state = filter_fn(state, model) if filter_fn else state
-        check_fit(model, state, path)
-        model.load_state_dict(state)
-
-
-def check_fit(model: torch.nn.Module, state: dict[str, Any], path: str) -> None:
-    """Raise a UserError unless the state dict of `path` has the names and shapes of the model's."""
-    own = model.state_dict()
-    foreign, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
-    if foreign or missing:
-        example = f'it has {foreign[0]!r}' if foreign else f'it lacks {missing[0]!r}'
-        raise UserError(f'checkpoint {path} belongs to another model than {type(model).__name__} ({example})')
-    for key, tensor in state.items():
-        if tensor.shape != own[key].shape:
-            raise UserError(
-                f'checkpoint {path} does not fit this model: {key} is {tuple(tensor.shape)} there and '
-                f'{tuple(own[key].shape)} here (other --num-classes, --img-size or --in-chans?)'
-            )
+        load_content(model, content, use_ema, f'checkpoint {path}')
 
 
 def check_classes(saved: list[str], here: list[str], path: str) -> None:
@@ -86,12 +62,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, name: str, content: dict[st
         group.update(own)
 
 
-def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
-    """(epoch, step) at which training goes on; for timm's own checkpoints the epoch after theirs."""
-    progress = checkpoint.get('progress')
-    return (progress['epoch'], progress['step']) if progress else (checkpoint.get('epoch', -1) + 1, 0)
-
-
 class Saver:
     """A run's checkpoints: last, model_best, the best `history`, every `every`-th epoch, and recovery in between.
 
@@ -111,7 +81,7 @@ class Saver:
     def newest(self) -> str:
         """The checkpoint that is furthest on, or ''."""
         paths = [path for path in (self.path('last'), *self.recoveries()) if os.path.isfile(path)]
-        return max(paths, key=lambda path: progress_of(read_checkpoint(path)), default='')
+        return max(paths, key=lambda path: progress_of(read_checkpoint(path), path), default='')
 
     def ranking(self, rows: list[dict[str, Any]]) -> list[int]:
         """Evaluated epochs, best first; the earlier one where they tie. Metrics that are not numbers do not count."""

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.models import clean_state_dict
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 
 from ..data import Batch, Loader, seed_everything
 from ..errors import Preempted, TrainingStopped, UserError, explain
-from ..models.checkpoint import class_names_in, read_checkpoint
+from ..models.adapt import check_fit
+from ..models.checkpoint import class_names_in, has_average, read_checkpoint, select_weights
 from ..settings import Process, Settings
 from ..tasks import Task
 from . import checkpoint, log
@@ -23,6 +23,7 @@ from .build import learning_rate
 from .evaluate import Metric, Watch, evaluate
 from .process import catch_signals
 from .provenance import provenance
+from .record import history_of, progress_of
 
 
 @dataclasses.dataclass
@@ -134,14 +135,14 @@ class Trainer:
             raise UserError(f'{path} is no training checkpoint: start from it with --initial-checkpoint')
         checkpoint.check_classes(class_names_in(content, path), self.train_data.classes, path)
         with explain(f'checkpoint {path} does not fit this run'):
-            weights = clean_state_dict(content['state_dict'])
-            checkpoint.check_fit(unwrap_model(self.task.get_eval_model()), weights, path)
+            weights = select_weights(content)
+            check_fit(weights, unwrap_model(self.task.get_eval_model()).state_dict(), f'checkpoint {path}')
             self.task.load_checkpoint_state(weights, content.get('task_state'))
             if self.task.has_ema():
-                average = content.get('state_dict_ema') or content['state_dict']
-                self.task.load_checkpoint_state(clean_state_dict(average), content.get('task_state_ema'), ema=True)
-            self.rows = list(content.get('history', []))
-            self.epoch, self.step = checkpoint.progress_of(content)
+                average = select_weights(content, use_ema=has_average(content))
+                self.task.load_checkpoint_state(average, content.get('task_state_ema'), ema=True)
+            self.rows = history_of(content, path, self.metric)
+            self.epoch, self.step = progress_of(content, path)
             if self.args.start_epoch is not None:
                 self.epoch, self.step = self.args.start_epoch, 0
             if self.args.sched == 'plateau':  # the one schedule that is a function of the metrics so far

@@ -12,12 +12,14 @@ from timm.models import create_model, get_deprecated_models, is_model, resolve_m
 
 from ..errors import UserError, explain
 from ..models.checkpoint import class_names_in, read_checkpoint, select_weights
+from ..models.load import check_size, load_content
+from ..settings.inherited import settings_of
 from .build import explain_download
-from .checkpoint import load_weights
 from .process import usual_defaults
+from .record import history_of
 
 # settings of a run that say what images its model takes
-_IMAGES = ('img_size', 'in_chans', 'input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation')
+_IMAGES = ('img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation')
 
 
 @dataclasses.dataclass
@@ -28,14 +30,14 @@ class Saved:
         model: in eval mode, on the CPU.
         data_config: timm's settings of its images.
         class_names: in the order of its outputs; [] where nobody knows them.
-        settings: of its training run, by flag; {} where the file does not say.
+        run: settings of its training run by flag, as the file has them: for a text, not to be acted on.
         record: what else its checkpoint holds, tensors apart: history, provenance, ...
     """
 
     model: Any
     data_config: dict[str, Any]
     class_names: list[str]
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -70,8 +72,8 @@ def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
     """
     if os.path.isdir(path):
         return open_published(f'local-dir:{path}')
-    content = read_checkpoint(path)
-    settings = _settings(content)
+    content, what = read_checkpoint(path), f'checkpoint {path}'
+    settings = settings_of(content, what)
     name = name or settings.get('model') or _architecture(path)
     if settings.get('mae'):  # what it holds as its model is the encoder, without a classifier
         name = name.removeprefix('mae_')
@@ -80,23 +82,27 @@ def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
         raise UserError(f'{path} does not say which model it holds: name it with --model')
     if not is_model(name.partition('.')[0]):
         raise UserError(f'there is no model {name!r}, which {path} is of')
-    head = select_weights(content, use_ema).get('head.weight')
+    state = select_weights(content, use_ema, what)
+    head = state.get('head.weight')
     classes = settings.get('num_classes') or (None if head is None else len(head))
     with explain(f'model {name}'):
+        check_size({**settings, 'model': name}, state, what)
         kwargs: dict[str, Any] = dict(num_classes=0 if settings.get('mae') else classes, global_pool=settings.get('gp'))
         arguments = resolve_model_input_args(name, settings, **kwargs, **settings.get('model_kwargs', {}))
         model = create_model(**arguments)
-    load_weights(model, path, use_ema)
+        load_content(model, content, use_ema, what)
     with explain('images'):
         images = {key: settings[key] for key in _IMAGES if settings.get(key)}
         data_config = resolve_input_data_config(model, images)
-    names = class_names_in(content, path) or (_imagenet(model) if settings.get('data_set') == 'IMNET' else [])
-    record = {key: value for key, value in content.items() if key in ('history', 'provenance', 'epoch')}
-    return Saved(model.eval(), data_config, names, settings, record)
+    run = _run(content)
+    names = class_names_in(content, path) or (_imagenet(model) if run.get('data_set') == 'IMNET' else [])
+    record = {key: value for key, value in content.items() if key in ('provenance', 'epoch')}
+    record['history'] = history_of(content, path)
+    return Saved(model.eval(), data_config, names, run, record)
 
 
-def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a checkpoint of ours or of timm; of the original's only its model and size mean the same."""
+def _run(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a checkpoint of ours or of timm; of the original's only its model, size and data."""
     args = content.get('args')
     if isinstance(args, dict):
         return args

@@ -15,14 +15,16 @@ from typing import Any, Mapping, Optional
 import torch
 from safetensors.torch import save_file
 from timm.models import create_model, is_model, list_models
-from torch import nn
 
 from vim_timm.layers import BiMamba
 from vim_timm.layers.token_order import ClassToken
-from vim_timm.models.checkpoint import CheckpointError, describe_family, read_checkpoint, select_weights
+from vim_timm.models.adapt import check_fit
+from vim_timm.models.checkpoint import CheckpointError, read_checkpoint, select_weights
+from vim_timm.models.families import describe_family
 from vim_timm.models.pretrained import check_sum
 from vim_timm.models.pretrained import sha256 as file_sum
 from vim_timm.models.vision_mamba import VisionMamba, checkpoint_filter_fn
+from vim_timm.settings.inherited import settings_of
 from vim_timm.version import __version__
 
 # arguments of the original's Mamba class under our names, and those that a loaded model does not show
@@ -123,8 +125,7 @@ def from_original(
         dtype=dtype,
         **_mixer_arguments(ssm_cfg or {}),
     )
-    _check_layout(state_dict, model)
-    _load_strictly(model, checkpoint_filter_fn(dict(state_dict), model))
+    _load(model, state_dict)
     return model
 
 
@@ -153,33 +154,22 @@ def _mixer_arguments(ssm_cfg: dict[str, Any]) -> dict[str, Any]:
     return {ours: ssm_cfg[theirs] for theirs, ours in _SSM_CFG.items() if theirs in ssm_cfg}
 
 
-def _check_layout(state_dict: Mapping[str, torch.Tensor], model: VisionMamba) -> None:
-    """Refuse what `checkpoint_filter_fn` would mend or drop: other sizes, and rotary tables of another model."""
+def _load(model: VisionMamba, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Load weights of the model's very size: none is resampled, no head is new, and rotary tables are the model's."""
     own = model.state_dict()
     for name in ('pos_embed', 'patch_embed.proj.weight'):
         if name in state_dict and name in own:
-            _check_shape(name, state_dict[name].shape, own[name].shape)
+            check_fit({name: state_dict[name]}, {name: own[name]})
     for name in ('rope.freqs_cos', 'rope.freqs_sin'):
         if (name in state_dict) != model.rope:
             verb = 'lacks' if model.rope else 'has'
             raise CheckpointError(f'the checkpoint {verb} {name}: pass if_rope={name in state_dict}')
         if model.rope:
-            _check_shape(name, state_dict[name].shape, torch.Size([model.patch_embed.num_patches, model.embed_dim]))
-
-
-def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
-    if found != expected:
-        raise CheckpointError(f'{name} has shape {tuple(found)} in the checkpoint and {tuple(expected)} in the model')
-
-
-def _load_strictly(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """`load_state_dict(strict=True)` whose error is one sentence; a model on `meta` takes the tensors themselves."""
-    own = model.state_dict()
-    for name in own.keys() ^ state_dict.keys():
-        raise CheckpointError(f'the checkpoint {"lacks" if name in own else "has no use for"} {name}')
-    for name, value in state_dict.items():
-        _check_shape(name, value.shape, own[name].shape)
-    model.load_state_dict(state_dict, strict=True, assign=any(value.is_meta for value in own.values()))
+            shape = (model.patch_embed.num_patches, model.embed_dim)
+            check_fit({name: state_dict[name]}, {name: torch.empty(shape, device='meta')})
+    state = checkpoint_filter_fn(dict(state_dict), model)
+    check_fit(state, own)
+    model.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
 
 
 def load_original_file(path: str | Path, use_ema: bool = False) -> dict[str, torch.Tensor]:
@@ -188,13 +178,7 @@ def load_original_file(path: str | Path, use_ema: bool = False) -> dict[str, tor
     Raises:
         CheckpointError: no such file, not readable without running code, no state dict, or no EMA weights in it.
     """
-    return _tensors(select_weights(read_checkpoint(path), use_ema), path)
-
-
-def _tensors(state_dict: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
-    if not state_dict or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise CheckpointError(f'{path} holds no state dict')
-    return state_dict
+    return select_weights(read_checkpoint(path), use_ema, f'checkpoint {path}')
 
 
 def infer_arguments(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -296,13 +280,12 @@ def convert(
     """
     checkpoint = read_checkpoint(source, mmap=True)
     check_sum(source, sha256)
-    state_dict = _tensors(select_weights(checkpoint, use_ema), source)
-    args = checkpoint.get('args')
-    trained = getattr(args, 'model', '')
+    state_dict = select_weights(checkpoint, use_ema, f'checkpoint {source}')
+    settings = settings_of(checkpoint)
+    trained = settings.get('model', '')
     if name or is_model(trained):
-        model = _registered(name or trained, state_dict, getattr(args, 'input_size', None))
-        _check_layout(state_dict, model)
-        _load_strictly(model, checkpoint_filter_fn(state_dict, model))
+        model = _registered(name or trained, state_dict, settings.get('img_size'))
+        _load(model, state_dict)
         architecture = _architecture(model)
     else:
         model = from_original(state_dict, **infer_arguments(state_dict), device='meta')

@@ -42,8 +42,8 @@ def write_folder(folder: str | Path, saved: Saved, half: bool = False) -> None:
             save_for_hf(model, str(new), model_config=names, safe_serialization=True, data_config=saved.data_config)
             metadata = {'format': 'pt', 'architecture': saved.architecture, 'vim_timm': __version__}
             write_safetensors(model.state_dict(), new / WEIGHTS, metadata)
-            if saved.settings:
-                (new / SETTINGS).write_text(yaml.safe_dump(public(saved.settings)), encoding='utf-8')
+            if saved.run:
+                (new / SETTINGS).write_text(yaml.safe_dump(public(saved.run)), encoding='utf-8')
             if saved.record.get('history'):
                 (new / LOG).write_text(table(saved.record['history'], 'epoch'), encoding='utf-8')
             _refuse_other_files(folder)

@@ -24,6 +24,7 @@ from ..engine.saved import Saved, open_saved
 from ..errors import UserError, explain, run
 from ..models.checkpoint import CheckpointError
 from ..models.pretrained import PACKAGED, sha256
+from ..settings.inherited import data_of
 from .card import Facts, card
 from .folder import FILES, WEIGHTS, check_folder, finish_folder, write_folder
 from .repeat import arguments, command, data_flags, train_command
@@ -62,14 +63,14 @@ def read_result(path: str) -> dict[str, Any]:
 def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[str, Any]) -> Facts:
     """What the card of a model tells, but for its accuracy."""
     shown = {**flags, **({'data_dir': 'DATA'} if 'data_dir' in flags else {})}
-    ours = bool(saved.settings) and 'data_set' not in saved.settings
-    derived = not ours or bool(saved.settings.get('pretrained'))  # from weights that have a licence of their own
+    ours = bool(saved.run) and 'data_set' not in saved.run
+    derived = not ours or bool(saved.run.get('pretrained'))  # from weights that have a licence of their own
     history = saved.record.get('history') or []
     made = dict(saved.record.get('provenance') or {})
     if history:
         made['epochs'] = str(len(history))
     if ours:
-        made['seed'] = str(saved.settings.get('seed', ''))
+        made['seed'] = str(saved.run.get('seed', ''))
     parameters = sum(parameter.numel() for parameter in saved.model.parameters())
     return Facts(
         name=args.repo_id.rpartition('/')[2],
@@ -80,10 +81,10 @@ def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[st
         dtype='float16' if args.half else 'float32',
         license=args.license,
         notes=saved.model.pretrained_cfg.get('notes') or () if derived else (),
-        dataset=str(saved.settings.get('dataset') or '') if ours else '',
+        dataset=str(saved.run.get('dataset') or '') if ours else '',
         split=str(flags.get('split', 'validation')),
         evaluate=command('validate', {'model': source, 'pretrained': True, **shown}),
-        train=train_command(saved.settings) if ours else '',
+        train=train_command(saved.run) if ours else '',
         made=made,
         class_names=saved.class_names,
     )
@@ -92,16 +93,15 @@ def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[st
 def write(args: argparse.Namespace, folder: Path, source: str) -> None:
     """Write the whole folder of a checkpoint, card included."""
     saved = open_saved(args.checkpoint, args.model, args.use_ema)
-    flags = data_flags(saved.settings)
-    if args.data_dir:
-        flags['data_dir'] = args.data_dir
+    given = {'data_dir': args.data_dir} if args.data_dir else {}
+    flags = {**data_flags(saved.run), **given}
     told = facts(args, saved, source, flags)
     write_folder(folder, saved, args.half)
     if args.results:
         told.result = read_result(args.results)
     elif not args.no_evaluate and saved.model.num_classes:  # an encoder alone has no accuracy
-        told.result = evaluate(folder, flags)
-    private = [value for value in saved.settings.values() if isinstance(value, str) and os.path.isabs(value)]
+        told.result = evaluate(folder, data_of({'args': {**saved.run, **given}}, args.checkpoint))
+    private = [value for value in saved.run.values() if isinstance(value, str) and os.path.isabs(value)]
     finish_folder(folder, card(told), private)
 
 

@@ -22,6 +22,11 @@ ScanType = Literal['bidirectional', 'shared', 'forward']
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
+# a tracer that goes into the mixer all the same records calls of these
+for _name in ('bidirectional_conv', 'bidirectional_scan', 'causal_conv'):
+    torch.fx.wrap(_name)
+
+
 def _call_conv(conv: nn.Module, x_BLD: torch.Tensor, width: int, reverse: bool) -> torch.Tensor:
     """SiLU of a convolution that is to be called: it sees (B, D, W - 1 + L), zeros before the first token."""
     x_BDL = (x_BLD.flip(1) if reverse else x_BLD).transpose(1, 2)
@@ -228,7 +233,8 @@ class BiMamba(nn.Module):
     def forward(self, x_BLC: torch.Tensor) -> torch.Tensor:
         xz_BLE = self.in_proj(x_BLC)
         if not torch.jit.is_scripting():
-            fused_BLC = self._fused(xz_BLE)
+            traced = isinstance(xz_BLE, torch.fx.Proxy)
+            fused_BLC = None if traced else self._fused(xz_BLE)
             if fused_BLC is not None:
                 return self.proj_drop(fused_BLC)
         x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)

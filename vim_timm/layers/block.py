@@ -19,6 +19,8 @@ from timm.layers import DropPath, LayerScale
 from vim_timm.layers.autocast import as_product_operand
 from vim_timm.layers.token_order import Layout
 
+torch.fx.wrap('as_product_operand')  # it decides by a tensor, which a tracer has not
+
 
 def wants_layout(mixer: nn.Module) -> bool:
     """Whether a mixer's forward takes the layout of its tokens."""

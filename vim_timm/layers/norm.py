@@ -9,8 +9,10 @@ from timm.layers import register_notrace_function
 
 from vim_timm.ops import rms_norm
 
-# which norm runs is decided outside an FX graph
+# which norm runs is decided outside an FX graph, timm's or another's
 register_notrace_function(rms_norm)
+torch.fx.wrap('rms_norm')
+torch.fx.wrap('at_least_float32')
 
 
 @register_notrace_function

@@ -13,6 +13,10 @@ from vim_timm.layers.plain import is_plain
 
 Size = Union[int, Tuple[int, int]]
 
+# they decide by a tensor or its size, which a tracer has not
+for _name in ('padding', 'check_matches', 'check_tiled', 'embed_patches'):
+    torch.fx.wrap(_name)
+
 
 @register_notrace_function
 def padding(size: int, patch: int, stride: int) -> int:

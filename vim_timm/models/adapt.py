@@ -2,17 +2,21 @@
 
 import math
 import sys
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import AbstractSet, Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import resample_patch_embed
-from timm.models._input import get_pretrained_grid_size
+from timm.layers import resample_patch_embed, to_2tuple
+from timm.models import get_pretrained_cfg, is_model
 
-from vim_timm.layers.pos_embed import resample_pos_embed
-from vim_timm.models.checkpoint import CheckpointError, check_names, check_shape
+from ..errors import shown
+from ..layers.pos_embed import resample_pos_embed
+from ..settings.inherited import settings_of
+from .checkpoint import CheckpointError, StateDict
+from .families import describe_family
 
-StateDict = Dict[str, torch.Tensor]
+Grid = Tuple[int, int]
+_PROJECTION = 'patch_embed.proj.weight'
 
 
 def filter_of(model: nn.Module) -> Optional[Callable[[Dict[str, Any], nn.Module], StateDict]]:
@@ -20,18 +24,49 @@ def filter_of(model: nn.Module) -> Optional[Callable[[Dict[str, Any], nn.Module]
     return getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
 
 
-def _source_grid(model: Any, patch_weight: Optional[torch.Tensor], num_patches: int) -> Tuple[int, int]:
-    """Grid of a checkpoint's position embedding: from its metadata where that fits, else a square."""
-    grid = get_pretrained_grid_size(model, patch_weight, num_patches)
-    side = math.isqrt(num_patches)
-    if grid is not None:
-        return grid
-    if side * side != num_patches:
+def check_names(
+    state: Mapping[str, Any],
+    own: Mapping[str, Any],
+    what: str = 'the checkpoint',
+    adaptable: AbstractSet[str] = frozenset(),
+) -> None:
+    """Refuse weights whose names are not a model's, see `check_fit`."""
+    foreign, missing = sorted(state.keys() - own.keys() - adaptable), sorted(own.keys() - state.keys() - adaptable)
+    if foreign or missing:
+        found = f'brings {shown(foreign[0])}, for which it has no place' if foreign else f'lacks its {missing[0]}'
         raise CheckpointError(
-            f'the position embedding of {num_patches} patches is not square and its grid is not recorded: '
-            f'create the model at the image size it was trained with'
+            f'{what} is of {describe_family(state)} and does not fit this model, {describe_family(own)}: it {found}'
         )
-    return side, side
+
+
+def check_fit(
+    state: Mapping[str, torch.Tensor],
+    own: Mapping[str, torch.Tensor],
+    what: str = 'the checkpoint',
+    adaptable: AbstractSet[str] = frozenset(),
+) -> None:
+    """Refuse weights that are not a model's: other names, other shapes, or other kinds of numbers.
+
+    Args:
+        state: Weights by name.
+        own: The model's state dict.
+        what: The checkpoint, in words.
+        adaptable: Names that may be missing, beside the model's own, or of another shape.
+
+    Raises:
+        CheckpointError: the first of these that is found.
+    """
+    check_names(state, own, what, adaptable)
+    for name, value in state.items():
+        if name not in own:  # where the model has no head, timm drops the checkpoint's
+            continue
+        if value.shape != own[name].shape and name not in adaptable:
+            raise CheckpointError(
+                f'{name} is {tuple(value.shape)} in {what} and {tuple(own[name].shape)} in the model: it was saved '
+                'from a model of another size (--num-classes, --img-size, --in-chans, --model-kwargs)'
+            )
+        if own[name].is_floating_point() and not value.is_floating_point():
+            raise CheckpointError(f'{name} in {what} holds {value.dtype}, which is no floating point type')
 
 
 def adapt(
@@ -41,44 +76,84 @@ def adapt(
 ) -> StateDict:
     """Weights of a checkpoint -> the state dict of a `Trunk`; strict by itself.
 
-    Takes a DeiT-style training checkpoint's `model`, resamples patch projection and position embedding to the model's
-    sizes, and lets a headless encoder pass.
+    Takes a training checkpoint's `model` or `state_dict`, resamples patch projection and position embedding to the
+    model's sizes, and lets a headless encoder pass, and another number of channels or classes, which timm adapts.
 
     Args:
+        state_dict: A state dict, or the content of a checkpoint file, whose settings tell its image size.
         rename: From the family's older layouts to the model's.
 
     Raises:
         CheckpointError: names or shapes are another family's or another size's.
     """
+    state, settings = state_dict, settings_of(state_dict)
     for key in ('model', 'state_dict'):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
+        if isinstance(state.get(key), dict):
+            state = state[key]
     if rename is not None:
-        state_dict = rename(state_dict, model)
-    own = model.state_dict()
-    check_names(set(state_dict), set(own))
-    out = {}
-    for name, value in state_dict.items():
-        if name == 'patch_embed.proj.weight' and value.shape[-2:] != own[name].shape[-2:]:
-            value = resample_patch_embed(value, list(own[name].shape[-2:]))
-        elif name == 'pos_embed' and value.ndim == 3 and value.shape[2] == own[name].shape[2]:
-            value = _at_grid(value, own[name], state_dict.get('patch_embed.proj.weight'), model)
-        if name in own:  # where the model has no head, timm drops the checkpoint's
-            check_shape(name, value, own[name])
-        out[name] = value
+        state = rename(state, model)
+    own, out = model.state_dict(), dict(state)
+    head = {name for name in (*state, *own) if name.startswith('head.')}
+    check_names(state, own, adaptable=head)
+    projection, positions = out[_PROJECTION], out.get('pos_embed')
+    if projection.ndim == 4 and projection.shape[-2:] != own[_PROJECTION].shape[-2:]:
+        out[_PROJECTION] = resample_patch_embed(projection, list(own[_PROJECTION].shape[-2:]))
+    if positions is not None and positions.ndim == 3 and positions.shape[2] == own['pos_embed'].shape[2]:
+        out['pos_embed'] = _at_grid(positions, projection, settings, model)
+    stem = {_PROJECTION} if projection.shape[:1] == own[_PROJECTION].shape[:1] and projection.ndim == 4 else set()
+    check_fit(out, own, adaptable=head | stem)
     return out
 
 
-def _at_grid(value: torch.Tensor, own: torch.Tensor, patch_weight: Optional[torch.Tensor], model: Any) -> torch.Tensor:
+def _at_grid(
+    positions: torch.Tensor, projection: torch.Tensor, settings: Mapping[str, Any], model: Any
+) -> torch.Tensor:
     """A checkpoint's position embedding at the model's grid."""
-    num_patches = value.shape[1] - model.num_prefix_tokens
     grid: List[int] = list(model.patch_embed.grid_size)
-    square = math.isqrt(max(num_patches, 0)) ** 2 == num_patches
-    if value.shape == own.shape and not (square and grid[0] != grid[1]):
-        return value
-    return resample_pos_embed(
-        value,
-        new_size=grid,
-        old_size=list(_source_grid(model, patch_weight, num_patches)),
-        num_prefix_tokens=model.num_prefix_tokens,
-    )
+    source = _source_grid(positions.shape[1] - model.num_prefix_tokens, projection, settings, model)
+    return resample_pos_embed(positions, grid, list(source), model.num_prefix_tokens)
+
+
+def image_size(settings: Mapping[str, Any]) -> Optional[Tuple[int, int]]:
+    """Height and width of the images that a checkpoint's settings name, themselves or by its model's; None without."""
+    size = settings.get('img_size') or settings.get('model_kwargs', {}).get('img_size')
+    if settings.get('input_size'):
+        size = settings['input_size'][1:]
+    elif size is None and is_model(settings.get('model', '')):
+        cfg = get_pretrained_cfg(settings['model'])
+        size = None if cfg is None else cfg.input_size[1:]
+    return None if size is None else to_2tuple(size)
+
+
+def _steps(size: int, patch: int, stride: int, padded: bool) -> int:
+    """Patches along a side."""
+    return (size - patch + (stride - 1 if padded else 0)) // stride + 1
+
+
+def _source_grid(patches: int, projection: torch.Tensor, settings: Mapping[str, Any], model: Any) -> Grid:
+    """Grid of a checkpoint's patches, by the first that fits their number.
+
+    That of the image size in its settings; the model's own, since nothing speaks against it; a square.
+
+    Raises:
+        CheckpointError: none fits.
+    """
+    patch = tuple(projection.shape[-2:])
+    size = image_size(settings)
+    if size is not None:
+        arguments = settings.get('model_kwargs', {})
+        overlaps = model.patch_embed.stride != model.patch_embed.patch_size
+        stride = to_2tuple(arguments.get('stride') or (model.patch_embed.stride if overlaps else patch))
+        for padded in (False, True):
+            height, width = (_steps(*side, padded) for side in zip(size, patch, stride))
+            if height * width == patches:
+                return height, width
+    own, side = model.patch_embed.grid_size, math.isqrt(max(patches, 0))
+    if math.prod(own) == patches:
+        return own
+    if side * side != patches:
+        raise CheckpointError(
+            f'the position embedding of {patches} patches is not square and its grid is not recorded: '
+            f'create the model at the image size it was trained with'
+        )
+    return side, side

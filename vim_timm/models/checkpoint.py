@@ -1,20 +1,22 @@
-"""Reading checkpoint files of any origin without executing anything in them."""
+"""Reading checkpoint files of any origin, once, without executing anything in them."""
 
-import argparse
 import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set, Union
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 import safetensors.torch
 import torch
 from timm.models import clean_state_dict
 
-from ..errors import UserError
+from ..errors import UserError, shown
+from .unpickling import harmless
 
 _WEIGHTS = ('model', 'state_dict')
 _EMA_WEIGHTS = ('model_ema', 'state_dict_ema')
+
+StateDict = Dict[str, torch.Tensor]
 
 
 class CheckpointError(UserError, ValueError):
@@ -22,37 +24,46 @@ class CheckpointError(UserError, ValueError):
 
 
 def read_checkpoint(path: Union[str, Path], mmap: bool = False) -> Dict[str, Any]:
-    """The whole content of a .safetensors or torch file on the CPU.
+    """The whole content of a safetensors or torch file on the CPU; which of them it is, its first bytes say.
 
-    Only tensors, plain containers and argparse.Namespace (DeiT-style `args`) are unpickled.
+    Only tensors, plain containers and what `unpickling.harmless` lists are unpickled. Checksums are compared where the
+    format has them.
 
     Args:
         mmap: leave tensors in the file until they are used, which has to stay as it is as long as they are.
 
     Raises:
-        CheckpointError: missing, truncated, or in need of running code.
+        CheckpointError: missing, truncated, damaged, or in need of running code.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f'no checkpoint at {path}')
     try:
-        if path.suffix == '.safetensors':
+        with open(path, 'rb') as file:
+            start = file.read(9)
+        if start[8:] == b'{' or path.suffix == '.safetensors' and start[:2] != b'PK':
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _check_entries(path)
+        mmap = mmap and zipped and path.suffix != '.safetensors'  # torch's older format cannot be mapped
+        with torch.serialization.safe_globals(harmless()), warnings.catch_warnings(), open(path, 'rb') as file:
             warnings.simplefilter('ignore')  # torch warns of foreign pickles, which end in a sentence below
-            mmap = mmap and zipfile.is_zipfile(path)  # torch's older format cannot be mapped
-            content = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-    except Exception as e:
-        if 'weights_only' in str(e) or 'Unsupported' in str(e):
-            message = f'{path} is refused: it holds more than weights, a pickle that would run code'
-            raise CheckpointError(message) from e
-        raise CheckpointError(f'{path} is truncated or no checkpoint ({type(e).__name__})') from e
+            content = torch.load(path if mmap else file, map_location='cpu', weights_only=True, mmap=mmap)
+    except CheckpointError:
+        raise
+    except MemoryError as e:
+        raise CheckpointError(f'{path} needs more memory than there is') from e
+    except BaseException as e:  # safetensors' panics are no Exceptions
+        if isinstance(e, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise CheckpointError(_unreadable(path, e)) from e
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a dictionary of weights')
     return content
 
 
-def class_names_in(content: Dict[str, Any], path: Union[str, Path]) -> List[str]:
+def class_names_in(content: Mapping[str, Any], path: Union[str, Path]) -> List[str]:
     """Class names by number in a training checkpoint of ours, or an empty list.
 
     Raises:
@@ -66,12 +77,44 @@ def class_names_in(content: Dict[str, Any], path: Union[str, Path]) -> List[str]
     return names
 
 
-def has_average(content: Dict[str, Any]) -> bool:
+def _unreadable(path: Path, error: BaseException) -> str:
+    """Why torch or safetensors would not read a file, in a sentence."""
+    text = str(error)
+    if 'TorchScript' in text:
+        return f'{path} is a scripted model, which is code: save its state_dict() instead'
+    if 'weights_only' in text or 'Unsupported' in text:
+        found = re.search(r'GLOBAL ([\w.]+)', text)
+        what = f'{found[1]} beside weights' if found else 'more than weights'
+        return f'{path} is refused: it holds {what}, a pickle that would run code'
+    return f'{path} is truncated or no checkpoint ({type(error).__name__})'
+
+
+def _check_entries(path: Path) -> None:
+    """Compare the entries of a zip file with their checksums; torch compresses none of them, and compares none."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        size = sum(entry.file_size for entry in entries)
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or size > path.stat().st_size:
+            raise CheckpointError(f'{path} is compressed: unpack it and save it with torch.save')
+        for entry in entries:
+            if entry.CRC == 0:  # torch.serialization.set_crc32_options(False)
+                continue
+            try:
+                with archive.open(entry) as file:
+                    while file.read(1 << 20):
+                        pass
+            except zipfile.BadZipFile as e:
+                raise CheckpointError(
+                    f'{path} is damaged: {shown(entry.filename)} is not what its checksum says'
+                ) from e
+
+
+def has_average(content: Mapping[str, Any]) -> bool:
     """Whether a training checkpoint holds a moving average of its weights."""
     return any(content.get(key) is not None for key in _EMA_WEIGHTS)
 
 
-def wants_average(content: Dict[str, Any], use_ema: Optional[bool]) -> bool:
+def wants_average(content: Mapping[str, Any], use_ema: Optional[bool]) -> bool:
     """Whether to take the moving average of a training checkpoint; where nobody says (None), as timm does.
 
     timm takes that of its own checkpoints (`state_dict_ema`), and so do we, but not that of those with a `model` and a
@@ -80,75 +123,55 @@ def wants_average(content: Dict[str, Any], use_ema: Optional[bool]) -> bool:
     return content.get('state_dict_ema') is not None if use_ema is None else use_ema
 
 
-def select_weights(content: Dict[str, Any], use_ema: Optional[bool] = False) -> Dict[str, torch.Tensor]:
+def select_weights(
+    content: Mapping[str, Any], use_ema: Optional[bool] = False, what: str = 'the checkpoint'
+) -> StateDict:
     """The state dict of a training checkpoint: `model` / `state_dict`, or where `wants_average` its moving average.
 
+    Every route from a file to a model chooses by this function.
+
+    Args:
+        what: The checkpoint, in words.
+
     Raises:
-        CheckpointError: `use_ema` of a checkpoint without one.
+        CheckpointError: `use_ema` of a checkpoint without one, or no state dict where it should be.
     """
-    if wants_average(content, use_ema):
-        for key in _EMA_WEIGHTS:
-            if content.get(key) is not None:
-                return clean_state_dict(content[key])
-        raise CheckpointError('the checkpoint holds no moving average (model_ema or state_dict_ema)')
-    for key in _WEIGHTS:
+    use_ema = wants_average(content, use_ema)
+    for key in _EMA_WEIGHTS if use_ema else _WEIGHTS:
         if isinstance(content.get(key), dict):
-            return clean_state_dict(content[key])
-    return clean_state_dict(content)
+            return check_weights(content[key], what)
+    if use_ema:
+        raise CheckpointError(f'{what} holds no moving average (model_ema or state_dict_ema)')
+    return check_weights(dict(content), what)
 
 
-def load_weights(path: Union[str, Path], use_ema: Optional[bool] = False) -> Dict[str, torch.Tensor]:
+def check_weights(found: Dict[Any, Any], what: str = 'the checkpoint') -> StateDict:
+    """A state dict from a file, its names without the prefixes of wrappers.
+
+    Raises:
+        CheckpointError: it is none, or holds tensors that are no weights: sparse, complex, not finite, ...
+    """
+    if not found or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(f'{what} holds no state dict')
+    for name, value in found.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f'{what} holds no state dict: {shown(name)} is a {type(value).__name__}, not a tensor'
+            )
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise CheckpointError(f'{shown(name)} in {what} is sparse, quantized or complex, which no weight is')
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise CheckpointError(f'{shown(name)} in {what} repeats fewer numbers than it has places')
+        if value.is_floating_point() and not value.is_meta and not _is_finite(value):
+            raise CheckpointError(f'{shown(name)} in {what} holds numbers that are not finite')
+    return clean_state_dict(found)
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    value = value if value.element_size() > 1 else value.float()  # few operators know eight bits
+    return bool(torch.isfinite(value).all())
+
+
+def load_weights(path: Union[str, Path], use_ema: Optional[bool] = False) -> StateDict:
     """`select_weights` of `read_checkpoint`."""
-    return select_weights(read_checkpoint(path), use_ema)
-
-
-_FAMILIES = (
-    (r'attn\.qkv\.weight$', 'a vision transformer (ViT, DeiT)'),
-    (r'^blocks\.\d+\.mixer\.in_proj_x', 'MambaVision'),
-    (r'^levels\.\d+\.', 'a hierarchical model such as MambaVision'),
-    (r'(^|\.)x_proj_weight$', 'VMamba'),
-    (r'^backbone\.(layers|embedding)', 'a Mamba language model'),
-    (r'mixer\.dt_bias$', 'Mamba-2'),
-    (r'^layers\.\d+\.blocks\.', 'a hierarchical model such as Swin or VMamba'),
-    (r'^stages\.', 'a staged network such as ConvNeXt or MambaOut'),
-    (r'^(conv1|bn1|layer1\.)', 'a ResNet'),
-    (r'^decoder_', 'a masked autoencoder with its decoder'),
-)
-
-
-def describe_family(names: Set[str]) -> str:
-    """What a state dict with these names is of, in words for an error message."""
-    for pattern, family in _FAMILIES:
-        if any(re.search(pattern, name) for name in names):
-            return family
-    if any(name.endswith('mixer.A_log') for name in names):
-        if any('conv1d_b' in name for name in names):
-            return 'a Vision Mamba with bidirectional scans (v2)'
-        if any(name.endswith('A_b_log') for name in names):
-            return 'a Vision Mamba with shared projections (v1)'
-        return 'a unidirectional Mamba'
-    return 'an unknown family'
-
-
-def check_names(names: Set[str], own: Set[str]) -> None:
-    """Refuse a checkpoint whose names, the head's apart, are not the model's `own`."""
-    head = {'head.weight', 'head.bias'}
-    foreign = sorted(names - own - head)
-    missing = sorted(own - names - head)
-    if foreign or missing:
-        what = f'brings {foreign[0]}, for which it has no place' if foreign else f'lacks its {missing[0]}'
-        raise CheckpointError(
-            f'the checkpoint is of {describe_family(names)} and does not fit this model, {describe_family(own)}: '
-            f'it {what}'
-        )
-
-
-def check_shape(name: str, value: torch.Tensor, own: torch.Tensor) -> None:
-    """Heads and input channels are adapted by timm's factory; every other shape must agree."""
-    if name.startswith('head.') or name == 'patch_embed.proj.weight' and value.shape[0] == own.shape[0]:
-        return
-    if value.shape != own.shape:
-        raise CheckpointError(
-            f'{name} is {tuple(value.shape)} in the checkpoint and {tuple(own.shape)} in the model: '
-            f'it was saved from a model of another size'
-        )
+    return select_weights(read_checkpoint(path), use_ema, f'checkpoint {path}')

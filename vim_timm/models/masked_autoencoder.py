@@ -20,17 +20,11 @@ from vim_timm.layers.masking import check_ratio, random_masking, take_tokens
 from vim_timm.layers.patch_embed import Size, check_channels
 from vim_timm.layers.patches import patchify, unpatchify
 from vim_timm.layers.pos_embed import resample_pos_embed
-from vim_timm.models.adapt import filter_of
+from vim_timm.models.adapt import check_fit, filter_of
 from vim_timm.models.build import build_model, cfg, small_cfg
-from vim_timm.models.checkpoint import (
-    CheckpointError,
-    check_names,
-    check_shape,
-    read_checkpoint,
-    select_weights,
-    wants_average,
-)
+from vim_timm.models.checkpoint import CheckpointError, check_weights, read_checkpoint, select_weights, wants_average
 from vim_timm.models.trunk import Trunk
+from vim_timm.settings.inherited import settings_of
 
 __all__ = ['MaskedAutoencoder']
 
@@ -336,9 +330,9 @@ def autoencoder_weights(content: Dict[str, Any], use_ema: Optional[bool] = None)
     weights = select_weights(content, use_ema)
     state = content.get('task_state_ema' if wants_average(content, use_ema) else 'task_state')
     decoder = state.get('decoder') if isinstance(state, dict) else None
-    if decoder is not None:
+    if isinstance(decoder, dict):
         weights = {f'encoder.{name}': value for name, value in weights.items()}
-        weights.update({f'decoder.{name}': value for name, value in decoder.items()})
+        weights.update({f'decoder.{name}': value for name, value in check_weights(decoder).items()})
     elif 'decoder_embed.weight' in weights:
         weights = {_from_original(name): value for name, value in weights.items() if name != 'decoder_pos_embed'}
     if not any(name.startswith('decoder.') for name in weights):
@@ -366,7 +360,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: MaskedAutoencoder) -
     encoder = {name.removeprefix('encoder.'): v for name, v in weights.items() if name.startswith('encoder.')}
     decoder = {name: value for name, value in weights.items() if not name.startswith('encoder.')}
     filter_fn = filter_of(model.encoder)
-    if filter_fn is not None:
+    if filter_fn is not None and isinstance(model.encoder, Trunk):
+        encoder = filter_fn({'state_dict': encoder, 'args': settings_of(state_dict)}, model.encoder)
+    elif filter_fn is not None:
         encoder = filter_fn(encoder, model.encoder)
     positions, side = decoder.get('decoder.pos_embed'), 0
     if positions is not None and positions.shape[1] != model.decoder.grid[0] * model.decoder.grid[1]:
@@ -374,9 +370,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: MaskedAutoencoder) -
     if positions is not None and side * side == positions.shape[1]:
         decoder['decoder.pos_embed'] = resample_pos_embed(positions, list(model.decoder.grid), [side, side], 0)
     weights = {**{f'encoder.{name}': value for name, value in encoder.items()}, **decoder}
-    check_names(set(weights), set(own))
-    for name, value in weights.items():
-        check_shape(name, value, own[name])
+    check_fit(weights, own)
     return weights
 
 

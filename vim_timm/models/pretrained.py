@@ -19,6 +19,7 @@ from .checkpoint import CheckpointError
 
 PACKAGED = Path(__file__).parent.parent / 'weights'
 SUMS = 'SHA256SUMS'
+_UNDESCRIBED = 'undescribed'
 _NAMES = ('model.safetensors', 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth')
 _SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.bin')
 
@@ -71,10 +72,17 @@ def on_disk(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     if file:
         if Path(file).parent.parent == PACKAGED:
             check_sum(file)
-        cfg.update(source='', file=str(file), custom_load=True)
+        overlay = kwargs.get('pretrained_cfg_overlay') or {}
+        unknown = bool(overlay.get('file')) and 'input_size' not in overlay
+        cfg.update(source='', file=str(file), custom_load=_UNDESCRIBED if unknown else True)
     elif cfg.get('url'):
         cfg.update(custom_load=True)  # timm downloads it, we read it
     return {**kwargs, 'pretrained_cfg': cfg, 'pretrained_cfg_overlay': None}
+
+
+def describes_weights(cfg: Dict[str, Any]) -> bool:
+    """Whether a configuration's image size is that of its weights; not so where they are a file that somebody named."""
+    return cfg.get('custom_load') != _UNDESCRIBED
 
 
 def find_weights(folder: Union[str, Path]) -> Path:

@@ -28,7 +28,13 @@ from vim_timm.layers.token_order import (
     to_scan_order,
 )
 from vim_timm.models.adapt import filter_of
-from vim_timm.models.checkpoint import load_weights
+from vim_timm.models.checkpoint import read_checkpoint, select_weights
+from vim_timm.models.pretrained import describes_weights
+from vim_timm.settings.inherited import settings_of
+
+# they decide by a tensor or its size, which a tracer has not
+for _name in ('at_least_float32', 'resample_pos_embed', 'rope_tables'):
+    torch.fx.wrap(_name)
 
 POOLS = ('', 'token', 'avg', 'max', 'last')
 
@@ -187,12 +193,16 @@ class Trunk(nn.Module):
         Raises:
             CheckpointError: the file cannot be read, or is not this model's.
         """
-        cfg: Any = dict(
-            getattr(self, 'pretrained_cfg', {}), state_dict=load_weights(checkpoint_path, None), custom_load=False
-        )
+        cfg: Dict[str, Any] = getattr(self, 'pretrained_cfg', {})
+        content = read_checkpoint(checkpoint_path)
+        settings = settings_of(content)
+        if not settings and describes_weights(cfg):
+            size = getattr(self, 'pretrained_model_args', {}).get('img_size') or cfg['input_size'][1:]
+            settings = {'img_size': size}
+        weights = {'state_dict': select_weights(content, None, f'checkpoint {checkpoint_path}'), 'args': settings}
         load_pretrained(
             self,
-            cfg,
+            {**cfg, 'state_dict': weights, 'custom_load': False},
             num_classes=self.num_classes,
             in_chans=self.in_chans,
             filter_fn=filter_of(self),

@@ -19,6 +19,7 @@ from vim_timm.layers.patch_embed import Size
 from vim_timm.layers.token_order import ClassToken, to_prefix_order
 from vim_timm.models.adapt import adapt
 from vim_timm.models.build import build_model, cfg, small_cfg
+from vim_timm.models.families import register_family
 from vim_timm.models.pretrained import packaged
 from vim_timm.models.trunk import Trunk
 
@@ -204,6 +205,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: VisionMamba) -> Dict
     """Weights of the original's releases or of this package -> the model's state dict, see `adapt`."""
     return adapt(state_dict, model, _from_original)
 
+
+register_family('a Vision Mamba with bidirectional scans (v2)', r'mixer\.A_log$', r'mixer\.conv1d_b\.')
+register_family('a Vision Mamba with shared projections (v1)', r'mixer\.A_log$', r'mixer\.A_b_log$')
 
 _LICENCE = (
     "The authors' repositories on the Hub contradict themselves: their metadata say apache-2.0, as their code does, "

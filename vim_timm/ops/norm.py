@@ -23,6 +23,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         RuntimeError: a forced backend cannot run.
     """
     if not torch.jit.is_scripting():
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # torch's older exporter knows no aten norm
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
         if not torch.compiler.is_compiling():  # torch.compile fuses aten's norm with its neighbours
             norm = Norm(x, weight, eps)
             run = find('rms_norm', norm, x)

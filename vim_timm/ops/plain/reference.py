@@ -15,8 +15,6 @@ from vim_timm.ops import operands
 from vim_timm.ops.operands import Direction, Taps
 from vim_timm.ops.registration import conv_flops, count, scan_flops
 
-_LARGEST_LOG = 88.0  # exp of it fits float32
-
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Scans and their states are float32 at least: float64 inputs stay float64, all others become float32."""
@@ -33,7 +31,9 @@ def step_size(delta: Tensor, delta_bias: Optional[Tensor], softplus: bool) -> Te
 def state_matrix(A: Tensor, is_log: bool, dtype: torch.dtype) -> Tensor:
     """The state matrix's diagonal (D, N); minus infinity becomes a finite number whose decays are 0 all the same, with
     derivatives that are 0 as well, where those of infinity are not a number."""
-    return -torch.exp(A.to(dtype).clamp(max=_LARGEST_LOG)) if is_log else A.to(dtype).clamp(min=-math.exp(_LARGEST_LOG))
+    largest_log = 88.0  # exp of it fits float32
+    A = A.to(dtype)
+    return -torch.exp(A.clamp(max=largest_log)) if is_log else A.clamp(min=-math.exp(largest_log))
 
 
 def no_tokens(direction: Direction) -> Tensor:

@@ -1,0 +1,68 @@
+"""The one way from a checkpoint file into a model."""
+
+from typing import Any, Dict, Mapping, Optional
+
+import torch.nn as nn
+from timm.models import create_model, is_model, resolve_model_input_args
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from ..settings.inherited import settings_of
+from .adapt import check_fit, filter_of
+from .checkpoint import CheckpointError, StateDict, select_weights, wants_average
+from .trunk import Trunk
+
+
+def load_content(
+    model: nn.Module, content: Mapping[str, Any], use_ema: Optional[bool] = False, what: str = 'the checkpoint'
+) -> None:
+    """Load the weights in a checkpoint's content into a model, all of them and no others, whatever its family.
+
+    Position embedding and patches are resampled to the model's size where its family can.
+
+    Args:
+        content: What `read_checkpoint` returns.
+        use_ema: Take the moving average; None: where timm does.
+        what: The checkpoint, in words.
+
+    Raises:
+        CheckpointError: there are no such weights, or they are another model's.
+    """
+    state = select_weights(content, use_ema, what)
+    own, filter_fn = model.state_dict(), filter_of(model)
+    same = state.keys() == own.keys() and all(value.shape == own[name].shape for name, value in state.items())
+    if filter_fn is not None and (isinstance(model, Trunk) or not same):
+        # it may know the file as an original or older layout, or of another size
+        beside = content.get('task_state_ema' if wants_average(content, use_ema) else 'task_state')
+        state = filter_fn({'state_dict': state, 'args': settings_of(content), 'task_state': beside}, model)
+    check_fit(state, own, what)
+    model.load_state_dict(state)
+
+
+def check_size(settings: Mapping[str, Any], state: StateDict, what: str = 'the checkpoint') -> None:
+    """Refuse settings of a checkpoint that describe a far larger model than it holds, before it is built for minutes.
+
+    Args:
+        settings: What `settings_of` returns.
+        state: The checkpoint's weights.
+
+    Raises:
+        CheckpointError: the model has more weights.
+    """
+    if not is_model(settings.get('model', '')):
+        return
+    names, numbers = 2 * len(state) + 100, 2 * sum(value.numel() for value in state.values()) + 10_000_000
+
+    def count(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal names, numbers
+        names, numbers = names - 1, numbers - (0 if parameter is None else parameter.numel())
+        if names < 0 or numbers < 0:
+            raise CheckpointError(f'{what}: its settings describe a larger model than that of its weights')
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        own: Dict[str, Any] = dict(
+            settings.get('model_kwargs', {}), num_classes=settings.get('num_classes'), device='meta'
+        )
+        create_model(**resolve_model_input_args(settings['model'], dict(settings), **own))
+    finally:
+        hook.remove()
