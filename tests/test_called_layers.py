@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 from torch.nn.utils import weight_norm as hooked_weight_norm
 
 from vim_timm import ops
-from vim_timm.layers import BiMamba
+from vim_timm.layers import BiMamba, BiSSD, Layout, RmsNorm, bissd
 from vim_timm.layers.plain import is_plain
 
 LAYERS = ('in_proj', 'conv1d', 'conv1d_b', 'x_proj', 'x_proj_b', 'dt_proj', 'dt_proj_b', 'out_proj')
@@ -35,9 +35,9 @@ def x():
     return torch.randn(2, 7, 16)
 
 
-def output_and_gradients(block, x):
+def output_and_gradients(block, *inputs):
     block.zero_grad()
-    y = block(x)
+    y = block(*inputs)
     y.square().sum().backward()
     return [y.detach(), *(p.grad for p in block.parameters() if p.grad is not None)]
 
@@ -59,6 +59,61 @@ def test_being_called_changes_no_number(block, x, name, backend):
     wanted = output_and_gradients(block, x)
     block.get_submodule(name).register_forward_pre_hook(lambda *_: None)
     assert_close(output_and_gradients(block, x), wanted)
+
+
+def replacement(layer):
+    """A plain layer of the same sizes with a bias where there was none, and without one where there was."""
+    bias = layer.bias is None
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, layer.out_features, bias=bias)
+    kind, size = type(layer), layer.kernel_size
+    return kind(layer.in_channels, layer.out_channels, size, padding=layer.padding, groups=layer.groups, bias=bias)
+
+
+def law(block, *inputs):
+    """Output and gradients of a copy in float64 whose layers are all called, on the `reference` backend."""
+    block = copy.deepcopy(block).double()
+    for module in block.modules():
+        module.register_forward_pre_hook(lambda *_: None)
+    with ops.use_scan_backend('reference'):
+        return output_and_gradients(block, inputs[0].double(), *inputs[1:])
+
+
+EVERY_BACKEND = ['auto', *(s.name for s in ops.explain() if s.available)]
+SSD_LAYERS = ('in_proj', 'conv2d', 'norm', 'out_proj')
+
+
+@pytest.mark.parametrize('name', EVERY_BACKEND)
+@pytest.mark.parametrize('layer', LAYERS)
+def test_a_replaced_layer_counts_whole_on_every_backend(block, x, layer, name):
+    setattr(block, layer, replacement(block.get_submodule(layer)))
+    with ops.use_scan_backend(name):
+        assert_close(output_and_gradients(block, x), [w.float() for w in law(block, x)])
+
+
+@pytest.fixture
+def ssd():
+    torch.manual_seed(0)
+    return BiSSD(16, d_state=16, headdim=16)
+
+
+GRID = Layout((3, 4), [], None)
+
+
+@pytest.mark.parametrize('name', EVERY_BACKEND)
+@pytest.mark.parametrize('padded', [False, True])  # as on GPUs
+@pytest.mark.parametrize('layer', [*SSD_LAYERS, 'circular conv2d'])
+def test_a_replaced_layer_of_a_grid_mixer_counts_whole_on_every_backend(ssd, layer, padded, name, monkeypatch):
+    x, conv = torch.randn(2, 12, 16), ssd.conv2d
+    if layer == 'norm':
+        ssd.norm = RmsNorm(32, eps=0.3)
+    elif layer == 'circular conv2d':
+        ssd.conv2d = nn.Conv2d(64, 64, 3, padding=1, groups=64, padding_mode='circular')
+    else:
+        setattr(ssd, layer, replacement(conv if layer == 'conv2d' else ssd.get_submodule(layer)))
+    monkeypatch.setattr(bissd, '_pads_rows', lambda x: padded)
+    with ops.use_scan_backend(name):
+        assert_close(output_and_gradients(ssd, x, GRID), [w.float() for w in law(ssd, x, GRID)])
 
 
 def test_hooks_on_all_modules_see_every_layer(block, x, backend):

@@ -383,6 +383,17 @@ def test_a_hook_and_a_wrapper_of_out_proj_take_effect(block):
     assert not torch.equal(block(x), plain) and grad.any()
 
 
+@pytest.mark.parametrize('name', ['in_proj', 'x_proj', 'x_proj_b', 'out_proj'])
+def test_a_projection_with_another_bias_counts_whole(block, name, monkeypatch):
+    layer, x = block.get_submodule(name), torch.randn(2, 9, 32)
+    setattr(block, name, nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is None))
+    found = block(x)
+    with torch.autocast('cpu', enabled=False), use_scan_backend('reference'):
+        monkeypatch.setattr(bimamba, 'fused_mixer', lambda given: None)
+        wanted = block.double()(x.double())
+    assert error(found.detach(), wanted.detach()) < 2e-2
+
+
 def test_nothing_between_the_projections_is_kept_for_the_backward_pass(block):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
-from vim_timm.layers.plain import is_plain
+from vim_timm.layers.plain import is_plain, is_plain_depthwise, is_plain_projection
 from vim_timm.ops import bidirectional_conv, bidirectional_scan, causal_conv, fused_mixer, probe_backends
 from vim_timm.ops.operands import Direction, Mixer, Taps, Weights
 
@@ -186,14 +186,14 @@ class BiMamba(nn.Module):
     def _convolve(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """SiLU of the convolution of the tokens, from the first on."""
         if not torch.jit.is_scripting():
-            if not is_plain(self.conv1d):
+            if not is_plain_depthwise(self.conv1d, 0):
                 return _call_conv(self.conv1d, x_BLD, self.d_conv, False)
         return causal_conv(x_BLD, self.conv1d.weight.squeeze(1), self.conv1d.bias)
 
     def _convolve_both(self, x_BLD: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """`_convolve`, and the same with the backward direction's convolution from the last token on."""
         if not torch.jit.is_scripting():
-            if not (is_plain(self.conv1d) and is_plain(self.conv1d_b)):
+            if not (is_plain_depthwise(self.conv1d, 0) and is_plain_depthwise(self.conv1d_b, 0)):
                 u_b_BLD = _call_conv(self.conv1d_b, x_BLD, self.d_conv, True)
                 return _call_conv(self.conv1d, x_BLD, self.d_conv, False), u_b_BLD
         taps = Taps(self.conv1d.weight.squeeze(1), self.conv1d.bias)
@@ -215,10 +215,14 @@ class BiMamba(nn.Module):
         """What `forward` makes of in_proj's output, in one kernel; None where none can."""
         if not self.bidirectional:
             return None
-        inside = (self.conv1d, self.conv1d_b, self.x_proj, self.x_proj_b, self.dt_proj, self.dt_proj_b)
-        if not all(is_plain(module) for module in inside):
+        conv, conv_b = self.conv1d, self.conv1d_b
+        x_proj, x_proj_b, dt_proj, dt_proj_b = self.x_proj, self.x_proj_b, self.dt_proj, self.dt_proj_b
+        if not (is_plain_depthwise(conv, 0) and is_plain_depthwise(conv_b, 0)):
             return None
-        conv, conv_b, x_proj, x_proj_b, dt_proj, dt_proj_b = inside
+        if not (is_plain_projection(x_proj) and is_plain_projection(x_proj_b)):  # a kernel has no place for its bias
+            return None
+        if not (is_plain(dt_proj) and is_plain(dt_proj_b)):
+            return None
         taps, taps_b = conv.weight.squeeze(1), conv_b.weight.squeeze(1)
         forward = Weights(taps, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D)
         backward = Weights(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from vim_timm.layers.norm import RmsNorm
-from vim_timm.layers.plain import is_its_class, is_plain
+from vim_timm.layers.plain import is_its_class, is_plain, is_plain_depthwise
 from vim_timm.layers.rope import rope_tables, rotate
 from vim_timm.layers.token_order import Layout, column_places, patch_moves, patch_places
 from vim_timm.ops import GridMixer, Ssd, fused_grid_mixer, probe_backends, symmetric_ssd
@@ -26,6 +26,11 @@ _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
 _RATE_MIN, _RATE_MAX = 1.0, 16.0
 _WIDTH_1D = 7
 _ROPE_GRID = 14
+
+
+def _pads_rows(x: torch.Tensor) -> bool:
+    """Whether rows of a product that are no multiple of 8 long are slow on x's device."""
+    return x.is_cuda
 
 
 @register_notrace_module  # what runs is decided by tensors, outside an FX graph
@@ -94,7 +99,6 @@ class BiSSD(nn.Module):
         self.rope = rope
         self.rope_grid = _ROPE_GRID  # side to which positions are scaled
         self.conv_type = conv
-        self.norm_eps = norm_eps
         channels = d_inner + 2 * d_state
         self.in_proj = nn.Linear(dim, d_inner + channels + self.num_heads, bias=False, **dd)
         self.conv2d = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, **dd) if conv == '2d' else None
@@ -144,8 +148,9 @@ class BiSSD(nn.Module):
         """z, x, B, C and step sizes, on a GPU in rows of a multiple of 8: others cost products three times as long."""
         if not torch.jit.is_scripting():
             pad = -self.in_proj.out_features % 8
-            if pad and x_BLC.is_cuda and is_plain(self.in_proj):
-                return F.linear(x_BLC, F.pad(self.in_proj.weight, [0, 0, 0, pad]))
+            if pad and _pads_rows(x_BLC) and is_plain(self.in_proj):
+                weight, bias = self.in_proj.weight, self.in_proj.bias
+                return F.linear(x_BLC, F.pad(weight, [0, 0, 0, pad]), None if bias is None else F.pad(bias, [0, pad]))
         return self.in_proj(x_BLC)
 
     def _fused(self, zxbcdt_BLE: torch.Tensor, layout: Layout) -> Optional[torch.Tensor]:
@@ -153,9 +158,10 @@ class BiSSD(nn.Module):
         conv, first = self.conv2d, len(layout.prefix)
         if conv is None or self.b_norm is not None or self.rope or layout.keep is not None:
             return None
-        if layout.prefix != list(range(first)) or not is_plain(conv):
+        if layout.prefix != list(range(first)) or not is_plain_depthwise(conv, 1) or conv.kernel_size != (3, 3):
             return None
-        if type(self.norm) is not RmsNorm or not is_its_class(self.norm):
+        norm = self.norm
+        if type(norm) is not RmsNorm or not is_its_class(norm) or norm.eps is None:
             return None
         return fused_grid_mixer(
             GridMixer(
@@ -165,8 +171,8 @@ class BiSSD(nn.Module):
                 self.dt_bias,
                 self.A_log,
                 self.D,
-                self.norm.weight,
-                self.norm_eps,
+                norm.weight,
+                norm.eps,
                 self.d_state,
                 self.rows,
                 first,

@@ -27,3 +27,21 @@ def is_plain(module: nn.Module) -> bool:
     its class) nor quantized.
     """
     return type(module) in PLAIN and is_its_class(module)
+
+
+def is_plain_projection(linear: nn.Module) -> bool:
+    """Whether a Linear's weight alone says what it computes."""
+    return is_plain(linear) and linear.bias is None
+
+
+def is_plain_depthwise(conv: nn.Module, padding: int) -> bool:
+    """Whether a kernel of depthwise convolutions may take a convolution's weights: one of another padding, stride,
+    dilation or grouping is called."""
+    return (
+        isinstance(conv, (nn.Conv1d, nn.Conv2d))
+        and is_plain(conv)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.padding_mode == 'zeros'
+        and conv.padding == (padding,) * len(conv.kernel_size)
+        and set(conv.stride) == set(conv.dilation) == {1}
+    )
