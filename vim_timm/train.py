@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 import yaml
 from timm.data import resolve_input_data_config
-from timm.models import get_pretrained_cfg
 from timm.utils import random_seed, unwrap_model
 
 import vim_timm  # noqa: F401  registers the models with timm
@@ -78,8 +77,8 @@ def input_channels(args: Settings) -> int:
     """Channels of the images that the model takes."""
     if args.in_chans or args.input_size:
         return args.in_chans or args.input_size[0]
-    config = get_pretrained_cfg(args.model, allow_unregistered=True)
-    return config.input_size[0] if config else 3
+    size = build.published_cfg(args.model).get('input_size')
+    return size[0] if size else 3
 
 
 def checkpoint_to_resume(args: Settings, saver: Saver) -> str:

@@ -27,6 +27,7 @@ from .errors import Preempted, UserError, explain, out_of_memory, run, sentence
 from .files import table, write_atomically
 from .models.checkpoint import class_names_in, read_checkpoint, select_weights
 from .models.load import check_size, load_content
+from .models.masked_autoencoder import autoencoder_weights
 from .report import reconstruction
 from .report.evaluation import Evaluation, open_folder, write_report
 from .report.extras import require
@@ -36,7 +37,7 @@ from .report.names import words
 from .settings import Process, Settings
 from .settings.flags import VALIDATE
 from .settings.inherited import data_of, settings_of
-from .settings.masked import is_autoencoder
+from .settings.masked import AUTOENCODER, is_autoencoder
 from .settings.parse import parse
 from .tasks import adopt, make_task
 from .train import check, input_channels, match_classes
@@ -73,7 +74,12 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
             described = {
                 name: getattr(args, name) for name in ('model', 'model_kwargs', 'num_classes', 'in_chans', *sizes)
             }
-            check_size(described, select_weights(content, what=what), what)
+            state = select_weights(content, what=what)
+            if is_autoencoder(args.model):  # its decoder stands beside what a checkpoint calls the model
+                state = autoencoder_weights(content)
+                own = {name: getattr(args, name) for name in AUTOENCODER if getattr(args, name) is not None}
+                described['model_kwargs'] = {**own, **args.model_kwargs}
+            check_size(described, state, what)
     if not args.data_dir and not args.dataset:
         args = args.replace(dataset='digits')
     check(args)
@@ -198,6 +204,11 @@ def _ready_model(
     if args.checkpoint:
         with explain(f'checkpoint {args.checkpoint}'):
             load_content(model, content, args.use_ema, f'checkpoint {args.checkpoint}')
+    elif not args.mae and model.pretrained_cfg.get('num_classes') == 0:
+        raise UserError(
+            f'the weights of {args.model} are an encoder without a classifier, which has no accuracy: fine-tune it '
+            'first (train.py --pretrained)'
+        )
     if args.reparam:
         model = reparameterize_model(model)
     with explain('images'):

@@ -4,14 +4,22 @@ import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.models import create_model, get_deprecated_models, resolve_model_input_args
+from timm.models import (
+    create_model,
+    get_deprecated_models,
+    get_pretrained_cfg,
+    load_model_config_from_hf,
+    parse_model_name,
+    resolve_model_input_args,
+)
+from timm.models._hub import load_model_config_from_path
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import TrainingTask
 
@@ -66,6 +74,22 @@ def current_name(name: str, process: Process) -> str:
         near = difflib.get_close_matches(known, timm.list_models(), n=3)
         raise UserError(f'there is no model {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
     return name
+
+
+def published_cfg(name: str) -> Mapping[str, Any]:
+    """What is published with a model of the registry, a repository (hf-hub:...) or a folder (local-dir:...).
+
+    Raises:
+        UserError: there is no such repository or folder, or it cannot be read.
+    """
+    with explain(f'model {name}'), explain_download(name):
+        source, place = parse_model_name(name)
+        if source == 'local-dir':
+            return load_model_config_from_path(place)[0]
+        if source is not None:
+            return load_model_config_from_hf(place)[0]
+        known = get_pretrained_cfg(name, allow_unregistered=True)
+        return known.to_dict() if known else {}
 
 
 def make_model(args: Settings, **kwargs: Any) -> torch.nn.Module:
