@@ -41,6 +41,7 @@ ABLATIONS = {
     'decoder depth 1': (['--decoder-depth', '1'], []),
     'decoder depth 8': (['--decoder-depth', '8'], []),
     'decoder of Vim blocks': (['--decoder', 'vim'], []),
+    'decoder of Vision Mamba 2 blocks': (['--decoder', 'vim2'], []),
 }
 SHUFFLED = {'shuffled tokens': (['--model-kwargs', 'random_token_order=True'], [])}  # of the models that have it
 

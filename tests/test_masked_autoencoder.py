@@ -22,6 +22,9 @@ TINY = {  # small versions of every kind of encoder
     'vim_nano_patch4_32': dict(depth=2, embed_dim=32),
     'mae_vim_small_patch16_224': dict(img_size=64, depth=2, embed_dim=32, decoder='vim', **DECODER),
     'vim_tiny_patch16_rope_ape_gap_224': dict(img_size=64, depth=2, embed_dim=32),
+    'mae_vim2_tiny_patch4_32': dict(depth=2, embed_dim=32, d_state=16, decoder='vim2', **DECODER),
+    'mae_vim2_tiny_patch16_224': dict(img_size=64, depth=2, embed_dim=32, d_state=16, class_token='middle', **DECODER),
+    'mae_vim_hybrid_small_patch16_224': dict(img_size=64, depth=2, embed_dim=32, num_heads=2, **DECODER),
     'vim_hybrid_tiny_patch4_32': dict(depth=2, embed_dim=32, num_heads=2),
     'test_vit': dict(img_size=64),
     'test_vit2': dict(img_size=64),
@@ -192,10 +195,19 @@ def test_sizes_channels_and_learned_positions():
 def test_a_decoder_that_scans_keeps_its_states_from_decay():
     names = make('mae_vim_small_patch16_224').no_weight_decay()
     assert {'decoder.blocks.0.mixer.A_log', 'decoder.blocks.0.mixer.D_b', 'encoder.blocks.1.mixer.A_b_log'} <= names
+    names = make('mae_vim2_tiny_patch4_32').no_weight_decay()
+    assert {'decoder.blocks.0.mixer.A_log', 'decoder.blocks.0.mixer.dt_bias'} <= names
 
 
-def test_weights_are_drawn_anew_after_meta_construction():
-    model = make('mae_vim_small_patch16_224', device='meta').to_empty(device='cpu')
+@pytest.mark.parametrize('dim', [32, 48, 100])
+def test_decoders_of_any_width_that_positions_take(dim):
+    model = make('mae_vim2_tiny_patch4_32', decoder_dim=dim)
+    assert model(images(model))[0].shape == (2, 64, 48)
+
+
+@pytest.mark.parametrize('name', ['mae_vim_small_patch16_224', 'mae_vim2_tiny_patch4_32'])
+def test_weights_are_drawn_anew_after_meta_construction(name):
+    model = make(name, device='meta').to_empty(device='cpu')
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float('nan'))

@@ -156,8 +156,9 @@ class TestTraining:
         assert changed[0] == start.keys() and not changed[1]
         assert after[1]['head.weight'].shape == (10, 32)
 
-    def test_a_named_autoencoder_implies_it(self, tmp_path):
-        named = [flag.replace('vim_nano', 'mae_vim_tiny') for flag in ADAM if flag != '--mae']
+    @pytest.mark.parametrize(('model', 'decoder'), [('mae_vim_tiny', 'vim'), ('mae_vim2_tiny', 'vim2')])
+    def test_a_named_autoencoder_implies_it(self, model, decoder, tmp_path):
+        named = [flag.replace('vim_nano', model) for flag in ADAM if flag != '--mae'] + ['--decoder', decoder]
         folder = pretrain(tmp_path, 'a', '--epochs', '1', base=named)
         assert load(tmp_path, 'a')['args']['mae'] and (folder / 'reconstruction.png').exists()
         assert validate.main(['--checkpoint', str(folder / 'last.pth.tar'), '--workers', '0', '--device', 'cpu']) == 0

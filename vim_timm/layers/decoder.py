@@ -3,15 +3,18 @@
 Source: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377, section 3.
 """
 
+import math
 from functools import partial
 from typing import Any, Iterable, List, Literal, NamedTuple, Set, Tuple
 
 import torch
 import torch.nn as nn
+from timm.layers import SwiGLUPacked
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block as AttentionBlock
 
 from vim_timm.layers.bimamba import BiMamba
+from vim_timm.layers.bissd import BiSSD
 from vim_timm.layers.block import Block
 from vim_timm.layers.norm import RmsNorm
 from vim_timm.layers.pos_embed import resample_pos_embed, sincos_pos_embed
@@ -24,13 +27,13 @@ class DecoderBlocks(NamedTuple):
     """What a decoder is made of.
 
     Attributes:
-        kind: Blocks of attention and MLP, or of this package's mixer that scans.
+        kind: Blocks of attention and MLP, of Vim's mixer, or of Vision Mamba 2's mixer and MLP.
         dim: Their width.
         depth: Their number.
         num_heads: Attention heads of a block.
     """
 
-    kind: Literal['transformer', 'vim'] = 'transformer'
+    kind: Literal['transformer', 'vim', 'vim2'] = 'transformer'
     dim: int = 512
     depth: int = 8
     num_heads: int = 8
@@ -44,8 +47,10 @@ class DecoderBlocks(NamedTuple):
         dd = {'device': device, 'dtype': dtype}
         if self.kind == 'vim':
             return [Block(self.dim, BiMamba(self.dim, **dd), norm_layer=RmsNorm, **dd) for _ in range(self.depth)]
+        if self.kind == 'vim2':
+            return [self._make_vim2(**dd) for _ in range(self.depth)]
         if self.kind != 'transformer':
-            raise ValueError(f"the decoder must be 'transformer' or 'vim', not {self.kind!r}")
+            raise ValueError(f"the decoder must be 'transformer', 'vim' or 'vim2', not {self.kind!r}")
         if self.dim % self.num_heads:
             raise ValueError(f'{self.num_heads} heads do not divide a decoder of width {self.dim}')
         norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
@@ -53,6 +58,10 @@ class DecoderBlocks(NamedTuple):
             AttentionBlock(self.dim, self.num_heads, qkv_bias=True, norm_layer=norm_layer, **dd)
             for _ in range(self.depth)
         ]
+
+    def _make_vim2(self, **dd: Any) -> Block:
+        mixer = BiSSD(self.dim, headdim=math.gcd(64, 2 * self.dim), **dd)  # 64 as in vim2_*, where it divides
+        return Block(self.dim, mixer, SwiGLUPacked(self.dim, 2 * int(2.5 * self.dim), **dd), RmsNorm, **dd)
 
 
 class PixelDecoder(nn.Module):

@@ -64,7 +64,7 @@ class MaskedAutoencoder(nn.Module):
         self,
         encoder: Union[str, nn.Module],
         mask_ratio: float = 0.75,
-        decoder: Literal['transformer', 'vim'] = 'transformer',
+        decoder: Literal['transformer', 'vim', 'vim2'] = 'transformer',
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 8,
@@ -78,7 +78,7 @@ class MaskedAutoencoder(nn.Module):
         Args:
             encoder: A model of this package or a VisionTransformer of timm's, or the name of one.
             mask_ratio: Share of the patches that the encoder does not see.
-            decoder: Kind of its blocks.
+            decoder: Kind of its blocks, see `vim_timm.layers.decoder.DecoderBlocks`.
             decoder_dim: Width of the decoder.
             decoder_depth: Number of its blocks.
             decoder_heads: Attention heads of a transformer's block.
@@ -386,6 +386,8 @@ default_cfgs = generate_default_cfgs(
         'mae_vim_small_patch16_224.mae': cfg(**_ENCODER),
         'mae_vim_base_patch16_224.mae': cfg(**_ENCODER),
         'mae_vim_tiny_patch4_32.mae': small_cfg(**_ENCODER),
+        'mae_vim2_tiny_patch16_224.mae': cfg(**_ENCODER),
+        'mae_vim2_tiny_patch4_32.mae': small_cfg(**_ENCODER),
         'mae_vim_hybrid_small_patch16_224.mae': cfg(**_ENCODER),
     }
 )
@@ -417,6 +419,20 @@ def mae_vim_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> MaskedAut
     """Masked autoencoder over Vim-Ti for 32 x 32 images."""
     model_args = dict(encoder='vim_tiny_patch4_32')
     return _create_masked_autoencoder('mae_vim_tiny_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mae_vim2_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder over Vision Mamba 2 (tiny)."""
+    model_args = dict(encoder='vim2_tiny_patch16_224')
+    return _create_masked_autoencoder('mae_vim2_tiny_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mae_vim2_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder over Vision Mamba 2 (tiny) for 32 x 32 images."""
+    model_args = dict(encoder='vim2_tiny_patch4_32')
+    return _create_masked_autoencoder('mae_vim2_tiny_patch4_32', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -86,7 +86,7 @@ MASKED: list[Row] = [
     ('--mask-ratio', float, None, 'share of the patches that are hidden (default: 0.75)', Range(0, 1, above=True)),
     ('--norm-pix-loss', bool, False, 'predict each patch without its own mean and standard deviation'),
     ('--mae-loss', ('mse', 'l1'), None, 'error of the hidden patches (default: as the model, mostly mse)'),
-    ('--decoder', ('transformer', 'vim'), None, 'kind of the decoder (default: transformer)'),
+    ('--decoder', ('transformer', 'vim', 'vim2'), None, 'kind of the decoder (default: transformer)'),
     ('--decoder-dim', int, None, 'its width (default: 512)', at_least(1)),
     ('--decoder-depth', int, None, 'its blocks (default: 8)', at_least(1)),
     ('--decoder-heads', int, None, 'its attention heads (default: 8)', at_least(1)),
