@@ -57,7 +57,7 @@ class TestRetry:
         sizes = []
 
         def run(fail, *flags):
-            def validate_once(args, process):
+            def validate_once(args, process, content):
                 sizes.append(args.batch_size)
                 if args.batch_size > 16:
                     fail()
@@ -65,7 +65,7 @@ class TestRetry:
 
             monkeypatch.setattr(validate, 'validate', validate_once)
             args = validate.parse_args([*'--model test_vit --pretrained --batch-size 32'.split(), *flags])
-            return validate.validate_with_retry(args, None), sizes
+            return validate.validate_with_retry(args, None, {}), sizes
 
         return run
 

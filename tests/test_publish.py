@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from test_hub_download import hub  # noqa: F401  a fixture
 
 from vim_timm import train
+from vim_timm.engine.provenance import commit
 from vim_timm.engine.saved import Saved
 from vim_timm.hub import folder as folders
 from vim_timm.hub import publish
@@ -74,11 +75,11 @@ def test_the_card_tells_of_the_run(published):
         'vim_timm.train --dataset digits',
         'epochs 1',
         'hf-hub:org/digits-vim',
-        'commit',
         'seed: 42',
         'import vim_timm',
     ):
         assert text in card.text
+    assert commit() in card.text  # '' where git knows nothing of the package
     code = re.search(r'```python\n(.*?)```', card.text, re.DOTALL)[1]
     assert code.index('import vim_timm') < code.index('create_model')
     assert yaml.safe_load((published / 'args.yaml').read_text())['model_kwargs'] == {'depth': 1, 'embed_dim': 32}

@@ -71,15 +71,10 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     if layer:
         with explain(what):
             sizes = ('img_size', 'input_size') if not {'img_size', 'input_size'} & args.chosen else ()
-            described = {
-                name: getattr(args, name) for name in ('model', 'model_kwargs', 'num_classes', 'in_chans', *sizes)
-            }
-            state = select_weights(content, what=what)
-            if is_autoencoder(args.model):  # its decoder stands beside what a checkpoint calls the model
-                state = autoencoder_weights(content)
-                own = {name: getattr(args, name) for name in AUTOENCODER if getattr(args, name) is not None}
-                described['model_kwargs'] = {**own, **args.model_kwargs}
-            check_size(described, state, what)
+            names = ('model', 'model_kwargs', 'num_classes', 'in_chans', 'mae', *AUTOENCODER, *sizes)
+            described = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+            weights = autoencoder_weights(content) if args.mae else select_weights(content, what=what)
+            check_size(described, weights, what)
     if not args.data_dir and not args.dataset:
         args = args.replace(dataset='digits')
     check(args)

@@ -86,7 +86,7 @@ def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
     head = state.get('head.weight')
     classes = settings.get('num_classes') or (None if head is None else len(head))
     with explain(f'model {name}'):
-        check_size({**settings, 'model': name}, state, what)
+        check_size({**settings, 'model': name, 'mae': False}, state, what)
         kwargs: dict[str, Any] = dict(num_classes=0 if settings.get('mae') else classes, global_pool=settings.get('gp'))
         arguments = resolve_model_input_args(name, settings, **kwargs, **settings.get('model_kwargs', {}))
         model = create_model(**arguments)

@@ -10,6 +10,10 @@ from timm.layers import LayerNorm2d
 
 from vim_timm.layers.patch_embed import PatchEmbed, Size, check_channels, check_matches, check_tiled
 
+# they decide by a tensor or its size, which a tracer has not
+for _name in ('check_channels', 'check_matches', 'check_tiled'):
+    torch.fx.wrap(_name)
+
 
 class ConvStem(PatchEmbed):
     """(B, C, H, W) -> (B, M, D): 3x3 convolutions, the first with stride 1, then one of stride 2 for each halving.

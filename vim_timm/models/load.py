@@ -7,8 +7,10 @@ from timm.models import create_model, is_model, resolve_model_input_args
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..settings.inherited import settings_of
+from ..settings.masked import AUTOENCODER, is_autoencoder
 from .adapt import check_fit, filter_of
 from .checkpoint import CheckpointError, StateDict, select_weights, wants_average
+from .masked_autoencoder import as_autoencoder
 from .trunk import Trunk
 
 
@@ -43,12 +45,13 @@ def check_size(settings: Mapping[str, Any], state: StateDict, what: str = 'the c
 
     Args:
         settings: What `settings_of` returns.
-        state: The checkpoint's weights.
+        state: The checkpoint's weights; with its decoder's, where the settings say `mae`.
 
     Raises:
         CheckpointError: the model has more weights.
     """
-    if not is_model(settings.get('model', '')):
+    name, mae = settings.get('model', ''), settings.get('mae', False)
+    if not is_model(name):
         return
     names, numbers = 2 * len(state) + 100, 2 * sum(value.numel() for value in state.values()) + 10_000_000
 
@@ -60,9 +63,13 @@ def check_size(settings: Mapping[str, Any], state: StateDict, what: str = 'the c
 
     hook = register_module_parameter_registration_hook(count)
     try:
-        own: Dict[str, Any] = dict(
-            settings.get('model_kwargs', {}), num_classes=settings.get('num_classes'), device='meta'
-        )
-        create_model(**resolve_model_input_args(settings['model'], dict(settings), **own))
+        classes = 0 if mae else settings.get('num_classes')
+        own: Dict[str, Any] = dict(settings.get('model_kwargs', {}), num_classes=classes, device='meta')
+        decoder = {key: settings[key] for key in AUTOENCODER if mae and settings.get(key) is not None}
+        if is_autoencoder(name):
+            own.update(decoder)
+        model = create_model(**resolve_model_input_args(name, dict(settings), **own))
+        if mae and not is_autoencoder(name):
+            as_autoencoder(model, device='meta', **decoder)
     finally:
         hook.remove()

@@ -164,7 +164,7 @@ class VisionMamba2(Trunk):
             OrderedDict(
                 fc1=nn.Linear(self.embed_dim, self.head_hidden, device=device, dtype=dtype),
                 act=nn.GELU(),
-                drop=nn.Dropout(self.hidden_drop_rate),
+                dropout=nn.Dropout(self.hidden_drop_rate),
                 fc2=nn.Linear(self.head_hidden, num_classes, device=device, dtype=dtype),
             )
         )
