@@ -27,7 +27,7 @@ def test_the_published_sizes():
     assert (model.in_chans, model.patch_size, model.embed_dim, model.mask_ratio) == (13, (16, 16), 256, 0.75)
     assert len(model.encoder.blocks) == len(model.decoder.blocks) == 6
     assert model.decoder.blocks[0].patch_attn.num_heads == 8 and model.loss == 'l1'
-    assert sum(p.numel() for p in model.parameters()) == 19_156_225
+    assert sum(p.numel() for p in model.parameters()) == 19_156_224
 
 
 def test_channel_attention_is_attention_among_the_visible_tokens_of_a_patch():
@@ -141,3 +141,24 @@ def test_refusals():
         make(img_size=3)
     with pytest.raises(ValueError, match='FactorizedViT'):
         make(encoder='test_vim', num_heads=None)
+
+
+def test_the_padding_is_a_parameter_where_there_is_any():
+    model = make()
+    names = model.state_dict().keys()
+    assert 'encoder.patch_embed.pad_value' in names - dict(model.named_parameters()).keys()
+    model.set_input_size((18, 16))
+    assert model.state_dict().keys() == names
+    assert isinstance(model.encoder.patch_embed.pad_value, torch.nn.Parameter)
+    model.set_input_size((16, 16))
+    assert not [name for name, parameter in model.named_parameters() if name.endswith('pad_value')]
+
+
+def test_half_precision():
+    model = make().eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)[0], model.forward_features(x)
+    half = model.to(torch.bfloat16)
+    for output, wanted in zip((half(x.bfloat16())[0], half.forward_features(x.bfloat16())), expected):
+        assert output.dtype == torch.bfloat16
+        assert (output - wanted).abs().max() <= 0.05 * wanted.abs().max()

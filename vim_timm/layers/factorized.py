@@ -8,9 +8,10 @@ from typing import Optional, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, LayerNorm, Mlp
+from timm.layers import Attention, DropPath, Mlp
 
 from vim_timm.layers.decoder import PixelDecoder
+from vim_timm.layers.norm import LayerNorm
 from vim_timm.layers.pos_embed import CPU, sincos_pos_embed, sincos_positions
 
 
@@ -86,13 +87,13 @@ class FactorizedBlock(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         if dim % num_heads:
             raise ValueError(f'{num_heads} heads do not divide a width of {dim}')
-        self.norm1 = LayerNorm(dim, **dd)
+        self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
         self.mlp1 = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
-        self.norm2 = LayerNorm(dim, **dd)
+        self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
         self.patch_attn = Attention(dim, num_heads, qkv_bias=True, proj_drop=proj_drop, **dd)
-        self.norm3 = LayerNorm(dim, **dd)
+        self.norm3 = LayerNorm(dim, eps=1e-6, **dd)
         self.channel_attn = ChannelAttention(dim, num_heads, proj_drop, **dd)
-        self.norm4 = LayerNorm(dim, **dd)
+        self.norm4 = LayerNorm(dim, eps=1e-6, **dd)
         self.mlp2 = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 

@@ -6,17 +6,18 @@ C * M^2 + M * C^2 instead of (C * M)^2 for C channels of M patches. Every channe
 Related: ChannelViT, https://arxiv.org/abs/2309.16108; masking whole channels, https://arxiv.org/abs/2503.19331.
 """
 
+from functools import partial
 from typing import Any, Dict, List, Literal, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import LayerNorm, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import checkpoint, generate_default_cfgs, register_model
 
 from vim_timm.layers.factorized import FactorizedBlock, FactorizedDecoder, factorized_positions
 from vim_timm.layers.masking import random_masking
-from vim_timm.layers.norm import at_least_float32
+from vim_timm.layers.norm import LayerNorm, at_least_float32
 from vim_timm.layers.patch_embed import PatchEmbed, Size, check_channels, check_matches
 from vim_timm.models import masked_autoencoder
 from vim_timm.models.adapt import adapt
@@ -29,6 +30,8 @@ __all__ = ['FactorizedAutoencoder', 'FactorizedViT']
 
 class ChannelPatchEmbed(PatchEmbed):
     """(B, C, H, W) -> (B, C, M, D): one projection for all channels, a learned value where patches exceed the image."""
+
+    pad_value: torch.Tensor
 
     def __init__(
         self, img_size: Size, patch_size: Size, embed_dim: int, strict_img_size: bool, device=None, dtype=None
@@ -43,11 +46,11 @@ class ChannelPatchEmbed(PatchEmbed):
             device=device,
             dtype=dtype,
         )
-        self.pad_value = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+        self.register_buffer('pad_value', torch.zeros(1, device=device, dtype=dtype))
         self._train_pad_value()
 
     def _train_pad_value(self) -> None:
-        """Let the padding learn where there is any, so that no parameter is without a gradient.
+        """Make the padding a parameter where there is any, else a buffer: no parameter is without a gradient.
 
         Raises:
             ValueError: the image is smaller than a patch.
@@ -55,7 +58,12 @@ class ChannelPatchEmbed(PatchEmbed):
         if any(size < patch for size, patch in zip(self.img_size, self.patch_size)):
             raise ValueError(f'an image of {self.img_size} is smaller than a patch of {self.patch_size}')
         padded = any(size % patch for size, patch in zip(self.img_size, self.patch_size))
-        self.pad_value.requires_grad_(padded or not self.strict_img_size)
+        value = self.pad_value.detach()
+        del self.pad_value
+        if padded or not self.strict_img_size:
+            self.pad_value = nn.Parameter(value)
+        else:
+            self.register_buffer('pad_value', value)
 
     def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[Size] = None) -> None:
         """Change the image size, the patch size, or both."""
@@ -129,7 +137,7 @@ class FactorizedViT(Trunk):
         super().__init__(
             ChannelPatchEmbed(img_size, patch_size, embed_dim, not dynamic_img_size, **dd),
             blocks,
-            LayerNorm,
+            partial(LayerNorm, eps=1e-6),
             num_classes=num_classes,
             global_pool=global_pool,
             class_token='head',
@@ -382,7 +390,7 @@ def _create_factorized_mae(variant: str, pretrained: bool = False, **kwargs: Any
 
 
 # one projection serves all channels, so that none is adapted to another number of them
-_CFG = dict(input_size=(13, 224, 224), first_conv=None, crop_pct=1.0, mean=(0.5,) * 13, std=(0.5,) * 13, paper_ids=None)
+_CFG = dict(input_size=(13, 224, 224), first_conv=(), crop_pct=1.0, mean=(0.5,) * 13, std=(0.5,) * 13, paper_ids=None)
 
 default_cfgs = generate_default_cfgs(
     {
