@@ -142,10 +142,25 @@ def test_what_a_block_is_not_fused_for_is_announced(caplog, monkeypatch):
 # --- FLOPs
 
 
-def flops(backend, train=False, **kwargs):
+SMALL = dict(depth=2, embed_dim=32, img_size=16)
+GRID = dict(SMALL, headdim=16, d_state=16)
+MODELS = [
+    ('vim_nano_patch4_32', SMALL),
+    ('vim_nano_patch4_32', dict(SMALL, scan='shared', class_token='head')),
+    ('vim_nano_patch4_32', dict(SMALL, scan='forward')),
+    ('vim_nano_patch4_32', dict(SMALL, d_conv=5)),
+    ('vim2_nano_patch4_32', GRID),
+    ('vim2_nano_patch4_32', dict(GRID, class_token='head', orders='row')),
+    ('vim2_nano_patch4_32', dict(GRID, class_token='double', orders='alternate', conv='1d')),
+    ('vim2_nano_patch4_32', dict(GRID, depth=1, img_size=92, patch_size=4)),  # in chunks
+    ('vim_hybrid_tiny_patch4_32', dict(SMALL, num_heads=2)),
+]
+
+
+def flops(backend, name, kwargs, train=False):
     torch.manual_seed(0)
-    model = timm.create_model('vim_nano_patch4_32', depth=2, embed_dim=32, img_size=8, **kwargs).train(train)
-    images = torch.randn(2, 3, 8, 8)
+    model = timm.create_model(name, **kwargs).train(train)
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
     with ops.use_scan_backend(backend), FlopCounterMode(display=False) as counter:
         with torch.set_grad_enabled(train):
             logits = model(images)
@@ -155,10 +170,15 @@ def flops(backend, train=False, **kwargs):
 
 
 @pytest.mark.parametrize('train', [False, True])
-@pytest.mark.parametrize('kwargs', [{}, dict(scan='shared', class_token='head'), dict(scan='forward'), dict(d_conv=5)])
-def test_flops_of_a_model_do_not_depend_on_the_backend(kwargs, train):
-    counts = {backend: flops(backend, train, **kwargs) for backend in ON_CPU}
+@pytest.mark.parametrize('name, kwargs', MODELS, ids=str)
+def test_flops_of_a_model_do_not_depend_on_the_backend(name, kwargs, train):
+    counts = {backend: flops(backend, name, kwargs, train) for backend in ON_CPU}
     assert len(set(counts.values())) == 1, counts
+
+
+def test_flops_of_a_training_step_are_about_thrice_those_of_inference():
+    inference, step = (flops('auto', 'vim2_nano_patch4_32', GRID, train) for train in (False, True))
+    assert 2.5 < step / inference < 3.01
 
 
 def test_flops_of_a_scan_and_a_convolution_follow_the_convention():

@@ -17,6 +17,7 @@ from vim_timm.layers.plain import is_its_class, is_plain, is_plain_depthwise
 from vim_timm.layers.rope import rope_tables, rotate
 from vim_timm.layers.token_order import Layout, column_places, patch_moves, patch_places
 from vim_timm.ops import GridMixer, Ssd, fused_grid_mixer, probe_backends, symmetric_ssd
+from vim_timm.ops.registration import count_depthwise
 
 Orders = Literal['row', 'column', 'both']
 ConvType = Literal['2d', '1d', 'none']
@@ -183,9 +184,16 @@ class BiSSD(nn.Module):
             )
         )
 
+    def _call_conv(self, image_BXHW: torch.Tensor) -> torch.Tensor:
+        """The 2-d convolution of an image."""
+        assert self.conv2d is not None
+        y_BXHW = self.conv2d(image_BXHW)
+        if not torch.jit.is_scripting():
+            count_depthwise(y_BXHW, image_BXHW, self.conv2d)
+        return y_BXHW
+
     def _on_grid(self, x_BLX: torch.Tensor, layout: Layout) -> torch.Tensor:
         """The 2-d convolution of the patches that are there among zeros; a class token is an image of one pixel."""
-        assert self.conv2d is not None
         height, width = layout.grid
         batch, length, channels = x_BLX.shape
         places = patch_places(layout, length, x_BLX.device)
@@ -195,11 +203,12 @@ class BiSSD(nn.Module):
             index = keep.unsqueeze(-1).expand(-1, -1, channels)
             image = torch.zeros([batch, height * width, channels], dtype=x_BLX.dtype, device=x_BLX.device)
             patches = image.scatter(1, index, patches)
-        y = self.conv2d(patches.transpose(1, 2).unflatten(2, [height, width])).flatten(2).transpose(1, 2)
+        image_BXHW = patches.transpose(1, 2).unflatten(2, [height, width])
+        y = self._call_conv(image_BXHW).flatten(2).transpose(1, 2)
         if keep is not None:
             y = y.gather(1, keep.unsqueeze(-1).expand(-1, -1, channels))
         for place in layout.prefix:
-            alone = self.conv2d(x_BLX[:, place].unsqueeze(-1).unsqueeze(-1)).flatten(2).transpose(1, 2)
+            alone = self._call_conv(x_BLX[:, place].unsqueeze(-1).unsqueeze(-1)).flatten(2).transpose(1, 2)
             y = torch.cat([y[:, :place], alone, y[:, place:]], dim=1)
         return y
 
@@ -207,7 +216,10 @@ class BiSSD(nn.Module):
         if self.conv_type == '2d':
             return self._on_grid(x_BLX, layout)
         if self.conv1d is not None:
-            return self.conv1d(x_BLX.transpose(1, 2)).transpose(1, 2)
+            y_BXL = self.conv1d(x_BLX.transpose(1, 2))
+            if not torch.jit.is_scripting():
+                count_depthwise(y_BXL, x_BLX, self.conv1d)
+            return y_BXL.transpose(1, 2)
         return x_BLX
 
     def _turn(self, B_BLN: torch.Tensor, C_BLN: torch.Tensor, layout: Layout) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -116,6 +116,9 @@ class Ssd(NamedTuple):
     columns: Optional[Tensor] = None  # places of the tokens in the order of the columns of their image (1 or B, L)
     moves: Optional[Tensor] = None  # 1 for tokens at which states decay, 0 for prefix tokens (L); None for no such ones
 
+    def flat(self) -> Tuple[Any, ...]:
+        return tuple(self)
+
 
 class GridMixer(NamedTuple):
     """Operands of `ops.fused_grid_mixer`: the inside of a Vision Mamba 2 mixer, whose tokens are a whole grid."""

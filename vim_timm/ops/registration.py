@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from vim_timm.ops.operands import schema
 
@@ -168,17 +168,45 @@ def mixer_flops(shapes: Shapes) -> int:
     return batch * length * both // 2 * inside
 
 
+SSD_WHOLE = 512  # tokens up to which a symmetric state space dual is one product of scores
+SSD_CHUNK = 128  # tokens of a chunk of a longer one
+
+
 def ssd_flops(shapes: Shapes) -> int:
-    """FLOPs of `operands.Ssd`: the products of scores and values of its quadratic form."""
+    """FLOPs of `operands.Ssd`: the products of the form that plain torch takes at the sequence's length."""
     batch, length, heads, headdim = _shape(shapes, 'x')
-    return 2 * batch * length * length * (_shape(shapes, 'B')[-1] + heads * headdim)
+    state = _shape(shapes, 'B')[-1]
+    if length <= SSD_WHOLE:
+        return 2 * batch * length * length * (state + heads * headdim)
+    chunks, orders = -(-length // SSD_CHUNK), _shape(shapes, 'A_log')[0]
+    inside = SSD_CHUNK * SSD_CHUNK * (state + heads * headdim)
+    states = heads * headdim * state * (2 * SSD_CHUNK + chunks)  # made, read, and taken to every other chunk
+    return 2 * batch * orders * chunks * (inside + 2 * states)
 
 
 def grid_mixer_flops(shapes: Shapes) -> int:
     """FLOPs of `operands.GridMixer`: nine taps, and what `ssd_flops` counts; norm and gate count nothing."""
     batch, length, _ = _shape(shapes, 'zxbcdt')
-    channels, dim = _shape(shapes, 'conv')[0], _shape(shapes, 'norm')[0]
-    return batch * length * (18 * channels + 2 * length * ((channels - dim) // 2 + dim))
+    channels, dim, A_log = _shape(shapes, 'conv')[0], _shape(shapes, 'norm')[0], _shape(shapes, 'A_log')
+    x, B = (batch, length, A_log[1], dim // A_log[1]), (batch, length, (channels - dim) // 2)
+    return 18 * batch * length * channels + ssd_flops({'x': x, 'B': B, 'A_log': A_log})
+
+
+def count_depthwise(y: torch.Tensor, x: torch.Tensor, conv: torch.nn.Module) -> None:
+    """Have a FLOP counter at work find twice the FLOPs of y, a depthwise convolution of x, in its backward pass.
+
+    torch's formula takes the gradient of a grouped convolution's weight for that of a full one.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _counting() or not y.requires_grad:
+        return
+    weight = getattr(conv, 'weight', None)
+    if not isinstance(weight, torch.Tensor) or weight.shape[1] != 1:
+        return
+    mask = [x.requires_grad, weight.requires_grad, False]
+    others = (None, None, None, None, False, None, weight.shape[0], mask)
+    found = flop_registry[torch.ops.aten.convolution_backward](y, x, weight, *others, out_val=[x, weight, None])
+    wanted = 4 * y.numel() * weight[0].numel()
+    y.register_hook(lambda grad: torch.ops.vim_timm.flops(grad.detach(), wanted - found))
 
 
 def uncounted(shapes: Shapes) -> int:

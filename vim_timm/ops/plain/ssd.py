@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vim_timm.ops.operands import Ssd
+from vim_timm.ops.registration import SSD_CHUNK, SSD_WHOLE, count, ssd_flops
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -65,7 +66,7 @@ def recurrence(v: torch.Tensor, growth: torch.Tensor, B: torch.Tensor, C: torch.
         back.append(h)
         h = decay[:, t] * (h + enters[:, t])
     back.reverse()
-    return torch.einsum('bln,blhnp->blhp', C, torch.stack(ahead, 1) + torch.stack(back, 1))
+    return (C[:, :, None, :, None] * (torch.stack(ahead, 1) + torch.stack(back, 1))).sum(3)
 
 
 def chunks(v: torch.Tensor, growth: torch.Tensor, B: torch.Tensor, C: torch.Tensor, size: int) -> torch.Tensor:
@@ -126,10 +127,10 @@ def skip(y: torch.Tensor, x: torch.Tensor, D: Optional[torch.Tensor]) -> torch.T
 
 def reference(operands: Ssd) -> torch.Tensor:
     """The law, one token at a time. See `vim_timm.ops.symmetric_ssd`."""
-    return by_order(operands, 0)
+    return count(by_order(operands, 0), ssd_flops, operands)
 
 
-def chunked(operands: Ssd, size: int = 128) -> torch.Tensor:
+def chunked(operands: Ssd, size: int = SSD_CHUNK) -> torch.Tensor:
     """In chunks of `size` tokens: for long sequences."""
     return by_order(operands, size)
 
@@ -155,7 +156,7 @@ def quadratic(operands: Ssd) -> torch.Tensor:
     return skip(torch.matmul(scores * mask, v).transpose(1, 2), x, D)
 
 
-def by_length(operands: Ssd, most: int = 512) -> torch.Tensor:
+def by_length(operands: Ssd, most: int = SSD_WHOLE) -> torch.Tensor:
     """`quadratic` for up to `most` tokens; for more, chunks do less arithmetic than a whole mask."""
     if operands.x.shape[1] <= most:
         return quadratic(operands)
