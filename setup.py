@@ -19,7 +19,7 @@ CORE = [
     'pillow', 'tqdm',
 ]  # fmt: skip
 TEST = ['pytest', 'pytest-timeout', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy']
-TRAIN = ['scikit-learn', 'torchmetrics', 'matplotlib', 'tensorboard']
+TRAIN = ['scikit-learn', 'scipy', 'torchmetrics', 'matplotlib', 'tensorboard']
 HEIC = ['pillow-heif']
 TIFF = ['tifffile']
 EXPORT = ['onnx', 'onnxruntime', 'onnxscript']
@@ -125,6 +125,7 @@ setup(
     packages=find_packages(include=['vim_timm', 'vim_timm.*']),
     package_data={
         'vim_timm': ['py.typed', 'recipes/*.yaml', 'weights/*', 'weights/*/*', '*.npz', '**/*.npz'],
+        'vim_timm.report': ['page.css', 'page.js'],
         'vim_timm.ops.cpu': ['*.c', '*.h'],
         'vim_timm.ops.cuda': ['*.cu', '*.cuh'],
     },

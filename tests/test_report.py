@@ -1,9 +1,12 @@
 """Reports say what the predictions are, whatever the classes are called, and need nothing but themselves."""
 
+import base64
 import csv
+import dataclasses
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +22,9 @@ from torch.utils.data import IterableDataset
 from vim_timm import train, validate
 from vim_timm.data import Digits, class_names
 from vim_timm.errors import UserError
-from vim_timm.report import curves, extras, plots, samples
-from vim_timm.report.evaluation import Evaluation, write_report
+from vim_timm.report import confusion, curves, extras, page, plots
+from vim_timm.report.classification import marker_sizes
+from vim_timm.report.evaluation import PICTURES, Evaluation, write_report
 from vim_timm.report.metrics import confused_pairs, measure, normalized
 from vim_timm.report.names import words
 from vim_timm.settings import Process
@@ -78,8 +82,37 @@ def test_counts_precision_and_recall():
     assert scores.per_class['recall'].tolist() == [50, 50, 50]
     assert scores.per_class['precision'] == pytest.approx([200 / 3, 25, 100])
     assert scores.averages['macro']['recall'] == 50
-    pairs = [(pair['true'], pair['predicted'], pair['count'], pair['percent']) for pair in confused_pairs(scores, 2)]
-    assert pairs == [('a', 'b', 2, 50), ('b', 'a', 1, 50)]
+
+
+def scores_of(confusion):
+    """Scores of images that a matrix of counts (C, C) tells of."""
+    confusion = np.asarray(confusion)
+    targets, predicted = np.nonzero(confusion)
+    times = confusion[targets, predicted]
+    targets, predicted = (torch.from_numpy(np.repeat(part, times)) for part in (targets, predicted))
+    names = [f'class {index}' for index in range(len(confusion))]
+    return measure(logits_of(predicted, len(confusion)), targets, torch.arange(len(targets)), names)
+
+
+@pytest.mark.parametrize(
+    'mistakes, listed, rest, most',
+    [
+        ({(0, 1): 3, (1, 0): 2}, [3, 2], 0, 1),
+        ({(0, 1): 3, (1, 0): 1, (1, 2): 1}, [3], 2, 1),  # a pair that is confused once is no confusion
+        ({(0, 1): 4, (1, 0): 2, (1, 2): 2, (2, 0): 2}, [4], 3, 2),  # a tie that the list would cut through
+        ({(0, 1): 2, (1, 0): 2, (1, 2): 2, (2, 0): 2}, [], 4, 2),
+        ({}, [], 0, 1),
+    ],
+)  # fmt: skip
+def test_most_confused_are_those_that_are_confused_more_than_others(mistakes, listed, rest, most):
+    confusion = 9 * np.eye(3, dtype=np.int64)
+    for cell, count in mistakes.items():
+        confusion[cell] = count
+    pairs, others, bound = confused_pairs(scores_of(confusion), 3)
+    assert [pair['count'] for pair in pairs] == listed and (others, bound) == (rest, most)
+    if pairs:
+        assert pairs[0] == {'true': 'class 0', 'predicted': 'class 1', 'count': listed[0],
+                            'percent': pytest.approx(100 * listed[0] / confusion[0].sum())}  # fmt: skip
 
 
 def test_calibration_error_is_the_gap_between_score_and_accuracy():
@@ -127,12 +160,24 @@ def test_a_streamed_data_set_has_a_report_without_pictures(tmp_path):
     assert 'no pictures' in (tmp_path / 'report.html').read_text()
 
 
-def test_small_pictures_keep_their_pixels():
-    image = Digits(train=False)[0][0]
-    shown = samples.fit(image)
-    assert min(shown.size) == 160
-    assert np.array_equal(np.asarray(shown)[10::20, 10::20, 0], np.asarray(image))
-    assert samples.fit(Image.new('RGB', (500, 375))).size == (160, 120)
+def stored(source):
+    return Image.open(io.BytesIO(base64.b64decode(source.partition(',')[2])))
+
+
+def test_tiny_pictures_are_enlarged_by_whole_pixels_and_photographs_are_not_pixelated():
+    tiny, photograph = Digits(train=False)[0][0], Image.new('RGB', (500, 375))
+    shown = page.picture(tiny, 'an image')
+    assert 'class="tiny" width="128"' in shown  # 16 times 8 pixels
+    assert np.array_equal(np.asarray(stored(re.search('src="(.*?)"', shown)[1]))[..., 0], np.asarray(tiny))
+    shown = page.picture(photograph, 'an image')
+    assert 'tiny' not in shown and stored(re.search('src="(.*?)"', shown)[1]).size == (160, 120)
+    style = (Path(page.__file__).parent / 'page.css').read_text()
+    assert re.findall(r'([^{}]*){[^{}]*pixelated', style) == ['\nimg.tiny ']
+
+
+def test_a_tiny_picture_keeps_its_pixels_in_a_sheet_and_a_photograph_does_not():
+    assert plots._resampling(Image.new('RGB', (28, 28))) == 'nearest'
+    assert plots._resampling(np.zeros((224, 224, 3))) == 'antialiased'
 
 
 @pytest.mark.parametrize('classes', [10, 100, 1000])
@@ -143,13 +188,142 @@ def test_a_single_mistake_is_seen_in_the_matrix_of_any_size(classes):
 
     def orange(matrix):
         pixels = np.asarray(
-            Image.open(io.BytesIO(plots.confusion_matrix(matrix, ['n'] * classes, False))).convert('RGB')
+            Image.open(
+                io.BytesIO(plots.confusion_matrix(matrix, ['n'] * classes, False, *confusion.view(matrix)))
+            ).convert('RGB')
         )
-        matrix_only = pixels[:, : int(0.75 * pixels.shape[1])].astype(int)  # not the colour bars
+        share = 1 if classes <= confusion.WHOLE else 0.44  # the map of all, not its colour bars
+        matrix_only = pixels[:, : int(share * pixels.shape[1])].astype(int)
         return int((matrix_only[..., 0] - matrix_only[..., 2] > 60).sum())
 
     assert orange(right) == 0
     assert orange(wrong) >= 9
+
+
+def data_of(text, kind):
+    """What the script of a page draws."""
+    return json.loads(re.search(f'<div class="{kind}"><script type="application/json">(.*?)</script>', text)[1])
+
+
+@pytest.mark.parametrize('classes', [10, 100, 1000])
+def test_a_matrix_of_any_size_has_names_that_can_be_read(classes):
+    """At most 25 rows with names: all classes, or those that are confused most, side by side with what they are."""
+    counts = np.eye(classes, dtype=np.int64) * 20
+    for first, second in ((0, 9), (3, 7), (2, 8)):
+        counts[first * classes // 10, second * classes // 10] = 5
+    order, shown = confusion.view(counts)
+    assert sorted(order) == list(range(classes)) and len(shown) == (10 if classes == 10 else 6)
+    if classes > 10:
+        assert {(shown[i], shown[i + 1]) for i in (0, 2, 4)} <= {
+            pair for a, b in ((0, 9), (3, 7), (2, 8)) for one, two in [(a * classes // 10, b * classes // 10)]
+            for pair in [(one, two), (two, one)]
+        }  # fmt: skip
+    assert len(confusion.view(np.ones((classes, classes), dtype=np.int64))[1]) <= confusion.WHOLE
+
+
+def test_every_cell_shows_its_pictures(tmp_path):
+    evaluation = Evaluation(row_of(8), {'images_per_second': 1.0}, small_scores(), Pictures('abc'))
+    write_report(str(tmp_path), evaluation)
+    found = data_of((tmp_path / 'report.html').read_text(), 'confusion-data')
+    cells = np.reshape(found['cells'], (-1, 3))
+    assert {f'{true},{predicted}': count for true, predicted, count in cells.tolist()} == {
+        cell: len(pictures) for cell, pictures in found['pictures'].items()
+    }
+    assert found['support'] == [4, 2, 2] and not found['balanced']
+    (file, score, source, factor, width), _ = found['pictures']['0,1']
+    assert (file, score, factor, width) == ('2', 90.0, 16, 6)
+    assert np.array_equal(np.asarray(stored(source)), np.asarray(Pictures('abc')[2][0]))
+
+
+def test_pictures_of_cells_are_limited_and_the_worst_confusions_come_first(monkeypatch):
+    monkeypatch.setattr(confusion, 'PICTURES', 7)
+    counts = 30 * np.eye(3, dtype=np.int64)
+    counts[0, 1], counts[1, 2] = 9, 4
+    found = confusion._pictures(scores_of(counts), [0, 1, 2], str, lambda place: ('data:', 1, 1))
+    pictured = {cell: sum(one[2] is not None for one in entries) for cell, entries in found.items()}
+    assert sum(pictured.values()) == 7 and pictured['0,1'] == max(pictured.values())
+    assert all(one[2] is None for one in found['0,1'][pictured['0,1'] :]) and len(found['0,1']) == confusion.A_CELL
+
+
+def test_both_matrices_of_balanced_data_are_one(tmp_path):
+    evaluation = Evaluation(
+        row_of(20), {'images_per_second': 1.0}, scores_of([[8, 2], [5, 5]]), Pictures('ab')
+    )  # fmt: skip
+    (tmp_path / 'confusion_matrix_normalized.png').write_text('of an earlier report')
+    write_report(str(tmp_path), evaluation)
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {'confusion_matrix_normalized.png'}
+    assert data_of((tmp_path / 'report.html').read_text(), 'confusion-data')['balanced']
+
+
+def test_supports_are_whole_numbers(tmp_path):
+    write_report(str(tmp_path), Evaluation(row_of(8), {'images_per_second': 1.0}, small_scores(), Pictures('abc')))
+    text = (tmp_path / 'report.html').read_text()
+    assert re.findall(r'<td>(\d+)</td></tr>', text)[:5] == ['4', '2', '2', '8', '8']
+    with open(tmp_path / 'per_class.csv', newline='') as file:
+        assert [row['support'] for row in csv.DictReader(file)] == ['4', '2', '2']
+
+
+def test_markers_are_as_large_as_their_bins_are_full():
+    sizes = marker_sizes(np.array([400, 100, 25, 1]), 12.0)
+    assert sizes.tolist() == [12, 6, 3, 1.5]
+
+
+def test_one_colour_has_one_meaning():
+    style = (Path(page.__file__).parent / 'page.css').read_text()
+    for theme in style.split('prefers-color-scheme: dark')[:2]:
+        names = 'right wrong training evaluation average link text soft'.split()
+        colours = [re.search(f'--{name}: (#[0-9a-f]+)', theme) for name in names]
+        assert len({colour[1] for colour in colours if colour}) == len(names)
+    used = {plots.RIGHT, plots.WRONG, plots.TRAINING, plots.EVALUATION, plots.AVERAGE, plots.INK, plots.GREY}
+    assert len(used) == 7
+    for name in ('right', 'wrong', 'training', 'evaluation', 'average'):  # the same on pages and pictures
+        assert f'--{name}: {getattr(plots, name.upper())}' in style
+    assert {line.colour for line in curves.panels(ROWS)['loss']} == {'var(--training)', 'var(--evaluation)'}
+
+
+def test_rows_of_samples_are_full():
+    style = (Path(page.__file__).parent / 'page.css').read_text()
+    columns = [int(number) for number in re.findall(r'\.samples { grid-template-columns: repeat\((\d+)', style)]
+    columns.append(int(re.search(r'\.samples {[^}]*repeat\((\d+)', style)[1]))
+    assert len(columns) == 3 and not any(PICTURES % number for number in columns)
+
+
+def test_a_page_cannot_be_ended_by_what_it_shows():
+    text = page.live('charts-data', {'name': '</script><script>alert(1)</script>&\u2028'})
+    assert text.count('<script') == 1 and '\u2028' not in text
+    assert data_of(text, 'charts-data') == {'name': '</script><script>alert(1)</script>&\u2028'}
+
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+ACTS = """<script>
+const act = (element, kind, x, y) => { const box = element.getBoundingClientRect();
+  const place = { clientX: box.left + x * box.width, clientY: box.top + y * box.height };
+  element.dispatchEvent(new PointerEvent(kind, place)); };
+setTimeout(() => {
+  document.title = `${document.querySelectorAll('.matrix tbody tr').length} rows`;
+  document.querySelectorAll('.cell.full')[1].click();
+  document.querySelectorAll('.chart svg').forEach(picture => act(picture, 'pointermove', 1, 0.5));
+}, 100);
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason='no browser')
+def test_a_browser_shows_pictures_of_a_cell_and_numbers_of_a_curve(tmp_path):
+    names = [*NASTY, *(f'class {index}' for index in range(34))]
+    counts = 3 * np.eye(40, dtype=np.int64)
+    counts[0, 1] = 2
+    scores = dataclasses.replace(scores_of(counts), names=names)
+    evaluation = Evaluation(row_of(122), {'images_per_second': 1.0}, scores, Pictures(names), ROWS)
+    write_report(str(tmp_path), evaluation)
+    path = tmp_path / 'acted.html'
+    path.write_text((tmp_path / 'report.html').read_text().replace('</body>', ACTS))
+    command = [CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path / "profile"}']
+    command += ['--virtual-time-budget=2000', '--dump-dom', path.as_uri()]
+    dom = subprocess.run(command, capture_output=True, encoding='utf-8', timeout=120).stdout
+    assert '<title>2 rows</title>' in dom and '<b>bold</b>' not in dom.partition('<script>')[0]
+    assert 'true &lt;b&gt;bold&lt;/b&gt;, predicted $x_{: 2 of 5 images (40.0 %)' in dom
+    assert dom.count('class="sample wrong"') == 2 + 2  # of the cell, and of the samples
+    assert 'epoch 1 (2 min 0 s): training 1' in dom and '1 (2 min 0 s): 0.05' in dom
 
 
 def test_wordnet_ids_become_words():
@@ -278,17 +452,26 @@ def test_training_draws_curves(tmp_path, capsys):
     assert 'summary.csv' in capsys.readouterr().err
 
 
+ROWS = [
+    {'epoch': 0, 'train_loss': 2.0, 'eval_loss': 1.5, 'eval_top1': 40.0, 'eval_f1': 0.3, 'lr': 0.1, 'skipped': 0,
+     'time': 60.0, 'images_per_second': 100.0},
+    {'epoch': 1, 'train_loss': 1.0, 'eval_loss': '', 'eval_top1': None, 'eval_f1': '', 'lr': 0.05, 'skipped': 0,
+     'time': 120.0, 'images_per_second': 110.0},
+]  # fmt: skip
+
+
 def test_curves_have_a_panel_for_each_quantity():
-    rows = [
-        {'epoch': 0, 'train_loss': 2.0, 'eval_loss': 1.5, 'eval_top1': 40.0, 'eval_f1': 0.3, 'lr': 0.1, 'skipped': 0},
-        {'epoch': 1, 'train_loss': 1.0, 'eval_loss': '', 'eval_top1': None, 'eval_f1': '', 'lr': 0.05, 'skipped': 0},
-    ]
-    assert curves.panels(rows) == {
-        'loss': {'training': ([0, 1], [2.0, 1.0]), 'evaluation': ([0], [1.5])},
-        'accuracy (%)': {'evaluation top-1': ([0], [40.0])},
-        'learning rate': {'learning rate': ([0, 1], [0.1, 0.05])},
-        'f1': {'evaluation': ([0], [0.3])},
+    found = curves.panels(ROWS)
+    assert {title: [(line.name, line.x, line.y) for line in lines] for title, lines in found.items()} == {
+        'loss': [('training', [0, 1], [2.0, 1.0]), ('evaluation', [0], [1.5])],
+        'accuracy (%)': [('evaluation top-1', [0], [40.0])],
+        'learning rate': [('learning rate', [0, 1], [0.1, 0.05])],
+        'f1': [('evaluation', [0], [0.3])],
+        'images a second': [('images a second', [0, 1], [100.0, 110.0])],
     }
+    assert [line.time for line in found['loss']] == [[60.0, 120.0], [60.0]]
+    old = [{name: value for name, value in row.items() if name not in ('time', 'images_per_second')} for row in ROWS]
+    assert all(line.time is None for lines in curves.panels(old).values() for line in lines)
 
 
 def test_training_without_matplotlib_is_complete(tmp_path, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from .engine import build
 from .engine.evaluate import Metric, Predicted, Watch, evaluate
 from .engine.log import Progress, Speed
 from .engine.process import catch_signals, start_process, usual_defaults
+from .engine.record import history_of
 from .errors import Preempted, UserError, explain, out_of_memory, run, sentence
 from .files import table, write_atomically
 from .models.checkpoint import class_names_in, read_checkpoint, select_weights
@@ -107,9 +108,11 @@ def validate(
     content = content or (read_checkpoint(args.checkpoint) if args.checkpoint else {})
     if args.mae:
         return validate_masked(args, process, content)
+    history: list[dict[str, Any]] = []
     if args.report:
         require()
         open_folder(args.report)
+        history = history_of(content, args.checkpoint)
     dataset = make_dataset(args)
     labels = _valid_labels(args)
     args = args.replace(model=build.current_name(args.model, process))
@@ -137,7 +140,7 @@ def validate(
     progress.say(f' * Acc@1 {row["top1"]:.3f} ({row["top1_err"]:.3f}) Acc@5 {row["top5"]:.3f} ({row["top5_err"]:.3f})')
     if args.report and process.primary:
         scores = measure(*outputs[0], words(names))
-        write_report(args.report, Evaluation(row, facts(args, process, rate), scores, dataset))
+        write_report(args.report, Evaluation(row, facts(args, process, rate), scores, dataset, history))
         progress.say(f'report: {os.path.join(args.report, "report.html")}')
     return row
 

@@ -12,7 +12,7 @@ from ..data import Batch
 from ..data.survey import Seen, near_duplicates
 from ..files import printable
 from . import page
-from .samples import as_picture, embedded
+from .samples import as_picture
 
 PICTURES, PAIRS, LISTED = 120, 24, 300  # classes with a picture, pairs of duplicates, lines of a list
 SIDES = (32, 64, 128, 224, 384, 640, 1280)  # of the shorter side, between which images are counted
@@ -36,9 +36,9 @@ class Split:
         name = self.dataset.filename(place) if hasattr(self.dataset, 'filename') else ''
         return printable(str(name or place))
 
-    def picture(self, place: int) -> str:
-        """An image inside a page."""
-        return embedded(as_picture(self.dataset[place][0]))
+    def picture(self, place: int) -> Any:
+        """An image as PIL."""
+        return as_picture(self.dataset[place][0])
 
     @property
     def passed_over(self) -> Mapping[str, Sequence[str]]:
@@ -102,12 +102,12 @@ def _classes(splits: Sequence[Split], names: Sequence[str]) -> Iterator[str]:
     yield _cards((splits[0].picture(place), names[label], splits[0].file(place)) for label, place in shown)
 
 
-def _cards(pictures: Iterable[tuple[str, str, str]]) -> str:
+def _cards(pictures: Iterable[tuple[Any, str, str]]) -> str:
     """Cards of (picture, line below it, what a mouse over it shows)."""
     cards = (
-        f'<div class="sample"><img src="{source}" alt="{page.escape(title)}" title="{page.escape(title)}">'
+        f'<div class="sample">{page.picture(image, title)}'
         f'<div class="name"><span>{page.escape(printable(text))}</span></div></div>'
-        for source, text, title in pictures
+        for image, text, title in pictures
     )
     return f'<div class="samples">{"".join(cards)}</div>'
 
@@ -145,7 +145,7 @@ def _batch(batch: Batch, names: Sequence[str], data_config: Any) -> Iterator[str
     pictures = (batch.images.float().cpu() * std + mean).clamp(0, 1)
     labels = batch.targets.tolist() if batch.targets.ndim == 1 else [-1] * len(pictures)
     texts = [names[label] if 0 <= label < len(names) else '' for label in labels]
-    yield _cards((embedded(as_picture(image)), text, text) for image, text in zip(pictures, texts))
+    yield _cards((as_picture(image), text, text) for image, text in zip(pictures, texts))
 
 
 def _alike(splits: Sequence[Split], names: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Iterator[str]:
@@ -166,10 +166,10 @@ def _pair(splits: Sequence[Split], names: Sequence[str], pair: tuple[int, int]) 
     """A card of a training image and an evaluation image."""
     parts = []
     for split, place in zip(splits, pair):
-        label, file = split.found[place].label, page.escape(split.file(place))
+        label = split.found[place].label
         name = names[label] if label is not None and 0 <= label < len(names) else ''
         parts.append(
-            f'<div><img src="{split.picture(place)}" alt="{file}" title="{file}">'
+            f'<div>{page.picture(split.picture(place), split.file(place))}'
             f'<div class="name"><span>{page.escape(printable(f"{split.name}: {name}"))}</span></div></div>'
         )
     return f'<div class="sample pair">{"".join(parts)}</div>'

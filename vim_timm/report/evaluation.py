@@ -1,5 +1,6 @@
 """`validate.py --report FOLDER`: numbers, tables, pictures and the page of one evaluation."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -12,11 +13,14 @@ import numpy as np
 from PIL import Image
 
 from ..errors import explain
-from ..files import write_atomically
-from . import page, plots, samples
+from ..files import printable, write_atomically
+from . import plots, samples
+from .classification import classification_page
+from .confusion import balanced, view
 from .metrics import Scores, confused_pairs, normalized
 
 PICTURES, PAIRS = 24, 30  # right pictures, wrong pictures; confused pairs
+CELL_SIDE = 112  # pixels of the longer side of a picture behind a cell of the confusion matrix
 
 
 @dataclasses.dataclass
@@ -27,17 +31,26 @@ class Evaluation:
         row: validate.py's result row.
         facts: further lines for the summary, by name, such as the data set and the hardware.
         dataset: where pictures and file names come from.
+        history: the log of the training that made the weights, a row an epoch, where it is known.
     """
 
     row: Mapping[str, Any]
     facts: Mapping[str, Any]
     scores: Scores
     dataset: Any
+    history: Sequence[Mapping[str, Any]] = ()
 
     def file(self, place: int) -> str:
         """Name of an image: its path where the data set has one, else its place."""
         reader: Any = getattr(self.dataset, 'reader', None)
-        return str(reader.filename(place)) if hasattr(reader, 'samples') else str(place)
+        return printable(str(reader.filename(place) if hasattr(reader, 'samples') else place))
+
+    def cell_picture(self, place: int) -> tuple[str, int, int] | None:
+        """An image as the confusion matrix shows it: (source, factor by which it is enlarged, width)."""
+        image = samples.read(self.dataset, place)
+        return None if image is None else (
+            samples.embedded(image, CELL_SIDE), samples.enlargement(image), image.width,
+        )  # fmt: skip
 
 
 def open_folder(folder: str) -> None:
@@ -58,7 +71,7 @@ def write_report(folder: str, evaluation: Evaluation) -> None:
     }
     pngs = _figures(scores, shown)
     files: dict[str, str | bytes] = {
-        'report.json': to_json(_summary(evaluation, pairs, shown)),
+        'report.json': to_json(_summary(evaluation, pairs[0], shown)),
         'per_class.csv': _csv(
             ['label', 'class', *scores.per_class],
             zip(range(len(scores.names)), scores.names, *map(_rounded, scores.per_class.values())),
@@ -70,7 +83,10 @@ def write_report(folder: str, evaluation: Evaluation) -> None:
         'predictions.csv': _csv(['image', 'true', 'predicted', 'score', 'right'], _predictions(evaluation)),
         **{f'{name}.png': png for name, png in pngs.items()},
     }
-    files['report.html'] = page.evaluation(evaluation.row, evaluation.facts, scores, pairs, shown, pngs)
+    files['report.html'] = classification_page(evaluation, pairs, shown, pngs['per_class'], evaluation.cell_picture)
+    if 'confusion_matrix_normalized.png' not in files:
+        with contextlib.suppress(FileNotFoundError):  # of an earlier report
+            os.remove(os.path.join(folder, 'confusion_matrix_normalized.png'))
     for name, content in files.items():
         write_atomically(os.path.join(folder, name), content)
 
@@ -96,12 +112,15 @@ def _pictures(evaluation: Evaluation, rows: Iterable[int]) -> list[dict[str, Any
 
 
 def _figures(scores: Scores, shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, bytes]:
+    classes = view(scores.confusion)
     pngs = {
-        'confusion_matrix': plots.confusion_matrix(scores.confusion, scores.names, percent=False),
-        'confusion_matrix_normalized': plots.confusion_matrix(normalized(scores.confusion), scores.names, percent=True),
+        'confusion_matrix': plots.confusion_matrix(scores.confusion, scores.names, False, *classes),
         'per_class': plots.per_class(scores),
         'reliability': plots.reliability(scores),
     }
+    if not balanced(scores.confusion):  # else it would be the same picture
+        shares = normalized(scores.confusion)
+        pngs['confusion_matrix_normalized'] = plots.confusion_matrix(shares, scores.names, True, *classes)
     titles = {'right': 'Right predictions, drawn at random', 'wrong': 'Wrong predictions, most confident first'}
     for kind, pictures in shown.items():
         if pictures:

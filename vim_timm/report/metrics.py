@@ -92,7 +92,7 @@ def _precision_and_recall(
     *values, support = precision_recall_fscore_support(
         targets, predicted, labels=np.arange(count), average=None, zero_division=np.nan
     )
-    per_class = {**{name: 100 * value for name, value in zip(columns, values)}, 'support': support}
+    per_class = {**{name: 100 * value for name, value in zip(columns, values)}, 'support': support.astype(np.int64)}
     averages = {}
     for average in ('macro', 'weighted'):
         values = precision_recall_fscore_support(targets, predicted, average=average, zero_division=0)[:3]
@@ -108,20 +108,27 @@ def _reliability(correct: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarra
     return {'count': count[used], 'score': 100 * means[0], 'accuracy': 100 * means[1]}
 
 
-def confused_pairs(scores: Scores, limit: int) -> list[dict[str, Any]]:
-    """Pairs of classes that are confused most often: true and predicted class, images, percent of the true class."""
+def confused_pairs(scores: Scores, limit: int) -> tuple[list[dict[str, Any]], int, int]:
+    """At most `limit` pairs of classes that are confused most; how many others there are, and the most images of one.
+
+    Of pairs that are tied at the end of the list none is in it, nor is a pair that is confused once. A pair has true
+    and predicted class, images, and percent of the true class.
+    """
     mistakes = scores.confusion * ~np.eye(len(scores.names), dtype=bool)
-    worst = np.argsort(-mistakes, axis=None, kind='stable')[:limit]
-    return [
+    order = np.argsort(-mistakes, axis=None, kind='stable')[: np.count_nonzero(mistakes)]
+    counts = mistakes.ravel()[order]
+    bound = int(counts[limit]) if len(counts) > limit else 1
+    listed = order[counts > bound]
+    pairs = [
         {
             'true': scores.names[true],
             'predicted': scores.names[predicted],
             'count': int(mistakes[true, predicted]),
             'percent': 100 * float(mistakes[true, predicted] / scores.per_class['support'][true]),
         }
-        for true, predicted in zip(*np.unravel_index(worst, mistakes.shape))
-        if mistakes[true, predicted]
+        for true, predicted in zip(*np.unravel_index(listed, mistakes.shape))
     ]
+    return pairs, len(order) - len(listed), bound
 
 
 def normalized(confusion: np.ndarray) -> np.ndarray:

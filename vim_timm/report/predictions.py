@@ -9,7 +9,7 @@ from PIL import Image
 from ..engine.predict import Prediction
 from ..files import table
 from . import page
-from .samples import SIDE, embedded
+from .samples import SIDE
 
 
 def line(prediction: Prediction, width: int) -> str:
@@ -79,10 +79,9 @@ def contact_sheet(title: str, predictions: Sequence[Prediction]) -> str:
 def _card(found: Prediction) -> str:
     assert found.image is not None
     name = page.escape(found.file)
-    seen = '' if found.heat is None else embedded(overlay(found.image, found.heat))
-    heat = f'<img src="{seen}" alt="where it looks">' if seen else ''
+    heat = '' if found.heat is None else page.picture(overlay(found.image, found.heat), 'where it looks', 2 * SIDE)
     bars = ''.join(page.bar(guess, 100 * score) for guess, score in zip(found.classes, found.scores))
     return (
-        f'<div class="sample"><img src="{embedded(found.image)}" alt="{name}" title="{name}">{heat}'
+        f'<div class="sample">{page.picture(found.image, found.file)}{heat}'
         f'<div class="name"><span title="{name}">{name}</span></div>{bars}</div>'
     )

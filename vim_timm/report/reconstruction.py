@@ -19,6 +19,7 @@ from ..layers.masking import sample_noise
 from ..settings import Process
 from ..tasks.masked import EVAL_SEED, MaskedImages, Reconstruction, psnr
 from . import page, plots
+from .chart import Line
 from .evaluation import open_folder, to_json
 from .extras import require
 
@@ -284,10 +285,10 @@ def write_report(folder: str, report: ReconstructionReport) -> None:
 
 
 def _band_plot(bands: Sequence[Mapping[str, float]]) -> bytes:
-    lines = {}
-    for name in ('mse_present', 'mse_missing'):
+    lines = []
+    for name, colour in (('mse_present', '#374151'), ('mse_missing', '#9ca3af')):
         points = [(row['missing'], row[name]) for row in bands if name in row]
-        lines[BANDS[name]] = ([x for x, _ in points], [y for _, y in points])
+        lines.append(Line(BANDS[name], colour, [x for x, _ in points], [y for _, y in points]))
     return plots.curves({'Error of hidden pixels': lines}, 'missing channels')
 
 

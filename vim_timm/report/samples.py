@@ -1,4 +1,4 @@
-"""Which pictures to show, and how: small ones enlarged by whole pixels, large ones made smaller."""
+"""Which pictures to show, and how: tiny ones enlarged by whole pixels, large ones made smaller."""
 
 import base64
 import io
@@ -11,7 +11,9 @@ from torch.utils.data import IterableDataset
 
 from .metrics import Scores
 
-SIDE = 160  # pixels of the longer side, about
+SIDE = 160  # pixels of the longer side in a page, at most
+SHOWN = 130  # of the longer side of a tiny picture that is enlarged, at most
+TINY = 64  # pixels of the longer side up to which a picture is stored as it is
 
 
 def choose(scores: Scores, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -22,10 +24,10 @@ def choose(scores: Scores, limit: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(dataset: Any, place: int) -> Image.Image | None:
-    """The picture at a place of the data set, as it is stored; None where the data set is streamed."""
+    """The picture at a place of the data set, at its size or smaller; None where the data set is streamed."""
     if isinstance(dataset, IterableDataset):
         return None
-    return fit(as_picture(dataset[place][0]))
+    return smaller(as_picture(dataset[place][0]), 2 * SIDE)
 
 
 def as_picture(image: Any) -> Image.Image:
@@ -36,22 +38,25 @@ def as_picture(image: Any) -> Image.Image:
     return Image.fromarray((shown * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def fit(image: Image.Image) -> Image.Image:
-    """The picture at about `SIDE` pixels."""
+def smaller(image: Image.Image, side: int = SIDE) -> Image.Image:
+    """The picture in RGB, its longer side `side` pixels at most."""
     image = image.convert('RGB')
-    longest = max(image.size)
-    if longest > SIDE:
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        return image
-    factor = max(1, SIDE // longest)
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    if max(image.size) > side:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
 
 
-def embedded(image: Image.Image) -> str:
-    """A picture inside a page, made fit; photographs as JPEG, for a page may hold many."""
-    file, shown = io.BytesIO(), fit(image)
-    if max(image.size) <= SIDE:
+def enlargement(image: Image.Image) -> int:
+    """By how many times a tiny picture is shown larger than it is."""
+    return max(1, SHOWN // max(image.size))
+
+
+def embedded(image: Image.Image, side: int = SIDE) -> str:
+    """A picture inside a page; photographs as JPEG, for a page may hold many."""
+    shown = smaller(image, side)
+    if max(shown.size) <= TINY:
         return data_uri(shown)
+    file = io.BytesIO()
     shown.save(file, format='JPEG', quality=85)
     return data_uri(file.getvalue(), 'jpeg')
 
