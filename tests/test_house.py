@@ -13,7 +13,7 @@ SOURCES = sorted(PACKAGE.rglob('*.py'))
 
 # Each may import itself and what stands before it; `ground` stands under all.
 GROUND = ('console', 'errors', 'files', 'version')
-FLOORS = ('ops', 'layers', 'settings', 'models', 'data', 'tasks', 'engine', 'report', 'hub')
+FLOORS = ('ops', 'layers', 'settings', 'models', 'data', 'tasks', 'step', 'engine', 'report', 'hub')
 
 
 def module_of(path):

@@ -27,6 +27,7 @@ from ..errors import UserError, explain
 from ..models.masked_autoencoder import as_autoencoder
 from ..settings import Process, Settings
 from ..settings.masked import AUTOENCODER, is_autoencoder
+from ..step import fused_arguments
 from .checkpoint import load_weights
 
 
@@ -166,10 +167,11 @@ def learning_rate(args: Settings, world_size: int) -> float:
 
 
 def make_optimizer(args: Settings, process: Process, task: TrainingTask) -> torch.optim.Optimizer:
-    """timm's optimizer for the parameters that the task trains."""
+    """timm's optimizer for the parameters that the task trains, fused where it can be."""
     options = optimizer_kwargs(cfg=args.replace(lr=learning_rate(args, process.world_size)))
     with explain('optimizer'):
-        return create_optimizer_v2(task.get_trainable_module() or task, **options, **args.opt_kwargs)
+        options.update(fused_arguments(args.opt, process.device, args.opt_kwargs), **args.opt_kwargs)
+        return create_optimizer_v2(task.get_trainable_module() or task, **options)
 
 
 def try_compiler(args: Settings, process: Process) -> None:

@@ -53,13 +53,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, name: str, content: dict[st
         raise UserError(
             f'{path} has the state of --opt {saved}, not of {name}: --no-resume-opt takes its weights alone'
         )
-    settings = [
+    settings: list[dict[str, Any]] = [
         {key: value for key, value in group.items() if key != 'params' and not key.endswith('step')}  # those count
         for group in optimizer.param_groups
     ]
-    optimizer.load_state_dict(content['optimizer'])
-    for group, own in zip(optimizer.param_groups, settings):
-        group.update(own)
+    saved = content['optimizer']
+    own = itertools.chain(settings, itertools.repeat({}))  # a checkpoint with more groups is refused by torch
+    groups = [{**theirs, **ours} for theirs, ours in zip(saved['param_groups'], own)]
+    optimizer.load_state_dict({**saved, 'param_groups': groups})
 
 
 class Saver:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 import torch.distributed as dist
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
-from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
+from timm.utils import distribute_bn, unwrap_model
 
 from ..data import Batch, Loader, seed_everything
 from ..errors import Preempted, TrainingStopped, UserError, explain
 from ..models.adapt import check_fit
 from ..models.checkpoint import class_names_in, has_average, read_checkpoint, select_weights
 from ..settings import Process, Settings
+from ..step import Arrivals, Update
 from ..tasks import Task
 from . import checkpoint, log
 from .build import learning_rate
@@ -77,7 +79,10 @@ class Trainer:
         self.metric = f'{"ema" if self._evaluates_ema() else "eval"}_{args.eval_metric}'
         self.saver = checkpoint.Saver(folder, args.checkpoint_hist, args.checkpoint_every, self.metric, self.decreasing)
         self.progress = log.Progress(self.primary, args.log_interval)
+        self.update = Update(args, process, task, optimizer, self.scaler)
+        self.arrivals = Arrivals(process.device)
         self.signals: list[int] = []
+        self.stopping = False  # since a signal to any rank, which all ranks know
         self.trackers = log.Trackers(args) if self.primary else None
         self.provenance = provenance(process)
         self.rows: list[dict[str, Any]] = []
@@ -102,6 +107,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs, in timm's checkpoint format; every rank must call it."""
+        self.arrivals.flush()
         losses = [self.loss_sum.tolist()] * self.process.world_size
         if self.process.world_size > 1:
             dist.all_gather_object(losses, losses[0])
@@ -240,15 +246,30 @@ class Trainer:
             speed.update(len(batch.images))
             self.step += 1
             if self.primary and (last or self.progress.due(self.step)):
-                self._show(loss, speed, batch.images, last)
+                say = self.progress.say if last else self.progress.show
+                rate = self.optimizer.param_groups[0]['lr']
+                self.arrivals.send(loss, functools.partial(self._show, say, self.step, rate, speed))
+                if args.save_images:
+                    self._save_images(batch.images)
             if update:
-                stop = self._update(finite)
+                number = self._update_number()
+                flags = self.update(finite, number, bool(self.signals))
+                self.arrivals.send(flags, functools.partial(self._settle, self.epoch, self.step))
                 finite.fill_(True)
-                every = args.recovery_interval
-                if stop or (every and not last and self.step // every > (self.step - group) // every):
-                    self._save_recovery(stop)
+                if args.synchronize_step and self.process.device.type == 'cuda':
+                    torch.cuda.synchronize()
+                if self.scheduler is not None:
+                    self.scheduler.step_update(number)
+            self.arrivals.advance()
+            every = args.recovery_interval
+            due = every and self.step // every > (self.step - group) // every
+            if update and not last and (due or self.stopping):
+                self._save_recovery()
         if self.process.world_size > 1 and args.dist_bn:
             distribute_bn(self.task.get_trainable_module(), self.process.world_size, args.dist_bn == 'reduce')
+        self.arrivals.flush()
+        if self.stopping:
+            self._save_recovery()
 
     def _forward_backward(self, batch: Batch, group: int, sync: bool) -> torch.Tensor:
         """Accumulate the gradient of one batch and return its loss. All of its randomness depends on the step."""
@@ -260,65 +281,36 @@ class Trainer:
             self.scaler.scale(loss / group).backward()
         return loss.detach()
 
-    def _update(self, finite: torch.Tensor) -> bool:
-        """One optimizer step, unless any rank has a loss or gradient that is not finite: then all skip it together.
-
-        Returns:
-            Whether a signal came to any rank.
-        """
-        args, optimizer = self.args, self.optimizer
-        self.scaler.unscale_(optimizer)
-        gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.process.device)
-        flags = torch.stack([~(finite & torch.isfinite(norm)), torch.full_like(finite, bool(self.signals))]).int()
-        if self.process.world_size > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        bad, stop = (bool(flag) for flag in flags.tolist())
-        if bad:
-            self._count_nonfinite()
-        else:
+    def _settle(self, epoch: int, step: int, flags: list[float]) -> None:
+        """Count what became of an update, when the host knows it."""
+        skipped, stop = flags
+        self.stopping = self.stopping or bool(stop)
+        if not skipped:
             self.nonfinite = 0
-            if args.clip_grad is not None:
-                parameters = self.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
-                dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        optimizer.zero_grad()
-        number = self._update_number()
-        if not bad and self.task.has_ema():
-            self.task.update_ema(step=number)
-        if args.synchronize_step and self.process.device.type == 'cuda':
-            torch.cuda.synchronize()
-        if self.scheduler is not None:
-            self.scheduler.step_update(number)
-        return stop
-
-    def _count_nonfinite(self) -> None:
+            return
         self.nonfinite, self.skipped = self.nonfinite + 1, self.skipped + 1
-        self.progress.say(f'epoch {self.epoch}, step {self.step}: loss or gradient is not finite, update skipped')
+        self.progress.say(f'epoch {epoch}, step {step}: loss or gradient is not finite, update skipped')
         if self.nonfinite >= self.args.max_nonfinite:
             raise TrainingStopped(
                 f'{self.nonfinite} updates in a row had a non-finite loss or gradient: lower --lr, add --clip-grad 1 '
                 'or --warmup-epochs, or use --amp-dtype bfloat16'
             )
 
-    def _show(self, loss: torch.Tensor, speed: log.Speed, images: torch.Tensor, last: bool) -> None:
-        rate, memory = self.optimizer.param_groups[0]['lr'], log.peak_memory(self.process.device)
-        (self.progress.say if last else self.progress.show)(
-            f'epoch {self.epoch} [{self.step}/{self.batches}]  loss {loss.item():.4f}  lr {rate:.3g}  {speed}  '
-            f'memory {memory}'
-        )
-        if self.args.save_images:
-            from torchvision.utils import save_image
+    def _show(self, say: Callable[[str], None], step: int, rate: float, speed: log.Speed, loss: float) -> None:
+        memory = log.peak_memory(self.process.device)
+        say(f'epoch {self.epoch} [{step}/{self.batches}]  loss {loss:.4f}  lr {rate:.3g}  {speed}  memory {memory}')
 
-            shown = images[:, : 3 if images.shape[1] >= 3 else 1]  # what JPEG has
-            save_image(shown.float(), os.path.join(self.folder, f'train-batch-{self.step}.jpg'), normalize=True)
+    def _save_images(self, images: torch.Tensor) -> None:
+        from torchvision.utils import save_image
 
-    def _save_recovery(self, stop: bool) -> None:
+        shown = images[:, : 3 if images.shape[1] >= 3 else 1]  # what JPEG has
+        save_image(shown.float(), os.path.join(self.folder, f'train-batch-{self.step}.jpg'), normalize=True)
+
+    def _save_recovery(self) -> None:
         """Save the state inside an epoch, and end the run if it is to stop."""
         state = self.state()
         path = self.saver.save_recovery(state) if self.primary else 'by rank 0'
-        if stop:
+        if self.stopping:
             if self.process.world_size > 1:
                 dist.barrier()  # nobody may leave, and be missed, while rank 0 writes
             raise Preempted(f'stopped by a signal; saved {path}; go on with --resume')
@@ -335,7 +327,8 @@ class Trainer:
                 if self._evaluates_ema():
                     row.update(self._evaluate('ema'))
             except Preempted:
-                self._save_recovery(stop=True)
+                self.stopping = True
+                self._save_recovery()
         row['lr'] = self.optimizer.param_groups[0]['lr']
         row['skipped'] = self.skipped
         self.rows.append(row)

@@ -1,0 +1,259 @@
+"""An update is timm's and torch's; the device takes or leaves it, and it is counted exactly, if late."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from test_resume import BASE, EASY, HARD, assert_same_run, load, torchrun
+
+from vim_timm import train
+from vim_timm.engine import Hooks
+from vim_timm.engine.build import make_optimizer
+from vim_timm.engine.checkpoint import Saver, load_optimizer
+from vim_timm.errors import Preempted, TrainingStopped
+from vim_timm.settings import Process
+from vim_timm.step import Arrivals, Update, fused_arguments
+from vim_timm.tasks import make_task
+from vim_timm.tasks.classification import _make_loss as make_loss
+
+CONFIG = dict(mean=(0.2,), std=(0.5,), input_size=(1, 16, 16))
+
+
+def start(flags):
+    """Settings, a task with an average, and the optimizer of some flags."""
+    torch.manual_seed(0)
+    args = train.parse_args([*BASE.split(), '--warmup-epochs', '0', *flags.split()])
+    model = timm.create_model('test_vit', num_classes=10, img_size=16, in_chans=1)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    task = make_task(args, Process(), model, CONFIG)
+    task.setup_ema(0.9)
+    return args, task, make_optimizer(args, Process(), task)
+
+
+def batches(count):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield torch.randn(8, 1, 16, 16, generator=generator), torch.randint(10, (8,), generator=generator)
+
+
+def run(task, update, count, bad=()):
+    """Losses of some steps; those in `bad` are there twice, first with images that are not numbers."""
+    losses, number = [], 0
+    for step, (images, targets) in enumerate(batches(count)):
+        for attempt in (images * float('nan'), images) if step in bad else (images,):
+            loss = task(attempt, targets)['loss']
+            loss.backward()
+            number += torch.isfinite(loss).item()
+            update(loss.detach(), number)
+            if torch.isfinite(loss):
+                losses.append(loss.item())
+    return losses
+
+
+def ours(flags, count=20, bad=()):
+    args, task, optimizer = start(flags)
+    guarded = Update(args, Process(), task, optimizer, torch.amp.GradScaler('cpu', enabled=False))
+    flags = []
+    losses = run(task, lambda loss, n: flags.append(guarded(torch.isfinite(loss), n, False).tolist()), count, bad)
+    assert [flag for flag, _ in flags] == [float(i in places(count, bad)) for i in range(count + len(bad))]
+    return losses, task, optimizer
+
+
+def places(count, bad):
+    return [step + before for before, step in enumerate(sorted(bad))]
+
+
+def tensors(task, optimizer):
+    state = [value for p in task.parameters() for _, value in sorted(optimizer.state.get(p, {}).items())]
+    return [*task.state_dict().values(), *(value for value in state if isinstance(value, torch.Tensor))]
+
+
+@pytest.mark.parametrize(
+    'clip', ['', '--clip-grad 0.5', '--clip-grad 0.01 --clip-mode value', '--clip-grad 0.1 --clip-mode agc']
+)
+@pytest.mark.parametrize('opt', ['adamw --lr 1e-3', 'sgd --lr 0.05', 'lamb --lr 1e-3'])
+def test_twenty_steps_are_those_of_timm_and_torch(opt, clip):
+    flags = f'--opt {opt} {clip}'
+    losses, task, _ = ours(flags)
+    args, plain, _ = start(flags)
+    options = dict(fused=False) if opt.startswith(('adamw', 'sgd')) else {}
+    optimizer = make_optimizer(args.replace(opt_kwargs=options), Process(), plain)
+
+    def update(loss, number):
+        if args.clip_grad:
+            parameters = plain.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+            timm.utils.dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+        optimizer.step()
+        optimizer.zero_grad()
+        plain.update_ema(step=number)
+
+    expected = run(plain, update, 20)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-6)
+    assert losses[-1] != losses[0]
+    for mine, theirs in zip(task.state_dict().values(), plain.state_dict().values()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'opt',
+    [
+        'adamw --lr 1e-3',
+        'adam --lr 1e-3',
+        'sgd --lr 0.05',
+        'momentum --lr 0.05',
+        'lamb --lr 1e-3',
+        'lookahead_adamw --lr 1e-3',
+    ],
+)
+@pytest.mark.parametrize('bad', [(0,), (7,), (7, 8)])
+def test_a_skipped_update_leaves_no_trace(opt, bad):
+    flags = f'--opt {opt} --clip-grad 1'
+    losses, *skipped = ours(flags, 12, bad)
+    expected, *whole = ours(flags, 12)
+    assert losses == expected
+    assert all(map(torch.equal, tensors(*skipped), tensors(*whole)))
+
+
+def test_which_optimizers_are_fused():
+    cpu = torch.device('cpu')
+    assert all(fused_arguments(name, cpu, {}) for name in ('adam', 'AdamW', 'sgd', 'momentum', 'nesterov'))
+    assert not any(fused_arguments(name, cpu, {}) for name in ('lamb', 'nadamw', 'no_such', 'muon'))
+    assert not fused_arguments('adamw', cpu, {'foreach': True}) and not fused_arguments('sgd', cpu, {'dampening': 0.1})
+    assert not fused_arguments('adamw', torch.device('mps'), {})
+
+
+def test_state_of_another_memory_layout_is_taken_over():
+    """torch's fused kernels for CPUs go through memory, whatever the strides."""
+    after = []
+    for layout in ('', ' --channels-last'):
+        _, task, optimizer = ours('--opt adamw --lr 1e-3', 3)
+        saved = copy.deepcopy({'optimizer': optimizer.state_dict(), 'args': {'opt': 'adamw'}})
+        for group in saved['optimizer']['param_groups']:
+            del group['fused']  # of a run before there was such a thing
+        args, other, optimizer = start(f'--opt adamw --lr 1e-3{layout}')
+        other.load_state_dict(task.state_dict())
+        load_optimizer(optimizer, 'adamw', saved, 'file')
+        update = Update(args, Process(), other, optimizer, torch.amp.GradScaler('cpu', enabled=False))
+        run(other, lambda loss, n, update=update: update(torch.isfinite(loss), n, False), 2)
+        assert all(group['fused'] for group in optimizer.param_groups)
+        after.append(other.state_dict())
+    for name, tensor in after[0].items():
+        torch.testing.assert_close(after[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """The host learns of every step two steps later, as on a GPU."""
+    begin = Arrivals.__init__
+
+    def __init__(self, device):
+        begin(self, device)
+        self.lag = 2
+
+    monkeypatch.setattr(Arrivals, '__init__', __init__)
+
+
+def test_arrivals_come_in_order_and_late(late):
+    arrivals, got = Arrivals(torch.device('cpu')), []
+    value = torch.zeros(())
+    for step in range(4):
+        arrivals.send(value.fill_(step), got.append)
+        arrivals.advance()
+        assert got == list(range(step - 1))
+    arrivals.flush()
+    assert got == [0, 1, 2, 3]
+
+
+class Bad(torch.nn.Module):
+    """Cross-entropy that is infinite, with a gradient that is not, in some steps of an epoch."""
+
+    def __init__(self, steps, where=lambda: True):
+        super().__init__()
+        self.calls, self.steps, self.where = 0, steps, where
+
+    def forward(self, output, target):
+        loss = torch.nn.functional.cross_entropy(output, target)
+        self.calls += self.training
+        return loss + (float('inf') if self.training and self.calls in self.steps and self.where() else 0)
+
+
+@pytest.mark.parametrize('precision', ['', '--amp'])
+def test_counts_are_exact_although_they_come_late(late, precision, tmp_path, capsys, monkeypatch):
+    """In the log, in messages and in checkpoints, the one of the very step that was skipped among them."""
+    flags = [*BASE.split(), *EASY.split(), *precision.split(), '--output', str(tmp_path), '--epochs', '1']
+    flags += ['--recovery-interval', '1', '--experiment', 'a']
+    seen = []
+
+    def keep(saver, state):
+        seen.append(tuple(state['progress'][name] for name in ('step', 'skipped', 'nonfinite')))
+        return ''
+
+    monkeypatch.setattr(Saver, 'save_recovery', keep)
+    trainer = train.train(train.parse_args(flags), Hooks(loss=Bad({3, 4, 22})))
+    assert trainer.rows[0]['skipped'] == 3
+    assert seen == [(step, min(max(step - 2, 0), 2), {3: 1, 4: 2}.get(step, 0)) for step in range(1, 22)]
+    output = capsys.readouterr().out
+    assert all(f'epoch 0, step {step}: loss or gradient' in output for step in (3, 4, 22))
+    with pytest.raises(TrainingStopped, match='3 updates in a row'):
+        arguments = train.parse_args([*flags[:-2], '--recovery-interval', '0', '--max-nonfinite', '3'])
+        train.train(arguments, Hooks(loss=Bad({5, 7, 8, 9})))
+
+
+@pytest.mark.parametrize('step', [5, 21, 22])
+def test_stopped_by_a_signal_within_two_steps_and_resumed(late, step, tmp_path):
+    """With updates of two steps each; the signal comes before the step, also one of the last two of an epoch."""
+    flags = [*BASE.split(), *HARD.split(), '--recovery-interval', '0', '--workers', '0', '--epochs', '2']
+    flags += ['--output', str(tmp_path)]
+    assert train.train(train.parse_args([*flags, '--experiment', 'whole']))
+
+    arguments = [*flags, '--experiment', 'cut', '--resume', 'auto']
+    inner = make_loss(train.parse_args(arguments))
+
+    class Signalling(torch.nn.Module):
+        calls = 0
+
+        def forward(self, output, target):
+            self.calls += self.training
+            if self.training and self.calls == step:
+                signal.raise_signal(signal.SIGTERM)
+            return inner(output, target)
+
+    with pytest.raises(Preempted) as stopped:
+        train.train(train.parse_args(arguments), Hooks(loss=Signalling()))
+    saved = int(str(stopped.value).partition('recovery-0-')[2].partition('.')[0])
+    assert step <= saved <= step + 3
+    train.train(train.parse_args(arguments))
+    assert_same_run(tmp_path, 'whole', 'cut')
+
+
+ONE_RANK = """
+import os, sys
+from test_step import Bad
+from vim_timm import train
+from vim_timm.engine import Hooks
+
+trainer = train.train(train.parse_args(sys.argv[1:]), Hooks(loss=Bad({3, 7}, lambda: os.environ['RANK'] == '1')))
+total = sum(p.detach().double().abs().sum() for p in trainer.task.parameters())
+print(f'rank {os.environ["RANK"]} skipped {trainer.skipped} weights {total:.17g}', flush=True)
+"""
+
+
+def test_all_ranks_skip_what_one_of_them_cannot_use(tmp_path):
+    script = tmp_path / 'one_rank.py'
+    script.write_text(ONE_RANK)
+    flags = [*BASE.split(), *EASY.split(), '--epochs', '1', '--batch-size', '32', '--output', str(tmp_path)]
+    command = [sys.executable, *torchrun(2), str(script), *flags, '--experiment', 'a']
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get('PYTHONPATH')])])
+    environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}
+    result = subprocess.run(command, capture_output=True, encoding='utf-8', env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = sorted(line for line in result.stdout.splitlines() if line.startswith('rank '))
+    assert len(lines) == 2 and all('skipped 2' in line for line in lines)
+    assert lines[0].partition('weights')[2] == lines[1].partition('weights')[2]
+    assert load(tmp_path, 'a')['progress']['skipped'] == 2

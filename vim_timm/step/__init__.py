@@ -1,0 +1,10 @@
+"""One training step as few launches that wait for nothing: the guard, the update, and numbers that arrive later.
+
+It knows tasks and settings, not epochs or files; `engine.loop` calls it.
+"""
+
+from .arrivals import Arrivals
+from .optimizers import fused_arguments
+from .update import Update
+
+__all__ = ['Arrivals', 'Update', 'fused_arguments']
