@@ -1,6 +1,7 @@
 """Files that a user hands to the models: the right weights are loaded, anything else is refused in one sentence."""
 
 import argparse
+import itertools
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from vim_timm import VisionMamba
 from vim_timm.models.checkpoint import CheckpointError, load_weights, read_checkpoint
+from vim_timm.models.load import load_content
 from vim_timm.models.vision_mamba import checkpoint_filter_fn
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_classes=10)
@@ -173,6 +175,38 @@ def test_another_family_is_named(family, tmp_path):
     for num_classes in (10, 3):
         assert family in refusal(from_file, tmp_path / 'foreign.pth', num_classes=num_classes)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# words for each family of ours, and models of it
+OURS = {
+    'a Vision Mamba with bidirectional scans (v2)': [('vim_nano_patch4_32', {})],
+    'a Vision Mamba with shared projections (v1)': [('vim_nano_patch4_32', dict(scan='shared'))],
+    'a unidirectional Mamba': [('vim_nano_patch4_32', dict(scan='forward'))],
+    'a Vision Mamba 2 (vim2)': [
+        ('vim2_nano_patch4_32', {}),
+        ('vim2_mnist', dict(in_chans=3, conv='none', class_token='middle')),
+    ],
+    'a hybrid of a state space and attention (vim_hybrid)': [
+        ('vim_hybrid_tiny_patch4_32', {}),
+        ('vim_hybrid_tiny_patch4_32', dict(ssm='mamba', attn_blocks=(1,))),
+    ],
+    'a factorized vision transformer (favit)': [('favit_small_patch16_224', dict(img_size=32))],
+    'a masked autoencoder with its decoder (mae)': [
+        ('mae_vim_tiny_patch4_32', {}),
+        ('mae_vim_hybrid_small_patch16_224', dict(img_size=32, decoder='vim')),
+    ],
+}
+
+
+@pytest.mark.parametrize('theirs, ours', list(itertools.permutations(OURS, 2)))
+def test_each_family_of_ours_is_named_to_each_other(theirs, ours):
+    sources, models = (
+        [timm.create_model(name, depth=2, device='meta', **kwargs) for name, kwargs in OURS[words]]
+        for words in (theirs, ours)
+    )
+    for source, model in itertools.product(sources, models):
+        text = refusal(load_content, model, {'state_dict': source.state_dict()})
+        assert theirs in text and (ours in text or 'encoder without its decoder' in text)
 
 
 def test_another_size_of_the_family_is_refused(tmp_path):

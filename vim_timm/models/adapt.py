@@ -1,8 +1,9 @@
 """Checkpoints of other layouts and sizes become a model's state dict, or are refused in a sentence."""
 
+import itertools
 import math
 import sys
-from typing import AbstractSet, Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import AbstractSet, Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,6 +11,7 @@ from timm.layers import resample_patch_embed, to_2tuple
 from timm.models import get_pretrained_cfg, is_model
 
 from ..errors import shown
+from ..layers.conv_stem import ConvStem
 from ..layers.pos_embed import resample_pos_embed
 from ..settings.inherited import settings_of
 from .checkpoint import CheckpointError, StateDict
@@ -110,7 +112,7 @@ def _at_grid(
 ) -> torch.Tensor:
     """A checkpoint's position embedding at the model's grid."""
     grid: List[int] = list(model.patch_embed.grid_size)
-    source = _source_grid(positions.shape[1] - model.num_prefix_tokens, projection, settings, model)
+    source = source_grid(positions.shape[1] - model.num_prefix_tokens, projection, settings, model)
     return resample_pos_embed(positions, grid, list(source), model.num_prefix_tokens)
 
 
@@ -130,7 +132,19 @@ def _steps(size: int, patch: int, stride: int, padded: bool) -> int:
     return (size - patch + (stride - 1 if padded else 0)) // stride + 1
 
 
-def _source_grid(patches: int, projection: torch.Tensor, settings: Mapping[str, Any], model: Any) -> Grid:
+def _strides(patch: Grid, settings: Mapping[str, Any], stem: Any) -> Iterator[Grid]:
+    """Steps between a checkpoint's patches: what its settings name, or the likely ones, best first."""
+    named = settings.get('model_kwargs', {}).get('stride')
+    if named:
+        yield to_2tuple(named)
+        return
+    stride = getattr(stem, 'stride', stem.patch_size)  # timm's stems have none
+    yield stride if stride != stem.patch_size else patch
+    # an entrypoint's own may be another; no two of them give the same number of patches in different grids
+    yield from ((step, step) for step in range(max(patch), 0, -1))
+
+
+def source_grid(patches: int, projection: torch.Tensor, settings: Mapping[str, Any], model: Any) -> Grid:
     """Grid of a checkpoint's patches, by the first that fits their number.
 
     That of the image size in its settings; the model's own, since nothing speaks against it; a square.
@@ -138,13 +152,11 @@ def _source_grid(patches: int, projection: torch.Tensor, settings: Mapping[str, 
     Raises:
         CheckpointError: none fits.
     """
-    patch = tuple(projection.shape[-2:])
-    size = image_size(settings)
+    stem, size = model.patch_embed, image_size(settings)
+    # the kernel of a stem that halves is none of its patches, whose size its number of convolutions tells
+    patch = stem.patch_size if isinstance(stem, ConvStem) else tuple(projection.shape[-2:])
     if size is not None:
-        arguments = settings.get('model_kwargs', {})
-        overlaps = model.patch_embed.stride != model.patch_embed.patch_size
-        stride = to_2tuple(arguments.get('stride') or (model.patch_embed.stride if overlaps else patch))
-        for padded in (False, True):
+        for stride, padded in itertools.product(_strides(patch, settings, stem), (False, True)):
             height, width = (_steps(*side, padded) for side in zip(size, patch, stride))
             if height * width == patches:
                 return height, width

@@ -22,6 +22,7 @@ from vim_timm.layers.patch_embed import PatchEmbed, Size, check_channels, check_
 from vim_timm.models import masked_autoencoder
 from vim_timm.models.adapt import adapt
 from vim_timm.models.build import build_model, cfg
+from vim_timm.models.families import register_family
 from vim_timm.models.masked_autoencoder import Grid, MaskedAutoencoder
 from vim_timm.models.trunk import Trunk
 
@@ -379,6 +380,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     if isinstance(model, MaskedAutoencoder):
         return masked_autoencoder.checkpoint_filter_fn(state_dict, model)
     return adapt(state_dict, model)
+
+
+register_family('a factorized vision transformer (favit)', r'\.patch_attn\.', r'\.channel_attn\.')
 
 
 def _create_factorized_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> FactorizedViT:

@@ -4,7 +4,6 @@ Paper: Masked Autoencoders Are Scalable Vision Learners, https://arxiv.org/abs/2
 Visible tokens stay in scan order, which a scan needs and a transformer does not mind.
 """
 
-import math
 from typing import Any, Callable, Dict, List, Literal, Optional, Set, Tuple, Union
 
 import timm
@@ -20,9 +19,10 @@ from vim_timm.layers.masking import check_ratio, random_masking, take_tokens
 from vim_timm.layers.patch_embed import Size, check_channels
 from vim_timm.layers.patches import patchify, unpatchify
 from vim_timm.layers.pos_embed import resample_pos_embed
-from vim_timm.models.adapt import check_fit, filter_of
+from vim_timm.models.adapt import check_fit, filter_of, source_grid
 from vim_timm.models.build import build_model, cfg, small_cfg
 from vim_timm.models.checkpoint import CheckpointError, check_weights, read_checkpoint, select_weights, wants_average
+from vim_timm.models.families import describe_family, register_family
 from vim_timm.models.trunk import Trunk
 from vim_timm.settings.inherited import settings_of
 
@@ -337,8 +337,8 @@ def autoencoder_weights(content: Dict[str, Any], use_ema: Optional[bool] = None)
         weights = {_from_original(name): value for name, value in weights.items() if name != 'decoder_pos_embed'}
     if not any(name.startswith('decoder.') for name in weights):
         raise CheckpointError(
-            'it holds an encoder without its decoder, which cannot reconstruct anything: take the checkpoint that '
-            'train.py --mae wrote (last.pth.tar)'
+            f'it holds an encoder without its decoder, {describe_family(weights)}, which cannot reconstruct anything: '
+            'take the checkpoint that train.py --mae wrote (last.pth.tar)'
         )
     return weights
 
@@ -364,14 +364,23 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: MaskedAutoencoder) -
         encoder = filter_fn({'state_dict': encoder, 'args': settings_of(state_dict)}, model.encoder)
     elif filter_fn is not None:
         encoder = filter_fn(encoder, model.encoder)
-    positions, side = decoder.get('decoder.pos_embed'), 0
-    if positions is not None and positions.shape[1] != model.decoder.grid[0] * model.decoder.grid[1]:
-        side = math.isqrt(positions.shape[1])
-    if positions is not None and side * side == positions.shape[1]:
-        decoder['decoder.pos_embed'] = resample_pos_embed(positions, list(model.decoder.grid), [side, side], 0)
+    positions = decoder.get('decoder.pos_embed')  # a learned one
+    if positions is not None:
+        projection = weights['encoder.patch_embed.proj.weight']
+        grid = source_grid(positions.shape[1], projection, settings_of(state_dict), model.encoder)
+        decoder['decoder.pos_embed'] = resample_pos_embed(positions, list(model.decoder.grid), list(grid), 0)
     weights = {**{f'encoder.{name}': value for name, value in encoder.items()}, **decoder}
     check_fit(weights, own)
     return weights
+
+
+register_family(
+    'a masked autoencoder with its decoder (mae)',
+    r'^encoder\.blocks\.',
+    r'^encoder\.patch_embed\.',
+    r'^decoder\.mask_token$',
+    r'^decoder\.pred\.',
+)
 
 
 def _create_masked_autoencoder(variant: str, pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:

@@ -18,6 +18,7 @@ from vim_timm.layers.patch_embed import Size
 from vim_timm.layers.token_order import ClassToken
 from vim_timm.models.adapt import adapt as checkpoint_filter_fn
 from vim_timm.models.build import build_model, cfg, small_cfg
+from vim_timm.models.families import register_family
 from vim_timm.models.trunk import Trunk
 
 __all__ = ['VisionMamba2']
@@ -176,6 +177,8 @@ class VisionMamba2(Trunk):
             nn.init.trunc_normal_(last.weight, std=0.02)
             nn.init.zeros_(last.bias)
 
+
+register_family('a Vision Mamba 2 (vim2)', r'^blocks\.\d+\.mixer\.dt_bias$', r'^patch_embed\.')
 
 default_cfgs = generate_default_cfgs(
     {

@@ -19,6 +19,7 @@ from vim_timm.layers.patch_embed import Size
 from vim_timm.layers.token_order import ClassToken
 from vim_timm.models.adapt import StateDict, adapt
 from vim_timm.models.build import build_model, cfg, small_cfg
+from vim_timm.models.families import register_family
 from vim_timm.models.trunk import Trunk
 
 __all__ = ['VisionMambaHybrid']
@@ -182,6 +183,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: VisionMambaHybrid) -
     """
     return adapt(state_dict, model)
 
+
+register_family(
+    'a hybrid of a state space and attention (vim_hybrid)', r'mixer\.mix$', r'mixer\.ssm\.', r'mixer\.attention\.'
+)
 
 default_cfgs = generate_default_cfgs(
     {
