@@ -154,7 +154,7 @@ def source_grid(patches: int, projection: torch.Tensor, settings: Mapping[str, A
     """
     stem, size = model.patch_embed, image_size(settings)
     # the kernel of a stem that halves is none of its patches, whose size its number of convolutions tells
-    patch = stem.patch_size if isinstance(stem, ConvStem) else tuple(projection.shape[-2:])
+    patch: Grid = stem.patch_size if isinstance(stem, ConvStem) else (projection.shape[-2], projection.shape[-1])
     if size is not None:
         for stride, padded in itertools.product(_strides(patch, settings, stem), (False, True)):
             height, width = (_steps(*side, padded) for side in zip(size, patch, stride))

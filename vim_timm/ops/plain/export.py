@@ -39,20 +39,23 @@ def scan_one_direction(direction: Direction, delta_softplus: bool, A_is_log: boo
 
     decay = torch.exp(dt_chunk.unsqueeze(-1) * A)
     x = x_chunk.unsqueeze(-1) * B_chunk.unsqueeze(-2)
-    end = torch.zeros_like(x[:, :, 0])
-    for i in range(size):
+    # no zeros of the states' shape: torch's older ONNX exporter would make them a constant of the traced batch
+    first = size - 1 if reverse else 0
+    end = x[:, :, first]
+    for i in range(1, size):
         t = size - 1 - i if reverse else i
         end = decay[:, :, t] * end + x[:, :, t]
     chunk_decay = torch.exp(dt_chunk.sum(2).unsqueeze(-1) * A)
-    carry = torch.zeros_like(end[:, 0])
-    starts: List[Tensor] = []
-    for i in range(chunks):
+    carry = end[:, chunks - 1 if reverse else 0]
+    carries: List[Tensor] = []
+    for i in range(1, chunks):
         k = chunks - 1 - i if reverse else i
-        starts.append(carry)
+        carries.append(carry)
         carry = chunk_decay[:, k] * carry + end[:, k]
     if reverse:
-        starts.reverse()
-    h = torch.stack(starts, dim=1)
+        carries.reverse()
+    h = torch.stack(carries, dim=1) if chunks > 1 else end[:, :0]
+    h = F.pad(h, [0, 0, 0, 0, 0, 1] if reverse else [0, 0, 0, 0, 1, 0])  # the first chunk starts at zero
     ys: List[Tensor] = []
     for i in range(size):
         t = size - 1 - i if reverse else i
