@@ -1,3 +1,4 @@
-from vim_timm.train import main
+from vim_timm.commands import main
 
-raise SystemExit(main())
+if __name__ == '__main__':
+    raise SystemExit(main('train'))

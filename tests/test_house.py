@@ -12,7 +12,7 @@ PACKAGE = ROOT / 'vim_timm'
 SOURCES = sorted(PACKAGE.rglob('*.py'))
 
 # Each may import itself and what stands before it; `ground` stands under all.
-GROUND = ('console', 'errors', 'files', 'version')
+GROUND = ('console', 'errors', 'files', 'lazy', 'version')
 FLOORS = ('ops', 'layers', 'settings', 'models', 'data', 'tasks', 'step', 'engine', 'report', 'hub')
 
 
@@ -30,11 +30,17 @@ def floor_of(parts):
     return FLOORS.index(parts[1]) if len(parts) > 1 and parts[1] in FLOORS else len(FLOORS)
 
 
+def imported_part(tree):
+    """Statements that are executed when a module is imported, or after: not those of `if __name__ == '__main__'`."""
+    return [node for node in tree.body if not ast.unparse(node).startswith("if __name__ == '__main__':")]
+
+
 def imports_of(path):
     """Modules of this package that a file imports, wherever it does."""
     module = module_of(path)
     package = module if path.name == '__init__.py' else module[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    part = imported_part(ast.parse(path.read_text()))
+    for node in (node for statement in part for node in ast.walk(statement)):
         if isinstance(node, ast.Import):
             names = [alias.name.split('.') for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

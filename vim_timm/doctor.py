@@ -3,10 +3,15 @@
 `--weights` checks the SHA-256 of published weights instead: of those in the package and in the Hub's cache.
 """
 
-import argparse
+if __name__ == '__main__':  # the command line is read before torch is imported
+    import sys
+
+    from vim_timm import commands
+
+    sys.exit(commands.main('doctor'))
+
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -20,6 +25,7 @@ from vim_timm.layers.attention import attention_kernels
 from .errors import UserError, run
 from .models.checkpoint import CheckpointError
 from .models.pretrained import check_sum, published
+from .settings import parsers
 
 _PACKAGES = ('torchvision', 'timm', 'triton', 'mamba-ssm', 'causal-conv1d')
 
@@ -126,9 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
 
     def body(arguments: Sequence[str]) -> None:
-        parser = argparse.ArgumentParser('vim_timm.doctor', description=__doc__.splitlines()[0])
-        parser.add_argument('--weights', action='store_true', help='check the SHA-256 of published weights instead')
-        if not parser.parse_args(arguments).weights:
+        if not parsers.doctor(arguments).weights:
             return print(report())
         lines, damaged = weights()
         print('\n'.join(lines))
@@ -136,7 +140,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f'{damaged} of {len(lines)} weights are damaged')
 
     return run(body, 'doctor', argv)
-
-
-if __name__ == '__main__':
-    sys.exit(main())

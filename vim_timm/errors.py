@@ -1,12 +1,13 @@
 """A user's mistake ends in one sentence and an exit status, never in a traceback."""
 
 import contextlib
+import difflib
 import os
 import pickle
 import reprlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .console import lasting_streams
 
@@ -79,6 +80,12 @@ def out_of_memory(error: BaseException) -> str:
 def shown(text: str) -> str:
     """A text from a file as it may stand in a sentence: short, and on one line."""
     return text if text.isprintable() and len(text) <= 100 else reprlib.repr(text)
+
+
+def meant(word: str, names: Iterable[str], count: int = 2) -> str:
+    """`; did you mean X or Y?` with those of `names` that are spelled most like a word, or ''."""
+    near = difflib.get_close_matches(word, [name for name in names if name], count)
+    return f'; did you mean {" or ".join(near)}?' if near else ''
 
 
 @contextlib.contextmanager

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from .errors import UserError, run
+from .settings.parser import Parser
 
 PROGRAM = 'export'
 ENDINGS = ('.onnx', '.pt2')
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(f'vim_timm.{PROGRAM}', description=__doc__)
+    result = Parser(PROGRAM, description=__doc__)
     add = result.add_argument
     add('--model', '-m', default='', metavar='NAME', help='published weights of this model')
     add('--checkpoint', default='', metavar='FILE', help='training checkpoint, or a file of weights')
@@ -21,6 +22,16 @@ def parser() -> argparse.ArgumentParser:
     add('--batch-size', '-b', type=int, default=0, metavar='N', help='images at once (default: any number)')
     add('--opset', type=int, metavar='N', help="version of ONNX's operators (default: torch's)")
     return result
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant, before anything is loaded."""
+    if not args.output.endswith(ENDINGS):
+        raise UserError(f'--output {args.output} must end in {" or ".join(ENDINGS)}')
+    if not os.path.isdir(os.path.dirname(args.output) or '.'):
+        raise UserError(f'--output {args.output}: there is no such folder')
+    if not (args.model or args.checkpoint):
+        raise UserError('name the weights: --model NAME or --checkpoint FILE')
 
 
 def export(args: argparse.Namespace) -> None:
@@ -47,12 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body(words: Sequence[str]) -> None:
         args = parser().parse_args(words)
-        if not args.output.endswith(ENDINGS):
-            raise UserError(f'--output {args.output} must end in {" or ".join(ENDINGS)}')
-        if not os.path.isdir(os.path.dirname(args.output) or '.'):
-            raise UserError(f'--output {args.output}: there is no such folder')
-        if not (args.model or args.checkpoint):
-            raise UserError('name the weights: --model NAME or --checkpoint FILE')
+        check(args)
         export(args)
 
     return run(body, PROGRAM, argv)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, explain, run
+from .settings.parser import Parser
 
 if TYPE_CHECKING:
     from .engine.predict import Prediction, Predictor
@@ -60,7 +61,7 @@ def predictor(
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(f'vim_timm.{PROGRAM}', description=__doc__)
+    result = Parser(PROGRAM, description=__doc__)
     add = result.add_argument
     add('inputs', nargs='+', metavar='IMAGE', help='image, folder (with those in it), or pattern such as "*.jpg"')
     weights = result.add_argument_group('weights')

@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-import vim_timm  # noqa: F401  registers the models with timm
+import vim_timm.models  # noqa: F401  registers the models with timm
 
 
 def main() -> None:

@@ -1,9 +1,15 @@
 """Train a model: `python -m vim_timm.train --help`. Without arguments it trains a small Vim on handwritten digits."""
 
+if __name__ == '__main__':  # the command line is read before torch is imported
+    import sys
+
+    from vim_timm import commands
+
+    sys.exit(commands.main('train'))
+
 import importlib
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +18,6 @@ import torch
 import yaml
 from timm.data import resolve_input_data_config
 from timm.utils import random_seed, unwrap_model
-
-import vim_timm  # noqa: F401  registers the models with timm
 
 from . import data
 from .engine import build
@@ -26,43 +30,14 @@ from .files import write_atomically
 from .report.curves import write_curves
 from .report.reconstruction import Gallery
 from .settings import Settings
-from .settings.fit import with_model, with_warmup
-from .settings.flags import PRECISION, TRAIN, VALIDATE
-from .settings.masked import AUGMENTATION, check_masked, is_autoencoder
-from .settings.parse import parse
+from .settings.fit import with_warmup
+from .settings.flags import PRECISION, VALIDATE
+from .settings.programs import TRAIN_PROGRAM as PROGRAM
+from .settings.programs import check as check
+from .settings.programs import train_settings as parse_args
 from .tasks import make_task
 
-PROGRAM = 'train.py'
 UNWRITTEN = ('data', 'config', 'recipe', 'overwrite')  # what args.yaml need not say, as it says all the rest
-DESCRIPTION = """Train an image classifier with timm's library; flags have the names, defaults and meanings of timm's
-train.py. Without data, recipe or --config it trains on the embedded digits (the recipe `digits`)."""
-
-
-def parse_args(argv: Sequence[str]) -> Settings:
-    """Settings of a run, checked as far as they can be without a model."""
-    fallback = 'mae_digits' if '--mae' in argv else 'digits'
-    args = parse(PROGRAM, TRAIN, argv, DESCRIPTION, fallback_recipe=fallback)
-    if args.mae or is_autoencoder(args.model):
-        args = parse(PROGRAM, TRAIN, argv, DESCRIPTION, ('--mae', AUGMENTATION), fallback).replace(mae=True)
-    check(args)
-    return with_model(args)
-
-
-def check(args: Settings) -> None:
-    """Refuse settings that contradict each other."""
-    check_masked(args)
-    if args.amp and args.model_dtype not in (None, 'float32'):
-        raise UserError(f'--amp needs float32 weights, not --model-dtype {args.model_dtype}')
-    if getattr(args, 'lr_base_scale', '') not in ('', 'linear', 'sqrt'):
-        raise UserError(f'--lr-base-scale must be linear or sqrt, not {args.lr_base_scale!r}')
-    splits = getattr(args, 'aug_splits', 0)
-    if 'mixup' in args and (args.mixup or args.cutmix or args.cutmix_minmax):
-        if args.batch_size % 2:
-            raise UserError(f'mixup and cutmix pair images: --batch-size must be even, not {args.batch_size}')
-        if splits > 1:
-            raise UserError('--mixup and --cutmix do not go with --aug-splits')
-    if splits == 1 or ('jsd_loss' in args and (args.jsd_loss or args.loss == 'jsd') and splits < 2):
-        raise UserError('--aug-splits must be 2 or more, and --jsd-loss needs it')
 
 
 def match_classes(args: Settings, dataset: Any, split: str) -> Settings:
@@ -128,6 +103,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     with explain('--device-modules'):
         for module in args.device_modules or []:
             importlib.import_module(module)
+    build.check_optimizer(args.opt)
     process = start_process(args)
     random_seed(args.seed)
     args, remark = with_warmup(args)
@@ -283,7 +259,3 @@ def main(argv: Sequence[str] | None = None) -> int:
                 torch.distributed.destroy_process_group()
 
     return run(body, PROGRAM, argv)
-
-
-if __name__ == '__main__':
-    sys.exit(main())

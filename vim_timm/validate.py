@@ -1,9 +1,15 @@
 """Evaluate a checkpoint or published weights: `python -m vim_timm.validate --help`."""
 
+if __name__ == '__main__':  # the command line is read before torch is imported
+    import sys
+
+    from vim_timm import commands
+
+    sys.exit(commands.main('validate'))
+
 import glob
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +20,6 @@ from timm.layers import apply_test_time_pool
 from timm.models import safe_model_name
 from timm.task import ClassificationTask
 from timm.utils import decay_batch_step, natural_key, reparameterize_model
-
-import vim_timm  # noqa: F401  registers the models with timm
 
 from . import data
 from .data.real_labels import read_real_labels, real_accuracy
@@ -40,12 +44,10 @@ from .settings.flags import VALIDATE
 from .settings.inherited import data_of, settings_of
 from .settings.masked import AUTOENCODER, is_autoencoder
 from .settings.parse import parse
+from .settings.programs import VALIDATE_PROGRAM as PROGRAM
+from .settings.programs import check, validate_settings
 from .tasks import adopt, make_task
-from .train import check, input_channels, match_classes
-
-PROGRAM = 'validate.py'
-DESCRIPTION = """Evaluate an image classifier with timm's library; flags have the names, defaults and meanings of timm's
-validate.py. Settings that a checkpoint of train.py carries (model, data, size, precision) need not be repeated."""
+from .train import input_channels, match_classes
 
 
 def parse_args(argv: Sequence[str]) -> Settings:
@@ -55,11 +57,7 @@ def parse_args(argv: Sequence[str]) -> Settings:
 
 def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     """`parse_args`, and the content of the checkpoint that they name."""
-    first = parse(PROGRAM, VALIDATE, argv, DESCRIPTION)
-    if not first.checkpoint and not first.pretrained:
-        runs = glob.glob(os.path.join('output', 'train', '*', 'model_best.pth.tar'))
-        newest = f' (the newest run here has {max(runs, key=os.path.getmtime)})' if runs else ''
-        raise UserError(f'name the weights: --checkpoint FILE, or --model NAME --pretrained{newest}')
+    first = validate_settings(argv)
     what, content, layer = f'checkpoint {first.checkpoint}', {}, {}
     if first.checkpoint and os.path.isfile(first.checkpoint):
         content = read_checkpoint(first.checkpoint)
@@ -67,7 +65,7 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
         layer = settings_of(content, what)
         if not first.chosen & {'data_dir', 'dataset'}:
             layer.update(data_of(content, what))
-    args = parse(PROGRAM, VALIDATE, argv, DESCRIPTION, layer=(what, layer))
+    args = parse(PROGRAM, VALIDATE, argv, layer=(what, layer))
     args = Settings({**vars(args), 'mae': args.mae or is_autoencoder(args.model)}, first.chosen)
     if layer:
         with explain(what):
@@ -79,8 +77,6 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     if not args.data_dir and not args.dataset:
         args = args.replace(dataset='digits')
     check(args)
-    if args.results_file and not os.path.isdir(os.path.dirname(args.results_file) or '.'):
-        raise UserError(f'--results-file {args.results_file}: there is no such folder')
     return args.replace(val_num_samples=args.num_samples, validation_batch_size=None), content
 
 
@@ -372,7 +368,3 @@ def main(argv: Sequence[str] | None = None) -> int:
                 torch.distributed.destroy_process_group()
 
     return run(body, PROGRAM, argv)
-
-
-if __name__ == '__main__':
-    sys.exit(main())

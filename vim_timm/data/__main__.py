@@ -4,8 +4,13 @@ Writes one HTML page: counts, sizes, files that are no data, a picture a class, 
 the first training batch as the model will see it.
 """
 
-import argparse
-import os
+if __name__ == '__main__':  # the command line is read before torch is imported
+    import sys
+
+    from vim_timm import commands
+
+    sys.exit(commands.main('data'))
+
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +25,7 @@ from ..errors import UserError, explain, run
 from ..files import write_atomically
 from ..report.dataset import Split, dataset_page
 from ..report.samples import as_picture
-from ..settings import Process
+from ..settings import Process, parsers
 from . import class_names, describe, train_loader
 from .survey import survey
 
@@ -33,14 +38,8 @@ def look(argv: Sequence[str]) -> str:
     Raises:
         UserError: the settings or the data are wrong.
     """
-    parser = argparse.ArgumentParser('vim_timm.data', description=__doc__, add_help=False)
-    parser.add_argument('--page', default='data.html', metavar='FILE', help='the page (default: %(default)s)')
-    own, rest = parser.parse_known_args(argv)
-    folder = os.path.dirname(own.page)
-    if folder and not os.path.isdir(folder):
-        raise UserError(f'--page {own.page}: there is no such folder')
-    process = Process()
-    args, datasets = train.make_datasets(train.parse_args(rest), Hooks())
+    own, process = parsers.data(argv), Process()
+    args, datasets = train.make_datasets(own.settings, Hooks())
     if any(isinstance(dataset, IterableDataset) for dataset in datasets):
         raise UserError(f'{args.dataset} is a stream: its images cannot be looked at one by one')
     args = args.replace(model=build.current_name(args.model, process), pretrained=False, initial_checkpoint='')
@@ -64,7 +63,3 @@ def look(argv: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     return run(lambda words: print(f'page: {look(words)}'), 'data', argv)
-
-
-if __name__ == '__main__':
-    sys.exit(main())

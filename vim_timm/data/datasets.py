@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UserError, explain
 from ..files import printable
+from ..settings.programs import check_data
 from .arrays import ENDINGS, Arrays
 from .classes import class_names, read_class_map
 from .digits import Digits
@@ -20,7 +21,6 @@ from .idx import CompressedIdx, is_compressed
 from .images import MODES, channels_of, image_endings, read_image
 
 TORCHVISION_FOLDERS = ('torch/image_folder', 'torch/folder')
-KINDS = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
 DEFAULT_SHARE = 0.2  # of the images, to evaluate on, where the data has no split for that
 STREAMS = ('hfids/', 'tfds/', 'wds/')
 
@@ -85,18 +85,7 @@ def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
         raise UserError(f'--class-map orders the classes of a folder or tar, not those of {args.dataset}')
     if args.dataset == 'digits':
         return Digits(training, mode)
-    if not folder and not args.dataset.startswith(KINDS):  # timm would take it for a folder of images
-        if os.path.isdir(args.dataset):
-            raise UserError(f'--dataset {args.dataset} is a folder: --data-dir {args.dataset} reads it')
-        names = 'NAME, '.join(KINDS)
-        raise UserError(
-            f'--dataset takes digits, nothing or arrays for a folder or tar, or {names}NAME, not {args.dataset!r}'
-        )
-    if args.dataset.startswith('torch/') or folder:
-        if not args.data_dir:
-            raise UserError('no data: give --data-dir, or --dataset digits for the embedded digits')
-        if not os.path.exists(args.data_dir) and not args.dataset_download:
-            raise UserError(f'there is no data folder {args.data_dir}')
+    check_data(args)
     with explain(f'{args.dataset or "image folder"} {args.data_dir or ""}, split {split!r}'):
         if arrays:
             return Arrays(_image_files(args, split, ENDINGS), channels, args.input_key or '', args.input_span)

@@ -1,7 +1,6 @@
 """Models and optimizers from settings."""
 
 import contextlib
-import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -20,10 +19,10 @@ from timm.models import (
     resolve_model_input_args,
 )
 from timm.models._hub import load_model_config_from_path
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.task import TrainingTask
 
-from ..errors import UserError, explain
+from ..errors import UserError, explain, meant
 from ..models.masked_autoencoder import as_autoencoder
 from ..settings import Process, Settings
 from ..settings.masked import AUTOENCODER, is_autoencoder
@@ -72,8 +71,7 @@ def current_name(name: str, process: Process) -> str:
         return current
     known = name.partition('.')[0]
     if ':' not in name and not timm.is_model(known):
-        near = difflib.get_close_matches(known, timm.list_models(), n=3)
-        raise UserError(f'there is no model {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
+        raise UserError(f'there is no model {name!r}{meant(known, timm.list_models(), 3)}')
     return name
 
 
@@ -164,6 +162,18 @@ def learning_rate(args: Settings, world_size: int) -> float:
     ratio = args.batch_size * world_size * args.grad_accum_steps / args.lr_base_size
     scale = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
     return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse an optimizer that timm does not know, before a model is built for it.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    known = [str(name) for name in list_optimizers()]
+    plain = name.lower().removeprefix('lookahead_')
+    if plain not in known:
+        raise UserError(f'--opt {name}: there is no such optimizer{meant(plain, known, 3)}')
 
 
 def make_optimizer(args: Settings, process: Process, task: TrainingTask) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import vim_timm  # noqa: F401  registers the models
+import vim_timm.models  # noqa: F401  registers the models
 from vim_timm.models.pretrained import PACKAGED
 from vim_timm.ops import use_scan_backend
 

@@ -3,7 +3,13 @@
 The command `python -m vim_timm.hub.convert IN.pth OUT.safetensors` rewrites one.
 """
 
-import argparse
+if __name__ == '__main__':  # the command line is read before torch is imported
+    import sys
+
+    from vim_timm import commands
+
+    sys.exit(commands.main('convert'))
+
 import math
 import os
 import sys
@@ -24,6 +30,7 @@ from vim_timm.models.families import describe_family
 from vim_timm.models.pretrained import check_sum
 from vim_timm.models.pretrained import sha256 as file_sum
 from vim_timm.models.vision_mamba import VisionMamba, checkpoint_filter_fn
+from vim_timm.settings import parsers
 from vim_timm.settings.inherited import settings_of
 from vim_timm.version import __version__
 
@@ -350,16 +357,8 @@ def write_safetensors(state_dict: Mapping[str, torch.Tensor], path: str | Path, 
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    parser = argparse.ArgumentParser(prog='python -m vim_timm.hub.convert', description=__doc__.splitlines()[0])
-    parser.add_argument('source', metavar='IN.pth', help='checkpoint of the original code')
-    parser.add_argument('destination', metavar='OUT.safetensors')
-    parser.add_argument('--model', default='', metavar='NAME', help='architecture (default: told by the file)')
-    parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
-    parser.add_argument('--sha256', default='', metavar='HEX', help="what IN.pth's SHA-256 has to be")
-    args = parser.parse_args(argv)
     try:
-        if not args.destination.endswith('.safetensors'):
-            raise ValueError(f'{args.destination} must end in .safetensors')
+        args = parsers.convert(sys.argv[1:] if argv is None else argv)
         model = convert(args.source, args.destination, args.model, args.use_ema, args.sha256)
     except (OSError, ValueError, RuntimeError) as error:
         print(f'convert: error: {(str(error) or repr(error)).splitlines()[0]}', file=sys.stderr)
@@ -367,7 +366,3 @@ def main(argv: Optional[list[str]] = None) -> int:
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f'{args.destination}: {count:,} parameters, SHA-256 {file_sum(args.destination)}')
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -5,6 +5,13 @@ wrote; uploads it. `--dry-run` only writes. Afterwards `timm.create_model('hf-hu
 `'local-dir:FOLDER'` give the same logits. An upload that broke off goes on with the same command line.
 """
 
+if __name__ == '__main__':  # the command line is read before torch is imported
+    import sys
+
+    from vim_timm import commands
+
+    sys.exit(commands.main('publish'))
+
 import argparse
 import json
 import os
@@ -18,12 +25,11 @@ from typing import Any
 from huggingface_hub import HfApi
 from timm.models import get_pretrained_cfg
 
-import vim_timm  # noqa: F401  registers the models
-
 from ..engine.saved import Saved, open_saved
 from ..errors import UserError, explain, run
 from ..models.checkpoint import CheckpointError
 from ..models.pretrained import PACKAGED, sha256
+from ..settings import parsers
 from ..settings.inherited import data_of
 from .card import Facts, card
 from .folder import FILES, WEIGHTS, check_folder, finish_folder, write_folder
@@ -159,40 +165,15 @@ def embed(args: argparse.Namespace) -> Path:
     return folder
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(f'vim_timm.hub.{PROGRAM}', description=__doc__.split('\n\n')[0])
-    add = result.add_argument
-    add('checkpoint', nargs='?', help='training checkpoint, file of weights, or a folder that was written before')
-    add('--repo-id', default='', metavar='ORG/NAME', help='repository on the Hub; with --all its owner')
-    add('--dry-run', action='store_true', help='write the folder and stop')
-    add('--output', default='', metavar='FOLDER', help='the folder (default: output/publish/NAME)')
-    add('--private', action='store_true', help='make a new repository private')
-    add('--use-ema', action='store_true', help='take the moving average in the checkpoint')
-    add('--half', action='store_true', help='round the weights to float16')
-    add('--model', default='', metavar='NAME', help='the model, where the file does not say')
-    add('--license', default='apache-2.0', metavar='NAME', help="the weights' licence (default: %(default)s)")
-    add('--data-dir', default='', metavar='DIR', help='where the evaluation finds the data now')
-    add('--results', default='', metavar='FILE', help='a result of validate.py in place of an evaluation')
-    add('--no-evaluate', action='store_true', help='publish without an accuracy')
-    add('--all', action='store_true', help="upload every weight that comes with the package to --repo-id's owner")
-    add('--embed', default='', metavar='NAME.TAG', help='write the weight of this configuration into the package')
-    return result
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
 
     def body(words: Sequence[str]) -> None:
-        args = parser().parse_args(words)
-        owner, _, name = args.repo_id.partition('/')
+        args = parsers.publish(words)
         if args.all:
-            return upload_all(owner, args.private, args.dry_run)
-        if not args.checkpoint:
-            raise UserError('name a checkpoint, or say --all')
+            return upload_all(args.repo_id.partition('/')[0], args.private, args.dry_run)
         if args.embed:
             return print(f'written: {embed(args)}')
-        if not args.dry_run and not (owner and name):
-            raise UserError('name the repository: --repo-id ORG/NAME, or write the folder only: --dry-run')
         folder = Path(args.checkpoint)
         if not folder.is_dir():
             args.repo_id = args.repo_id or folder.name.partition('.')[0]
@@ -203,7 +184,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             upload(folder, args.repo_id, args.private)
 
     return run(body, PROGRAM, argv)
-
-
-if __name__ == '__main__':
-    sys.exit(main())

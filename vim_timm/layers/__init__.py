@@ -1,5 +1,7 @@
 """nn.Modules made of `vim_timm.ops`."""
 
+import timm  # noqa: F401  first: the models come with it, and import what follows
+
 from vim_timm.layers.bimamba import BiMamba
 from vim_timm.layers.bissd import BiSSD
 from vim_timm.layers.block import Block

@@ -13,9 +13,11 @@ import torch.nn as nn
 from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
-from vim_timm.layers import BiMamba, Block, PatchEmbed, StreamRope, get_norm_layer
-from vim_timm.layers.bimamba import ScanType
-from vim_timm.layers.patch_embed import Size
+from vim_timm.layers.bimamba import BiMamba, ScanType
+from vim_timm.layers.block import Block
+from vim_timm.layers.norm import get_norm_layer
+from vim_timm.layers.patch_embed import PatchEmbed, Size
+from vim_timm.layers.rope import StreamRope
 from vim_timm.layers.token_order import ClassToken, to_prefix_order
 from vim_timm.models.adapt import adapt
 from vim_timm.models.build import build_model, cfg, small_cfg

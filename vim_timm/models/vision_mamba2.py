@@ -12,9 +12,11 @@ import torch.nn as nn
 from timm.layers import SwiGLUPacked, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 
-from vim_timm.layers import BiSSD, Block, ConvStem, PatchEmbed, RmsNorm
-from vim_timm.layers.bissd import ConvType
-from vim_timm.layers.patch_embed import Size
+from vim_timm.layers.bissd import BiSSD, ConvType
+from vim_timm.layers.block import Block
+from vim_timm.layers.conv_stem import ConvStem
+from vim_timm.layers.norm import RmsNorm
+from vim_timm.layers.patch_embed import PatchEmbed, Size
 from vim_timm.layers.token_order import ClassToken
 from vim_timm.models.adapt import adapt as checkpoint_filter_fn
 from vim_timm.models.build import build_model, cfg, small_cfg

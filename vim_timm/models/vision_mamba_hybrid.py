@@ -12,10 +12,13 @@ import torch.nn as nn
 from timm.layers import Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 
-from vim_timm.layers import BiMamba, BiSSD, Block, PatchEmbed, get_norm_layer
 from vim_timm.layers.attention import Attention
+from vim_timm.layers.bimamba import BiMamba
+from vim_timm.layers.bissd import BiSSD
+from vim_timm.layers.block import Block
 from vim_timm.layers.hybrid import Hybrid
-from vim_timm.layers.patch_embed import Size
+from vim_timm.layers.norm import get_norm_layer
+from vim_timm.layers.patch_embed import PatchEmbed, Size
 from vim_timm.layers.token_order import ClassToken
 from vim_timm.models.adapt import StateDict, adapt
 from vim_timm.models.build import build_model, cfg, small_cfg

@@ -8,9 +8,17 @@ timm's positional `data` is `--data-dir` by another name.
 
 from typing import Any
 
-from .ranges import ASCENDING, PAIR, POSITIVE, SHARE, Range, at_least
+from .ranges import ASCENDING, PAIR, POSITIVE, SHARE, Names, Range, at_least
 
-Row = tuple[str, Any, Any, str] | tuple[str, Any, Any, str, Range]
+Row = tuple[str, Any, Any, str] | tuple[str, Any, Any, str, Range | Names]
+
+# what timm has, which is not imported to read a command line; tests/test_command_lines.py compares
+SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'plateau', 'wsd', 'rsqrt', 'constant', 'none')
+POLICIES = Names(('rand', 'augmix', 'original', 'originalr', 'v0', 'v0r', '3a'))
+TORCH_DATASETS = (
+    'cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'inaturalist', 'inat', 'places365', 'qmnist', 'imagenet',
+    'image_folder', 'folder',
+)  # fmt: skip
 
 refused = object()  # the kind of a flag that is known and not honoured
 
@@ -110,7 +118,7 @@ TRAIN: dict[str, list[Row]] = {
         ('--val-num-samples', int, None, 'images in the evaluation split of a streamed data set', at_least(1)),
     ],
     'model': [
-        ('--model', str, 'resnet50', 'name of the model'),
+        ('--model', str, 'resnet50', 'name of the model (default: vim_tiny_patch16_224, of small images _patch4_32)'),
         ('--pretrained-path', str, None, 'with --pretrained: take the weights from this file'),
         ('--pretrained-cfg-overlay', dict, {}, 'entries of the pretrained configuration to replace, key=value'),
         ('--initial-checkpoint', str, '', 'load these weights, exactly as they are, into the new model'),
@@ -146,12 +154,7 @@ TRAIN: dict[str, list[Row]] = {
         ('--opt-kwargs', dict, {}, 'arguments of the optimizer, key=value'),
     ],
     'learning rate': [
-        (
-            '--sched',
-            str,
-            'cosine',
-            'schedule: cosine, tanh, step, multistep, poly, plateau, wsd, rsqrt, constant, none',
-        ),
+        ('--sched', SCHEDULES, 'cosine', 'schedule'),
         ('--sched-on-updates', bool, False, 'step the schedule after each update, not after each epoch'),
         ('--lr', float, None, 'learning rate (default: from --lr-base)', at_least(0)),
         ('--lr-base', float, 0.1, 'learning rate at a global batch of --lr-base-size', at_least(0)),
@@ -188,7 +191,7 @@ TRAIN: dict[str, list[Row]] = {
         ('--color-jitter-prob', float, None, 'probability of the colour jitter', SHARE),
         ('--grayscale-prob', float, None, 'probability of a grey image', SHARE),
         ('--gaussian-blur-prob', float, None, 'probability of a blur', SHARE),
-        ('--aa', str, None, 'AutoAugment / RandAugment / AugMix policy, such as rand-m9-mstd0.5-inc1'),
+        ('--aa', str, None, 'AutoAugment / RandAugment / AugMix policy, such as rand-m9-mstd0.5-inc1', POLICIES),
         ('--aug-repeats', float, 0, 'draw each image this many times in a row (repeated augmentation)', at_least(0)),
         ('--aug-splits', int, 0, 'augmented copies of the batch: 0, or 2 and more', at_least(0)),
         ('--loss', ('ce', 'bce', 'asl', 'poly', 'jsd'), None, 'loss (default: ce)'),
@@ -357,3 +360,15 @@ VALIDATE: dict[str, list[Row]] = {
         ('--metrics-avg', ('micro', 'macro', 'weighted'), None, 'also precision, recall and F1 with this average'),
     ],
 }
+
+# those that `--help` shows; `--help all` shows all
+USUAL = frozenset(
+    """
+    --recipe --list-recipes --config --data-dir --dataset --dataset-download --val-fraction --split --data-in-memory
+    --model --pretrained --pretrained-path --checkpoint --use-ema --resume --num-classes --img-size --in-chans
+    --batch-size --epochs --opt --lr --weight-decay --warmup-epochs --clip-grad --layer-decay --linear-probe
+    --aa --mixup --cutmix --reprob --smoothing --drop-path --model-ema --mae --mask-ratio
+    --device --amp --amp-dtype --workers --seed --torchcompile
+    --output --experiment --overwrite --eval-metric --tensorboard --report --results-file
+    """.split()
+)

@@ -12,12 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from timm.utils import ParseKwargs
-
-from ..errors import UserError
-from .flags import Row, refused
-from .ranges import ANY, Range
+from ..errors import UserError, meant
+from .flags import USUAL, Row, refused
+from .parser import KeyValues, Parser, Refuse
+from .ranges import ANY, Names, Range
 
 RECIPES = importlib.resources.files('vim_timm') / 'recipes'
 _UNSET = object()
@@ -55,7 +53,7 @@ class _Flag(NamedTuple):
     kind: Any
     default: Any
     text: str
-    range: Range = ANY
+    range: Range | Names = ANY
 
     @property
     def name(self) -> str:
@@ -77,20 +75,22 @@ class _Flag(NamedTuple):
             return None
         if isinstance(self.kind, tuple) and self.kind[0] != '?':
             if value not in self.kind:
-                raise UserError(f'{where} must be one of {", ".join(self.kind)}, not {value!r}')
+                near = meant(str(value), self.kind)
+                raise UserError(f'{where} must be one of {", ".join(self.kind)}, not {value!r}{near}')
             return value
         try:
             value = self._convert(value)
         except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f'{where} cannot be {reprlib.repr(value)}') from error
-        why = self.range.refusal(_numbers(value) if self.kind is dict else value) if self._is_number else ''
+        of: Any = _numbers(value) if self.kind is dict else value
+        why = self.range.refusal(of) if self._has_range else ''
         if why:
             raise UserError(f'{where} {why}')
         return value
 
     @property
-    def _is_number(self) -> bool:
-        return self.kind in (int, float, [int], [float], dict)
+    def _has_range(self) -> bool:
+        return self.kind in (int, float, [int], [float], dict) or isinstance(self.range, Names)
 
     def _convert(self, value: Any) -> Any:
         kind = self.kind
@@ -132,36 +132,6 @@ def _numbers(value: Any) -> list[float]:
     return found
 
 
-class _Parser(argparse.ArgumentParser):
-    words: Sequence[str] = ()
-
-    def parse_args(self, args=None, namespace=None):
-        self.words = args or ()
-        return super().parse_args(args, namespace)
-
-    def error(self, message):
-        lost = next((word for word in self.words if repr(word) in message and os.path.isdir(word)), '')
-        raise UserError(
-            f'{message} ({f"if {lost} is the data: --data-dir {lost}" if lost else "--help lists every flag"})'
-        )
-
-
-class _Refuse(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f'{option_string} is not supported: {self.help}')
-
-
-class _Kwargs(ParseKwargs):
-    def __call__(self, parser, namespace, values, option_string=None):
-        for value in values:
-            if '=' not in value:
-                parser.error(f'{option_string} takes key=value pairs, not {value!r}')
-        try:
-            super().__call__(parser, namespace, values, option_string)
-        except (RecursionError, MemoryError):
-            parser.error(f'{option_string}: a value is nested too deeply')
-
-
 class _ListRecipes(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         for path in sorted(Path(str(RECIPES)).glob('*.yaml')):
@@ -170,10 +140,9 @@ class _ListRecipes(argparse.Action):
         parser.exit()
 
 
-def build_parser(program: str, table: Mapping[str, Sequence[Row]], description: str) -> argparse.ArgumentParser:
+def build_parser(program: str, table: Mapping[str, Sequence[Row]], description: str) -> Parser:
     """The parser of a table of flags. Defaults are left out of it: `parse` layers them."""
-    usage = f'{program} [DIR] [--recipe NAME] [flags]'
-    parser = _Parser(program, usage=usage, description=description, allow_abbrev=False)
+    parser = Parser(program, f'{program} [DIR] [--recipe NAME] [flags]', description, USUAL)
     parser.add_argument('data', nargs='?', metavar='DIR', help='the same as --data-dir')
     parser.add_argument('--config', '-c', metavar='FILE', help='YAML file with settings')
     parser.add_argument('--recipe', metavar='NAME', help='settings that come with this package')
@@ -181,7 +150,8 @@ def build_parser(program: str, table: Mapping[str, Sequence[Row]], description: 
     for title, rows in table.items():
         group = parser.add_argument_group(title)
         for names, kind, default, text, *_ in rows:
-            shown = text if kind in (bool, refused) or default in (None, '', [], {}) else f'{text} (default: {default})'
+            told = kind in (bool, refused) or default in (None, '', [], {}) or '(default' in text
+            shown = text if told else f'{text} (default: {default})'
             group.add_argument(*names.split(), help=shown.replace('%', '%%'), **_action(kind))
     return parser
 
@@ -190,9 +160,9 @@ def _action(kind: Any) -> dict[str, Any]:
     if kind is bool:
         return dict(action='store_true')
     if kind is dict:
-        return dict(action=_Kwargs, nargs='*', metavar='KEY=VALUE')
+        return dict(action=KeyValues, nargs='*', metavar='KEY=VALUE')
     if kind is refused:
-        return dict(action=_Refuse, nargs='*')
+        return dict(action=Refuse, nargs='*')
     if isinstance(kind, list):
         return dict(type=kind[0], nargs='+', metavar='N')
     if isinstance(kind, tuple) and kind[0] == '?':
@@ -264,8 +234,9 @@ def _recipe(name: str | None, flags: Mapping[str, _Flag]) -> dict[str, Any]:
         return {}
     path = RECIPES / f'{name}.yaml'
     if not path.is_file():
-        known = ', '.join(sorted(Path(entry.name).stem for entry in RECIPES.iterdir() if entry.name.endswith('.yaml')))
-        raise UserError(f'there is no recipe {name!r}; there are {known}')
+        known = sorted(Path(entry.name).stem for entry in RECIPES.iterdir() if entry.name.endswith('.yaml'))
+        near = meant(name, known) or f'; there are {", ".join(known)}'
+        raise UserError(f'there is no recipe {name!r}{near}')
     return _yaml(str(path), flags)
 
 
@@ -273,6 +244,8 @@ def _yaml(path: str | None, flags: Mapping[str, _Flag]) -> dict[str, Any]:
     """The settings in a YAML file."""
     if not path:
         return {}
+    import yaml
+
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
     except RecursionError as error:
@@ -284,5 +257,5 @@ def _yaml(path: str | None, flags: Mapping[str, _Flag]) -> dict[str, Any]:
     settings = {str(key).replace('-', '_'): value for key, value in settings.items()}
     for key in settings:
         if key not in flags:
-            raise UserError(f'{path}: there is no setting {key!r}')
+            raise UserError(f'{path}: there is no setting {key!r}{meant(key, flags)}')
     return _checked(path, settings, flags)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import meant
+
 LARGEST = 2**53  # whole numbers beyond it are no float64, and nothing here counts so far
 
 
@@ -34,6 +36,20 @@ class Range:
         if value < self.low or (self.above and value == self.low):
             return f'must be {"above" if self.above else "at least"} {self.low}, not {value}'
         return f'must be at most {self.high}, not {value}' if value > self.high else ''
+
+
+@dataclass(frozen=True)
+class Names:
+    """Words whose part before the first `-` is one of `known`; the rest belongs to what it names."""
+
+    known: tuple[str, ...]
+
+    def refusal(self, value: str) -> str:
+        """Why a word is none of these, or ''."""
+        name = value.partition('-')[0]
+        if not value or name in self.known:
+            return ''
+        return f'must begin with one of {", ".join(self.known)}, not {name!r}{meant(name, self.known)}'
 
 
 ANY = Range()

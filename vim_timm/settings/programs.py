@@ -1,0 +1,91 @@
+"""Settings of train.py and validate.py from their command lines, as far as they go without torch and timm."""
+
+import glob
+import os
+from collections.abc import Sequence
+
+from ..errors import UserError, meant
+from .fit import with_model
+from .flags import TORCH_DATASETS, TRAIN, VALIDATE
+from .masked import AUGMENTATION, check_masked, is_autoencoder
+from .parse import Settings, parse
+
+KINDS = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')  # of --dataset, before a name
+TRAIN_PROGRAM, VALIDATE_PROGRAM = 'train.py', 'validate.py'
+TRAIN_TEXT = """Train an image classifier with timm's library; flags have the names, defaults and meanings of timm's
+train.py. Without data, recipe or --config it trains on the embedded digits (the recipe `digits`)."""
+VALIDATE_TEXT = """Evaluate an image classifier with timm's library; flags have the names, defaults and meanings of
+timm's validate.py. Settings that a checkpoint of train.py carries (model, data, size, precision) need not be
+repeated."""
+
+
+def train_settings(argv: Sequence[str]) -> Settings:
+    """Settings of a run, checked as far as they can be without a model.
+
+    Raises:
+        UserError: one is unknown, out of its range, or contradicts another.
+    """
+    fallback = 'mae_digits' if '--mae' in argv else 'digits'
+    args = parse(TRAIN_PROGRAM, TRAIN, argv, TRAIN_TEXT, fallback_recipe=fallback)
+    if args.mae or is_autoencoder(args.model):
+        args = parse(TRAIN_PROGRAM, TRAIN, argv, TRAIN_TEXT, ('--mae', AUGMENTATION), fallback).replace(mae=True)
+    check(args)
+    return with_model(args)
+
+
+def validate_settings(argv: Sequence[str]) -> Settings:
+    """Settings of an evaluation, without what its checkpoint says.
+
+    Raises:
+        UserError: one is unknown or out of its range, or no weights are named.
+    """
+    args = parse(VALIDATE_PROGRAM, VALIDATE, argv, VALIDATE_TEXT)
+    if not args.checkpoint and not args.pretrained:
+        runs = glob.glob(os.path.join('output', 'train', '*', 'model_best.pth.tar'))
+        newest = f' (the newest run here has {max(runs, key=os.path.getmtime)})' if runs else ''
+        raise UserError(f'name the weights: --checkpoint FILE, or --model NAME --pretrained{newest}')
+    if args.results_file and not os.path.isdir(os.path.dirname(args.results_file) or '.'):
+        raise UserError(f'--results-file {args.results_file}: there is no such folder')
+    return args
+
+
+def check(args: Settings) -> None:
+    """Refuse settings that contradict each other."""
+    check_masked(args)
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise UserError(f'--amp needs float32 weights, not --model-dtype {args.model_dtype}')
+    if getattr(args, 'lr_base_scale', '') not in ('', 'linear', 'sqrt'):
+        raise UserError(f'--lr-base-scale must be linear or sqrt, not {args.lr_base_scale!r}')
+    splits = getattr(args, 'aug_splits', 0)
+    if 'mixup' in args and (args.mixup or args.cutmix or args.cutmix_minmax):
+        if args.batch_size % 2:
+            raise UserError(f'mixup and cutmix pair images: --batch-size must be even, not {args.batch_size}')
+        if splits > 1:
+            raise UserError('--mixup and --cutmix do not go with --aug-splits')
+    if splits == 1 or ('jsd_loss' in args and (args.jsd_loss or args.loss == 'jsd') and splits < 2):
+        raise UserError('--aug-splits must be 2 or more, and --jsd-loss needs it')
+
+
+def check_data(args: Settings) -> None:
+    """Refuse data that cannot be, by its names.
+
+    Raises:
+        UserError: --dataset is of no kind, or the folder is not named or not there.
+    """
+    name = args.dataset.lower()
+    torchs = [f'torch/{known}' for known in TORCH_DATASETS]
+    if name.startswith('torch/') and name not in torchs:
+        raise UserError(f'--dataset {args.dataset}: there is no such data set of torchvision here{meant(name, torchs)}')
+    if name not in ('', 'arrays', 'digits') and not name.startswith(KINDS):  # timm would take it for a folder of images
+        if os.path.isdir(args.dataset):
+            raise UserError(f'--dataset {args.dataset} is a folder: --data-dir {args.dataset} reads it')
+        known = [f'torch/{name}'] if f'torch/{name}' in torchs else ['digits', 'arrays', *torchs]
+        raise UserError(
+            f'--dataset takes digits, nothing or arrays for a folder or tar, or {"NAME, ".join(KINDS)}NAME, '
+            f'not {args.dataset!r}{meant(name, known)}'
+        )
+    if name in ('', 'arrays', *torchs):
+        if not args.data_dir:
+            raise UserError('no data: give --data-dir, or --dataset digits for the embedded digits')
+        if not os.path.exists(args.data_dir) and not args.dataset_download:
+            raise UserError(f'there is no data folder {args.data_dir}')
