@@ -247,6 +247,18 @@ def test_finished_run_resumes_to_nothing(tmp_path, capsys):
     assert 'are done' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('which', ['auto', 'last'])
+def test_each_checkpoint_is_read_once(which, tmp_path, monkeypatch):
+    flags = [*BASE.split(), *EASY.split(), '--output', str(tmp_path), '--experiment', 'a']
+    assert train.main([*flags, '--epochs', '1']) == 0
+    folder, read, load = tmp_path / 'a', [], torch.load
+    (folder / 'recovery-1-0.pth.tar').write_bytes((folder / 'last.pth.tar').read_bytes())
+    monkeypatch.setattr(torch, 'load', lambda file, **kwargs: read.append(file.name) or load(file, **kwargs))
+    last = str(folder / 'last.pth.tar')
+    assert train.main([*flags, '--epochs', '2', '--resume', 'auto' if which == 'auto' else last]) == 0
+    assert read.count(last) == 1 and len(read) == len(set(read))
+
+
 def test_two_processes_train_like_one(tmp_path):
     """Ten steps of SGD with momentum, weights to 1e-6; AdamW, losses to 1e-4; deterministic reruns are bit-equal."""
     steps = ['--epoch-repeats', '0', '--epochs', '1']

@@ -27,6 +27,7 @@ from .engine.loop import Hooks, Trainer
 from .engine.process import start_process, usual_defaults
 from .errors import UserError, explain, run, sentence
 from .files import write_atomically
+from .models.checkpoint import read_checkpoint
 from .report.curves import write_curves
 from .report.reconstruction import Gallery
 from .settings import Settings
@@ -56,12 +57,10 @@ def input_channels(args: Settings) -> int:
     return size[0] if size else 3
 
 
-def checkpoint_to_resume(args: Settings, saver: Saver) -> str:
-    """The file that --resume means, or ''."""
+def checkpoint_to_resume(args: Settings, saver: Saver) -> tuple[str, dict[str, Any]]:
+    """The file that --resume means and its content, or '' and {}."""
     if args.resume != 'auto':
-        if args.resume and not os.path.isfile(args.resume):
-            raise UserError(f'there is no checkpoint {args.resume}')
-        return args.resume
+        return args.resume, read_checkpoint(args.resume) if args.resume else {}
     if not args.experiment:
         raise UserError('--resume auto looks in the folder of --experiment: name one')
     return saver.newest()
@@ -133,9 +132,10 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         )
     folder = planned_folder(args, data_config['input_size'][-1])
     trainer = Trainer(args, process, task, optimizer, loaders, folder, hooks)
-    resumed = checkpoint_to_resume(args, trainer.saver)
+    resumed, content = checkpoint_to_resume(args, trainer.saver)
     if resumed:
-        trainer.resume(resumed)
+        trainer.resume(resumed, content)
+    del content  # its tensors are copied
     goes_on = args.resume == 'auto' or in_folder(resumed, folder)
     if trainer.epoch >= trainer.epochs and not goes_on:
         trainer.progress.say(f'all {trainer.epochs} epochs are done')

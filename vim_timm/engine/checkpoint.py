@@ -79,10 +79,15 @@ class Saver:
     def recoveries(self) -> list[str]:
         return glob.glob(os.path.join(glob.escape(self.folder), f'recovery-*{EXTENSION}'))
 
-    def newest(self) -> str:
-        """The checkpoint that is furthest on, or ''."""
-        paths = [path for path in (self.path('last'), *self.recoveries()) if os.path.isfile(path)]
-        return max(paths, key=lambda path: progress_of(read_checkpoint(path), path), default='')
+    def newest(self) -> tuple[str, dict[str, Any]]:
+        """The checkpoint that is furthest on and its content, or '' and {}."""
+        newest: tuple[str, dict[str, Any]] = '', {}
+        for path in (self.path('last'), *self.recoveries()):
+            if os.path.isfile(path):
+                content = read_checkpoint(path)
+                if not newest[0] or progress_of(content, path) > progress_of(newest[1], newest[0]):
+                    newest = path, content
+        return newest
 
     def ranking(self, rows: list[dict[str, Any]]) -> list[int]:
         """Evaluated epochs, best first; the earlier one where they tie. Metrics that are not numbers do not count."""

@@ -16,7 +16,7 @@ from timm.utils import distribute_bn, unwrap_model
 from ..data import Batch, Loader, seed_everything
 from ..errors import Preempted, TrainingStopped, UserError, explain
 from ..models.adapt import check_fit
-from ..models.checkpoint import class_names_in, has_average, read_checkpoint, select_weights
+from ..models.checkpoint import class_names_in, has_average, select_weights
 from ..settings import Process, Settings
 from ..step import Arrivals, Update
 from ..tasks import Task
@@ -134,9 +134,8 @@ class Trainer:
             state['metric'] = self.rows[-1][self.metric]
         return state
 
-    def resume(self, path: str) -> None:
-        """Go on from a checkpoint of ours, at the very batch, or from the epoch after one of timm's."""
-        content = read_checkpoint(path)
+    def resume(self, path: str, content: dict[str, Any]) -> None:
+        """Go on from what a checkpoint of ours holds, at the very batch, or from the epoch after one of timm's."""
         if 'state_dict' not in content:
             raise UserError(f'{path} is no training checkpoint: start from it with --initial-checkpoint')
         checkpoint.check_classes(class_names_in(content, path), self.train_data.classes, path)
