@@ -271,6 +271,24 @@ def test_unreadable_images_are_named_counted_and_limited(folder, tmp_path, capfd
     assert broken in captured.err and 'Traceback' not in captured.err
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason='needs torch.distributed')
+def test_ranks_count_unreadable_images_together(tmp_path):
+    for split in ('train', 'validation'):
+        (tmp_path / split / 'cat').mkdir(parents=True)
+        for i in range(18):
+            path = tmp_path / split / 'cat' / f'{i:02}.png'
+            Image.new('RGB', (32, 32)).save(path)
+            if split == 'validation' and i % 3 == 1:  # three on each rank, and no stand-in among them
+                path.write_bytes(b'no image')
+    ranks = '-m torch.distributed.run --standalone --nproc-per-node 2 -m vim_timm.train'
+    flags = '--model test_vit --img-size 32 --workers 1 --batch-size 4 --device cpu --epochs 1 --max-unreadable 4'
+    places = ['--data-dir', str(tmp_path), '--output', str(tmp_path / 'out')]
+    command = [sys.executable, *ranks.split(), *flags.split(), *places]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode and done.stdout.count('unreadable image') == 6, done.stderr
+    assert 'the ranks met more than --max-unreadable 4' in done.stderr
+
+
 def test_unreadable_evaluation_image_is_not_counted(folder, tmp_path, capsys):
     import json
 

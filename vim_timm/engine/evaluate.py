@@ -102,6 +102,7 @@ def evaluate(
             break
     if any_rank(bool(watch and watch.signals), process):
         raise Preempted('stopped by a signal in an evaluation: start it again')
+    loader.unreadable.share(process.world_size)
     result = dict(evaluator.compute(distributed=process.world_size > 1))
     if process.world_size > 1:
         total = torch.tensor(count, device=process.device)

@@ -269,6 +269,7 @@ class Trainer:
         self.arrivals.flush()
         if self.stopping:
             self._save_recovery()
+        self.train_data.unreadable.share(self.process.world_size)
 
     def _forward_backward(self, batch: Batch, group: int, sync: bool) -> torch.Tensor:
         """Accumulate the gradient of one batch and return its loss. All of its randomness depends on the step."""
