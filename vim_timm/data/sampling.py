@@ -37,9 +37,9 @@ def seed_everything(*key: int, device: bool = False) -> None:
     value = int.from_bytes(digest, 'little')
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
-    if device:
+    if device and torch.accelerator.is_available():
         torch.manual_seed(value)
-    else:
+    else:  # without an accelerator torch.manual_seed takes half a millisecond for those it does not find
         torch.default_generator.manual_seed(value)
 
 

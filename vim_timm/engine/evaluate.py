@@ -86,11 +86,13 @@ def evaluate(
         Preempted: a signal came.
     """
     evaluator, steps, count = task.create_evaluator(), len(loader), 0
-    parts = []
+    parts: list[Predicted] = []
+    on_gpu = process.device.type == 'cuda'
     for step, (output, batch) in enumerate(predictions(task, loader, process, ema), 1):
         evaluator.update(output, batch.targets)
         if metrics or on_all:
-            parts.append((output.cpu(), batch.targets.cpu(), batch.places.cpu()))
+            kept = (output, batch.targets, batch.places)
+            parts.append(tuple(part.to('cpu', non_blocking=on_gpu) for part in kept))  # type: ignore[arg-type]
         count += len(batch.keys)
         if watch is None:
             continue
@@ -109,6 +111,8 @@ def evaluate(
         dist.all_reduce(total)
         count = int(total)
     if metrics or on_all:
+        if on_gpu:
+            torch.cuda.synchronize(process.device)  # once, not for every batch
         outputs, targets, places = _gather(parts, process.world_size)
         if on_all:
             on_all((outputs, targets, places))
