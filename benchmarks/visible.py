@@ -1,0 +1,71 @@
+"""Time of encoders where a masked autoencoder hides patches, beside that of all patches.
+
+    python -m benchmarks.visible [--models ...] [--ratio 0.75] [--batch 8] [--device cpu] [--threads 1]
+
+Both run in turn in one process, and the least time of each counts; on a CPU it is the process's processor time, of all
+threads, which other programs hardly add to. On a GPU tokens are bfloat16. The last column is the share of the time.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+
+import vim_timm  # noqa: F401  registers the models
+from vim_timm.layers.masking import random_masking
+from vim_timm.models.masked_autoencoder import MaskedAutoencoder
+
+MODELS = ['vim_tiny_patch16_224', 'vim2_tiny_patch16_224', 'vit_tiny_patch16_224']
+
+
+def encoders(name: str, args: argparse.Namespace, train: bool) -> list[Callable[[], None]]:
+    """Functions that run the encoder once, without and with hidden patches."""
+    encoder = timm.create_model(name, num_classes=0).to(args.device).train(train)
+    model = MaskedAutoencoder(encoder, args.ratio, decoder_dim=32, decoder_depth=1, decoder_heads=1)
+    images = torch.randn(args.batch, 3, 224, 224, device=args.device)
+
+    def run(hide: bool) -> None:
+        cuda = args.device.startswith('cuda')
+        with torch.set_grad_enabled(train), torch.autocast('cuda', torch.bfloat16, enabled=cuda):
+            tokens, grid = model._embed(images)
+            count = grid[0] * grid[1]
+            keep = random_masking(torch.rand(args.batch, count, device=args.device), args.ratio)[0]
+            features = model._encode(tokens, grid, keep) if hide else encoder.forward_features(images)
+            if train:
+                encoder.zero_grad()
+                features.float().square().mean().backward()
+        if cuda:
+            torch.cuda.synchronize()
+
+    return [lambda: run(False), lambda: run(True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--models', nargs='+', default=MODELS)
+    parser.add_argument('--ratio', type=float, default=0.75)
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--repeats', type=int, default=8)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.device == 'cpu' else time.perf_counter
+    print(f'| encoder | | all patches | {100 * args.ratio:g} % hidden | share |\n|---|---|---|---|---|')
+    for name in args.models:
+        for train in (False, True):
+            runs = encoders(name, args, train)
+            best = [float('inf')] * 2
+            for _ in range(args.repeats + 1):  # the first is a warm-up, and never the least
+                for i, run in enumerate(runs):
+                    start = clock()
+                    run()
+                    best[i] = min(best[i], clock() - start)
+            times = ' | '.join(f'{1000 * seconds:.1f} ms' for seconds in best)
+            print(f'| `{name}` | {"train" if train else "infer"} | {times} | {best[1] / best[0]:.2f} |', flush=True)
+
+
+if __name__ == '__main__':
+    main()
