@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from test_resume import BASE, EASY, HARD, assert_same_run, load, torchrun
+from timm.optim import muon as timm_muon
 
 from vim_timm import train
 from vim_timm.engine import Hooks
@@ -17,7 +18,8 @@ from vim_timm.engine.build import make_optimizer
 from vim_timm.engine.checkpoint import Saver, load_optimizer
 from vim_timm.errors import Preempted, TrainingStopped
 from vim_timm.settings import Process
-from vim_timm.step import Arrivals, Update, fused_arguments
+from vim_timm.step import Arrivals, Update, batched, fused_arguments
+from vim_timm.step.muon import BatchedMuon
 from vim_timm.tasks import make_task
 from vim_timm.tasks.classification import _make_loss as make_loss
 
@@ -257,3 +259,75 @@ def test_all_ranks_skip_what_one_of_them_cannot_use(tmp_path):
     assert len(lines) == 2 and all('skipped 2' in line for line in lines)
     assert lines[0].partition('weights')[2] == lines[1].partition('weights')[2]
     assert load(tmp_path, 'a')['progress']['skipped'] == 2
+
+
+MUONS = {
+    'muon': {}, 'nmuon': {}, 'adamuon': {}, 'nadamuon': {},
+    'muon-batched': dict(conv_mode='batched', normalize_spatial=True, adjust_lr_fn='original'),
+    'nadamuon-batched': dict(conv_mode='batched', adjust_lr_fn='rms_to_rms', scale_eps=True),
+    'adamuon-plain': dict(adjust_lr_fn=None, ns_coefficients='polar_express', ns_steps=6, safety_factor=1.01),
+}  # fmt: skip
+
+
+class Mixed(torch.nn.Module):
+    """Matrices of several shapes, a convolution, vectors, and parameters that have no gradient in some steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+        self.wide = torch.nn.Linear(8, 24)
+        self.seldom, self.rarely = (torch.nn.Parameter(torch.ones(24)) for _ in range(2))
+
+    def forward(self, x, step):
+        x = self.stem(x).mean((2, 3))
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        x = self.wide(x)
+        parts = [x * self.seldom, x * self.rarely, x]
+        return parts[step % 3].square().mean()
+
+
+@pytest.mark.parametrize('kind', MUONS)
+def test_muon_in_batches_is_timms(kind, monkeypatch):
+    """In float32 throughout: of bfloat16, in which timm iterates, products in batches round differently."""
+    plain = timm_muon.zeropower_via_newtonschulz
+    monkeypatch.setattr(
+        timm_muon, 'zeropower_via_newtonschulz', lambda *args, **kwargs: plain(*args, **kwargs, dtype=torch.float32)
+    )
+    results = []
+    for wrap in (lambda optimizer: optimizer, batched):
+        torch.manual_seed(0)
+        model = Mixed()
+        name = kind.partition('-')[0]
+        optimizer = wrap(timm.optim.create_optimizer_v2(model, name, lr=0.02, weight_decay=0.1, **MUONS[kind]))
+        for step in range(6):
+            model(torch.randn(4, 3, 5, 5), step).backward()
+            optimizer.param_groups[0]['lr'] = 0.02 / (step + 1)
+            if step == 3:  # as a checkpoint does
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((model.state_dict(), optimizer.state_dict()['state']))
+    assert type(optimizer) is BatchedMuon
+    (weights, state), (batch_weights, batch_state) = results
+    for name, tensor in weights.items():
+        torch.testing.assert_close(batch_weights[name], tensor, rtol=1e-4, atol=1e-5)
+    assert {key: value.keys() for key, value in state.items()} == {k: v.keys() for k, v in batch_state.items()}
+    for key, values in state.items():
+        for name, value in values.items():
+            torch.testing.assert_close(batch_state[key][name], value, rtol=1e-3, atol=1e-5, msg=f'{key} {name}')
+
+
+def test_muon_of_timm_goes_on_in_batches():
+    """A checkpoint of either is one of the other."""
+    torch.manual_seed(0)
+    model = Mixed()
+    optimizers = [timm.optim.create_optimizer_v2(model, 'nadamuon', lr=0.02) for _ in range(2)]
+    optimizers[1] = batched(optimizers[1])
+    for step in range(4):
+        model(torch.randn(4, 3, 5, 5), step).backward()
+        first, second = optimizers[step % 2], optimizers[1 - step % 2]
+        first.step()
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert all(torch.isfinite(p).all() for p in model.parameters())

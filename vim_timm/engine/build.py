@@ -26,7 +26,7 @@ from ..errors import UserError, explain, meant
 from ..models.masked_autoencoder import as_autoencoder
 from ..settings import Process, Settings
 from ..settings.masked import AUTOENCODER, is_autoencoder
-from ..step import fused_arguments
+from ..step import batched, fused_arguments
 from .checkpoint import load_weights
 
 
@@ -177,11 +177,11 @@ def check_optimizer(name: str) -> None:
 
 
 def make_optimizer(args: Settings, process: Process, task: TrainingTask) -> torch.optim.Optimizer:
-    """timm's optimizer for the parameters that the task trains, fused where it can be."""
+    """timm's optimizer for the parameters that the task trains, fused or in batches where it can be."""
     options = optimizer_kwargs(cfg=args.replace(lr=learning_rate(args, process.world_size)))
     with explain('optimizer'):
         options.update(fused_arguments(args.opt, process.device, args.opt_kwargs), **args.opt_kwargs)
-        return create_optimizer_v2(task.get_trainable_module() or task, **options)
+        return batched(create_optimizer_v2(task.get_trainable_module() or task, **options))
 
 
 def try_compiler(args: Settings, process: Process) -> None:

@@ -4,7 +4,8 @@ It knows tasks and settings, not epochs or files; `engine.loop` calls it.
 """
 
 from .arrivals import Arrivals
+from .muon import batched
 from .optimizers import fused_arguments
 from .update import Update
 
-__all__ = ['Arrivals', 'Update', 'fused_arguments']
+__all__ = ['Arrivals', 'Update', 'batched', 'fused_arguments']
