@@ -351,16 +351,21 @@ def test_a_command_line_names_the_ways_out(hub, fault, words, monkeypatch, capsy
     assert all(word in error for word in words) and error.count('\n') == 1
 
 
-def test_the_environment_names_hub_and_cache(tmp_path):
-    """HF_ENDPOINT and HF_HOME in a process of its own, as a user sets them."""
+@pytest.mark.parametrize('proxy', [False, True], ids=['straight', 'through a proxy'])
+def test_the_environment_names_hub_cache_and_proxy(proxy, tmp_path):
+    """HF_ENDPOINT, HF_HOME and HTTP_PROXY in a process of its own, as a user sets them."""
     with Hub() as server:
         server.add('org/name', timm_folder(3))
         code = "import timm, vim_timm; print(timm.create_model('hf-hub:org/name', pretrained=True).num_classes)"
         environment = {**os.environ, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1'}
-        environment.update(HF_ENDPOINT=server.endpoint, HF_HUB_OFFLINE='0')
+        environment.update(HF_ENDPOINT=server.endpoint, HF_HUB_OFFLINE='0', NO_PROXY='127.0.0.1,localhost')
+        if proxy:  # the server answers for any host that it is asked for
+            environment.update(HF_ENDPOINT='http://hub.invalid', HTTP_PROXY=server.endpoint, NO_PROXY='')
         ask = [sys.executable, '-c', code]
         run = subprocess.run(ask, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout == '5\n', run.stderr
+    hosts = {headers['host'] for headers in server.seen('GET', 'config.json')}
+    assert hosts == {'hub.invalid' if proxy else server.endpoint.removeprefix('http://')}
     assert list((tmp_path / 'home').rglob('model.safetensors'))
 
 
