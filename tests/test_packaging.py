@@ -11,6 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+
+from vim_timm.engine.saved import Saved
+from vim_timm.hub.folder import finish_folder, write_folder
 
 ROOT = Path(__file__).parent.parent
 KERNEL = 'vim_timm/ops/cpu/libvim_timm_cpu.so'
@@ -85,6 +90,55 @@ def test_a_source_archive_builds_the_same_wheel(checkout, tmp_path):
         tar.extractall(tmp_path / 'unpacked', filter='data')
     (unpacked,) = (tmp_path / 'unpacked').iterdir()
     assert names(wheel_of(unpacked, tmp_path / 'a')) == names(wheel_of(checkout, tmp_path / 'b'))
+
+
+EMBEDDED = """
+import sys, timm, torch, vim_timm, safetensors.torch
+assert vim_timm.__file__.startswith(sys.argv[1])
+name = 'vim_nano_patch4_32.cifar10'
+assert name in timm.list_models(pretrained=True)
+expected = {key: value.float() for key, value in safetensors.torch.load_file(sys.argv[2]).items()}
+for source in ('vim_nano_patch4_32', name):
+    model = timm.create_model(source, pretrained=True)
+    assert model.state_dict().keys() == expected.keys() and model.pretrained_cfg['tag'] == 'cifar10'
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+larger = timm.create_model('vim_nano_patch4_32', pretrained=True, img_size=48, num_classes=3, in_chans=1)
+assert torch.equal(larger.norm.weight, model.norm.weight) and larger.pos_embed.shape[1] == 145
+"""
+
+
+def test_an_embedded_weight_works_offline_from_an_installed_wheel(checkout, tmp_path):
+    """In an empty folder, by way of the source archive; a changed file is refused."""
+    torch.manual_seed(0)
+    model, name = timm.create_model('vim_nano_patch4_32'), 'vim_nano_patch4_32.cifar10'
+    folder = checkout / 'vim_timm' / 'weights' / name
+    names = [f'class {number}' for number in range(10)]
+    write_folder(folder, Saved(model, timm.data.resolve_model_data_config(model), names), half=True)
+    finish_folder(folder, '# a card')
+    subprocess.run([sys.executable, 'setup.py', '-q', 'sdist', '-d', tmp_path], cwd=checkout, check=True)
+    (archive,) = tmp_path.glob('*.tar.gz')
+    site, empty = tmp_path / 'site', tmp_path / 'empty'
+    pip('install', '--no-deps', '--no-build-isolation', '--no-cache-dir', '--target', site, archive, CC='false')
+    empty.mkdir()
+    environment = {
+        **os.environ, 'PYTHONPATH': str(site), 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(empty), 'HOME': str(empty)
+    }  # fmt: skip
+
+    def python(*arguments):
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=empty, env=environment, capture_output=True, text=True
+        )
+
+    run = python('-c', EMBEDDED, site, folder / 'model.safetensors')
+    assert run.returncode == 0, run.stderr
+    doctor = python('-m', 'vim_timm.doctor', '--weights')
+    (line,) = [line for line in doctor.stdout.splitlines() if name in line]
+    assert doctor.returncode == 0 and 'as it should be' in line
+    with open(site / 'vim_timm' / 'weights' / name / 'model.safetensors', 'r+b') as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b'?')
+    run = python('-c', EMBEDDED, site, folder / 'model.safetensors')
+    assert run.returncode and 'SHA-256' in run.stderr
 
 
 @needs_compiler
