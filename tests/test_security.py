@@ -204,7 +204,7 @@ def test_a_file_is_what_its_content_says(weights, tmp_path):
 
 MODEL = {
     'model', 'model_kwargs', 'num_classes', 'gp', 'img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std',
-    'interpolation',
+    'interpolation', 'crop_mode',
 }  # fmt: skip
 PRECISION = {'amp', 'amp_dtype', 'model_dtype', 'channels_last', 'fast_norm'}
 MASKED = {
@@ -252,7 +252,7 @@ WRONG = {
     'crop_pct': [0, 1.5, 'y', float('nan'), float('inf'), True],
     'mean': ['a', [], [float('nan')], 0.5, [[0.5]]],
     'std': [[0], [-1], [float('inf')], 'a'],
-    'interpolation': [3, 'a/b'],
+    'interpolation': [3, 'a/b'], 'crop_mode': ['a', 3],
     'amp': ['yes', 1], 'amp_dtype': ['Tensor', 16], 'model_dtype': ['Tensor', 'int8'],
     'channels_last': ['x'], 'fast_norm': ['x'], 'mae': [1], 'mask_ratio': [2, '0.5'], 'decoder_depth': [10**9, 0],
     'decoder': ['a/b'],
@@ -263,6 +263,17 @@ WRONG = {
 def test_a_value_of_another_type_or_range_is_refused_where_the_file_is_read(name, value):
     text = refusal(settings_of, {'state_dict': {}, 'args': {name: value}})
     assert f'its setting {name} cannot be' in text
+
+
+@pytest.mark.parametrize('name', ['input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation'])
+def test_the_data_configuration_is_checked_as_settings_are_and_comes_first(name):
+    for value in WRONG[name]:
+        text = refusal(settings_of, {'state_dict': {}, 'args': {}, 'data_config': {name: value}})
+        assert f'its setting {name} cannot be' in text
+    good = dict(input_size=[3, 32, 32], crop_pct=0.9, crop_mode='squash', mean=[0.1], std=[0.2], interpolation='box')
+    content = {'state_dict': {}, 'args': {'mean': [0.5], 'model': 'vim'}, 'data_config': {**good, 'file': '/tmp/x'}}
+    assert settings_of(content) == {**good, 'model': 'vim'}
+    assert settings_of({**content, 'data_config': [1]}) == {'model': 'vim', 'mean': [0.5]}
 
 
 def test_values_of_ordinary_runs_pass():

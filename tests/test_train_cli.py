@@ -20,6 +20,7 @@ from vim_timm import train, validate
 from vim_timm.data import Digits
 from vim_timm.engine import Hooks
 from vim_timm.engine.checkpoint import Saver
+from vim_timm.engine.saved import open_saved
 from vim_timm.errors import TrainingStopped
 from vim_timm.settings import Process
 from vim_timm.tasks import make_task
@@ -85,6 +86,28 @@ def test_validate_prints_what_training_saw(flags, run, evaluate):
     assert result['count'] == 359
     spelled = '--model test_vit --dataset digits --img-size 16 --in-chans 1 --num-classes 10'.split()
     assert evaluate(*spelled, '--checkpoint', folder / 'last.pth.tar', *flags.split())['top1'] == result['top1']
+
+
+def test_a_checkpoint_holds_its_classes_and_how_its_images_were_prepared(run, evaluate, caplog, capsys):
+    folder, rows = run(DIGITS, '--crop-pct', '0.8', '--std', '0.3')
+    content = torch.load(folder / 'last.pth.tar', weights_only=True)
+    config = content['data_config']
+    assert content['class_names'] == list('0123456789')
+    assert (config['input_size'], config['crop_pct'], config['std']) == ([1, 16, 16], 0.8, [0.3])
+    assert config['mean'] == [pytest.approx(0.5)] and content['args']['mean'] is None  # the model's, for one channel
+    content['data_config'].update(mean=[0.2], crop_mode='squash', interpolation='box')  # as if it published others
+    path = folder / 'other.pth.tar'
+    torch.save(content, path)
+    saved = open_saved(str(path))
+    assert saved.class_names == content['class_names']
+    expected = dict(input_size=(1, 16, 16), mean=(0.2,), std=(0.3,), crop_pct=0.8, crop_mode='squash')
+    assert saved.data_config == {**expected, 'interpolation': 'box'}
+    row = evaluate('--checkpoint', path)
+    assert (row['interpolation'], row['top1'] != rows[-1]['eval_top1']) == ('box', True)
+    assert evaluate('--checkpoint', path, '--mean', '0.5')['interpolation'] == 'box'
+    assert evaluate('--checkpoint', path, '--interpolation', 'bicubic')['interpolation'] == 'bicubic'
+    assert not [record for record in caplog.records if 'does not match' in record.message]
+    assert 'does not match' not in capsys.readouterr().err
 
 
 def test_a_deprecated_model_name_stands_for_the_current_one(tmp_path, run, evaluate, capsys):

@@ -16,7 +16,6 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
-from timm.data import resolve_input_data_config
 from timm.utils import random_seed, unwrap_model
 
 from . import data
@@ -110,8 +109,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     args = args.replace(model=build.current_name(args.model, process))
     model = build.make_training_model(args, process)
     args = args.replace(num_classes=args.num_classes or model.num_classes or None)
-    with explain('images'):
-        data_config = resolve_input_data_config(model, vars(args))
+    data_config = build.resolve_images(model, vars(args))
     model = build.place_model(args, process, model, data_config['input_size'])
     train_data = data.train_loader(args, process, datasets[0], data_config)
     loaders = (train_data, data.eval_loader(args, process, datasets[1], data_config, train_data.unreadable))

@@ -15,7 +15,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_input_data_config
 from timm.layers import apply_test_time_pool
 from timm.models import safe_model_name
 from timm.task import ClassificationTask
@@ -63,6 +62,8 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
         content = read_checkpoint(first.checkpoint)
         content.pop('optimizer', None)  # large, and nobody's here
         layer = settings_of(content, what)
+        if first.chosen & {'img_size', 'input_size'}:
+            layer = {name: value for name, value in layer.items() if name not in ('img_size', 'input_size')}
         if not first.chosen & {'data_dir', 'dataset'}:
             layer.update(data_of(content, what))
     args = parse(PROGRAM, VALIDATE, argv, layer=(what, layer))
@@ -205,8 +206,7 @@ def _ready_model(
         )
     if args.reparam:
         model = reparameterize_model(model)
-    with explain('images'):
-        data_config = resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
+    data_config = build.resolve_images(model, vars(args), use_test_size=not args.use_train_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if args.test_pool:
         if not model.default_cfg.get('pool_size'):

@@ -14,14 +14,13 @@ if __name__ == '__main__':  # the command line is read before torch is imported
 import sys
 from collections.abc import Sequence
 
-from timm.data import resolve_input_data_config
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from .. import train
 from ..engine import build
 from ..engine.loop import Hooks
-from ..errors import UserError, explain, run
+from ..errors import UserError, run
 from ..files import write_atomically
 from ..report.dataset import Split, dataset_page
 from ..report.samples import as_picture
@@ -43,8 +42,7 @@ def look(argv: Sequence[str]) -> str:
     if any(isinstance(dataset, IterableDataset) for dataset in datasets):
         raise UserError(f'{args.dataset} is a stream: its images cannot be looked at one by one')
     args = args.replace(model=build.current_name(args.model, process), pretrained=False, initial_checkpoint='')
-    with explain('images'):
-        data_config = resolve_input_data_config(build.make_training_model(args, process), vars(args))
+    data_config = build.resolve_images(build.make_training_model(args, process), vars(args))
     size = min(BATCH, args.batch_size, len(datasets[0]))
     small = args.replace(batch_size=size, workers=0, max_unreadable=10**6, data_in_memory=False, epoch_repeats=0)
     loader = train_loader(small, process, datasets[0], data_config)

@@ -61,7 +61,7 @@ class Loader:
         unreadable: Unreadable, augment: Augmentation | None = None,
     ):  # fmt: skip
         dataset, mode = Pictures.of(dataset), getattr(dataset, 'image_mode', '')
-        self.classes, self.unreadable = class_names(dataset), unreadable
+        self.classes, self.unreadable, self.data_config = class_names(dataset), unreadable, data_config
         for part in transform if isinstance(transform, tuple) else [transform]:
             keep_posterizing(part)
         if args.data_in_memory and getattr(dataset, 'floating', False):

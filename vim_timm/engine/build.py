@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from timm.data import resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import (
     create_model,
@@ -31,16 +32,26 @@ from .checkpoint import load_weights
 
 
 @contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Leave out a logger's warnings."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def explain_download(name: str) -> Iterator[None]:
     """Turn a failed download of a model's weights into a UserError that names the ways out.
 
     The client's lines about each of its attempts are left out: they come before the sentence that says the same.
     """
-    logger = logging.getLogger('huggingface_hub')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with _quiet('huggingface_hub'):
+            yield
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         status = next((e.response.status_code for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError)), 0)
         if status in (401, 403, 404):
@@ -54,8 +65,21 @@ def explain_download(name: str) -> Iterator[None]:
             "another machine's cache (HF_HOME), or name a file: --pretrained --pretrained-path FILE in training, "
             '--checkpoint FILE in an evaluation'
         ) from error
-    finally:
-        logger.setLevel(level)
+
+
+def resolve_images(model: torch.nn.Module, settings: Mapping[str, Any], use_test_size: bool = False) -> dict[str, Any]:
+    """timm's settings of a model's images: input_size, mean, std, interpolation, crop_pct, crop_mode.
+
+    Published means and deviations of other channels become their mean, without timm's remark about it.
+
+    Args:
+        settings: of the same names, or flags; None where the model's own holds.
+
+    Raises:
+        UserError: they contradict the model.
+    """
+    with explain('images'), _quiet('timm.data.model_config'):
+        return resolve_input_data_config(model, dict(settings), use_test_size=use_test_size)
 
 
 def current_name(name: str, process: Process) -> str:

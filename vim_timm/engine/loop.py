@@ -126,6 +126,10 @@ class Trainer:
             },
             'history': self.rows,
             'class_names': self.train_data.classes,
+            'data_config': {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in self.eval_data.data_config.items()
+            },
             'provenance': self.provenance,
         }  # fmt: skip
         if self.scaler.is_enabled():

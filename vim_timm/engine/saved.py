@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from timm.data import ImageNetInfo, resolve_input_data_config
+from timm.data import ImageNetInfo
 from timm.models import create_model, get_deprecated_models, is_model, resolve_model_input_args
 
 from ..errors import UserError, explain
 from ..models.checkpoint import class_names_in, read_checkpoint, select_weights
 from ..models.load import check_size, load_content
 from ..settings.inherited import settings_of
-from .build import explain_download
+from .build import explain_download, resolve_images
 from .process import usual_defaults
 from .record import history_of
 
 # settings of a run that say what images its model takes
-_IMAGES = ('img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation')
+_IMAGES = ('img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation', 'crop_mode')
 
 
 @dataclasses.dataclass
@@ -55,7 +55,7 @@ def open_published(name: str, **kwargs: Any) -> Saved:
     """
     with explain(f'model {name}'), explain_download(name):
         model = create_model(name, pretrained=True, **kwargs).eval()
-        return Saved(model, resolve_input_data_config(model, {}), _label_names(model))
+        return Saved(model, resolve_images(model, {}), _label_names(model))
 
 
 @usual_defaults()
@@ -91,9 +91,7 @@ def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
         arguments = resolve_model_input_args(name, settings, **kwargs, **settings.get('model_kwargs', {}))
         model = create_model(**arguments)
         load_content(model, content, use_ema, what)
-    with explain('images'):
-        images = {key: settings[key] for key in _IMAGES if settings.get(key)}
-        data_config = resolve_input_data_config(model, images)
+    data_config = resolve_images(model, {key: settings[key] for key in _IMAGES if settings.get(key)})
     run = _run(content)
     names = class_names_in(content, path) or (_imagenet(model) if run.get('data_set') == 'IMNET' else [])
     record = {key: value for key, value in content.items() if key in ('provenance', 'epoch')}

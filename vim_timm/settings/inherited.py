@@ -95,6 +95,7 @@ INHERITED: dict[str, Rule] = {
     'mean': _several(_real(-1000, 1000)),
     'std': _several(_real(1e-6, 1000)),
     'interpolation': _word,
+    'crop_mode': _one_of('center', 'squash', 'border'),
     'amp': _switch,
     'amp_dtype': _one_of('float16', 'bfloat16'),
     'model_dtype': _one_of('float32', 'float16', 'bfloat16'),
@@ -112,6 +113,10 @@ INHERITED: dict[str, Rule] = {
     'decoder_heads': _whole(_LARGEST_DECODER),
     'decoder_pos_embed': _word,
 }
+
+
+# of those, what a checkpoint of ours has in `data_config` too
+_RESOLVED = ('input_size', 'crop_pct', 'crop_mode', 'mean', 'std', 'interpolation')
 
 
 def _is_local(path: Any) -> bool:
@@ -155,6 +160,9 @@ def settings_of(content: Mapping[str, Any], what: str = 'the checkpoint') -> dic
     if 'model' in content:  # DeiT-style: of its arguments only these mean the same
         args = {ours: args.get(theirs) for ours, theirs in (('model', 'model'), ('img_size', 'input_size'))}
     found = {name: _plain(args[name]) for name in INHERITED if args.get(name) is not None}
+    images = content.get('data_config')  # what the run made of its settings and the model's
+    if isinstance(images, dict):
+        found.update((name, _plain(images[name])) for name in _RESOLVED if images.get(name) is not None)
     for name, value in found.items():
         if not INHERITED[name](value):
             raise UserError(f'{what}: its setting {name} cannot be {shown(repr(value))}')
