@@ -23,6 +23,7 @@ TRAIN = ['scikit-learn', 'scipy', 'torchmetrics', 'matplotlib', 'tensorboard']
 HEIC = ['pillow-heif']
 TIFF = ['tifffile']
 EXPORT = ['onnx', 'onnxruntime', 'onnxscript']
+COMPLETION = ['shtab']
 CUDA = ['mamba-ssm', 'causal-conv1d']
 
 # -ffast-math is left out on purpose: it would fold the rounding trick of the exponential, and linking with it makes gcc
@@ -107,11 +108,22 @@ setup(
     license='Apache-2.0',
     keywords=['vision mamba', 'vim', 'state space model', 'selective scan', 'timm', 'pytorch', 'image classification'],
     classifiers=[
+        'Development Status :: 4 - Beta',
+        'Environment :: GPU :: NVIDIA CUDA',
         'Intended Audience :: Science/Research',
         'Operating System :: OS Independent',
-        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3 :: Only',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+        'Typing :: Typed',
     ],
+    project_urls={
+        'Paper': 'https://arxiv.org/abs/2401.09417',
+        'Original code': 'https://github.com/hustvl/Vim',
+    },
+    entry_points={'console_scripts': ['vim-timm = vim_timm.commands:console']},
     python_requires='>=3.10',
     install_requires=CORE,
     extras_require={
@@ -120,7 +132,8 @@ setup(
         'tiff': TIFF,
         'cuda': CUDA,
         'export': EXPORT,
-        'test': TEST + TRAIN + HEIC + TIFF + EXPORT,
+        'completion': COMPLETION,
+        'test': TEST + TRAIN + HEIC + TIFF + EXPORT + COMPLETION,
     },
     packages=find_packages(include=['vim_timm', 'vim_timm.*']),
     package_data={

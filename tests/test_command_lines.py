@@ -22,7 +22,7 @@ import vim_timm
 from vim_timm import commands, lazy, train
 from vim_timm.commands import COMMANDS
 from vim_timm.errors import UserError
-from vim_timm.settings import flags
+from vim_timm.settings import flags, programs
 from vim_timm.settings.parser import KeyValues
 
 ROOT = Path(__file__).parents[1]
@@ -243,3 +243,49 @@ def test_help_is_short_and_help_all_has_every_flag(name, capsys):
     rows = [row for table in (flags.TRAIN, flags.VALIDATE) for part in table.values() for row in part]
     known = {flag for row in rows for flag in row[0].split()}
     assert flags.USUAL <= known | {'--recipe', '--list-recipes', '--config'}
+
+
+def test_the_console_script_lists_its_commands(capsys):
+    for words in ([], ['--help']):
+        with pytest.raises(SystemExit, match='0'):
+            commands.console(words)
+        text = capsys.readouterr().out
+        assert all(re.search(rf'(?m)^ +{name} +\w', text) for name in COMMANDS)
+    assert commands.console(['tran']) == 2 and 'did you mean train?' in capsys.readouterr().err
+    assert commands.console(['--hlep']) == 2
+    assert all(hasattr(importlib.import_module(command.module), 'main') for command in COMMANDS.values())
+
+
+@pytest.mark.parametrize('name', ['', *COMMANDS])
+def test_the_module_says_the_same(name, tmp_path):
+    result = run('-X', 'importtime', '-m', 'vim_timm', *name.split(), '--help', cwd=ROOT)
+    assert result.returncode == 0 and not heavy(result.stderr)
+    assert result.stdout.startswith(f'usage: python -m vim_timm {name}'.rstrip())
+
+
+def test_an_installed_script_is_named_as_it_was_called(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['/somewhere/bin/vim-timm', 'train'])
+    assert programs.start('validate.py') == ['vim-timm', 'validate']
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    monkeypatch.chdir(ROOT / 'docs')
+    assert programs.start('validate.py') == ['python', '-m', 'vim_timm.validate']
+
+
+def test_completion_in_a_shell(tmp_path, capsys):
+    pytest.importorskip('shtab')
+    assert commands.console(['--print-completion', 'bash']) == 0
+    script = capsys.readouterr().out
+    function = re.search(r'(?m)^complete .*-F (\w+) vim-timm$', script)[1]
+    tries = [('vim-timm tra', 'train'), ('vim-timm train --epoc', '--epochs'), ('vim-timm train --sched cos', 'cosine')]
+    for line, expected in tries:
+        words = line.split()
+        ask = f'COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; {function}; echo "${{COMPREPLY[@]}}"'
+        answer = subprocess.run(['bash', '-c', f'{script}\n{ask}'], capture_output=True, text=True, check=True)
+        assert expected in answer.stdout.split()
+    assert commands.console(['--print-completion', 'zsh']) == 0 and '#compdef vim-timm' in capsys.readouterr().out
+
+
+def test_completion_needs_a_package(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'shtab', None)
+    assert commands.console(['--print-completion', 'bash']) == 2
+    assert 'pip install shtab' in capsys.readouterr().err

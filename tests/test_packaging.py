@@ -67,6 +67,13 @@ def test_a_wheel_holds_the_kernel_and_names_no_python(checkout, tmp_path):
     assert not [name for name in names(wheel) if name.startswith(('tests/', 'benchmarks/'))]
 
 
+def test_a_wheel_has_the_console_script(checkout, tmp_path):
+    wheel = wheel_of(checkout, tmp_path / 'out', CC='false')
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith('entry_points.txt')]
+        assert 'vim-timm = vim_timm.commands:console' in archive.read(name).decode()
+
+
 def test_without_a_compiler_the_install_goes_on(checkout, tmp_path):
     wheel = wheel_of(checkout, tmp_path / 'out', CC='false')
     assert wheel.name.split('-')[2:] == ['py3', 'none', 'any.whl']

@@ -82,6 +82,14 @@ def shown(text: str) -> str:
     return text if text.isprintable() and len(text) <= 100 else reprlib.repr(text)
 
 
+def called(program: str) -> str:
+    """How a user calls a program, in the way in which this process was started."""
+    start = os.path.basename(sys.argv[0])
+    if start not in ('vim-timm', '__main__.py') or 'vim' not in sys.argv[0]:
+        return program or 'vim-timm'
+    return f'{"vim-timm" if start == "vim-timm" else "python -m vim_timm"} {program.removesuffix(".py")}'.rstrip()
+
+
 def meant(word: str, names: Iterable[str], count: int = 2) -> str:
     """`; did you mean X or Y?` with those of `names` that are spelled most like a word, or ''."""
     near = difflib.get_close_matches(word, [name for name in names if name], count)
@@ -126,7 +134,7 @@ def _run(main: Callable[[Sequence[str]], object], program: str, argv: Sequence[s
             raise
     # The exception is gone by now, and with it the loaders and their workers that its traceback held.
     rank = os.environ.get('RANK', '0')
-    print(f'{program}: {f"rank {rank}: " if rank != "0" else ""}error: {text}', file=sys.stderr, flush=True)
+    print(f'{called(program)}: {f"rank {rank}: " if rank != "0" else ""}error: {text}', file=sys.stderr, flush=True)
     if text.startswith(_LOST_RANK):
         sys.stdout.flush()
         os._exit(status)  # threads that still wait for the rank would abort an orderly end, with another status

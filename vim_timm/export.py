@@ -34,6 +34,13 @@ def check(args: argparse.Namespace) -> None:
         raise UserError('name the weights: --model NAME or --checkpoint FILE')
 
 
+def read(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of a command line, checked."""
+    args = parser().parse_args(argv)
+    check(args)
+    return args
+
+
 def export(args: argparse.Namespace) -> None:
     """Write the file, compare it with the model, and say how much they differ."""
     import vim_timm  # noqa: F401  registers the models
@@ -57,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
 
     def body(words: Sequence[str]) -> None:
-        args = parser().parse_args(words)
-        check(args)
+        args = read(words)
         export(args)
 
     return run(body, PROGRAM, argv)

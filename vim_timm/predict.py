@@ -98,6 +98,13 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f'--{name} {getattr(args, name)}: there is no such folder')
 
 
+def read(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of a command line, checked."""
+    args = parser().parse_args(argv)
+    check(args)
+    return args
+
+
 def predict(args: argparse.Namespace) -> list[Prediction]:
     """Classify what `args` name, print a line a picture, write the files that were asked for."""
     from tqdm import tqdm
@@ -160,8 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
 
     def body(words: Sequence[str]) -> None:
-        args = parser().parse_args(words)
-        check(args)
+        args = read(words)
         found = predict(args)
         unread = [one for one in found if one.error]
         if unread and len(unread) == len(found):

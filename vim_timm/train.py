@@ -33,6 +33,7 @@ from .settings import Settings
 from .settings.fit import with_warmup
 from .settings.flags import PRECISION, VALIDATE
 from .settings.programs import TRAIN_PROGRAM as PROGRAM
+from .settings.programs import VALIDATE_PROGRAM, start
 from .settings.programs import check as check
 from .settings.programs import train_settings as parse_args
 from .tasks import make_task
@@ -198,7 +199,7 @@ def evaluation_command(args: Settings, checkpoint: str, ema: bool) -> list[str]:
     """The command line that evaluates a checkpoint of this run on its data, and in its precision."""
     split = args.train_split if args.val_fraction else args.val_split
     values = {**vars(args), 'split': split, 'num_samples': args.val_num_samples}
-    words = ['python', 'validate.py', *(['--mae'] if args.mae else []), '--checkpoint', checkpoint]
+    words = [*start(VALIDATE_PROGRAM), *(['--mae'] if args.mae else []), '--checkpoint', checkpoint]
     words += ['--use-ema'] if ema else []
     words += ['--seed', str(args.seed)] if args.val_fraction else []  # by which images were held out
     for names, kind, default, *_ in (*VALIDATE['data'], *PRECISION):
@@ -211,7 +212,7 @@ def evaluation_command(args: Settings, checkpoint: str, ema: bool) -> list[str]:
 
 def fine_tuning_command(args: Settings, checkpoint: str) -> list[str]:
     """The beginning of a command line that trains a classifier from a pretrained encoder."""
-    words = ['python', 'train.py', '--model', args.model.removeprefix('mae_'), '--pretrained', '--pretrained-path']
+    words = [*start(PROGRAM), '--model', args.model.removeprefix('mae_'), '--pretrained', '--pretrained-path']
     kwargs = [f'{name}={value}' for name, value in args.model_kwargs.items()]
     return [*words, checkpoint, *(['--model-kwargs', *kwargs] if kwargs else [])]
 
@@ -238,11 +239,13 @@ def farewell(trainer: Trainer) -> None:
         if trainer.args.mae:
             trainer.progress.say(f'fine-tune it: {shlex.join(fine_tuning_command(trainer.args, path))} ...')
     if trainer.args.recipe == 'digits':
+        train = ' '.join(start(PROGRAM))
+        look = train.replace(' train', ' data') if train.startswith('vim-timm') else 'python -m vim_timm.data'
         trainer.progress.say(
             'next: your own photos, one folder a class in FOLDER (docs/own-photos.md):\n'
-            '  python -m vim_timm.data FOLDER\n'
-            '  python train.py FOLDER --pretrained --epochs 10 --batch-size 16 --opt adamw --lr 3e-4\n'
-            'python train.py --list-recipes shows settings that are known to work'
+            f'  {look} FOLDER\n'
+            f'  {train} FOLDER --pretrained --epochs 10 --batch-size 16 --opt adamw --lr 3e-4\n'
+            f'{train} --list-recipes shows settings that are known to work'
         )
 
 

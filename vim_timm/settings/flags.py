@@ -361,6 +361,14 @@ VALIDATE: dict[str, list[Row]] = {
     ],
 }
 
+# those whose value is a file or a folder
+PATHS = frozenset(
+    """
+    --data-dir --class-map --real-labels --valid-labels --checkpoint --pretrained-path --initial-checkpoint --resume
+    --output --report --results-file --save-encoder
+    """.split()
+)
+
 # those that `--help` shows; `--help all` shows all
 USUAL = frozenset(
     """

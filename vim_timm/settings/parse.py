@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError, meant
-from .flags import USUAL, Row, refused
+from ..errors import UserError, called, meant
+from .flags import PATHS, USUAL, Row, refused
 from .parser import KeyValues, Parser, Refuse
 from .ranges import ANY, Names, Range
 
@@ -142,7 +142,7 @@ class _ListRecipes(argparse.Action):
 
 def build_parser(program: str, table: Mapping[str, Sequence[Row]], description: str) -> Parser:
     """The parser of a table of flags. Defaults are left out of it: `parse` layers them."""
-    parser = Parser(program, f'{program} [DIR] [--recipe NAME] [flags]', description, USUAL)
+    parser = Parser(program, f'{called(program)} [DIR] [--recipe NAME] [flags]', description, USUAL)
     parser.add_argument('data', nargs='?', metavar='DIR', help='the same as --data-dir')
     parser.add_argument('--config', '-c', metavar='FILE', help='YAML file with settings')
     parser.add_argument('--recipe', metavar='NAME', help='settings that come with this package')
@@ -152,7 +152,8 @@ def build_parser(program: str, table: Mapping[str, Sequence[Row]], description: 
         for names, kind, default, text, *_ in rows:
             told = kind in (bool, refused) or default in (None, '', [], {}) or '(default' in text
             shown = text if told else f'{text} (default: {default})'
-            group.add_argument(*names.split(), help=shown.replace('%', '%%'), **_action(kind))
+            options = {**_action(kind), **({'metavar': 'PATH'} if names.split()[0] in PATHS else {})}
+            group.add_argument(*names.split(), help=shown.replace('%', '%%'), **options)
     return parser
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ..errors import UserError, meant
+from ..errors import UserError, called, meant
 
 _HELP = 'print the usual flags; `--help all`: every flag'
 
@@ -20,7 +20,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, program: str, usage: str = '', description: str = '', usual: Collection[str] = ()):
-        super().__init__(program, usage=usage or None, description=description, add_help=False, allow_abbrev=False)
+        super().__init__(
+            called(program), usage=usage or None, description=description, add_help=False, allow_abbrev=False
+        )
         self.usual = usual
         self.words: Sequence[str] = ()
         text = _HELP if usual else 'print this text'

@@ -4,34 +4,44 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from ..errors import UserError
+from ..errors import UserError, called
 from .parser import Parser
 from .programs import train_settings
 
 
-def doctor(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments of `vim_timm.doctor`."""
+def doctor_parser() -> Parser:
+    """The command line of `vim_timm.doctor`."""
     parser = Parser('doctor', description='What this machine can run, and why not: versions, devices, backends.')
     parser.add_argument('--weights', action='store_true', help='check the SHA-256 of published weights instead')
-    return parser.parse_args(argv)
+    return parser
 
 
-def convert(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments of `vim_timm.hub.convert`."""
+def doctor(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of `vim_timm.doctor`."""
+    return doctor_parser().parse_args(argv)
+
+
+def convert_parser() -> Parser:
+    """The command line of `vim_timm.hub.convert`."""
     parser = Parser('convert', description='Rewrite a checkpoint of the original code (hustvl/Vim) as safetensors.')
     parser.add_argument('source', metavar='IN.pth', help='checkpoint of the original code')
     parser.add_argument('destination', metavar='OUT.safetensors')
     parser.add_argument('--model', default='', metavar='NAME', help='architecture (default: told by the file)')
     parser.add_argument('--use-ema', action='store_true', help='take the EMA weights')
     parser.add_argument('--sha256', default='', metavar='HEX', help="what IN.pth's SHA-256 has to be")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def convert(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of `vim_timm.hub.convert`."""
+    args = convert_parser().parse_args(argv)
     if not args.destination.endswith('.safetensors'):
         raise UserError(f'{args.destination} must end in .safetensors')
     return args
 
 
-def publish(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments of `vim_timm.hub.publish`."""
+def publish_parser() -> Parser:
+    """The command line of `vim_timm.hub.publish`."""
     parser = Parser('publish', description='Write a trained model into a folder, and upload it to the Hub.')
     add = parser.add_argument
     add('checkpoint', nargs='?', help='training checkpoint, file of weights, or a folder that was written before')
@@ -48,7 +58,12 @@ def publish(argv: Sequence[str]) -> argparse.Namespace:
     add('--no-evaluate', action='store_true', help='publish without an accuracy')
     add('--all', action='store_true', help="upload every weight that comes with the package to --repo-id's owner")
     add('--embed', default='', metavar='NAME.TAG', help='write the weight of this configuration into the package')
-    args = parser.parse_args(argv)
+    return parser
+
+
+def publish(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of `vim_timm.hub.publish`."""
+    args = publish_parser().parse_args(argv)
     if not (args.all or args.checkpoint):
         raise UserError('name a checkpoint, or say --all')
     owner, _, name = args.repo_id.partition('/')
@@ -57,16 +72,21 @@ def publish(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def data(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments of `vim_timm.data`: its own, and as `settings` those of train.py."""
+def data_parser() -> Parser:
+    """The command line of `vim_timm.data`, without the flags of train.py."""
     parser = Parser(
         'data',
-        'data [FOLDER] [--page FILE] [flags of train.py]',
+        f'{called("data")} [FOLDER] [--page FILE] [flags of train.py]',
         'Look at a data set before training: one page with counts, sizes, files that are no data, a picture a class, '
         'near-duplicates between the splits, and the first training batch as the model will see it.',
     )
     parser.add_argument('--page', default='data.html', metavar='FILE', help='the page (default: %(default)s)')
-    args, rest = parser.parse_known_args(argv)
+    return parser
+
+
+def data(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of `vim_timm.data`: its own, and as `settings` those of train.py."""
+    args, rest = data_parser().parse_known_args(argv)
     folder = os.path.dirname(args.page)
     if folder and not os.path.isdir(folder):
         raise UserError(f'--page {args.page}: there is no such folder')

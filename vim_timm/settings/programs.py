@@ -4,11 +4,12 @@ import glob
 import os
 from collections.abc import Sequence
 
-from ..errors import UserError, meant
+from ..errors import UserError, called, meant
 from .fit import with_model
 from .flags import TORCH_DATASETS, TRAIN, VALIDATE
 from .masked import AUGMENTATION, check_masked, is_autoencoder
-from .parse import Settings, parse
+from .parse import Settings, build_parser, parse
+from .parser import Parser
 
 KINDS = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')  # of --dataset, before a name
 TRAIN_PROGRAM, VALIDATE_PROGRAM = 'train.py', 'validate.py'
@@ -17,6 +18,26 @@ train.py. Without data, recipe or --config it trains on the embedded digits (the
 VALIDATE_TEXT = """Evaluate an image classifier with timm's library; flags have the names, defaults and meanings of
 timm's validate.py. Settings that a checkpoint of train.py carries (model, data, size, precision) need not be
 repeated."""
+
+
+def start(program: str) -> list[str]:
+    """Words that start train.py or validate.py in the user's way: `vim-timm`, the checkout's script, or the module."""
+    words = called(program).split()
+    if len(words) > 1:
+        return words
+    return (
+        ['python', program] if os.path.isfile(program) else ['python', '-m', f'vim_timm.{program.removesuffix(".py")}']
+    )
+
+
+def train_parser() -> Parser:
+    """The command line of train.py."""
+    return build_parser(TRAIN_PROGRAM, TRAIN, TRAIN_TEXT)
+
+
+def validate_parser() -> Parser:
+    """The command line of validate.py."""
+    return build_parser(VALIDATE_PROGRAM, VALIDATE, VALIDATE_TEXT)
 
 
 def train_settings(argv: Sequence[str]) -> Settings:
