@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -172,3 +173,22 @@ def test_the_library_loads_in_another_python(version):
     library = ctypes.CDLL(str(ROOT / KERNEL))
     library.vim_timm_instruction_sets.restype = ctypes.c_char_p
     assert run.stdout.strip() == library.vim_timm_instruction_sets().decode()
+
+
+def test_the_oldest_versions_that_are_promised_are_tested():
+    setup, floor = (ROOT / 'setup.py').read_text(), (ROOT / '.ci' / 'floor').read_text()
+    python = re.search(r"python_requires='>=([\d.]+)'", setup)[1]
+    assert f'python{python} ' in floor and f'Python :: {python}' in setup
+    for name in ('torch', 'timm'):
+        promised = re.search(rf"'{name}>=([\d.]+)'", setup)[1]
+        assert re.search(rf'\b{name}=={re.escape(promised)}(\.0)?\b', floor)
+    assert f'python {python} or newer' in (ROOT / 'README.md').read_text().lower()
+
+
+def test_a_published_wheel_says_what_it_is(checkout, tmp_path):
+    wheel = wheel_of(checkout, tmp_path / 'out', CC='false')
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith('METADATA')]
+        fields = archive.read(name).decode().split('\n\n')[0].splitlines()
+    assert 'Project-URL: Paper, https://arxiv.org/abs/2401.09417' in fields
+    assert {'Requires-Python: >=3.10', 'Provides-Extra: completion'} <= set(fields)

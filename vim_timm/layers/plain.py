@@ -4,16 +4,22 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as modules
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_HOOKS_OF_ALL = (
+    modules._global_backward_pre_hooks,
+    modules._global_backward_hooks,
+    modules._global_forward_pre_hooks,
+    modules._global_forward_hooks,
+)
 _TENSORS = (nn.Parameter, torch.Tensor, FakeTensor, FunctionalTensor)  # the last two while a graph is traced
 
 
 def is_its_class(module: nn.Module) -> bool:
     """Whether a module computes what its class says: neither hooked (as pruning and weight_norm do), nor with a forward
     of its own, nor quantized by tensors of another class."""
-    if 'forward' in module.__dict__ or _has_any_global_hook():
+    if 'forward' in module.__dict__ or any(_HOOKS_OF_ALL):
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
