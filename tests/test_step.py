@@ -13,13 +13,15 @@ from test_resume import BASE, EASY, HARD, assert_same_run, load, torchrun
 from timm.optim import muon as timm_muon
 
 from vim_timm import train
+from vim_timm.data.batch import Batch
 from vim_timm.engine import Hooks
 from vim_timm.engine.build import make_optimizer
 from vim_timm.engine.checkpoint import Saver, load_optimizer
 from vim_timm.errors import Preempted, TrainingStopped
 from vim_timm.settings import Process
-from vim_timm.step import Arrivals, Update, batched, fused_arguments
+from vim_timm.step import Arrivals, Update, batched, compile_task, fused_arguments
 from vim_timm.step.muon import BatchedMuon
+from vim_timm.step.regions import regions
 from vim_timm.tasks import make_task
 from vim_timm.tasks.classification import _make_loss as make_loss
 
@@ -331,3 +333,52 @@ def test_muon_of_timm_goes_on_in_batches():
         first.step()
         second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['vim_nano_patch4_32', 'vim2_nano_patch4_32', 'test_vit', 'mae_vim_tiny_patch4_32'])
+def test_a_block_is_compiled_once_for_all(name, monkeypatch):
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    args = train.parse_args(f'--dataset digits --model {name} --img-size 32 --num-classes 10 --device cpu'.split())
+    model = timm.create_model(name, img_size=32, **({} if args.mae else dict(drop_path_rate=0.5, num_classes=10)))
+    task = make_task(args, Process(), model, dict(mean=(0.2,) * 3, std=(0.5,) * 3, input_size=(3, 32, 32)))
+    images, targets = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    batch = Batch(images, targets, torch.arange(12).view(4, 3))
+    with torch.no_grad():
+        expected = task.eval().predict(batch)
+    names = task.get_checkpoint_state()['state_dict'].keys()
+    torch._dynamo.reset()
+    said = compile_task(task, backend, None)
+    blocks = regions(model)
+    assert f'for all {len(blocks)}' in said and len(blocks) > 1
+    kinds = 2 if args.mae else 1
+    task.train().training_loss(batch).backward()
+    assert len(compiled) == kinds
+    with torch.no_grad():
+        torch.testing.assert_close(task.eval().predict(batch), expected)
+    assert len(compiled) <= 3 * kinds
+    assert task.get_checkpoint_state()['state_dict'].keys() == names
+    torch._dynamo.reset()
+
+
+def test_what_is_not_alike_is_compiled_whole():
+    assert regions(timm.create_model('resnet18')) == []
+    args, task, _ = start('--opt sgd --lr 0.1')
+    assert 'the model' in compile_task(task, 'eager', 'reduce-overhead')
+
+
+def test_drop_path_of_compiled_blocks_drops_as_many():
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(timm.layers.DropPath(0.25), torch.nn.Linear(4, 4))
+    model = torch.nn.ModuleList([block, copy.deepcopy(block)])
+    args, task, _ = start('--opt sgd --lr 0.1')
+    task.trainable_module = model
+    compile_task(task, 'eager', None)
+    dropped = model[0][0](torch.ones(10000, 2, 3))
+    assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert abs((dropped[:, 0, 0] == 0).float().mean() - 0.25) < 0.02 and (dropped == dropped[:, :1, :1]).all()
+    assert torch.equal(model.eval()[0][0](torch.ones(3, 2)), torch.ones(3, 2))

@@ -36,6 +36,7 @@ from .settings.programs import TRAIN_PROGRAM as PROGRAM
 from .settings.programs import VALIDATE_PROGRAM, start
 from .settings.programs import check as check
 from .settings.programs import train_settings as parse_args
+from .step import compile_task
 from .tasks import make_task
 
 UNWRITTEN = ('data', 'config', 'recipe', 'overwrite')  # what args.yaml need not say, as it says all the rest
@@ -120,10 +121,11 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     optimizer = build.make_optimizer(args, process, task)
     if args.model_ema and (process.primary or not args.model_ema_force_cpu):
         task.setup_ema(args.model_ema_decay, args.model_ema_warmup, device='cpu' if args.model_ema_force_cpu else None)  # type: ignore[arg-type]
+    compiling = ''
     if args.torchcompile:
         build.try_compiler(args, process)
         with explain('--torchcompile'):
-            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            compiling = compile_task(task, args.torchcompile, args.torchcompile_mode)
     if process.world_size > 1:
         device_ids = [process.device] if process.device.type == 'cuda' else None
         task.prepare_distributed(
@@ -152,8 +154,8 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         if args.train_split == args.val_split and not (hooks.dataset or args.val_fraction):
             trainer.progress.say('both splits are the same: the evaluation is on images that were trained on')
         announce(args, trainer, model, data_config)
-        if remark:
-            trainer.progress.say(remark)
+        for line in filter(None, (remark, compiling)):
+            trainer.progress.say(line)
         if trainer.primary:
             text = yaml.safe_dump({name: value for name, value in vars(args).items() if name not in UNWRITTEN})
             write_atomically(os.path.join(trainer.folder, 'args.yaml'), text)

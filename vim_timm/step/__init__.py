@@ -6,6 +6,7 @@ It knows tasks and settings, not epochs or files; `engine.loop` calls it.
 from .arrivals import Arrivals
 from .muon import batched
 from .optimizers import fused_arguments
+from .regions import compile_task
 from .update import Update
 
-__all__ = ['Arrivals', 'Update', 'batched', 'fused_arguments']
+__all__ = ['Arrivals', 'Update', 'batched', 'compile_task', 'fused_arguments']
