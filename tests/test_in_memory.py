@@ -9,6 +9,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from logs import log_of
 from PIL import Image, ImageEnhance
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
@@ -70,7 +71,7 @@ def test_without_augmentation_a_run_is_the_run_without_the_flag(tmp_path):
     for name, flags in (('disk', []), ('memory', ['--data-in-memory'])):
         run = ['--no-aug', '--epochs', '2', '--mixup', '0.5', '--output', str(tmp_path), '--experiment', name]
         assert train.main([*DIGITS, *run, *flags]) == 0
-    assert (tmp_path / 'disk' / 'summary.csv').read_text() == (tmp_path / 'memory' / 'summary.csv').read_text()
+    assert log_of(tmp_path / 'disk') == log_of(tmp_path / 'memory')
 
 
 @pytest.mark.parametrize('cubic', [False, True])
@@ -178,7 +179,7 @@ def test_stopped_and_resumed_run_is_the_run_never_stopped(tmp_path):
     whole, cut = (torch.load(tmp_path / name / 'last.pth.tar', weights_only=True) for name in ('whole', 'cut'))
     for name, tensor in whole['state_dict'].items():
         assert torch.equal(tensor, cut['state_dict'][name])
-    assert (tmp_path / 'whole' / 'summary.csv').read_text() == (tmp_path / 'cut' / 'summary.csv').read_text()
+    assert log_of(tmp_path / 'whole') == log_of(tmp_path / 'cut')
 
 
 @pytest.mark.parametrize('dataset', ['torch/mnist', 'folder'])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from logs import settled
 from PIL import Image
 from timm.data.loader import adapt_to_chs
 
@@ -114,7 +115,8 @@ def test_a_deprecated_model_name_stands_for_the_current_one(tmp_path, run, evalu
     old = 'vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2'
     root = make_images(tmp_path / 'images', count=2)
     folder, rows = run(f'{BASE} --model {old} --img-size 32 --batch-size 4', str(root))
-    assert f'{old} is a deprecated name of vim_tiny_patch16_224' in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert 'vim_tiny_patch16_224: ' in output.out and 'is a deprecated' not in output.out + output.err
     saved = torch.load(folder / 'last.pth.tar', weights_only=True)
     assert saved['arch'] == saved['args']['model'] == 'vim_tiny_patch16_224'
     result = evaluate('--checkpoint', folder / 'last.pth.tar', '--model', old)
@@ -154,7 +156,7 @@ def test_files_of_a_run(run):
 
 def test_settings_of_a_run_start_another(run):
     folder, rows = run(DIGITS)
-    assert run(f'--config {folder / "args.yaml"}', name='b')[1] == rows
+    assert settled(run(f'--config {folder / "args.yaml"}', name='b')[1]) == settled(rows)
 
 
 def test_checkpoint_loads_in_timm(run):

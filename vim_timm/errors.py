@@ -49,9 +49,17 @@ class OutOfMemory(UserError):
 
 
 class Preempted(UserError):
-    """A signal asked the run to end; its state is saved."""
+    """A signal asked the run to end; its state is saved.
+
+    Args:
+        folder: of the run, where it can go on.
+    """
 
     status = PREEMPTED
+
+    def __init__(self, text: str, folder: str = ''):
+        super().__init__(text)
+        self.folder = folder
 
 
 def sentence(error: BaseException) -> str:

@@ -10,6 +10,7 @@ if __name__ == '__main__':  # the command line is read before torch is imported
 import importlib
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from .engine.checkpoint import Saver
 from .engine.folder import in_folder, open_folder, planned_folder
 from .engine.loop import Hooks, Trainer
 from .engine.process import start_process, usual_defaults
-from .errors import UserError, explain, run, sentence
+from .errors import Preempted, UserError, explain, run, sentence
 from .files import write_atomically
 from .models.checkpoint import read_checkpoint
 from .report.curves import write_curves
@@ -108,7 +109,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     random_seed(args.seed)
     args, remark = with_warmup(args)
     args, datasets = make_datasets(args, hooks)
-    args = args.replace(model=build.current_name(args.model, process))
+    args = args.replace(model=build.current_name(args.model))
     model = build.make_training_model(args, process)
     args = args.replace(num_classes=args.num_classes or model.num_classes or None)
     data_config = build.resolve_images(model, vars(args))
@@ -128,9 +129,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
             compiling = compile_task(task, args.torchcompile, args.torchcompile_mode)
     if process.world_size > 1:
         device_ids = [process.device] if process.device.type == 'cuda' else None
-        task.prepare_distributed(
-            device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb, gradient_as_bucket_view=True
-        )
+        task.prepare_distributed(device_ids=device_ids, gradient_as_bucket_view=True, **build.buffers(args.no_ddp_bb))
     folder = planned_folder(args, data_config['input_size'][-1])
     trainer = Trainer(args, process, task, optimizer, loaders, folder, hooks)
     resumed, content = checkpoint_to_resume(args, trainer.saver)
@@ -157,7 +156,8 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         for line in filter(None, (remark, compiling)):
             trainer.progress.say(line)
         if trainer.primary:
-            text = yaml.safe_dump({name: value for name, value in vars(args).items() if name not in UNWRITTEN})
+            left_out = {*UNWRITTEN, *({'workers', 'log_interval'} - args.chosen)}  # the next machine has its own cores
+            text = yaml.safe_dump({name: value for name, value in vars(args).items() if name not in left_out})
             write_atomically(os.path.join(trainer.folder, 'args.yaml'), text)
         if args.mae and trainer.primary:
             task.gallery = Gallery(process, loaders[1], args.gallery_interval).after_epoch  # type: ignore[assignment]
@@ -251,12 +251,36 @@ def farewell(trainer: Trainer) -> None:
         )
 
 
+def resuming_command(args: Settings, arguments: Sequence[str], folder: str) -> list[str]:
+    """The command line that goes on with a run of this process in its folder."""
+    words, given = [], iter(arguments)
+    for word in given:
+        name, has_value, _ = word.partition('=')
+        if name in ('--resume', '--experiment'):
+            next(given if not has_value else iter(()), None)
+        elif name != '--overwrite':
+            words.append(word)
+    typed = sys.orig_argv
+    begins = typed[: len(typed) - len(arguments)] if typed[len(typed) - len(arguments) :] == list(arguments) else []
+    begins = begins or ['python', '-m', 'vim_timm.train']
+    if 'TORCHELASTIC_RUN_ID' in os.environ:  # started by torchrun: python -u train.py, or python -u -m vim_timm.train
+        begins = ['torchrun', f'--nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", 1)}', *begins[1:]]
+        begins = [word for word in begins if word != '-u']
+    name = os.path.relpath(folder, args.output or os.path.join('.', 'output', 'train'))
+    return [*begins, *words, '--experiment', name, '--resume', 'auto']
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
 
     def body(arguments: Sequence[str]) -> None:
+        args = parse_args(arguments)
         try:
-            farewell(train(parse_args(arguments)))
+            farewell(train(args))
+        except Preempted as error:
+            if error.folder and os.environ.get('RANK', '0') == '0':
+                print(f'go on with: {shlex.join(resuming_command(args, arguments, error.folder))}', flush=True)
+            raise
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()

@@ -112,17 +112,20 @@ def validate(
         history = history_of(content, args.checkpoint)
     dataset = make_dataset(args)
     labels = _valid_labels(args)
-    args = args.replace(model=build.current_name(args.model, process))
+    args = args.replace(model=build.current_name(args.model))
     args, dataset, names = _name_classes(args, dataset, labels, content)
     real = read_real_labels(args.real_labels, dataset) if args.real_labels else None
     model, parameters, data_config = _ready_model(args, process, labels, content)
     loader = data.eval_loader(args, process, dataset, data_config)
     task = adopt(ClassificationTask(model, device=process.device, dtype=process.dtype, verbose=False))
-    progress, speed = Progress(process.primary, args.log_freq), Speed(process, len(loader))
+    progress, speed = (
+        Progress(process.primary, args.log_freq if 'log_freq' in args.chosen else None),
+        Speed(process, len(loader)),
+    )
     progress.say(data.describe(dataset, args.split, args))
     outputs: list[Predicted] = []
     on_all = outputs.append if args.report or real else None
-    with catch_signals() as signals:
+    with catch_signals() as signals, progress:
         watch = Watch(progress, speed, signals)
         result = evaluate(task, loader, process, False, _more_metrics(args, metrics), on_all, watch)
     rate = speed.rate()
@@ -153,16 +156,19 @@ def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]
         require()
         open_folder(args.report)
     dataset = make_dataset(args)
-    args = args.replace(model=build.current_name(args.model, process))
+    args = args.replace(model=build.current_name(args.model))
     model: Any
     model, parameters, data_config = _ready_model(args, process, None, content)
     loader = data.eval_loader(args, process, dataset, data_config)
     task: Any = make_task(args, process, model, data_config)
-    progress, own = Progress(process.primary, args.log_freq), task.autoencoder().mask_ratio
+    progress, own = (
+        Progress(process.primary, args.log_freq if 'log_freq' in args.chosen else None),
+        task.autoencoder().mask_ratio,
+    )
     ratios = sorted({own, *(args.mask_ratios if args.report else ())})
     steps = len(loader) * len(ratios)
     progress.say(data.describe(dataset, args.split, args))
-    with catch_signals() as signals:
+    with catch_signals() as signals, progress:
         watch = Watch(progress, Speed(process, steps), signals)
         scores = {ratio: reconstruction.measure(task, loader, process, ratio, watch=watch) for ratio in ratios}
         rate = watch.speed.rate()

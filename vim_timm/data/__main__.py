@@ -41,7 +41,7 @@ def look(argv: Sequence[str]) -> str:
     args, datasets = train.make_datasets(own.settings, Hooks())
     if any(isinstance(dataset, IterableDataset) for dataset in datasets):
         raise UserError(f'{args.dataset} is a stream: its images cannot be looked at one by one')
-    args = args.replace(model=build.current_name(args.model, process), pretrained=False, initial_checkpoint='')
+    args = args.replace(model=build.current_name(args.model), pretrained=False, initial_checkpoint='')
     data_config = build.resolve_images(build.make_training_model(args, process), vars(args))
     size = min(BATCH, args.batch_size, len(datasets[0]))
     small = args.replace(batch_size=size, workers=0, max_unreadable=10**6, data_in_memory=False, epoch_repeats=0)

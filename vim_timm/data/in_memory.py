@@ -14,7 +14,7 @@ from ..settings import Process
 from .batch import Collate, Labels
 from .device_augment import DRAWS, Augmentation
 from .sampling import EpochBatches, Samples, SeededErasing, seed_everything
-from .workers import start_worker, watched
+from .workers import start_worker, usual_workers, watched
 
 
 def make_augmentation(args: Any, data_config: dict[str, Any]) -> Augmentation:
@@ -102,7 +102,7 @@ class InMemory:
         if erasing > 0:
             eraser = RandomErasing(erasing, mode=args.remode, max_count=args.recount, device=self.device)
             self.random_erasing = SeededErasing(eraser, args.seed, process.rank)
-        self.images, self.labels = self._decode(samples, args.workers)
+        self.images, self.labels = self._decode(samples, usual_workers(args))
         places = self.labels.keys[:, 2]  # others stand where a sample could not be read
         self.replaced = not torch.equal(places, torch.arange(len(places), device=self.device))
 

@@ -21,7 +21,7 @@ from .images import to_mode
 from .in_memory import InMemory, make_augmentation
 from .sampling import EpochBatches, EvaluationShards, RepeatedBatches, Samples, SeededErasing, Stream
 from .unreadable import Unreadable
-from .workers import start_worker, watched
+from .workers import start_worker, usual_workers, watched
 
 
 def keep_posterizing(transform: Any) -> None:
@@ -69,7 +69,7 @@ class Loader:
         self.training, self.splits = training, args.aug_splits if training else 0
         self.process, self.prefetch = process, _prefetches(args, dataset)
         self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.workers = args.workers
+        self.workers, self.started = usual_workers(args), False
         self.dataset: Dataset
         options: dict[str, Any] = {}
         self.seed, self.generator = args.seed, torch.Generator()  # of the workers' own seeds
@@ -77,7 +77,7 @@ class Loader:
         if isinstance(dataset, IterableDataset):
             dataset.transform = _Prepared(mode, transform)  # type: ignore[attr-defined]
             if hasattr(dataset, 'set_loader_cfg'):
-                dataset.set_loader_cfg(num_workers=args.workers)  # type: ignore[attr-defined]
+                dataset.set_loader_cfg(num_workers=self.workers)  # type: ignore[attr-defined]
             if not training and args.dataset.startswith('wds/'):
                 reader = dataset.reader  # type: ignore[attr-defined]
                 reader.dist_rank, reader.dist_num_replicas = 0, 1
@@ -94,11 +94,11 @@ class Loader:
                 options['batch_sampler'] = EpochBatches(*common, training, args.epoch_repeats if training else 0)
         loader = DataLoader(
             self.dataset,
-            num_workers=args.workers,
+            num_workers=self.workers,
             pin_memory=args.pin_mem,
             collate_fn=Collate(fast_collate if self.prefetch else default_collate),
             # the readers of streams keep state from epoch to epoch, which a resumed run would not have
-            persistent_workers=args.workers > 0 and not isinstance(self.dataset, Stream),
+            persistent_workers=self.workers > 0 and not isinstance(self.dataset, Stream),
             generator=self.generator,
             worker_init_fn=start_worker,
             **options,
@@ -144,9 +144,16 @@ class Loader:
     def __len__(self) -> int:
         return len(self.loader)
 
+    @property
+    def awaited(self) -> str:
+        """What the first batch of an epoch waits for, in words."""
+        if self.workers and not self.started:
+            return f'{self.workers} data loading processes to start and read the first batch'
+        return 'the first batch to be read'
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from batch `start` on."""
-        process, seen = self.process, 0
+        process, seen, self.started = self.process, 0, True
         if self.sampler is not None:
             self.sampler.epoch, self.sampler.start = epoch, start
         elif isinstance(self.dataset, Stream):
@@ -190,7 +197,7 @@ def train_loader(args: Any, process: Process, dataset: Any, data_config: dict[st
         )  # fmt: skip
     augment = make_augmentation(args, data_config) if args.data_in_memory and not args.no_aug else None
     transform = PILToTensor() if augment else transform
-    unreadable = Unreadable(args.max_unreadable, args.workers)
+    unreadable = Unreadable(args.max_unreadable, usual_workers(args))
     return Loader(dataset, transform, args, process, data_config, True, unreadable, augment)
 
 
@@ -225,5 +232,5 @@ def eval_loader(
         crop_mode=data_config.get('crop_mode'), crop_border_pixels=getattr(args, 'crop_border_pixels', None),
         use_prefetcher=_prefetches(args, dataset),
     )  # fmt: skip
-    unreadable = unreadable or Unreadable(args.max_unreadable, args.workers)
+    unreadable = unreadable or Unreadable(args.max_unreadable, usual_workers(args))
     return Loader(dataset, transform, args, process, data_config, False, unreadable)

@@ -15,11 +15,19 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 T = TypeVar('T')
 
 
+def usual_workers(args: Any) -> int:
+    """The number of loading processes: `--workers`, but where nobody chose it no more than this rank has cores."""
+    if 'workers' in getattr(args, 'chosen', ()):
+        return args.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(args.workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
+
 def start_worker(_: int) -> None:
     """Set up a new loading process; a DataLoader's `worker_init_fn`."""
     # A signal is the training process's to handle: torchrun and terminals send theirs to the whole process group, and a
     # worker that died of it would take the run down before its state is saved.
-    for name in ('SIGTERM', 'SIGUSR1'):
+    for name in ('SIGTERM', 'SIGUSR1', 'SIGINT'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     if hasattr(os, 'setpgid'):

@@ -1,6 +1,7 @@
 """Models and optimizers from settings."""
 
 import contextlib
+import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from timm.models import (
 from timm.models._hub import load_model_config_from_path
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.task import TrainingTask
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError, explain, meant
 from ..models.masked_autoencoder import as_autoencoder
@@ -82,7 +84,13 @@ def resolve_images(model: torch.nn.Module, settings: Mapping[str, Any], use_test
         return resolve_input_data_config(model, dict(settings), use_test_size=use_test_size)
 
 
-def current_name(name: str, process: Process) -> str:
+def buffers(keep: bool) -> dict[str, bool]:
+    """What DistributedDataParallel is told of buffers: to take rank 0's at each step, or to `keep` each rank's own."""
+    known, new = inspect.signature(DistributedDataParallel.__init__).parameters, 'forward_sync_buffers'
+    return {new if new in known else 'broadcast_buffers': not keep}  # newer torch deprecates the old name
+
+
+def current_name(name: str) -> str:
     """The name of a model, where this one is deprecated its current name.
 
     Raises:
@@ -90,8 +98,6 @@ def current_name(name: str, process: Process) -> str:
     """
     current = get_deprecated_models().get(name)
     if current:  # timm's shim of a deprecated name would build the model without its configuration
-        if process.primary:
-            print(f'warning: --model {name} is a deprecated name of {current}, which is used', flush=True)
         return current
     known = name.partition('.')[0]
     if ':' not in name and not timm.is_model(known):

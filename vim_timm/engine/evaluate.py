@@ -88,6 +88,8 @@ def evaluate(
     evaluator, steps, count = task.create_evaluator(), len(loader), 0
     parts: list[Predicted] = []
     on_gpu = process.device.type == 'cuda'
+    if watch:
+        watch.progress.wait_for(f'{loader.awaited} to evaluate')
     for step, (output, batch) in enumerate(predictions(task, loader, process, ema), 1):
         evaluator.update(output, batch.targets)
         if metrics or on_all:
@@ -97,11 +99,14 @@ def evaluate(
         if watch is None:
             continue
         watch.speed.update(len(batch.keys))
+        watch.progress.wait_for('') if step == 1 else None
         if watch.progress.due(step):
             known = task.describe(evaluator.summary(), [evaluator.default_metric])
             watch.progress.show('  '.join(filter(None, (f'evaluation [{step}/{steps}]', known, str(watch.speed)))))
         if watch.signals:  # the other ranks learn of it when they are done
             break
+    if watch:
+        watch.progress.wait_for('')
     if any_rank(bool(watch and watch.signals), process):
         raise Preempted('stopped by a signal in an evaluation: start it again')
     loader.unreadable.share(process.world_size)

@@ -25,7 +25,7 @@ from .build import learning_rate
 from .evaluate import Metric, Watch, evaluate
 from .process import catch_signals
 from .provenance import provenance
-from .record import history_of, progress_of
+from .record import history_of, progress_of, seconds_of
 
 
 @dataclasses.dataclass
@@ -78,7 +78,10 @@ class Trainer:
             self.scheduler, self.epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=self.updates)
         self.metric = f'{"ema" if self._evaluates_ema() else "eval"}_{args.eval_metric}'
         self.saver = checkpoint.Saver(folder, args.checkpoint_hist, args.checkpoint_every, self.metric, self.decreasing)
-        self.progress = log.Progress(self.primary, args.log_interval)
+        by_steps = 'log_interval' in args.chosen or args.save_images
+        self.progress = log.Progress(self.primary, args.log_interval if by_steps else None)
+        self.clock = log.Clock()
+        self.rate: float | None = None  # images a second of the epoch
         self.update = Update(args, process, task, optimizer, self.scaler)
         self.arrivals = Arrivals(process.device)
         self.signals: list[int] = []
@@ -122,7 +125,7 @@ class Trainer:
             'progress': {
                 'epoch': self.epoch, 'step': self.step, 'loss': losses, 'nonfinite': self.nonfinite,
                 'skipped': self.skipped, 'batch': [self.args.batch_size, self.process.world_size],
-                'steps': self._steps,
+                'steps': self._steps, 'seconds': self.clock.seconds(),
             },
             'history': self.rows,
             'class_names': self.train_data.classes,
@@ -176,6 +179,7 @@ class Trainer:
                 )
             self._reset_loss(progress['loss'][self.process.rank])
         self.nonfinite, self.skipped = progress.get('nonfinite', 0), progress.get('skipped', 0)
+        self.clock.before = seconds_of(content, path)
         self.progress.say(f'resumed from {path}: epoch {self.epoch}, step {self.step}')
 
     def _update_number(self) -> int:
@@ -199,9 +203,10 @@ class Trainer:
         if self.primary:
             log.write_history(self.folder, self.rows)
         if self.trackers:
-            self.trackers.start(self.folder, self.epoch)
+            self.trackers.start(self.folder, self.epoch, self.epoch * self.batches + self.step)
+        self.clock.go_on(self.clock.before)
         try:
-            with catch_signals() as self.signals:
+            with catch_signals() as self.signals, self.progress:
                 while not self.finished():
                     self._train_epoch()
                     self._finish_epoch()
@@ -238,7 +243,10 @@ class Trainer:
         self.optimizer.zero_grad()
         finite = torch.ones((), dtype=torch.bool, device=self.process.device)
         speed = log.Speed(self.process, (self.epochs - self.epoch) * self.batches - self.step)
+        self.progress.wait_for(self.train_data.awaited)
         for batch in self.train_data.epoch(self.epoch, self.step):
+            if not speed.step:
+                self._first(batch)
             last = self.step + 1 == self.batches
             group = min(accum, self.batches - self.step // accum * accum)
             update = last or (self.step + 1) % accum == 0
@@ -247,12 +255,17 @@ class Trainer:
             finite &= known
             self.loss_sum += torch.stack([loss.nan_to_num(0, 0, 0), known]) * len(batch.targets)
             speed.update(len(batch.images))
+            self.progress.wait_for('') if speed.step == 1 else None
             self.step += 1
+            if self.trackers and self.step % args.log_interval == 0:
+                place = self.epoch * self.batches + self.step
+                rate = self.optimizer.param_groups[0]['lr']
+                self.arrivals.send(loss, functools.partial(self.trackers.step, place, rate, speed))
             if self.primary and (last or self.progress.due(self.step)):
-                say = self.progress.say if last else self.progress.show
+                say = self.progress.say if last or self.progress.stays else self.progress.show
                 rate = self.optimizer.param_groups[0]['lr']
                 self.arrivals.send(loss, functools.partial(self._show, say, self.step, rate, speed))
-                if args.save_images:
+                if args.save_images and (last or self.progress.stays):
                     self._save_images(batch.images)
             if update:
                 number = self._update_number()
@@ -271,9 +284,17 @@ class Trainer:
         if self.process.world_size > 1 and args.dist_bn:
             distribute_bn(self.task.get_trainable_module(), self.process.world_size, args.dist_bn == 'reduce')
         self.arrivals.flush()
+        self.rate = round(speed.rate(), 1)
         if self.stopping:
             self._save_recovery()
         self.train_data.unreadable.share(self.process.world_size)
+
+    def _first(self, batch: Batch) -> None:
+        """Before the first step of an epoch: say what it waits for, and show the run's first batch."""
+        if self.epoch + self.step == 0 and self.trackers:
+            self.trackers.first_batch(batch.images)
+        compiles = self.args.torchcompile or self.process.device.type == 'cuda'
+        self.progress.wait_for(f'the first step{", which compiles" if compiles else ""}')
 
     def _forward_backward(self, batch: Batch, group: int, sync: bool) -> torch.Tensor:
         """Accumulate the gradient of one batch and return its loss. All of its randomness depends on the step."""
@@ -317,7 +338,7 @@ class Trainer:
         if self.stopping:
             if self.process.world_size > 1:
                 dist.barrier()  # nobody may leave, and be missed, while rank 0 writes
-            raise Preempted(f'stopped by a signal; saved {path}; go on with --resume')
+            raise Preempted(f'stopped by a signal; saved {path}; go on with --resume', self.folder)
 
     def _finish_epoch(self) -> None:
         """Evaluate, step the schedule, write checkpoint and log."""
@@ -335,6 +356,7 @@ class Trainer:
                 self._save_recovery()
         row['lr'] = self.optimizer.param_groups[0]['lr']
         row['skipped'] = self.skipped
+        row['time'], row['images_per_second'] = self.clock.seconds(), self.rate
         self.rows.append(row)
         self._schedule(self.epoch + 1, row.get(self.metric))
         self.epoch, self.step = self.epoch + 1, 0

@@ -5,6 +5,7 @@ import datetime
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -74,11 +75,27 @@ def _join(settings: Settings, backend: str, local_rank: int, rank: int, world_si
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGUSR1, by which schedulers announce the end of a job, land in the list and kill nobody."""
+    """SIGTERM and SIGUSR1, by which schedulers announce the end of a job, and Ctrl-C land in the list and kill nobody.
+
+    A second Ctrl-C, a moment after the first, ends the process: launchers repeat at once what the terminal sent.
+    """
     caught: list[int] = []
-    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
+    first = 0.0
+
+    def catch(number: int, _: object) -> None:
+        nonlocal first
+        if number != signal.SIGINT or number not in caught:
+            first = first if number in caught else time.monotonic()
+            caught.append(number)
+            if number == signal.SIGINT and os.environ.get('RANK', '0') == '0':
+                os.write(2, b'\nCtrl-C: stopping after this step; once more ends at once\n')
+        elif time.monotonic() - first > 0.5:
+            os.write(2, b'\nended at once\n')
+            os._exit(130)
+
+    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1', 'SIGINT') if hasattr(signal, name)]
     main = threading.current_thread() is threading.main_thread()  # no other may handle them
-    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers if main}
+    before = {number: signal.signal(number, catch) for number in numbers if main}
     try:
         yield caught
     finally:

@@ -35,6 +35,18 @@ def progress_of(checkpoint: Mapping[str, Any], path: str) -> tuple[int, int]:
     return epoch, step
 
 
+def seconds_of(checkpoint: Mapping[str, Any], path: str) -> float:
+    """Seconds that the run has taken, by the checkpoint that it wrote; 0 where that says nothing.
+
+    Raises:
+        UserError: it says something else than a time.
+    """
+    seconds = (checkpoint.get('progress') or {}).get('seconds', 0.0)
+    if type(seconds) not in (int, float) or not 0 <= seconds < float('inf'):
+        raise UserError(f'{path} is damaged: its time is {shown(repr(seconds))}')
+    return float(seconds)
+
+
 def _counted(path: str, name: str, value: Any) -> int:
     if type(value) is not int or not 0 <= value <= 2**53:
         raise UserError(f'{path} is damaged: its {name} is {shown(repr(value))}')

@@ -192,6 +192,8 @@ def measure_missing(
 
 
 def _batches(loader: Loader, process: Process, watch: Watch | None) -> Any:
+    if watch:
+        watch.progress.wait_for(f'{loader.awaited} to evaluate')
     for step, batch in enumerate(loader.epoch(0), 1):
         batch = readable(batch)
         if len(batch.keys):
@@ -199,6 +201,7 @@ def _batches(loader: Loader, process: Process, watch: Watch | None) -> Any:
         if watch is None:
             continue
         watch.speed.update(len(batch.keys))
+        watch.progress.wait_for('') if step == 1 else None
         if watch.progress.due(step):
             watch.progress.show(f'evaluation [{step}/{len(loader)}]  {watch.speed}')
         if watch.signals:
