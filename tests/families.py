@@ -392,6 +392,23 @@ def inference_mode_leaves_nothing_behind(build: Build) -> None:
 
 
 # takes long: asked of one model of a family
+def what_replaces_or_hooks_a_layer_is_called(build: Build) -> None:
+    """Every layer with weights: a hook on it is, and so is what wraps it, whatever that is."""
+    images, wanted = images_for(model := build(depth=1)), train_step(model)
+    for path, layer in model.named_modules():
+        if any(layer.children()) or not any(True for _ in layer.parameters()):
+            continue
+        model = build(depth=1)
+        seen: list[str] = []
+        model.get_submodule(path).register_forward_hook(lambda *_, seen=seen: seen.append('called'))
+        assert_same_step(train_step(model, images), wanted, rtol=1e-4, atol=1e-5)
+        assert seen, path
+        model = build(depth=1)
+        parent, _, name = path.rpartition('.')
+        model.get_submodule(parent).add_module(name, nn.Sequential(model.get_submodule(path)))
+        assert_same_step(train_step(model, images), wanted, rtol=1e-4, atol=1e-5)
+
+
 SLOW = (exports_with_any_batch_size,)
 CHECKS = (
     arguments_are_strict,
@@ -420,4 +437,5 @@ CHECKS = (
     foreign_weights_are_refused,
     a_model_does_not_see_the_state_of_the_process,
     inference_mode_leaves_nothing_behind,
+    what_replaces_or_hooks_a_layer_is_called,
 )

@@ -150,7 +150,7 @@ class BiSSD(nn.Module):
     def _project(self, x_BLC: torch.Tensor) -> torch.Tensor:
         """z, x, B, C and step sizes, on a GPU in rows of a multiple of 8: others cost products three times as long."""
         if not torch.jit.is_scripting():
-            pad = -self.in_proj.out_features % 8
+            pad = -(2 * (self.d_inner + self.d_state) + self.num_heads) % 8
             if pad and _pads_rows(x_BLC) and is_plain(self.in_proj):
                 weight, bias = self.in_proj.weight, self.in_proj.bias
                 return F.linear(x_BLC, F.pad(weight, [0, 0, 0, pad]), None if bias is None else F.pad(bias, [0, pad]))
