@@ -1,5 +1,6 @@
 """The README is true: its commands parse, its models exist and have the parameters it says."""
 
+import contextlib
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ import timm
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import train, validate
+from vim_timm.commands import console
 from vim_timm.settings.flags import VALIDATE
 from vim_timm.settings.parse import parse
 
@@ -17,7 +19,15 @@ COMMANDS = [line for block in re.findall(r'```sh\n(.*?)```', README, re.DOTALL) 
 MODELS = re.findall(r'^\| `(\w+)` \| (\d+) \| ([\d,]+) \| `?(\w*)`? ?\|', README, re.MULTILINE)
 
 
-@pytest.mark.parametrize('line', [line for line in COMMANDS if '--' in line and 'venv' not in line])
+@pytest.mark.parametrize('line', [line for line in COMMANDS if line.startswith('vim-timm ')])
+def test_the_console_script_runs(line, capfd):
+    with pytest.raises(SystemExit) if '--help' in line else contextlib.nullcontext() as end:
+        assert console(shlex.split(line)[1:]) == 0
+    assert end is None or end.value.code == 0
+    assert capfd.readouterr().out
+
+
+@pytest.mark.parametrize('line', [line for line in COMMANDS if re.match('python|torchrun', line) and '--' in line])
 def test_commands_parse(line):
     words = shlex.split(line)
     name = next(word for word in words if word.startswith(('train', 'validate', 'vim_timm.')))
@@ -29,14 +39,15 @@ def test_commands_parse(line):
     assert args.data_dir
 
 
-FAMILIES = ('vision_mamba', 'vision_mamba2', 'vision_mamba_hybrid')
+def test_every_model_with_weights_is_listed():
+    listed = {f'{name}.{tag}' for name, _, _, tag in MODELS}
+    ours = {name for name in timm.list_pretrained() if timm.model_entrypoint(name).__module__.startswith('vim_timm')}
+    assert listed == ours
 
 
-def test_every_model_is_listed():
-    listed = {name for name, *_ in MODELS}
-    families = [name for module in FAMILIES for name in timm.list_models(module=module)]
-    short = {'vim_tiny', 'vim_small', 'vim_base'}
-    assert listed == {name for name in families if not name.startswith('test_')} - short
+@pytest.mark.parametrize('name', re.findall(r'`((?:vim|mae)\w*_patch\d+_\d+)`', README))
+def test_names_are_models(name):
+    assert timm.is_model(name)
 
 
 @pytest.mark.parametrize('name, size, parameters, tag', MODELS)
