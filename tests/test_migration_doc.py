@@ -257,7 +257,7 @@ def test_names_and_files_exist(span):
 
 
 def test_remaining_commands(capsys):
-    doctor.main()
+    doctor.main([])
     assert 'torch' in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:
         train.main(['--list-recipes'])

@@ -20,6 +20,8 @@ def tagged(model: str) -> list[Any]:
     return timm.list_models(f'{model}.*', include_tags=True)
 
 
+THREE = {'in_chans': 3}  # of the images in these tests
+
 # test -> the rows of one model, for the arguments that the test's own `parametrize` names
 CASES: dict[str, Rows] = {
     # what timm asks of every model
@@ -37,16 +39,16 @@ CASES: dict[str, Rows] = {
     'test_pruned_features_torchscript': itself,
     'test_prune_intermediate_layers_params_used': itself,
     'test_catavgmax_unsupported': itself,
-    'test_head_hidden_size': lambda model: [(model, {'img_size': 64, 'in_chans': 3})],
-    'test_model_init_weights_after_to_empty': lambda model: [(model, {'img_size': 64})],
-    'test_headless_checkpoint_reload': lambda model: [(model, {})],
-    'test_relpos_non_square_checkpoint_reload': lambda model: [(model, {})],
-    'test_relpos_non_square_set_input_size': lambda model: [(model, {})],
-    'test_relpos_family_set_input_size': lambda model: [(model, {}, 224, 256), (model, {}, 224, 160)],
-    'test_default_resize_hub_roundtrip': lambda model: [(model, {}, 64, 96)],
+    'test_head_hidden_size': lambda model: [(model, {**THREE, 'img_size': 64})],
+    'test_model_init_weights_after_to_empty': lambda model: [(model, {**THREE, 'img_size': 64})],
+    'test_headless_checkpoint_reload': lambda model: [(model, THREE)],
+    'test_relpos_non_square_checkpoint_reload': lambda model: [(model, THREE)],
+    'test_relpos_non_square_set_input_size': lambda model: [(model, THREE)],
+    'test_relpos_family_set_input_size': lambda model: [(model, THREE, 224, 256), (model, THREE, 224, 160)],
+    'test_default_resize_hub_roundtrip': lambda model: [(model, THREE, 64, 96)],
     'test_export_tracks_reset_classifier_structure': lambda model: [
-        (model, {}, 'avg', None),
-        (model, {'global_pool': 'avg'}, 'max', None),
+        (model, THREE, 'avg', None),
+        (model, {**THREE, 'global_pool': 'avg'}, 'max', None),
     ],
     'test_freeze_unfreeze_root_parameters': itself,
 }
