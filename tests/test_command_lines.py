@@ -34,6 +34,7 @@ MISTAKES = {
     'predict': ['x.jpg', '--modle', 'x'],
     'export': ['--output', 'x.onnx', '--modle', 'x'],
     'data': ['--pgae', 'x'],
+    'compare': ['a', 'b', '--outptu', 'x'],
     'doctor': ['--weight'],
     'convert': ['a.pth', 'b.safetensors', '--moodel', 'x'],
     'publish': ['x', '--dryrun'],
@@ -85,6 +86,8 @@ def test_answers_without_torch(name, flag, tmp_path):
         'export --output x.onyx --model y',
         'data /nowhere',
         'publish x',
+        'compare x',
+        'compare x y --output nowhere/x.html',
     ],
 )
 def test_values_are_refused_without_torch(words, tmp_path, capsys):

@@ -61,6 +61,7 @@ COMMANDS = {
     'predict': Command('vim_timm.predict', predict.parser, predict.read, 'classify images'),
     'export': Command('vim_timm.export', export.parser, export.read, 'write a model as ONNX or torch.export'),
     'data': Command('vim_timm.data.__main__', parsers.data_parser, _data, 'look at a data set before training'),
+    'compare': Command('vim_timm.compare', parsers.compare_parser, parsers.compare, 'compare runs of training'),
     'doctor': Command(
         'vim_timm.doctor', parsers.doctor_parser, parsers.doctor, 'say what this machine can run, and why not'
     ),

@@ -265,7 +265,10 @@ const charts = root => {
       const same = near.filter(one => Math.abs(one[2] - closest[2]) < 3), [first, index] = closest;
       const when = first.time && Number.isFinite(first.time[index]) ? ` (${duration(first.time[index])})` : '';
       const what = ([line, i]) => `${drawn.length > 1 || common ? `${line.name} ` : ''}${number(line.y[i])}${line.note ? ` (${line.note[i]})` : ''}`;
-      readout.textContent = `${axis} ${number(first.x[index])}${when}: ${same.map(what).join(', ')}`;
+      const start = `${axis} ${number(first.x[index])}${when}: `;
+      if (!common) { readout.textContent = start + same.map(what).join(', '); return; }
+      const rows = same.map(one => make('div', {}, make('i', { style: `background:${one[0].colour}` }), what(one)));
+      readout.replaceChildren(start, ...rows);
     };
     picture.onpointerleave = () => cross.setAttribute('visibility', 'hidden');
     return make('div', { class: 'card chart' }, make('h3', {}, title), ...(common || lines.length < 2 ? [] : [legend(lines)]), picture, readout);

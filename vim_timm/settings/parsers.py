@@ -72,6 +72,30 @@ def publish(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def compare_parser() -> Parser:
+    """The command line of `vim_timm.compare`."""
+    parser = Parser(
+        'compare',
+        description='Compare runs of training on one page: best numbers, curves over each other, settings that differ.',
+    )
+    parser.add_argument('runs', nargs='+', metavar='FOLDER', help='folder of a run, with its summary.csv and args.yaml')
+    parser.add_argument(
+        '--output', '-o', default='compare.html', metavar='FILE', help='the page (default: %(default)s)'
+    )
+    return parser
+
+
+def compare(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of `vim_timm.compare`."""
+    args = compare_parser().parse_args(argv)
+    if len(args.runs) < 2:
+        raise UserError('name two runs or more to compare')
+    folder = os.path.dirname(args.output)
+    if folder and not os.path.isdir(folder):
+        raise UserError(f'--output {args.output}: there is no such folder')
+    return args
+
+
 def data_parser() -> Parser:
     """The command line of `vim_timm.data`, without the flags of train.py."""
     parser = Parser(
