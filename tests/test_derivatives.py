@@ -13,17 +13,19 @@ from vim_timm.ops.operands import Norm, Scan
 
 KERNELS = [s.name for s in ops.explain() if s.available and s.name in ('cpu', 'torch')]
 KINDS = {
-    'bidirectional': {},
-    'shared': dict(scan='shared', class_token='head'),
-    'forward': dict(scan='forward', class_token='none', global_pool='avg'),
+    'bidirectional': ('vim_nano_patch4_32', {}),
+    'shared': ('vim_nano_patch4_32', dict(scan='shared', class_token='head')),
+    'forward': ('vim_nano_patch4_32', dict(scan='forward', class_token='none', global_pool='avg')),
+    'vim2': ('vim2_nano_patch4_32', dict(headdim=16, d_state=16)),
+    'hybrid': ('vim_hybrid_tiny_patch4_32', dict(num_heads=2, ssm='mamba')),
 }
 
 
 @pytest.fixture(params=KINDS)
 def model(request):
     torch.manual_seed(0)
-    name, sizes = 'vim_nano_patch4_32', dict(depth=1, embed_dim=16, img_size=8, num_classes=3)
-    return timm.create_model(name, **sizes, **KINDS[request.param]).eval().double()
+    name, arguments = KINDS[request.param]
+    return timm.create_model(name, depth=1, embed_dim=16, img_size=8, num_classes=3, **arguments).eval().double()
 
 
 @pytest.fixture

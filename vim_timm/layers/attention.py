@@ -1,7 +1,8 @@
 """timm's attention on a chosen kernel of scaled dot product attention.
 
-`auto` leaves the choice to torch. VIM_TIMM_ATTN=NAME or `set_attention_kernel(NAME)` forces one of the others, and one
-that cannot run says why: it is a matter of the machine, not of a model's arguments or its weights.
+`auto` leaves the choice to torch, or computes step by step where derivatives are asked for that torch's kernels have
+not. VIM_TIMM_ATTN=NAME or `set_attention_kernel(NAME)` forces one of the others, and one that cannot run says why: it
+is a matter of the machine, not of a model's arguments or its weights.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vim_timm.ops import wants_any_derivative
 
 _SDPA = {
     'flash': SDPBackend.FLASH_ATTENTION,
@@ -86,6 +89,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float 
     """
     name = get_attention_kernel()
     if name == 'auto':
+        if wants_any_derivative():
+            return _step_by_step(q, k, v, dropout)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     if name == 'flash_attn':
         return _flash_attn(q, k, v, dropout)
@@ -99,6 +104,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float 
             f"attention kernel '{name}' cannot run on {q.device.type} with {q.dtype} and head width {q.shape[-1]}: "
             "choose another by VIM_TIMM_ATTN or set_attention_kernel, or leave it to 'auto'"
         ) from error
+
+
+def _step_by_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    """`attention` with every derivative."""
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
 
 
 def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:

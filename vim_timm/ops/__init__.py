@@ -10,6 +10,7 @@ from vim_timm.ops.backends import (
     probe_backends,
     set_scan_backend,
     use_scan_backend,
+    wants_any_derivative,
 )
 from vim_timm.ops.conv import bidirectional_conv, causal_conv
 from vim_timm.ops.mamba_compat import causal_conv1d, selective_scan
@@ -44,4 +45,5 @@ __all__ = [
     'set_scan_backend',
     'symmetric_ssd',
     'use_scan_backend',
+    'wants_any_derivative',
 ]

@@ -139,6 +139,11 @@ def use_scan_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def wants_any_derivative() -> bool:
+    """Whether derivatives may be asked for that kernels have not: in a transform, or where such a backend is forced."""
+    return _forced in DIFFERENTIABLE or transformed()
+
+
 def probe_backends() -> None:
     """Find out once which kernels this process can use, so that no probe runs inside a traced region."""
     for name in {name for row in KERNELS.values() for name in row.values()} | ({_forced} & set(BACKENDS)):
