@@ -10,6 +10,7 @@ from vim_timm import data, tasks, train
 from vim_timm.engine import build, folder, log, loop, process
 from vim_timm.errors import UserError
 from vim_timm.settings import flags, masked, parse
+from vim_timm.step import update
 
 # Every flag of timm's train.py (as of 1.0.29, then those that came later) and its default.
 TIMM = {
@@ -105,7 +106,7 @@ def test_unknown_flag_is_named(capsys):
 def test_no_flag_is_ignored(flag):
     """The code that runs a training, or timm's helper that it hands the settings to, reads the flag."""
     sources = [data.datasets, data.loading, loop, build, process, tasks.classification, tasks.masked, tasks, train, log]
-    sources += [folder, masked, optimizer_kwargs, scheduler_kwargs]
+    sources += [folder, masked, update, optimizer_kwargs, scheduler_kwargs]
     code = ' '.join(inspect.getsource(source) for source in sources)
     name = name_of(flag)
     by_timm = {'input_size', 'img_size', 'in_chans', 'crop_pct', 'mean', 'std', 'interpolation'}

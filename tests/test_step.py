@@ -9,6 +9,7 @@ import sys
 import pytest
 import timm
 import torch
+from logs import log_of
 from test_resume import BASE, EASY, HARD, assert_same_run, load, torchrun
 from timm.optim import muon as timm_muon
 
@@ -17,10 +18,11 @@ from vim_timm.data.batch import Batch
 from vim_timm.engine import Hooks
 from vim_timm.engine.build import make_optimizer
 from vim_timm.engine.checkpoint import Saver, load_optimizer
-from vim_timm.errors import Preempted, TrainingStopped
+from vim_timm.errors import Preempted, TrainingStopped, UserError
 from vim_timm.settings import Process
-from vim_timm.step import Arrivals, Update, batched, compile_task, fused_arguments
+from vim_timm.step import Arrivals, RecordedStep, Update, batched, compile_task, fused_arguments, why_not
 from vim_timm.step.muon import BatchedMuon
+from vim_timm.step.recorded import Recorded
 from vim_timm.step.regions import regions
 from vim_timm.tasks import make_task
 from vim_timm.tasks.classification import _make_loss as make_loss
@@ -290,13 +292,17 @@ class Mixed(torch.nn.Module):
         return parts[step % 3].square().mean()
 
 
-@pytest.mark.parametrize('kind', MUONS)
-def test_muon_in_batches_is_timms(kind, monkeypatch):
-    """In float32 throughout: of bfloat16, in which timm iterates, products in batches round differently."""
+@pytest.fixture
+def exact_muon(monkeypatch):
+    """Newton-Schulz in float32: in bfloat16, in which timm iterates, one bit more or less becomes a hundred."""
     plain = timm_muon.zeropower_via_newtonschulz
     monkeypatch.setattr(
         timm_muon, 'zeropower_via_newtonschulz', lambda *args, **kwargs: plain(*args, **kwargs, dtype=torch.float32)
     )
+
+
+@pytest.mark.parametrize('kind', MUONS)
+def test_muon_in_batches_is_timms(kind, exact_muon):
     results = []
     for wrap in (lambda optimizer: optimizer, batched):
         torch.manual_seed(0)
@@ -382,3 +388,95 @@ def test_drop_path_of_compiled_blocks_drops_as_many():
     assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     assert abs((dropped[:, 0, 0] == 0).float().mean() - 0.25) < 0.02 and (dropped == dropped[:, :1, :1]).all()
     assert torch.equal(model.eval()[0][0](torch.ones(3, 2)), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize('opt', ['adamw --lr 1e-3', 'sgd --lr 0.05', 'nadamuon --lr 1e-3'])
+def test_a_recorded_step_is_the_step(opt, exact_muon):
+    """All but the recording itself, which a CPU has not: inputs that stay in place, rates on the device."""
+    losses, weights = {}, {}
+    for recorded in (False, True):
+        args, task, optimizer = start(f'--opt {opt} --clip-grad 1')
+        update = Update(args, Process(), task, optimizer, torch.amp.GradScaler('cpu', enabled=False))
+
+        def forward_backward(batch, task=task):
+            loss = task.training_loss(batch)
+            loss.backward()
+            return loss.detach()
+
+        step, seen = RecordedStep(update, forward_backward) if recorded else None, []
+        for number, (images, targets) in enumerate(batches(8), 1):
+            for group in optimizer.param_groups:
+                group['lr'] *= 0.9
+            images = images * float('nan') if number in (1, 5) else images
+            batch = Batch(images, targets, torch.zeros(8, 3, dtype=torch.int64))
+            if recorded:
+                loss, flags = step(batch, number, number == 3)
+            else:
+                loss = forward_backward(batch)
+                flags = update(torch.isfinite(loss), number, number == 3)
+            assert flags.tolist() == [float(number in (1, 5)), float(number == 3)]
+            assert all(isinstance(group['lr'], float) for group in optimizer.param_groups)
+            seen.append(loss.item())
+        losses[recorded], weights[recorded] = seen, task.state_dict()
+    torch.testing.assert_close(losses[True], losses[False], rtol=0, atol=1e-6, equal_nan=True)
+    for name, tensor in weights[False].items():
+        torch.testing.assert_close(weights[True][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_of_recorded_steps_resumes_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'why_not', lambda *_: '')
+    flags = [*BASE.split(), *HARD.split(), '--grad-accum-steps', '1', '--workers', '0', '--epochs', '2', '--cuda-graph']
+    flags += ['--output', str(tmp_path)]
+    whole = train.train(train.parse_args([*flags, '--experiment', 'whole', '--recovery-interval', '0']))
+    assert whole.recorded.recorded.calls == 44
+
+    class Done(Exception):
+        pass
+
+    def stop(saver, state):
+        if state['progress']['epoch'] == 1:
+            torch.save(state, tmp_path / 'recovery')
+            raise Done
+        return ''
+
+    with monkeypatch.context() as patched, pytest.raises(Done):
+        patched.setattr(Saver, 'save_recovery', stop)
+        train.train(train.parse_args([*flags, '--experiment', 'cut', '--recovery-interval', '15']))
+    train.train(train.parse_args([*flags, '--experiment', 'again', '--resume', str(tmp_path / 'recovery')]))
+    first, second = load(tmp_path, 'whole'), load(tmp_path, 'again')
+    for key in ('state_dict', 'state_dict_ema'):
+        assert all(torch.equal(tensor, second[key][name]) for name, tensor in first[key].items())
+    assert log_of(tmp_path / 'whole') == log_of(tmp_path / 'again')
+
+
+@pytest.mark.parametrize(
+    'flags, reason',
+    [
+        ('', 'not of cpu'),
+        ('--grad-accum-steps 2', '--grad-accum-steps'),
+        ('--opt lamb', '--opt lamb'),
+        ('--grad-checkpointing', '--grad-checkpointing'),
+        ('--model-ema', 'average of float32'),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(flags, reason):
+    args, task, optimizer = start(f'--opt adamw --lr 1e-3 {flags}')
+    if '--model-ema' in flags:
+        task.trainable_module_ema.to(torch.bfloat16)
+    process = Process(torch.device('cuda' if flags else 'cpu'))
+    assert reason in why_not(args, process, task, optimizer)
+    assert why_not(args, Process(torch.device('cuda'), world_size=2), task, optimizer)
+    if not flags:
+        assert why_not(args, Process(torch.device('cuda')), task, optimizer) == ''
+
+
+def test_batches_of_two_shapes_are_not_recorded():
+    recorded = Recorded(lambda x: x + 1)
+    assert recorded(torch.zeros(2)).tolist() == [1, 1]
+    with pytest.raises(UserError, match='one shape'):
+        recorded(torch.zeros(3))
+
+
+def test_cuda_graph_without_cuda_is_one_sentence(tmp_path, capsys):
+    assert train.main([*BASE.split(), *EASY.split(), '--cuda-graph', '--output', str(tmp_path / 'o')]) == 2
+    assert '--cuda-graph' in capsys.readouterr().err and not (tmp_path / 'o').exists()

@@ -37,7 +37,7 @@ from .settings.programs import TRAIN_PROGRAM as PROGRAM
 from .settings.programs import VALIDATE_PROGRAM, start
 from .settings.programs import check as check
 from .settings.programs import train_settings as parse_args
-from .step import compile_task
+from .step import compile_task, why_not
 from .tasks import make_task
 
 UNWRITTEN = ('data', 'config', 'recipe', 'overwrite')  # what args.yaml need not say, as it says all the rest
@@ -122,7 +122,11 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     optimizer = build.make_optimizer(args, process, task)
     if args.model_ema and (process.primary or not args.model_ema_force_cpu):
         task.setup_ema(args.model_ema_decay, args.model_ema_warmup, device='cpu' if args.model_ema_force_cpu else None)  # type: ignore[arg-type]
-    compiling = ''
+    compiling, refusal = '', why_not(args, process, task, optimizer)
+    if args.cuda_graph and refusal:
+        raise UserError(refusal)
+    if args.torchcompile and args.torchcompile_mode == 'reduce-overhead' and not refusal:
+        args = args.replace(cuda_graph=True, torchcompile_mode=None)  # one graph of all that the compiler makes
     if args.torchcompile:
         build.try_compiler(args, process)
         with explain('--torchcompile'):

@@ -18,7 +18,7 @@ from ..errors import Preempted, TrainingStopped, UserError, explain
 from ..models.adapt import check_fit
 from ..models.checkpoint import class_names_in, has_average, select_weights
 from ..settings import Process, Settings
-from ..step import Arrivals, Update
+from ..step import Arrivals, RecordedStep, Update
 from ..tasks import Task
 from . import checkpoint, log
 from .build import learning_rate
@@ -83,6 +83,7 @@ class Trainer:
         self.clock = log.Clock()
         self.rate: float | None = None  # images a second of the epoch
         self.update = Update(args, process, task, optimizer, self.scaler)
+        self.recorded = RecordedStep(self.update, self._forward_backward) if args.cuda_graph else None
         self.arrivals = Arrivals(process.device)
         self.signals: list[int] = []
         self.stopping = False  # since a signal to any rank, which all ranks know
@@ -182,8 +183,8 @@ class Trainer:
         self.clock.before = seconds_of(content, path)
         self.progress.say(f'resumed from {path}: epoch {self.epoch}, step {self.step}')
 
-    def _update_number(self) -> int:
-        return self.epoch * self.updates + -(-self.step // self.args.grad_accum_steps)
+    def _update_number(self, ahead: int = 0) -> int:
+        return self.epoch * self.updates + -(-(self.step + ahead) // self.args.grad_accum_steps)
 
     def _schedule(self, epoch: int, metric: float | None) -> None:
         if self.scheduler is not None:
@@ -250,7 +251,11 @@ class Trainer:
             last = self.step + 1 == self.batches
             group = min(accum, self.batches - self.step // accum * accum)
             update = last or (self.step + 1) % accum == 0
-            loss = self._forward_backward(batch, group, update)
+            prepared = self._prepared(batch)
+            if self.recorded:
+                loss, flags = self.recorded(prepared, self._update_number(ahead=1), bool(self.signals))
+            else:
+                loss = self._forward_backward(prepared, group, update)
             known = torch.isfinite(loss)
             finite &= known
             self.loss_sum += torch.stack([loss.nan_to_num(0, 0, 0), known]) * len(batch.targets)
@@ -269,7 +274,7 @@ class Trainer:
                     self._save_images(batch.images)
             if update:
                 number = self._update_number()
-                flags = self.update(finite, number, bool(self.signals))
+                flags = flags if self.recorded else self.update(finite, number, bool(self.signals))
                 self.arrivals.send(flags, functools.partial(self._settle, self.epoch, self.step))
                 finite.fill_(True)
                 if args.synchronize_step and self.process.device.type == 'cuda':
@@ -296,10 +301,13 @@ class Trainer:
         compiles = self.args.torchcompile or self.process.device.type == 'cuda'
         self.progress.wait_for(f'the first step{", which compiles" if compiles else ""}')
 
-    def _forward_backward(self, batch: Batch, group: int, sync: bool) -> torch.Tensor:
-        """Accumulate the gradient of one batch and return its loss. All of its randomness depends on the step."""
+    def _prepared(self, batch: Batch) -> Batch:
+        """Mix the batch, and let all that is random in it and in the step depend on the step."""
         seed_everything(self.args.seed, self.epoch, self.step, self.process.rank, device=True)
-        batch = self.task.prepare(batch, self.epoch)
+        return self.task.prepare(batch, self.epoch)
+
+    def _forward_backward(self, batch: Batch, group: int = 1, sync: bool = True) -> torch.Tensor:
+        """Accumulate the gradient of one prepared batch and return its loss."""
         with contextlib.nullcontext() if sync else self.task.no_sync():
             with self.process.autocast():
                 loss = self.task.training_loss(batch)

@@ -136,6 +136,7 @@ TRAIN: dict[str, list[Row]] = {
     'device': [
         *DEVICE,
         ('--no-ddp-bb', bool, False, 'do not broadcast buffers between ranks'),
+        ('--cuda-graph', bool, False, 'record a whole training step as one CUDA graph'),
         ('--synchronize-step', bool, False, 'synchronize the device after each step'),
         ('--local_rank', refused, 0, 'torchrun passes the rank in the environment'),
         ('--device-modules', [str], None, 'Python modules to import first'),

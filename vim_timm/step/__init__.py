@@ -6,7 +6,8 @@ It knows tasks and settings, not epochs or files; `engine.loop` calls it.
 from .arrivals import Arrivals
 from .muon import batched
 from .optimizers import fused_arguments
+from .recorded import RecordedStep, why_not
 from .regions import compile_task
 from .update import Update
 
-__all__ = ['Arrivals', 'Update', 'batched', 'compile_task', 'fused_arguments']
+__all__ = ['Arrivals', 'RecordedStep', 'Update', 'batched', 'compile_task', 'fused_arguments', 'why_not']

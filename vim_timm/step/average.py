@@ -30,17 +30,21 @@ class Average:
                 self.pairs = None
         self.waits = average is not None and self.pairs is None
 
+    def weight(self, number: int) -> float:
+        """How far update `number` moves the average towards the weights; 0 where there is none."""
+        average: Any = self.task.get_trainable_module(ema=True)
+        return 0.0 if self.pairs is None else 1 - average.get_decay(number)
+
     @torch.no_grad()
-    def update(self, number: int, bad: torch.Tensor) -> None:
-        """Move the average towards the weights after update `number`, unless `bad` () is 1."""
+    def update(self, number: int, weight: float | torch.Tensor, bad: torch.Tensor) -> None:
+        """Move the average by `weight` after update `number`, unless `bad` () is 1."""
         if self.pairs is None:
             if self.waits:
                 self.task.update_ema(step=number)
             return
-        average: Any = self.task.get_trainable_module(ema=True)
         averages, weights = ([t for t in tensors if t.is_floating_point()] for tensors in self.pairs)
         steps = torch._foreach_sub(weights, averages)
-        torch._foreach_mul_(steps, (1 - average.get_decay(number)) * (1 - bad))
+        torch._foreach_mul_(steps, weight * (1 - bad))
         torch._foreach_add_(averages, steps)
         for mine, theirs in zip(*self.pairs):
             if not mine.is_floating_point():

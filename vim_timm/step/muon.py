@@ -20,7 +20,7 @@ class _Packed:
     def __init__(self, params: list[torch.Tensor], state: Any, names: tuple[str, ...], counts: bool):
         self.params = params
         self.sizes = [parameter.numel() for parameter in params]
-        self.lengths = torch.tensor(self.sizes, device=params[0].device)
+        self.owners: torch.Tensor | None = None
         self.flat: dict[str, torch.Tensor] = {}
         for name in names:
             before = [state[p].get(name) if name in state[p] else torch.zeros_like(p) for p in params]
@@ -40,7 +40,10 @@ class _Packed:
 
     def each(self, values: torch.Tensor) -> torch.Tensor:
         """Of one value a parameter (n,), one an element."""
-        return values.repeat_interleave(self.lengths, output_size=sum(self.sizes))
+        if self.owners is None:
+            lengths = torch.tensor(self.sizes, device=values.device)
+            self.owners = torch.arange(len(self.sizes), device=values.device).repeat_interleave(lengths)
+        return values[self.owners]
 
     def move(self, decay: torch.Tensor, by: torch.Tensor) -> None:
         """Multiply the parameters by `decay` () and add the flat tensor `by`."""

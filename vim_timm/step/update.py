@@ -31,43 +31,42 @@ class Update:
     ):  # fmt: skip
         self.process, self.task, self.optimizer, self.scaler = process, task, optimizer, scaler
         self.clip, self.clip_mode = settings.clip_grad, settings.clip_mode
-        self.average: Average | None = None
-
-    def _start(self) -> Average:
-        """What depends on tensors that a resumed run has loaded by the first update."""
-        prepare(self.optimizer)
-        average = Average(self.task)
-        self.waits = average.waits or not skips_on_device(self.optimizer)
-        mine = {parameter for group in self.optimizer.param_groups for parameter in group['params']}
-        clipped = {p for p in self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode) if p.requires_grad}
+        self.average = Average(task)
+        self.waits = self.average.waits or not skips_on_device(optimizer)
+        mine = {parameter for group in optimizer.param_groups for parameter in group['params']}
+        clipped = {p for p in task.get_clip_parameters(exclude_head='agc' in self.clip_mode) if p.requires_grad}
         self.clips_all = self.clip_mode == 'norm' and clipped == mine
-        return average
+        self.prepared = False
 
     @torch.no_grad()
-    def __call__(self, finite: torch.Tensor, number: int, stop: bool) -> torch.Tensor:
+    def __call__(self, finite: torch.Tensor, number: int | torch.Tensor, stop: bool | torch.Tensor) -> torch.Tensor:
         """Update, unless a number is not finite; gradients are gone afterwards.
 
         Args:
             finite: () bool, whether this rank's losses are.
-            number: of updates with this one.
-            stop: whether this rank is to stop.
+            number: of updates with this one; or how far the average is to move, () on the device.
+            stop: whether this rank is to stop; or the same, 0 or 1, () on the device.
 
         Returns:
             (2,) float32 on the device, each 0 or 1: whether the update was skipped, whether any rank is to stop.
         """
-        self.average = self.average or self._start()
+        if not self.prepared:  # by now a resumed run has loaded its state
+            prepare(self.optimizer)
+            self.prepared = True
+        weight = number if isinstance(number, torch.Tensor) else self.average.weight(number)
         optimizer = self.optimizer
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         norm = total_norm(gradients) if gradients else torch.zeros((), device=finite.device)
-        flags = torch.stack([~(finite & torch.isfinite(norm)), torch.full_like(finite, stop)]).float()
+        stops = stop if isinstance(stop, torch.Tensor) else torch.full_like(norm, stop)
+        flags = torch.stack([(~(finite & torch.isfinite(norm))).float(), stops.float()])
         if self.process.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         if not (self.waits and flags[0]):
             self._clip(gradients, norm)
             optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
             optimizer.step()
-            self.average.update(number, flags[0])
+            self.average.update(int(number) if self.average.waits else 0, weight, flags[0])
         self.scaler.update()
         optimizer.zero_grad()
         return flags
