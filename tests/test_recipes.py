@@ -32,8 +32,8 @@ def settings(*argv):
 def test_the_promised_recipes_exist():
     assert set(NAMES) == {
         'digits', 'mnist', 'mnist_vim2', 'fashion_mnist', 'cifar10_nano', 'cifar10_tiny', 'cifar100_tiny',
-        'imagenet_tiny', 'imagenet_small', 'imagenet_base', 'imagenet_tiny_stride8', 'imagenet_small_stride8', 'mae_digits',
-        'cifar10_tiny_mae', 'cifar10_tiny_finetune', 'cifar10_tiny_probe',
+        'imagenet_tiny', 'imagenet_small', 'imagenet_base', 'imagenet_tiny_stride8', 'imagenet_small_stride8',
+        'mae_digits', 'cifar10_tiny_mae', 'cifar10_tiny_finetune', 'cifar10_tiny_probe',
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Shape suffixes: B batch, L tokens, C width (embed_dim), D channels (expand * C),
 """
 
 import math
-from typing import Final, Literal, Optional, Set, Tuple, Union
+from typing import Final, Literal, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -13,14 +13,11 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from vim_timm.layers.plain import is_plain, is_plain_depthwise, is_plain_projection
+from vim_timm.layers.state_space import StateSpaceMixer, draw_out_proj, draw_step_bias
 from vim_timm.ops import bidirectional_conv, bidirectional_scan, causal_conv, fused_mixer, probe_backends
 from vim_timm.ops.operands import Direction, Mixer, Taps, Weights
 
 ScanType = Literal['bidirectional', 'shared', 'forward']
-
-# range of the initial step size softplus(dt_proj.bias), and its floor (Mamba, section 3.6)
-_DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
-
 
 # a tracer that goes into the mixer all the same records calls of these
 for _name in ('bidirectional_conv', 'bidirectional_scan', 'causal_conv'):
@@ -35,7 +32,7 @@ def _call_conv(conv: nn.Module, x_BLD: torch.Tensor, width: int, reverse: bool) 
 
 
 @register_notrace_module  # what runs is decided by tensors, outside an FX graph
-class BiMamba(nn.Module):
+class BiMamba(StateSpaceMixer):
     """Gated, bidirectional selective state space mixer, (B, L, C) -> (B, L, C).
 
     `scan` names the directions: 'bidirectional' (the original's v2) gives the backward direction its own convolution,
@@ -123,9 +120,7 @@ class BiMamba(nn.Module):
             self.A_log.copy_(torch.log(states).expand_as(self.A_log))
             self.D.fill_(1.0)
             nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            dt = torch.rand_like(self.dt_proj.bias, dtype=torch.float32)
-            dt = torch.exp(dt * math.log(_DT_MAX / _DT_MIN) + math.log(_DT_MIN)).clamp(min=_DT_FLOOR)
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            draw_step_bias(self.dt_proj.bias)
             if self.bidirectional:
                 self.D_b.fill_(1.0)
                 nn.init.zeros_(self.dt_proj_b.bias)
@@ -147,19 +142,7 @@ class BiMamba(nn.Module):
                 nn.init.trunc_normal_(linear.weight, std=0.02)
             if linear.bias is not None and (early or name != 'dt_proj'):
                 nn.init.zeros_(linear.bias)
-        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
-        with torch.no_grad():
-            self.out_proj.weight.div_(math.sqrt(depth))
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Names of the state space parameters, which weight decay must leave alone."""
-        return {name for name, _ in self.named_parameters(recurse=False)}
-
-    @torch.jit.ignore
-    def casts_operand(self) -> bool:
-        """Whether in_proj is plain; one that is wrapped or quantized may want float32."""
-        return is_plain(self.in_proj)
+        draw_out_proj(self.out_proj.weight, depth)
 
     def _direction(self, u_BLD: torch.Tensor) -> Direction:
         """Operands of the forward scan over its convolved tokens.

@@ -4,8 +4,7 @@ Source: the state space dual of Mamba-2, arXiv 2405.21060, in its symmetric form
 Shape suffixes: B batch, L tokens, C width (embed_dim), D channels (expand * C), N state (d_state), H heads.
 """
 
-import math
-from typing import Final, Literal, Optional, Set, Tuple
+from typing import Final, Literal, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -15,6 +14,7 @@ from timm.layers import register_notrace_module
 from vim_timm.layers.norm import RmsNorm
 from vim_timm.layers.plain import is_its_class, is_plain, is_plain_depthwise
 from vim_timm.layers.rope import rope_tables, rotate
+from vim_timm.layers.state_space import StateSpaceMixer, draw_out_proj, draw_step_bias
 from vim_timm.layers.token_order import Layout, column_places, patch_moves, patch_places
 from vim_timm.ops import GridMixer, Ssd, fused_grid_mixer, probe_backends, symmetric_ssd
 from vim_timm.ops.registration import count_depthwise
@@ -22,8 +22,7 @@ from vim_timm.ops.registration import count_depthwise
 Orders = Literal['row', 'column', 'both']
 ConvType = Literal['2d', '1d', 'none']
 
-# range of the initial step size softplus(dt_bias), and its floor; range of the initial decay rates (Mamba-2)
-_DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
+# range of the initial decay rates (Mamba-2)
 _RATE_MIN, _RATE_MAX = 1.0, 16.0
 _WIDTH_1D = 7
 _ROPE_GRID = 14
@@ -37,7 +36,7 @@ def _pads_rows(x: torch.Tensor) -> bool:
 
 
 @register_notrace_module  # what runs is decided by tensors, outside an FX graph
-class BiSSD(nn.Module):
+class BiSSD(StateSpaceMixer):
     """Gated mixer of symmetric state spaces, (B, L, C) -> (B, L, C).
 
     `in_proj` makes z, x, B, C and step sizes; x, B and C pass a depthwise convolution and SiLU; the state space sums x
@@ -126,26 +125,12 @@ class BiSSD(nn.Module):
             rates = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(_RATE_MIN, _RATE_MAX)
             self.A_log.copy_(rates.log())
             self.D.fill_(1.0)
-            dt = torch.rand_like(self.dt_bias, dtype=torch.float32)
-            dt = torch.exp(dt * math.log(_DT_MAX / _DT_MIN) + math.log(_DT_MIN)).clamp(min=_DT_FLOOR)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            draw_step_bias(self.dt_bias)
 
     @torch.jit.ignore
     def init_weights(self, depth: int, scheme: str) -> None:
         """Draw out_proj anew, smaller in a deeper model; all else keeps what its constructor drew."""
-        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
-        with torch.no_grad():
-            self.out_proj.weight.div_(math.sqrt(2 * depth))
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Names of the state space parameters, which weight decay must leave alone."""
-        return {name for name, _ in self.named_parameters(recurse=False)}
-
-    @torch.jit.ignore
-    def casts_operand(self) -> bool:
-        """Whether in_proj is plain; one that is wrapped or quantized may want float32."""
-        return is_plain(self.in_proj)
+        draw_out_proj(self.out_proj.weight, 2 * depth)  # an MLP stands beside each
 
     def _project(self, x_BLC: torch.Tensor) -> torch.Tensor:
         """z, x, B, C and step sizes, on a GPU in rows of a multiple of 8: others cost products three times as long."""

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Literal, Optional, Sequence, Set, Tuple, Uni
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates, register_notrace_module
 from timm.models import checkpoint, generate_default_cfgs, register_model
 
 from vim_timm.layers.factorized import FactorizedBlock, FactorizedDecoder, factorized_positions
@@ -26,9 +26,14 @@ from vim_timm.models.families import register_family
 from vim_timm.models.masked_autoencoder import Grid, MaskedAutoencoder
 from vim_timm.models.trunk import Trunk
 
+# they decide by a tensor or its size, which a tracer has not
+for _name in ('at_least_float32', 'check_channels', 'factorized_positions'):
+    torch.fx.wrap(_name)
+
 __all__ = ['FactorizedAutoencoder', 'FactorizedViT']
 
 
+@register_notrace_module  # the image's size decides whether it pads
 class ChannelPatchEmbed(PatchEmbed):
     """(B, C, H, W) -> (B, C, M, D): one projection for all channels, a learned value where patches exceed the image."""
 
@@ -104,6 +109,7 @@ class FactorizedViT(Trunk):
         depth: int = 6,
         num_heads: int = 8,
         mlp_ratio: float = 4.0,
+        fc_norm: bool = False,
         dynamic_img_size: bool = False,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -122,6 +128,7 @@ class FactorizedViT(Trunk):
             depth: Number of blocks.
             num_heads: Attention heads of a block.
             mlp_ratio: Width of both half feed-forwards as a multiple of embed_dim.
+            fc_norm: Normalize once more after pooling.
             dynamic_img_size: Accept any image size.
             drop_rate: Dropout before the head.
             proj_drop_rate: Dropout in every block.
@@ -143,6 +150,7 @@ class FactorizedViT(Trunk):
             global_pool=global_pool,
             class_token='head',
             pos_embed=False,
+            fc_norm=fc_norm,
             drop_rate=drop_rate,
             weight_init='skip',
             **dd,

@@ -1,0 +1,40 @@
+"""What mixers of state spaces share beside their operators: how step sizes begin, and what a block is told of them."""
+
+import math
+from typing import Set
+
+import torch
+import torch.nn as nn
+
+from vim_timm.layers.plain import is_plain
+
+# range of the initial step size softplus(bias), and its floor (Mamba, arXiv 2312.00752, section 3.6)
+_DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+def draw_step_bias(bias: torch.Tensor) -> None:
+    """Fill `bias` so that step sizes softplus(bias) are log-uniform in 0.001 to 0.1."""
+    dt = torch.rand_like(bias, dtype=torch.float32)
+    dt = torch.exp(dt * math.log(_DT_MAX / _DT_MIN) + math.log(_DT_MIN)).clamp(min=_DT_FLOOR)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+def draw_out_proj(weight: torch.Tensor, branches: int) -> None:
+    """Fill the weight of a last projection, smaller where the residual stream is the sum of more branches."""
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    with torch.no_grad():
+        weight.div_(math.sqrt(branches))
+
+
+class StateSpaceMixer(nn.Module):
+    """A mixer that begins with `in_proj`, and whose own parameters are those of its state space."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the state space parameters, which weight decay must leave alone."""
+        return {name for name, _ in self.named_parameters(recurse=False)}
+
+    @torch.jit.ignore
+    def casts_operand(self) -> bool:
+        """Whether in_proj is plain; one that is wrapped or quantized may want float32."""
+        return is_plain(self.get_submodule('in_proj'))
