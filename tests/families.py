@@ -290,6 +290,20 @@ def dynamic_sizes_equal_a_model_set_to_that_size(build: Build) -> None:
         assert fixed.feature_info == model.feature_info
 
 
+def a_refused_size_leaves_the_model_as_it_was(build: Build) -> None:
+    model = build()
+    images, size = images_for(model), model.patch_embed.img_size
+    logits, state = model(images), {name: value.clone() for name, value in model.state_dict().items()}
+    for wrong in (
+        dict(img_size=size[0] + 1),
+        dict(img_size=size[0] + 1, patch_size=model.patch_embed.patch_size[0] // 2),
+    ):
+        with pytest.raises(ValueError):
+            model.set_input_size(**wrong)
+        assert torch.equal(model(images), logits) and model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def an_image_does_not_depend_on_its_batch(build: Build) -> None:
     model = build()
     images = images_for(model, 3)
@@ -427,6 +441,7 @@ CHECKS = (
     autocast_trains_in_bfloat16,
     a_meta_model_runs_and_materializes,
     features_only_gives_maps,
+    a_refused_size_leaves_the_model_as_it_was,
     intermediates_are_the_blocks_outputs,
     pruning_leaves_a_model_that_uses_all_it_has,
     dynamic_sizes_equal_a_model_set_to_that_size,

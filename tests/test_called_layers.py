@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch.nn.utils import prune
 from torch.nn.utils import weight_norm as hooked_weight_norm
 
 from vim_timm import ops
-from vim_timm.layers import BiMamba, BiSSD, Layout, RmsNorm, bissd
+from vim_timm.layers import BiMamba, BiSSD, Layout, PatchEmbed, RmsNorm, bissd
 from vim_timm.layers.plain import is_plain
 
 LAYERS = ('in_proj', 'conv1d', 'conv1d_b', 'x_proj', 'x_proj_b', 'dt_proj', 'dt_proj_b', 'out_proj')
@@ -266,3 +267,24 @@ def test_layers_sharded_one_by_one(block, x, tmp_path):
         assert_close([y, *(g.full_tensor() for g in gradients)], wanted)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('other', [dict(padding=1), dict(dilation=2, padding=2), dict(stride=2), dict(groups=3)])
+def test_another_convolution_cuts_the_patches(other):
+    embed = PatchEmbed(12, 4, None, 3, 6)
+    embed.proj = nn.Conv2d(3, 6, 4, **{'stride': 4, **other})
+    images = torch.randn(2, 3, 12, 12)
+    assert torch.equal(embed(images), embed.proj(images).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize('path', ['patch_embed.proj', 'blocks.0.mixer.conv1d', 'blocks.0.mixer.out_proj'])
+def test_a_forward_that_is_wrapped_after_compilation_is_called(path):
+    model = timm.create_model('vim_nano_patch4_32', depth=1, embed_dim=32, img_size=16).eval()
+    images = torch.randn(2, 3, 16, 16)
+    compiled = torch.compile(model, backend='eager')
+    with torch.no_grad():
+        before = compiled(images)
+        layer = model.get_submodule(path)
+        layer.forward = lambda x, call=layer.forward: 2 * call(x)
+        torch.testing.assert_close(compiled(images), model(images))
+    assert not torch.allclose(model(images), before)

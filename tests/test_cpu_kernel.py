@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import kernels
+from vim_timm import ops
 from vim_timm.ops import cpu, operands
 from vim_timm.ops.cpu import library
 from vim_timm.ops.plain import reference
@@ -277,8 +278,6 @@ def test_wrong_tensors_are_refused_in_one_sentence():
     def call(position, x):
         return cpu_scan(*inputs[:position], x, *inputs[position + 1 :], 0.5, True, True)
 
-    with pytest.raises(ValueError, match='delta has channel stride 10'):
-        call(1, torch.randn(2, 20, 10).transpose(1, 2))
     with pytest.raises(TypeError, match='z is torch.float64'):
         call(14, torch.zeros(2, 10, 20, dtype=torch.float64))
     with pytest.raises(ValueError, match=r'B_b has the shape \(2, 10, 5\), not \(2, 10, 4\)'):
@@ -287,13 +286,27 @@ def test_wrong_tensors_are_refused_in_one_sentence():
         call(11, None)
     with pytest.raises(ValueError, match='D is on meta'):
         cpu.tensors.checked('D', torch.zeros(20, device='meta'), (20,))
-    with pytest.raises(ValueError, match='x has channel stride 10'):
-        cpu_conv(torch.randn(2, 20, 10).transpose(1, 2), torch.ones(20, 4), None, None, None, True)
     scan = operands.Scan.of(*inputs)
     u, forward = scan.forward.u, scan.forward
     assert 'float64' in cpu.scan_limit(scan._replace(forward=forward._replace(u=u.double())))
     assert 'meta' in cpu.scan_limit(scan._replace(forward=forward._replace(u=u.to('meta'))))
     assert cpu.scan_limit(scan) == ''
+
+
+def test_channels_may_have_any_stride():
+    inputs = in_dtype(scan_inputs(2, 10, 20, 4), torch.float32)
+    strided = [x if x is None or x.ndim < 3 else x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    given = [[x if x is None else x.clone().requires_grad_() for x in inputs], strided]
+    given[1] = [x if x is None else x.requires_grad_() for x in strided]
+    outputs = [cpu_scan(*tensors, 0.5, True, True) for tensors in given]
+    assert torch.equal(*outputs)
+    for wanted, got in zip(*(gradients([y], tensors) for y, tensors in zip(outputs, given))):
+        assert torch.equal(wanted, got)
+    x, taps = torch.randn(2, 20, 10).transpose(1, 2), torch.ones(20, 4)
+    y, wanted = (cpu_conv(tokens, taps, None, None, None, True)[0] for tokens in (x, x.contiguous()))
+    assert torch.equal(y, wanted)
+    u = torch.zeros(2, 20, 0)
+    assert ops.selective_scan(u, u, -torch.ones(20, 4), torch.zeros(2, 4, 0), torch.zeros(2, 4, 0)).shape == u.shape
 
 
 def test_operators_pass_opcheck():

@@ -310,3 +310,23 @@ class TestCheckpoints:
         model, other = make('mae_vim_tiny_patch4_32'), make('mae_vim_tiny_patch4_32', decoder_dim=48)
         with pytest.raises(CheckpointError, match='decoder'):
             checkpoint_filter_fn(model.state_dict(), other)
+
+
+@pytest.mark.parametrize('encoder', ['test_vit', 'vim_nano_patch4_32'])
+def test_checkpointing_computes_blocks_of_encoder_and_decoder_again(encoder):
+    sizes = dict(img_size=16, depth=1, embed_dim=32) if encoder.startswith('vim') else {}
+    model = MaskedAutoencoder(encoder, decoder_dim=32, decoder_depth=1, decoder_heads=2, **sizes).train()
+    model.set_grad_checkpointing()
+    calls = []
+    for part, blocks in (('encoder', model.encoder.blocks), ('decoder', model.decoder.blocks)):
+        blocks[0].register_forward_pre_hook(lambda *_, part=part: calls.append(part))
+    size = model.encoder.patch_embed.img_size
+    model(torch.randn(2, 3, *size))[0].sum().backward()
+    assert sorted(calls) == ['decoder', 'decoder', 'encoder', 'encoder']
+
+
+def test_an_encoder_is_left_alone_by_a_constructor_that_fails():
+    encoder = timm.create_model('vim_nano_patch4_32', num_classes=10, depth=1, embed_dim=32)
+    with pytest.raises(ValueError):
+        MaskedAutoencoder(encoder, decoder_dim=510)
+    assert all(parameter.requires_grad for parameter in encoder.parameters())

@@ -364,3 +364,26 @@ def test_the_default_scaler_skips_no_more_steps_than_for_deit():
         return sum(found[20:])
 
     assert skipped('vim_tiny_patch16_224') <= skipped('deit_tiny_patch16_224')
+
+
+@kernels
+@pytest.mark.parametrize('place, shape', [(1, (2, 9, 1)), (3, (1, 9, 4)), (5, (1,)), (14, (1, 9, 8))])
+def test_operands_of_other_shapes_are_refused(place, shape):
+    given = scan_operands(2, 9, 8, 4)
+    given[place] = torch.zeros(shape, device=DEVICE)
+    with pytest.raises(ValueError, match='an operand of a scan has the shape'):
+        triton_scan(*given)
+
+
+@kernels
+@pytest.mark.parametrize('place', [0, 1, 3, 4, 5, 7, 8, 10, 11, 12])
+def test_mixed_dtypes_are_not_rounded(place):
+    given = scan_operands(2, 9, 8, 4)
+    given[place] = given[place].bfloat16()
+    inputs = [[x.detach().clone().requires_grad_() for x in given] for _ in range(2)]
+    found, wanted = triton_scan(*inputs[0]), scan(reference)(*inputs[1])
+    assert found.dtype == wanted.dtype
+    grad = torch.randn_like(wanted)
+    assert relative_error(found, wanted) < (1e-2 if place == 0 else 1e-5)
+    for f, w in zip(torch.autograd.grad(found, inputs[0], grad), torch.autograd.grad(wanted, inputs[1], grad)):
+        assert f.dtype == w.dtype and relative_error(f, w) < 1e-2

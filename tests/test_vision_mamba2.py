@@ -114,3 +114,17 @@ def test_activations_of_ten_thousand_stay_right():
     wanted = expected(images.double())
     error = (model(images).double() - wanted).norm() / wanted.norm()
     assert error < 1e-2
+
+
+@pytest.mark.parametrize('built, asked', [
+    (dict(stem='conv'), dict(stem='conv', in_chans=1)),
+    (dict(stem='conv'), dict(stem='conv', num_classes=7)),
+    (dict(head_hidden=8), dict(head_hidden=8, num_classes=7)),
+])  # fmt: skip
+def test_weights_fit_other_channels_and_classes(tmp_path, built, asked):
+    sizes = dict(depth=1, embed_dim=32, img_size=16)
+    torch.save(timm.create_model('vim2_nano_patch4_32', **sizes, **built).state_dict(), tmp_path / 'w.pth')
+    overlay = dict(file=str(tmp_path / 'w.pth'), num_classes=10)
+    model = timm.create_model('vim2_nano_patch4_32', pretrained=True, pretrained_cfg_overlay=overlay, **sizes, **asked)
+    channels, classes = asked.get('in_chans', 3), asked.get('num_classes', 10)
+    assert model(torch.randn(2, channels, 16, 16)).shape == (2, classes)

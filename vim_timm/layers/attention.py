@@ -24,7 +24,7 @@ _SDPA = {
 }
 KERNELS = ('auto', *_SDPA, 'flash_attn')
 
-_forced = os.environ.get('VIM_TIMM_ATTN', 'auto')
+_forced = os.environ.get('VIM_TIMM_ATTN') or 'auto'
 
 
 class KernelStatus(NamedTuple):

@@ -118,11 +118,14 @@ class PatchEmbed(nn.Module):
         nn.init.trunc_normal_(self.proj.weight, std=math.sqrt(1.0 / fan_in) / 0.87962566103423978)
         nn.init.constant_(self.get_parameter('proj.bias'), 0.0)
 
+    def _check_sizes(self, size: Tuple[int, int], patch: Tuple[int, int], stride: Tuple[int, int]) -> None:
+        if not self.dynamic_img_pad:
+            for sides in zip(size, patch, stride):
+                check_tiled(*sides)
+
     def _set_img_size(self, img_size: Size) -> None:
         self.img_size = to_2tuple(img_size)
-        if not self.dynamic_img_pad:
-            for size, patch, stride in zip(self.img_size, self.patch_size, self.stride):
-                check_tiled(size, patch, stride)
+        self._check_sizes(self.img_size, self.patch_size, self.stride)
         self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
@@ -131,9 +134,12 @@ class PatchEmbed(nn.Module):
 
         A stride equal to the patch follows it; another stride stays.
         """
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            self._resample_patches(to_2tuple(patch_size))
-        self._set_img_size(self.img_size if img_size is None else img_size)
+        size = self.img_size if img_size is None else to_2tuple(img_size)
+        patch = self.patch_size if patch_size is None else to_2tuple(patch_size)
+        self._check_sizes(size, patch, patch if self.stride == self.patch_size else self.stride)
+        if patch != self.patch_size:
+            self._resample_patches(patch)
+        self._set_img_size(size)
 
     def _resample_patches(self, patch_size: Tuple[int, int]) -> None:
         if self.stride == self.patch_size:
@@ -169,6 +175,13 @@ class PatchEmbed(nn.Module):
             (width - self.patch_size[1]) // self.stride[1] + 1,
         )
 
+    @torch.jit.ignore
+    def _is_patchwise(self) -> bool:
+        """Whether `proj` is one product for each patch."""
+        proj = self.proj
+        plain = is_plain(proj) and tuple(proj.stride) == proj.kernel_size == self.patch_size
+        return plain and proj.padding == (0, 0) and proj.dilation == (1, 1) and proj.groups == 1
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[2], x.shape[3]
         if self.strict_img_size:
@@ -187,6 +200,6 @@ class PatchEmbed(nn.Module):
                 ],
             )
         if not torch.jit.is_scripting():
-            if self.stride == self.patch_size and is_plain(self.proj):
+            if self._is_patchwise():
                 return embed_patches(x, self.proj.weight, self.proj.bias)
         return self.proj(x).flatten(2).transpose(1, 2)

@@ -19,7 +19,8 @@ _TENSORS = (nn.Parameter, torch.Tensor, FakeTensor, FunctionalTensor)  # the las
 def is_its_class(module: nn.Module) -> bool:
     """Whether a module computes what its class says: neither hooked (as pruning and weight_norm do), nor with a forward
     of its own, nor quantized by tensors of another class."""
-    if 'forward' in module.__dict__ or any(_HOOKS_OF_ALL):
+    own = getattr(module.forward, '__func__', None) is type(module).forward  # which torch.compile guards
+    if not own or any(_HOOKS_OF_ALL):
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False

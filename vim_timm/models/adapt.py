@@ -19,6 +19,7 @@ from .families import describe_family
 
 Grid = Tuple[int, int]
 _PROJECTION = 'patch_embed.proj.weight'
+_STEM = 'patch_embed.convs.conv0.weight'  # what sees the image, where a stem has several convolutions
 
 
 def filter_of(model: nn.Module) -> Optional[Callable[[Dict[str, Any], nn.Module], StateDict]]:
@@ -102,7 +103,8 @@ def adapt(
         out[_PROJECTION] = resample_patch_embed(projection, list(own[_PROJECTION].shape[-2:]))
     if positions is not None and positions.ndim == 3 and positions.shape[2] == own['pos_embed'].shape[2]:
         out['pos_embed'] = _at_grid(positions, projection, settings, model)
-    stem = {_PROJECTION} if projection.shape[:1] == own[_PROJECTION].shape[:1] and projection.ndim == 4 else set()
+    first = _STEM if _STEM in own else _PROJECTION
+    stem = {first} if out[first].shape[:1] == own[first].shape[:1] and out[first].ndim == 4 else set()
     check_fit(out, own, adaptable=head | stem)
     return out
 

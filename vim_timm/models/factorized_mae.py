@@ -55,19 +55,21 @@ class ChannelPatchEmbed(PatchEmbed):
         self.register_buffer('pad_value', torch.zeros(1, device=device, dtype=dtype))
         self._train_pad_value()
 
+    def _check_sizes(self, size: Grid, patch: Grid, stride: Grid) -> None:
+        if size[0] < patch[0] or size[1] < patch[1]:
+            raise ValueError(f'an image of {size} is smaller than a patch of {patch}')
+
     def _train_pad_value(self) -> None:
         """Make the padding a parameter where there is any, else a buffer: no parameter is without a gradient.
 
         Raises:
             ValueError: the image is smaller than a patch.
         """
-        if any(size < patch for size, patch in zip(self.img_size, self.patch_size)):
-            raise ValueError(f'an image of {self.img_size} is smaller than a patch of {self.patch_size}')
         padded = any(size % patch for size, patch in zip(self.img_size, self.patch_size))
         value = self.pad_value.detach()
         del self.pad_value
         if padded or not self.strict_img_size:
-            self.pad_value = nn.Parameter(value)
+            self.pad_value = nn.Parameter(value, requires_grad=self.proj.weight.requires_grad)
         else:
             self.register_buffer('pad_value', value)
 
@@ -320,6 +322,7 @@ class FactorizedAutoencoder(MaskedAutoencoder):
             num_heads=decoder_heads,
             **dd,
         )
+        self.freeze_head()
 
     @torch.jit.unused
     def forward(

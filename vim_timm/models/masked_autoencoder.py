@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
-from timm.models import generate_default_cfgs, group_parameters, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, group_parameters, register_model
 from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import VisionTransformer
 
@@ -76,7 +76,8 @@ class MaskedAutoencoder(nn.Module):
     ) -> None:
         """
         Args:
-            encoder: A model of this package or a VisionTransformer of timm's, or the name of one.
+            encoder: A model of this package or a VisionTransformer of timm's, or the name of one. What it has after its
+                tokens (pooling, head) stays as it is, and no longer takes gradients.
             mask_ratio: Share of the patches that the encoder does not see.
             decoder: Kind of its blocks, see `vim_timm.layers.decoder.DecoderBlocks`.
             decoder_dim: Width of the decoder.
@@ -101,6 +102,7 @@ class MaskedAutoencoder(nn.Module):
             pos_embed=decoder_pos_embed,
             **dd,
         )
+        self.freeze_head()
 
     def set_encoder(
         self,
@@ -140,8 +142,11 @@ class MaskedAutoencoder(nn.Module):
         # what timm's factory gives to the models that it makes
         self.pretrained_cfg = self.default_cfg = getattr(encoder, 'pretrained_cfg', {})
         self._traits = dict(getattr(encoder, '_traits', {}), first_conv=None)
+
+    def freeze_head(self) -> None:
+        """Take the gradients of what the encoder has after its tokens; the last part of a constructor."""
         for name in _AFTER_TOKENS:
-            module = getattr(encoder, name, None)
+            module = getattr(self.encoder, name, None)
             if module is not None:
                 module.requires_grad_(False)
 
@@ -202,7 +207,9 @@ class MaskedAutoencoder(nn.Module):
             return encoder.norm(encoder.encode(tokens, grid, keep)[0])
         prefix = encoder.num_prefix_tokens
         tokens = torch.cat([tokens[:, :prefix], take_tokens(tokens[:, prefix:], keep)], dim=1)
-        return encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
+        x = encoder.norm_pre(tokens)
+        x = checkpoint_seq(encoder.blocks, x) if encoder.grad_checkpointing else encoder.blocks(x)
+        return encoder.norm(x)
 
     def patchify(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) -> what `forward` predicts of them, (B, L, p * p * C)."""

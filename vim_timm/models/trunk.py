@@ -185,6 +185,11 @@ class Trunk(nn.Module):
                 nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
+    def classifier_name(self) -> str:
+        """Name of the layer whose outputs are the logits."""
+        return 'head.fc2' if isinstance(self.head, nn.Sequential) else 'head'
+
+    @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str) -> None:
         """Load a checkpoint file as timm's factory does, but `model` rather than `model_ema` of a DeiT-style file.
 
@@ -202,7 +207,7 @@ class Trunk(nn.Module):
         weights = {'state_dict': select_weights(content, None, f'checkpoint {checkpoint_path}'), 'args': settings}
         load_pretrained(
             self,
-            {**cfg, 'state_dict': weights, 'custom_load': False},
+            {**cfg, 'state_dict': weights, 'custom_load': False, 'classifier': self.classifier_name()},
             num_classes=self.num_classes,
             in_chans=self.in_chans,
             filter_fn=filter_of(self),

@@ -158,6 +158,8 @@ class VisionMamba2(Trunk):
             weight_init=weight_init,
             **dd,
         )
+        if stem == 'conv':
+            self._traits = {'first_conv': 'patch_embed.convs.conv0'}
 
     def make_head(self, num_classes: int, device=None, dtype=None) -> nn.Module:
         """A new classifier of pooled features (B, D), nn.Identity for no classes."""

@@ -97,7 +97,7 @@ KERNELS: Dict[str, Dict[str, str]] = {
     'rms_norm': {'cpu': 'cpu'},
 }
 
-_forced = os.environ.get('VIM_TIMM_SCAN', 'auto')
+_forced = os.environ.get('VIM_TIMM_SCAN') or 'auto'
 _why_unavailable: Dict[str, str] = {}
 _announced: Set[Tuple[str, str]] = set()
 

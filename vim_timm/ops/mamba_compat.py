@@ -86,6 +86,8 @@ def causal_conv1d(
         raise ValueError(f"activation must be None, 'silu' or 'swish', not {activation!r}")
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[1]:
         raise ValueError(f'x (B, D, L) and weight (D, W) do not fit: {tuple(x.shape)} and {tuple(weight.shape)}')
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f'bias must be ({weight.shape[0]},), not {tuple(bias.shape)}')
     y, _ = conv.run(Conv(_channels_last(x.transpose(1, 2)), Taps(weight, bias), silu=activation is not None))
     return y.transpose(1, 2).contiguous()
 

@@ -74,9 +74,13 @@ def refuse(ctx: Any, *grads: Any) -> None:
 
 
 @torch.compiler.assume_constant_result  # Dynamo has no answer of its own, and takes what it has for a transform
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def transformed() -> bool:
     """Whether forward-mode differentiation or a transform of torch.func is at work, which would pass kernels by."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or _in_functorch()
 
 
 def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -5,6 +5,7 @@ inside of a mixer around it, on NVIDIA GPUs; Triton is imported at the first cal
 The kernels were measured on compute capability 9.0 only; they compile for 8.0 to 12.0 (`compile_targets`).
 """
 
+import functools
 import importlib.util
 from typing import Optional, Tuple
 
@@ -103,17 +104,50 @@ def _both(x: Optional[Tensor], y: Optional[Tensor]) -> Tuple[Optional[Tensor], O
     return x, y
 
 
+def _promoted(*tensors: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+    """The tensors in the one dtype that holds the values of all."""
+    dtypes = {x.dtype for x in tensors if x is not None}
+    if len(dtypes) < 2:
+        return tensors
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    return tuple(None if x is None else x.to(dtype) for x in tensors)
+
+
+def _alike(forward: operands.Direction, backward: operands.Direction) -> Tuple[operands.Direction, operands.Direction]:
+    """Two directions whose operands have one dtype each, and B and C one together, as the kernels take them."""
+    B, C, B_b, C_b = _promoted(forward.B, forward.C, backward.B, backward.C)
+    pairs = [
+        _promoted(*pair)
+        for pair in zip(forward._replace(B=B, C=C), backward._replace(B=B_b, C=C_b))  # type: ignore[arg-type]
+    ]
+    return operands.Direction(*(x for x, _ in pairs)), operands.Direction(*(x for _, x in pairs))  # type: ignore[arg-type]
+
+
+def _check(given: operands.Scan) -> None:
+    """Raise ValueError for operands that kernels would read past their ends."""
+    (batch, length, dim), state = given.forward.u.shape, given.forward.A_log.shape[1]
+    rows, own = (batch, length, dim), (batch, length, state)
+    shapes = (rows, rows, (dim, state), own, own, (dim,), (dim,))
+    pairs = list(zip(given.forward, shapes)) + [(given.z, rows)]
+    for x, shape in pairs if given.backward is None else pairs + list(zip(given.backward, shapes)):
+        if x is not None and x.shape != shape:
+            raise ValueError(f'an operand of a scan has the shape {tuple(x.shape)}, not {shape}')
+
+
 def scan(given: operands.Scan) -> Tensor:
     """`reference.scan` with float32 states, in u's dtype: (B, L, D) contiguous."""
+    _check(given)
     forward, backward = given.forward, given.backward
+    dtype = forward.u.dtype
     if not forward.u.numel():
         return reference.scan(given)
     if backward is not None and _absent(forward.D, forward.delta_bias) != _absent(backward.D, backward.delta_bias):
         D, D_b = _both(forward.D, backward.D)
         bias, bias_b = _both(forward.delta_bias, backward.delta_bias)
         forward, backward = forward._replace(D=D, delta_bias=bias), backward._replace(D=D_b, delta_bias=bias_b)
-        given = given._replace(forward=forward, backward=backward)
-    return torch.ops.vim_timm.triton_scan.default(*given.flat())[0]
+    forward, other = _alike(forward, forward if backward is None else backward)
+    given = given._replace(forward=forward, backward=None if backward is None else other)
+    return torch.ops.vim_timm.triton_scan.default(*given.flat())[0].to(dtype)
 
 
 def conv(given: operands.Conv) -> Tuple[Tensor, Optional[Tensor]]:
