@@ -31,6 +31,16 @@ HARD = (
 EASY = '--opt sgd --lr 0.05 --no-aug --smoothing 0 --warmup-epochs 0 --workers 0'
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Of each process, the one of the tests too: threads that wait for each other on a loaded machine run into the
+    time limit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run(folder, name, *flags, launcher=(), wait=True, environment=None, **options):
     """Start `train.py` in a process of its own."""
     command = [sys.executable, *launcher, '-m', 'vim_timm.train', *BASE.split(), *flags]
