@@ -31,7 +31,7 @@ def step_size(delta: Tensor, delta_bias: Optional[Tensor], softplus: bool) -> Te
 def state_matrix(A: Tensor, is_log: bool, dtype: torch.dtype) -> Tensor:
     """The state matrix's diagonal (D, N); minus infinity becomes a finite number whose decays are 0 all the same, with
     derivatives that are 0 as well, where those of infinity are not a number."""
-    largest_log = 88.0  # exp of it fits float32
+    largest_log = 60.0  # leaves a step's gradient, a sum of products with it, in float32's range
     A = A.to(dtype)
     return -torch.exp(A.clamp(max=largest_log)) if is_log else A.clamp(min=-math.exp(largest_log))
 
