@@ -1,6 +1,67 @@
-"""Kernels as functions of flat operands, the form in which tests draw operands and take gradients."""
+"""Kernels as functions of flat operands, the form in which tests draw operands and take gradients; and whether a kernel
+agrees with the law."""
+
+import torch
 
 from vim_timm.ops import operands
+
+
+def fields(kind):
+    """Names of a class of operands' flat fields."""
+    return [part.split()[-1] for part in operands.schema(kind).split(', ')]
+
+
+def with_gradients(function, given, dtype=None):
+    """Outputs of function(*tensors), and the gradients of a weighted sum of them, by name.
+
+    Args:
+        given: Tensors by name, None for an absent one; those that are not floating point get no gradient.
+        dtype: Of the tensors and weights, None for theirs.
+    """
+    leaves = {}
+    for name, x in given.items():
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x = (x.detach() if dtype is None else x.detach().to(dtype)).requires_grad_()
+        leaves[name] = x
+    outputs = function(*leaves.values())
+    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
+    generator = torch.Generator().manual_seed(0)
+    first = next(iter(given.values()))
+    weights = [torch.randn(y.shape, generator=generator).to(y.device, first.dtype).to(y.dtype) for y in outputs]
+    named = {name: x for name, x in leaves.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+    gradients = torch.autograd.grad(outputs, list(named.values()), weights)
+    found = {f'output {i}' if i else 'output': y.detach() for i, y in enumerate(outputs)}
+    return found | {f'gradient of {name}': g for name, g in zip(named, gradients)}
+
+
+def error(found, wanted):
+    """Norm of the difference over the norm; absolute where nothing is wanted."""
+    difference = float((found.detach().double() - wanted.detach().double()).norm())
+    return difference / float(wanted.detach().norm()) if wanted.norm() > 0 else difference
+
+
+def assert_agrees(function, law, given, tolerance, *, sums=(), rounded=None, zero=()):
+    """Outputs and every gradient of a kernel are those of the law in float64; the message names what is off.
+
+    Args:
+        function, law: Functions of the tensors of `given`, as in `with_gradients`.
+        tolerance: Of errors, see `error`; NaN is never within it.
+        sums: Names of operands whose gradients are sums of what nearly cancels: ten times the tolerance.
+        rounded: The law with intermediate results in the kernel's types: twice its error is allowed on top.
+        zero: Names of operands whose gradients are zero but for rounding: not compared.
+    """
+    found, wanted = with_gradients(function, given), with_gradients(law, given, torch.float64)
+    allowed = {name: 10 * tolerance if name[len('gradient of ') :] in sums else tolerance for name in wanted}
+    if rounded is not None:
+        for name, value in with_gradients(rounded, given, torch.float64).items():
+            allowed[name] += 2 * error(value, wanted[name])
+    assert list(found) == list(wanted)
+    off = {}
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape, name
+        if name[len('gradient of ') :] not in zero and not error(found[name], value) < allowed[name]:
+            off[name] = f'{error(found[name], value):.1e}, not under {allowed[name]:.1e}'
+    assert not off, off
 
 
 def scan(backend):

@@ -1,5 +1,6 @@
 """The fused CUDA kernels agree with the composition that they replace: on a GPU (`-m gpu`) and as C++ on the CPU."""
 
+import functools
 import importlib.util
 import math
 import re
@@ -15,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import vim_timm  # noqa: F401  registers the models
+from tests import kernels
 from vim_timm.layers import BiMamba, bimamba
 from vim_timm.ops import Direction, Mixer, Taps, cuda, mamba_ssm_adapter, use_scan_backend
 from vim_timm.ops.cuda import mixer_op, nvrtc, sizes
@@ -85,10 +87,7 @@ def compose(*tensors, rounded=None):
     return y if out_proj is None else F.linear(travel(y), travel(out_proj), out_bias)
 
 
-def error(found, wanted):
-    """Norm of the difference over the norm; absolute where nothing is wanted."""
-    difference = (found.double() - wanted.double()).norm()
-    return float(difference / wanted.norm()) if wanted.norm() > 0 else float(difference)
+error = kernels.error
 
 
 def with_gradients(function, tensors, weight):
@@ -97,17 +96,12 @@ def with_gradients(function, tensors, weight):
     return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], weight.to(y.dtype))]
 
 
-def assert_agrees(size, dtype, device):
-    """Outputs and every gradient against float64."""
+def assert_fused_agrees(size, dtype, device):
+    """Outputs and every gradient against float64, and what two-byte intermediate results cost in any composition."""
     tensors = operands(**size, device=device, dtype=dtype)
-    weight = torch.randn(size['batch'], size['length'], size.get('out') or size['dim'], device=device)
-    found = with_gradients(mixer, tensors, weight)
-    doubles = [None if t is None else t.double() for t in tensors]
-    wanted = with_gradients(compose, doubles, weight.double())
-    # what two-byte intermediate results cost by themselves, as in any composition under autocast
-    rounding = with_gradients(lambda *t: compose(*t, rounded=dtype), doubles, weight.double())
-    for f, r, w in zip(found, rounding, wanted):
-        assert error(f, w) < 1e-2 + 2 * error(r, w)
+    names = [name for name in kernels.fields(Mixer) if name != 'scale']
+    law = functools.partial(compose, rounded=dtype)
+    kernels.assert_agrees(mixer, compose, dict(zip(names, tensors)), 1e-2, rounded=law)
 
 
 @pytest.fixture
@@ -137,7 +131,7 @@ SIZES = [
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('size', SIZES, ids=str)
 def test_outputs_and_gradients_agree_with_float64(size, dtype, poison):
-    assert_agrees(size, dtype, 'cuda')
+    assert_fused_agrees(size, dtype, 'cuda')
 
 
 SMALL_SIZES = [
@@ -153,7 +147,7 @@ SMALL_SIZES = [
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('size', SMALL_SIZES, ids=str)
 def test_kernels_agree_with_float64_as_plain_cpp(size, dtype, poison, emulator):
-    assert_agrees(size, dtype, 'cpu')
+    assert_fused_agrees(size, dtype, 'cpu')
 
 
 @pytest.mark.parametrize('out', [0, 24])

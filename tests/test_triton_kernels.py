@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vim_timm  # noqa: F401  registers the models
 from tests.golden_data import cases, load
-from tests.kernels import conv, scan
+from tests.kernels import assert_agrees, conv, error, fields, scan, with_gradients
 from vim_timm.ops import Direction, mamba_ssm_adapter, triton_kernels
-from vim_timm.ops.operands import Scan
+from vim_timm.ops.operands import Conv, Scan
 from vim_timm.ops.plain import reference
 
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
@@ -56,29 +56,15 @@ def scan_operands(batch, length, dim, state, dtype=torch.float32, two=True, skip
     return [*direction(), *(direction() if two else [None] * 7), z]
 
 
-def relative_error(found, wanted):
-    """Norm of the difference over the norm; an absolute error where nothing is wanted."""
-    error = (found.detach().double() - wanted.detach().double()).norm()
-    return float(error / wanted.detach().norm().clamp_min(1e-30)) if wanted.norm() > 0 else float(error)
-
-
-def run_with_gradients(function, operands, flags, dtype=None):
-    """Outputs and all gradients of a weighted sum of the outputs."""
-    leaves = [x if x is None else (x.detach() if dtype is None else x.detach().to(dtype)) for x in operands]
-    leaves = [x if x is None else x.requires_grad_() for x in leaves]
-    outputs = function(*leaves, *flags)
-    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(y.shape, generator=generator).to(y.device, operands[0].dtype).to(y.dtype) for y in outputs]
-    gradients = torch.autograd.grad(outputs, [x for x in leaves if x is not None], weights)
-    return [*outputs, *gradients]
+def named(kind, operands):
+    """Operands by the names of a class's fields."""
+    return dict(zip(fields(kind), operands))
 
 
 def assert_close_to_reference(operator, operands, flags, tolerance):
-    found = run_with_gradients(operator(triton_kernels), operands, flags)
-    wanted = run_with_gradients(operator(reference), operands, flags, torch.float64)
-    errors = [relative_error(f, w) for f, w in zip(found, wanted)]
-    assert max(errors) < tolerance, [f'{error:.1e}' for error in errors]
+    kind = Scan if operator is scan else Conv
+    found, law = (lambda *x, backend=backend: operator(backend)(*x, *flags) for backend in (triton_kernels, reference))
+    assert_agrees(found, law, named(kind, operands), tolerance)
 
 
 @pytest.mark.skipif(GPU or INTERPRETER, reason='this run has the kernels itself')
@@ -139,13 +125,15 @@ def test_scan_agrees_with_the_reference_at_full_size(batch, length, dim, state, 
 @pytest.mark.parametrize('dtype', RELATIVE, ids=str)
 def test_scan_is_no_less_accurate_than_mamba_ssm(dtype):
     operands = scan_operands(8, 197, 384, 16, dtype)
-    wanted = run_with_gradients(scan(reference), operands, (0.5, True, True), torch.float64)
-    ours, theirs = (
-        [relative_error(f, w) for f, w in zip(run_with_gradients(scan(backend), operands, (0.5, True, True)), wanted)]
-        for backend in (triton_kernels, mamba_ssm_adapter)
-    )
+
+    def results(backend, precision=None):
+        return with_gradients(lambda *x: scan(backend)(*x, 0.5, True, True), named(Scan, operands), precision)
+
+    wanted = results(reference, torch.float64)
+    ours, theirs = results(triton_kernels), results(mamba_ssm_adapter)
+    errors = {name: (error(ours[name], w), error(theirs[name], w)) for name, w in wanted.items()}
     # noise where both round in the last place
-    assert all(a < 1.1 * b + 1e-6 for a, b in zip(ours, theirs)), list(zip(ours, theirs))
+    assert all(a < 1.1 * b + 1e-6 for a, b in errors.values()), errors
 
 
 @kernels
@@ -196,8 +184,9 @@ def test_convolution_agrees_with_the_reference(case, poison):
 @kernels
 def test_two_runs_are_bit_equal():
     operands = scan_operands(1, 9, 16, 4) if INTERPRETER else scan_operands(64, 197, 384, 16, torch.bfloat16)
-    first, second = (run_with_gradients(triton_scan, operands, (0.5, True, True)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    given = named(Scan, operands)
+    first, second = (with_gradients(lambda *x: triton_scan(*x, 0.5, True, True), given) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @kernels
@@ -300,7 +289,7 @@ def test_kernels_compile_within_the_shared_memory_of_every_gpu(target):
     command = [sys.executable, '-m', 'vim_timm.ops.triton_kernels.compile_targets', '--targets', target]
     result = subprocess.run([*command, '--dims', '384'], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-2000:]
-    assert 'scan_backward' in result.stdout and 'conv_backward' in result.stdout
+    assert all(name in result.stdout for name in ('scan_backward', 'conv_backward', 'chunk_backward_matrices'))
 
 
 @only_gpu

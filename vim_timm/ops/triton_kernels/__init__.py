@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import operands
 from ..plain import reference
-from . import grid_mixer_op, scan_op, ssd_op  # noqa: F401  define the operators
+from . import grid_mixer_op, scan_op, ssd_launch, ssd_op  # noqa: F401  define the operators
 from .conv_op import MAX_WIDTH
 from .launch import INTERPRET, MAX_STATE
 
@@ -82,12 +82,12 @@ def conv_limit(given: operands.Conv) -> str:
 
 
 def ssd_limit(given: operands.Ssd) -> str:
-    return limit(given.x) or ssd_op.size_limit(given.x.shape[1], given.x.shape[3], given.B.shape[2])
+    return limit(given.x) or ssd_launch.size_limit(given.x.shape[1], given.x.shape[3], given.B.shape[2])
 
 
 def grid_mixer_limit(given: operands.GridMixer) -> str:
     headdim = given.norm.shape[0] // given.A_log.shape[1]
-    return limit(given.zxbcdt) or ssd_op.size_limit(given.zxbcdt.shape[1], headdim, given.state)
+    return limit(given.zxbcdt) or ssd_launch.size_limit(given.zxbcdt.shape[1], headdim, given.state)
 
 
 def _absent(*tensors: Optional[Tensor]) -> Tuple[bool, ...]:

@@ -111,20 +111,20 @@ def compile_conv(capability: int, compiled: Compiled, dim: int, dtype: torch.dty
     conv.backward(y, y_b)
 
 
-def compile_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
-    """The inside of a Vision Mamba 2 mixer on a grid of 14 x 14, forward and backward."""
+def compile_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype, side: int) -> None:
+    """The inside of a Vision Mamba 2 mixer on a square grid, forward and backward."""
     from .. import operands
-    from . import decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_kernels
+    from . import decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels
     from .grid_mixer_op import GridMixer
 
     state, heads = 64, dim // 64
     width = 2 * dim + 2 * state + 8 * math.ceil(heads / 8)
-    zxbcdt = torch.empty([2, 196, width], dtype=dtype, device='meta')
+    zxbcdt = torch.empty([2, side * side, width], dtype=dtype, device='meta')
     shapes = ([dim + 2 * state, 9], [dim + 2 * state], [heads], [2, heads], [heads], [dim])
     given: Any = [torch.empty(shape, device='meta') for shape in shapes]
-    given += [1e-5, state, True, 0, 14, 14]
+    given += [1e-5, state, True, 0, side, side]
     mixer: Any = GridMixer(operands.GridMixer(zxbcdt, *given))
-    modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_kernels)
+    modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels)
     mixer.kernels = {module.__name__.rsplit('.')[-1]: Recorder(module, capability, compiled) for module in modules}
     out, *kept = mixer.forward()
     mixer.backward(out, *kept)
@@ -150,7 +150,8 @@ def check(capability: int, dim: int, state: int, dtype: torch.dtype) -> bool:
     compiled: Compiled = {}
     compile_scan(capability, compiled, dim, state, dtype)
     compile_conv(capability, compiled, dim, dtype)
-    compile_grid_mixer(capability, compiled, dim, dtype)
+    for side in (14, 32):  # the latter in chunks
+        compile_grid_mixer(capability, compiled, dim, dtype, side)
     fits = True
     for key, kernel in compiled.items():
         registers, stack = registers_and_stack(kernel.asm['cubin'])

@@ -26,13 +26,16 @@ def moving(MOVES, tokens, inside, prefix, HAS_MOVES: tl.constexpr):
         return tl.where(tokens < prefix, 0.0, 1.0)
 
 
-@triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width'])
+@triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'span'])
 def decay_forward(
-    RAW, BIAS, A_LOG, VISITS, MOVES, DT, S, length, heads, prefix, height, width, RAW_sb, RAW_sl, VISITS_sb,
+    RAW, BIAS, A_LOG, VISITS, MOVES, DT, S, length, heads, prefix, height, width, span, RAW_sb, RAW_sl, VISITS_sb,
     HAS_BIAS: tl.constexpr, TABLE: tl.constexpr, HAS_MOVES: tl.constexpr, FIRST_COLUMNS: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """DT (batch, H, L) and S (batch, orders, H, L), times log2(e), from RAW (batch, L, H) of any row stride."""
+    """DT (batch, H, L) and S (batch, orders, H, L), times log2(e), from RAW (batch, L, H) of any row stride.
+
+    A program takes `span` tokens, with which s begins anew.
+    """
     order, orders = tl.program_id(0), tl.num_programs(0)
     entry = tl.program_id(1).to(tl.int64)
     h = tl.arange(0, BH)[None, :]
@@ -46,7 +49,8 @@ def decay_forward(
     if HAS_BIAS:
         bias = tl.load(BIAS + h, mask=in_heads, other=0.0).to(tl.float32)
     before = tl.zeros([BH], tl.float32)
-    for start in range(0, length, BT):
+    first = tl.program_id(2) * span
+    for start in range(first, tl.minimum(first + span, length), BT):
         t = start + tl.arange(0, BT)
         by_columns = (order > 0) | FIRST_COLUMNS
         token = visited(VISITS, t, length, by_columns, prefix, height, width, TABLE)[:, None]

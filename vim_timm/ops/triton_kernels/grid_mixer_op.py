@@ -15,7 +15,8 @@ from .. import operands
 from ..operands import schema
 from ..registration import Kernel, grid_mixer_flops, register
 from .launch import INTERPRET, multiprocessors, or_else
-from .ssd_op import Grid, Ssd, sum_dtype
+from .ssd_launch import Grid, Ssd, sum_dtype
+from .ssd_op import ssd_of
 
 
 class ConvLaunch(NamedTuple):
@@ -130,9 +131,9 @@ class GridMixer:
     """The operands as the kernels take them, and the launches of one call."""
 
     def __init__(self, given: operands.GridMixer) -> None:
-        from . import decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_kernels
+        from . import decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels
 
-        modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_kernels)
+        modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels)
         self.kernels: Dict[str, Any] = {module.__name__.rsplit('.')[-1]: module for module in modules}
         self.given = given
         self.zxbcdt = given.zxbcdt if given.zxbcdt.stride(-1) == 1 else given.zxbcdt.contiguous()
@@ -152,8 +153,9 @@ class GridMixer:
         x = xbc[..., : self.dim].unflatten(-1, (self.heads, self.dim // self.heads))
         B, C = xbc[..., self.dim :].split(self.state, -1)
         delta, given = self.split(self.zxbcdt)[2][..., : self.heads], self.given
-        ssd = Ssd(operands.Ssd(x, delta, given.A_log, B, C, given.D, given.delta_bias, given.rows), self.grid)
-        ssd.kernels, ssd.decay_kernels = self.kernels['ssd_kernels'], self.kernels['decay_kernels']
+        ssd = ssd_of(operands.Ssd(x, delta, given.A_log, B, C, given.D, given.delta_bias, given.rows), self.grid)
+        ssd.kernels, ssd.chunk_kernels = self.kernels['ssd_kernels'], self.kernels['ssd_chunk_kernels']
+        ssd.decay_kernels = self.kernels['decay_kernels']
         return ssd
 
     def gated_norm(self, y: Tensor) -> GatedNorm:

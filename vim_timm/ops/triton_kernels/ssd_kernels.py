@@ -147,49 +147,12 @@ def signed(edges, own, other):
     return tl.where(own[:, None] > other[None, :], -edges, edges)
 
 
-@triton.jit
-def value_gradients(
-    x, dt, own, own_2, scores, grad_x, grad_dt, edges, edges_2,
-    GRAD_Y, S, S_2, ROWS, ROWS_2, first, length, stride,
-    P: tl.constexpr, SIZE: tl.constexpr, TWO: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """One head's gradients from the tokens i of one piece (columns), added to those of the program's j (rows).
-
-    All lack dt_j, except ROWS, which gets the signed sums over j of E_ij; edges are those over i.
-    """
-    others = first + tl.arange(0, SIZE)
-    inside = others < length
-    grad_y = load_tokens(GRAD_Y, others, length, stride, P)
-    grad = product(x, tl.trans(grad_y), PRECISION)
-    other = load_scalars(S, others, length)
-    mask = distance(own, other, FAST)
-    scores = unpacked(scores, PRECISION, FAST)
-    grad *= scores
-    edge = grad * mask
-    grad_dt += tl.sum(edge, 1)
-    edge = signed(edge, own, other)
-    edges += tl.sum(edge, 1)
-    tl.store(ROWS + others, tl.sum(edge * dt[:, None], 0), mask=inside)
-    if TWO:
-        other = load_scalars(S_2, others, length)
-        mask_2 = distance(own_2, other, FAST)
-        edge = grad * mask_2
-        grad_dt += tl.sum(edge, 1)
-        edge = signed(edge, own_2, other)
-        edges_2 += tl.sum(edge, 1)
-        tl.store(ROWS_2 + others, tl.sum(edge * dt[:, None], 0), mask=inside)
-        mask += mask_2
-    grad_x += product(scores * mask, grad_y, PRECISION)
-    return grad_x, grad_dt, edges, edges_2
-
-
 @triton.jit(do_not_specialize=['length', 'heads', 'group'])
 def ssd_backward_values(
     X, B, C, DT, S, D, GRAD_Y, GRAD_X, GRAD_DT, EDGES, ROWS, GRAD_D,
     length, heads, group, X_sb, X_sl, B_sb, B_sl, Y_sb, Y_sl, G_sb, G_sl,
-    HAS_D: tl.constexpr, TWO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
+    HAS_D: tl.constexpr, TWO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """GRAD_X as Y. Float32: GRAD_DT as DT, EDGES as S, ROWS (blocks, batch, orders, H, L), GRAD_D (batch, blocks, H).
 
@@ -213,14 +176,6 @@ def ssd_backward_values(
     EDGES += entry * ORDERS * heads * length
     ROWS += (block * entries + entry) * ORDERS * heads * length
     b = load_tokens(B + entry * B_sb, tokens, length, B_sl, N)
-    scores_0 = scores_with(b, C, 0, length, B_sl, N, N0, HALF, PRECISION)
-    scores_1, scores_2, scores_3 = scores_0, scores_0, scores_0
-    if N1 > 0:
-        scores_1 = scores_with(b, C, N0, length, B_sl, N, N1, HALF, PRECISION)
-    if N2 > 0:
-        scores_2 = scores_with(b, C, N0 + N1, length, B_sl, N, N2, HALF, PRECISION)
-    if N3 > 0:
-        scores_3 = scores_with(b, C, N0 + N1 + N2, length, B_sl, N, N3, HALF, PRECISION)
     for head in range(first_head, tl.minimum(first_head + group, heads)):
         at, at_2 = head * length, (heads + head) * length
         x = load_tokens(X + head * P, tokens, length, X_sl, P)
@@ -229,41 +184,39 @@ def ssd_backward_values(
         own_2 = own
         if TWO:
             own_2 = load_scalars(S + at_2, tokens, length)
-        grad_x = tl.zeros([BM, P], tl.float32)
-        grad_dt = tl.zeros([BM], tl.float32)
-        edges, edges_2 = grad_dt, grad_dt
-        dy = GRAD_Y + head * P
-        grad_x, grad_dt, edges, edges_2 = value_gradients(
-            x, dt, own, own_2, scores_0, grad_x, grad_dt, edges, edges_2,
-            dy, S + at, S + at_2, ROWS + at, ROWS + at_2, 0, length, Y_sl, P, N0, TWO, PRECISION, FAST,
-        )  # fmt: skip
-        if N1 > 0:
-            grad_x, grad_dt, edges, edges_2 = value_gradients(
-                x, dt, own, own_2, scores_1, grad_x, grad_dt, edges, edges_2,
-                dy, S + at, S + at_2, ROWS + at, ROWS + at_2, N0, length, Y_sl, P, N1, TWO, PRECISION, FAST,
-            )  # fmt: skip
-        if N2 > 0:
-            grad_x, grad_dt, edges, edges_2 = value_gradients(
-                x, dt, own, own_2, scores_2, grad_x, grad_dt, edges, edges_2,
-                dy, S + at, S + at_2, ROWS + at, ROWS + at_2, N0 + N1, length, Y_sl, P, N2, TWO, PRECISION, FAST,
-            )  # fmt: skip
-        if N3 > 0:
-            grad_x, grad_dt, edges, edges_2 = value_gradients(
-                x, dt, own, own_2, scores_3, grad_x, grad_dt, edges, edges_2,
-                dy, S + at, S + at_2, ROWS + at, ROWS + at_2, N0 + N1 + N2, length, Y_sl, P, N3, TWO, PRECISION, FAST,
-            )  # fmt: skip
-        grad_x *= dt[:, None]
+        grad_v = tl.zeros([BM, P], tl.float32)  # of what lacks dt_j
+        edges = tl.zeros([BM], tl.float32)
+        edges_2 = edges
+        for first in range(0, length, SIZE):
+            others = first + tl.arange(0, SIZE)
+            scores = product(b, tl.trans(load_tokens(C, others, length, B_sl, N)), PRECISION) * HALF
+            grad_y = load_tokens(GRAD_Y + head * P, others, length, Y_sl, P)
+            other = load_scalars(S + at, others, length)
+            mask = distance(own, other, FAST)
+            grad = product(x, tl.trans(grad_y), PRECISION) * scores * dt[:, None]
+            edge = signed(grad * mask, own, other)
+            edges += tl.sum(edge, 1)
+            tl.store(ROWS + at + others, tl.sum(edge, 0), mask=others < length)
+            if TWO:
+                other = load_scalars(S + at_2, others, length)
+                mask_2 = distance(own_2, other, FAST)
+                edge = signed(grad * mask_2, own_2, other)
+                edges_2 += tl.sum(edge, 1)
+                tl.store(ROWS + at_2 + others, tl.sum(edge, 0), mask=others < length)
+                mask += mask_2
+            grad_v += product(scores * mask, grad_y, PRECISION)
+        grad_x = grad_v * dt[:, None]
         if HAS_D:
-            own_dy = load_tokens(dy, tokens, length, Y_sl, P).to(tl.float32)
+            own_dy = load_tokens(GRAD_Y + head * P, tokens, length, Y_sl, P).to(tl.float32)
             grad_x += tl.load(D + head).to(tl.float32) * own_dy
             skipped = tl.sum(tl.sum(own_dy * x.to(tl.float32), 1), 0)
             tl.store(GRAD_D + (entry * blocks + block) * heads + head, skipped)
         to = GRAD_X + head * P + tokens[:, None] * G_sl + tl.arange(0, P)[None, :]
         tl.store(to, grad_x.to(GRAD_X.dtype.element_ty), mask=inside[:, None])
-        tl.store(GRAD_DT + at + tokens, grad_dt, mask=inside)
-        tl.store(EDGES + at + tokens, edges * dt, mask=inside)
+        tl.store(GRAD_DT + at + tokens, tl.sum(grad_v * x.to(tl.float32), 1), mask=inside)
+        tl.store(EDGES + at + tokens, edges, mask=inside)
         if TWO:
-            tl.store(EDGES + at_2 + tokens, edges_2 * dt, mask=inside)
+            tl.store(EDGES + at_2 + tokens, edges_2, mask=inside)
 
 
 @triton.jit

@@ -1,0 +1,231 @@
+"""Triton kernels of the symmetric state space dual for long sequences, of one order of tokens at a time.
+
+The order cuts the sequence into chunks of BT tokens. `chunk_states` walks over the chunks, from the first and from the
+last, and keeps the state with which each is entered: sums over the tokens before it, and over those behind it. All else
+is done by programs that own one chunk of one image: products inside the chunk, whose scores all heads share, and
+products with both states. As they own their tokens in both roles, i and j, every gradient is complete in them. Of two
+orders the second runs first and leaves its sums in PART, float32, to which the first adds. No sum depends on timing.
+
+s counts from the start of a chunk, times log2(e), so every exponent is small and at most 0. Steps are halved where two
+orders are averaged.
+"""
+
+import triton
+import triton.language as tl
+
+from .decay_kernels import visited
+from .math import exp2
+from .ssd_kernels import as_operand, distance, product, unpacked
+
+
+@triton.jit
+def load_rows(pointer, tokens, inside, stride, COLUMNS: tl.constexpr):
+    """Rows of a matrix at any tokens, zeros where there is none."""
+    at = pointer + tl.cast(tokens, tl.int64)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
+    return tl.load(at, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, tokens, inside, stride, value, COLUMNS: tl.constexpr):
+    at = pointer + tl.cast(tokens, tl.int64)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
+    tl.store(at, value.to(pointer.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def load_state(STATES, head, chunk, chunks, direction_size, N: tl.constexpr, P: tl.constexpr):
+    """A head's states (N, P) with which a chunk is entered from the first token and from the last."""
+    matrix = tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
+    at = STATES + (head * chunks + chunk) * (N * P) + matrix
+    return tl.load(at), tl.load(at + direction_size)
+
+
+@triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'order'])
+def chunk_states(
+    ROWS, VALUES, DT, S, VISITS, STATES, length, heads, prefix, height, width, order,
+    ROWS_sb, ROWS_sl, VALUES_sb, VALUES_sl, VISITS_sb,
+    WEIGHTED: tl.constexpr, ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """STATES (2, batch, H, chunks, N, P): sums of rows_j values_j^T, decayed to the chunk's start or end.
+
+    ROWS (batch, L, N), VALUES (batch, L, H, P), times steps if WEIGHTED.
+    """
+    head, backward = tl.program_id(0), tl.program_id(1)
+    entry, entries = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    chunks = tl.cdiv(length, BT)
+    ROWS += entry * ROWS_sb
+    VALUES += entry * VALUES_sb + head * P
+    VISITS += entry * VISITS_sb
+    DT += (entry * heads + head) * length
+    S += ((entry * ORDERS + order) * heads + head) * length
+    matrix = tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
+    STATES += ((backward * entries + entry) * heads + head) * chunks * (N * P) + matrix
+    state = tl.zeros([N, P], tl.float32)
+    for step in range(chunks):
+        chunk = tl.where(backward == 1, chunks - 1 - step, step)
+        tl.store(STATES + chunk * (N * P), state.to(STATES.dtype.element_ty))
+        t = chunk * BT + tl.arange(0, BT)
+        inside = t < length
+        tokens = visited(VISITS, t, length, BY_COLUMNS, prefix, height, width, TABLE)
+        s = tl.load(S + tokens, mask=inside, other=0.0)
+        whole = tl.max(s, 0)
+        weight = exp2(-tl.where(backward == 1, s, whole - s), FAST)
+        if WEIGHTED:
+            weight *= tl.load(DT + tokens, mask=inside, other=0.0) / ORDERS
+        values = load_rows(VALUES, tokens, inside, VALUES_sl, P).to(tl.float32) * weight[:, None]
+        rows = load_rows(ROWS, tokens, inside, ROWS_sl, N)
+        state = state * exp2(-whole, FAST) + product(tl.trans(rows), values, PRECISION)
+
+
+@triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'order'])
+def chunk_forward(
+    X, B, C, DT, S, D, VISITS, STATES, PART, Y, length, heads, prefix, height, width, order,
+    X_sb, X_sl, B_sb, B_sl, Y_sb, Y_sl, VISITS_sb,
+    HAS_D: tl.constexpr, HAS_PART: tl.constexpr, ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Y (batch, L, H, P) of any row stride: one order's sums, with PART and D x. DT and S as in `ssd_forward`."""
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    entry, entries = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    size = entries.to(tl.int64) * heads * chunks * (N * P)
+    t = chunk * BT + tl.arange(0, BT)
+    inside = t < length
+    tokens = visited(VISITS + entry * VISITS_sb, t, length, BY_COLUMNS, prefix, height, width, TABLE)
+    X += entry * X_sb
+    Y += entry * Y_sb
+    PART += entry * length * heads * P
+    DT += entry * heads * length
+    S += (entry * ORDERS + order) * heads * length
+    STATES += entry * heads * chunks * (N * P)
+    b = load_rows(B + entry * B_sb, tokens, inside, B_sl, N)
+    c = load_rows(C + entry * B_sb, tokens, inside, B_sl, N)
+    scores = as_operand(product(c, tl.trans(b), PRECISION), PRECISION)
+    for head in range(heads):
+        s = tl.load(S + head * length + tokens, mask=inside, other=0.0)
+        dt = tl.load(DT + head * length + tokens, mask=inside, other=0.0) / ORDERS
+        x = load_rows(X + head * P, tokens, inside, X_sl, P)
+        mask = distance(s, s, FAST) * dt[None, :]
+        y = product(unpacked(scores, PRECISION, FAST) * mask, x, PRECISION)
+        ahead, back = load_state(STATES, head, chunk, chunks, size, N, P)
+        y += product(c, ahead, PRECISION) * exp2(-s, FAST)[:, None]
+        y += product(c, back, PRECISION) * exp2(s - tl.max(s, 0), FAST)[:, None]
+        if HAS_D:
+            y += tl.load(D + head).to(tl.float32) * x.to(tl.float32)
+        if HAS_PART:
+            y += load_rows(PART + head * P, tokens, inside, heads * P, P)
+        store_rows(Y + head * P, tokens, inside, Y_sl, y, P)
+
+
+@triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'order'])
+def chunk_backward_values(
+    X, B, C, DT, S, D, VISITS, STATES, GRAD_STATES, GRAD_Y, PART, GRAD_X, GRAD_DT, GRAD_S, GRAD_D,
+    length, heads, prefix, height, width, order, X_sb, X_sl, B_sb, B_sl, Y_sb, Y_sl, G_sb, G_sl, VISITS_sb,
+    HAS_D: tl.constexpr, HAS_PART: tl.constexpr, ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """GRAD_X as Y of `chunk_forward`. Float32: GRAD_DT as DT, to which the first order adds, GRAD_S as S, and GRAD_D
+    (batch, chunks, H).
+
+    GRAD_STATES are states of C and GRAD_Y: a mask is its own transpose, so values' gradients are this operator with B
+    and C in each other's place. With E_ij = grad_y_i . x_j dt_j (C_i . B_j) M_ij, the gradient of s_k is
+    sum_i sign(i - k) E_ik - sum_j sign(k - j) E_kj; outside the chunk these are products with states.
+    """
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    entry, entries = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    size = entries.to(tl.int64) * heads * chunks * (N * P)
+    own = tl.arange(0, BT)
+    t = chunk * BT + own
+    inside = t < length
+    tokens = visited(VISITS + entry * VISITS_sb, t, length, BY_COLUMNS, prefix, height, width, TABLE)
+    X += entry * X_sb
+    GRAD_Y += entry * Y_sb
+    GRAD_X += entry * G_sb
+    PART += entry * length * heads * P
+    DT += entry * heads * length
+    GRAD_DT += entry * heads * length
+    S += (entry * ORDERS + order) * heads * length
+    GRAD_S += (entry * ORDERS + order) * heads * length
+    STATES += entry * heads * chunks * (N * P)
+    GRAD_STATES += entry * heads * chunks * (N * P)
+    b = load_rows(B + entry * B_sb, tokens, inside, B_sl, N)
+    c = load_rows(C + entry * B_sb, tokens, inside, B_sl, N)
+    scores = as_operand(product(b, tl.trans(c), PRECISION), PRECISION)  # of j (rows) with i (columns)
+    for head in range(heads):
+        at = head * length + tokens
+        s = tl.load(S + at, mask=inside, other=0.0)
+        dt = tl.load(DT + at, mask=inside, other=0.0) / ORDERS
+        from_start, to_end = exp2(-s, FAST)[:, None], exp2(s - tl.max(s, 0), FAST)[:, None]
+        x = load_rows(X + head * P, tokens, inside, X_sl, P)
+        grad_y = load_rows(GRAD_Y + head * P, tokens, inside, Y_sl, P)
+        masked = unpacked(scores, PRECISION, FAST) * distance(s, s, FAST)
+        grad_v = product(masked, grad_y, PRECISION)
+        edge = product(x, tl.trans(grad_y), PRECISION) * masked * dt[:, None]
+        edge = tl.where(own[:, None] < own[None, :], edge, tl.where(own[:, None] > own[None, :], -edge, 0.0))
+        grad_s = tl.sum(edge, 1)
+        rows = tl.sum(edge, 0)
+        ahead, back = load_state(GRAD_STATES, head, chunk, chunks, size, N, P)
+        before = product(b, ahead, PRECISION) * from_start
+        behind = product(b, back, PRECISION) * to_end
+        grad_v += before + behind
+        grad_s += tl.sum((behind - before) * x.to(tl.float32), 1) * dt
+        ahead, back = load_state(STATES, head, chunk, chunks, size, N, P)
+        read = product(c, ahead, PRECISION) * from_start - product(c, back, PRECISION) * to_end
+        grad_s -= tl.sum(read * grad_y.to(tl.float32), 1)
+        tl.store(GRAD_S + at, grad_s - rows, mask=inside)
+        grad_dt = tl.sum(grad_v * x.to(tl.float32), 1) / ORDERS
+        grad_x = grad_v * dt[:, None]
+        if HAS_D:
+            grad_x += tl.load(D + head).to(tl.float32) * grad_y.to(tl.float32)
+            skipped = tl.sum(tl.sum(grad_y.to(tl.float32) * x.to(tl.float32), 1), 0)
+            tl.store(GRAD_D + (entry * chunks + chunk) * heads + head, skipped)
+        if HAS_PART:
+            grad_dt += tl.load(GRAD_DT + at, mask=inside, other=0.0)
+            grad_x += load_rows(PART + head * P, tokens, inside, heads * P, P)
+        tl.store(GRAD_DT + at, grad_dt, mask=inside)
+        store_rows(GRAD_X + head * P, tokens, inside, G_sl, grad_x, P)
+
+
+@triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'order'])
+def chunk_backward_matrices(
+    X, B, C, DT, S, VISITS, STATES, GRAD_STATES, GRAD_Y, GRAD_B, GRAD_C,
+    length, heads, prefix, height, width, order, X_sb, X_sl, B_sb, B_sl, Y_sb, Y_sl, VISITS_sb,
+    ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """GRAD_B and GRAD_C (orders, batch, L, N), float32: one order's part."""
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    entry, entries = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    size = entries.to(tl.int64) * heads * chunks * (N * P)
+    t = chunk * BT + tl.arange(0, BT)
+    inside = t < length
+    tokens = visited(VISITS + entry * VISITS_sb, t, length, BY_COLUMNS, prefix, height, width, TABLE)
+    X += entry * X_sb
+    GRAD_Y += entry * Y_sb
+    DT += entry * heads * length
+    S += (entry * ORDERS + order) * heads * length
+    STATES += entry * heads * chunks * (N * P)
+    GRAD_STATES += entry * heads * chunks * (N * P)
+    grad_scores = tl.zeros([BT, BT], tl.float32)  # of j (rows) with i (columns)
+    grad_b = tl.zeros([BT, N], tl.float32)
+    grad_c = tl.zeros([BT, N], tl.float32)
+    for head in range(heads):
+        at = head * length + tokens
+        s = tl.load(S + at, mask=inside, other=0.0)
+        dt = tl.load(DT + at, mask=inside, other=0.0) / ORDERS
+        from_start, to_end = exp2(-s, FAST)[:, None], exp2(s - tl.max(s, 0), FAST)[:, None]
+        v = load_rows(X + head * P, tokens, inside, X_sl, P).to(tl.float32) * dt[:, None]
+        grad_y = load_rows(GRAD_Y + head * P, tokens, inside, Y_sl, P).to(tl.float32)
+        grad_scores += product(v, tl.trans(grad_y), PRECISION) * distance(s, s, FAST)
+        ahead, back = load_state(GRAD_STATES, head, chunk, chunks, size, N, P)
+        grad_b += product(v * from_start, tl.trans(ahead), PRECISION)
+        grad_b += product(v * to_end, tl.trans(back), PRECISION)
+        ahead, back = load_state(STATES, head, chunk, chunks, size, N, P)
+        grad_c += product(grad_y * from_start, tl.trans(ahead), PRECISION)
+        grad_c += product(grad_y * to_end, tl.trans(back), PRECISION)
+    b = load_rows(B + entry * B_sb, tokens, inside, B_sl, N)
+    c = load_rows(C + entry * B_sb, tokens, inside, B_sl, N)
+    grad_b += product(grad_scores, c, PRECISION)
+    grad_c += product(tl.trans(grad_scores), b, PRECISION)
+    to = (order * entries + entry) * length * N
+    store_rows(GRAD_B + to, tokens, inside, N, grad_b, N)
+    store_rows(GRAD_C + to, tokens, inside, N, grad_c, N)

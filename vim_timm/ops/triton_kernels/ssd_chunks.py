@@ -1,0 +1,105 @@
+"""Launches of the symmetric state space dual's kernels for long sequences: chunks, and states between them."""
+
+import math
+from typing import Dict, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .launch import or_else
+from .ssd_launch import Ssd
+
+
+class ChunkLaunch(NamedTuple):
+    """Warps and stages of a program, which has a chunk's tokens."""
+
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> Dict[str, int]:
+        return {'num_warps': self.warps, 'num_stages': self.stages}
+
+
+CHUNK = 64  # tokens
+STATES = ChunkLaunch(4, 2)
+FORWARD = ChunkLaunch(4, 2)
+BACKWARD_VALUES = ChunkLaunch(8, 1)
+BACKWARD_MATRICES = ChunkLaunch(8, 1)
+
+
+class ChunkedSsd(Ssd):
+    """`Ssd` for any length."""
+
+    span = CHUNK
+
+    def cut(self) -> Dict[str, int]:
+        return {'ORDERS': self.orders, 'BT': CHUNK}
+
+    @property
+    def chunks(self) -> int:
+        return math.ceil(self.length / CHUNK)
+
+    def visits(self, order: int) -> Tuple[Tuple[int, ...], int, Dict[str, bool]]:
+        """How an order visits tokens: integers that follow length and heads, the stride of a table, constants."""
+        by_columns = order > 0 or self.decay_constants['FIRST_COLUMNS']
+        constants = {'BY_COLUMNS': bool(by_columns), 'TABLE': self.columns is not None}
+        return (*self.grid, order), self.decay_strides()[2], constants
+
+    def states(self, rows: Tensor, values: Tensor, dt: Tensor, s: Tensor, order: int, weighted: bool) -> Tensor:
+        """States (2, B, H, chunks, N, P) of one order with which chunks are entered from both ends."""
+        dtype = torch.bfloat16 if self.constants['PRECISION'] == 'bf16' else torch.float32  # as products take them
+        found = self.empty(2, self.batch, self.heads, self.chunks, self.state, self.headdim, dtype=dtype)
+        at, stride, constants = self.visits(order)
+        self.chunk_kernels.chunk_states[self.heads, 2, self.batch](
+            rows, values, dt, s, or_else(self.columns, self.x), found, self.length, self.heads, *at,
+            *rows.stride()[:2], *values.stride()[:2], stride, WEIGHTED=weighted,
+            **constants, **self.constants, **STATES.constants,
+        )  # fmt: skip
+        return found
+
+    def forward(self, dt: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        y = self.empty(*self.x.shape, dtype=dtype)
+        part: Optional[Tensor] = self.empty(*self.x.shape) if self.orders == 2 else None
+        for order in range(self.orders - 1, -1, -1):
+            last = order == 0
+            to = y if last else or_else(part, y)
+            has_part, has_D = last and part is not None, last and self.D is not None
+            states = self.states(self.B, self.x, dt, s, order, True)
+            at, stride, constants = self.visits(order)
+            self.chunk_kernels.chunk_forward[self.chunks, self.batch](
+                self.x, self.B, self.C, dt, s, or_else(self.D, self.x), or_else(self.columns, self.x), states,
+                or_else(part, y), to, self.length, self.heads, *at,
+                *self.x.stride()[:2], *self.B.stride()[:2], *to.stride()[:2], stride,
+                HAS_D=has_D, HAS_PART=has_part, **constants, **self.constants, **FORWARD.constants,
+            )  # fmt: skip
+        return y
+
+    def gradients(self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor) -> Tuple[Tensor, ...]:
+        """As `Ssd.gradients`; the gradient of s has no second part."""
+        grad_dt, grad_s = torch.empty_like(dt), torch.empty_like(s)
+        grad_D = self.empty(self.batch * self.chunks, self.heads)
+        grad_B = self.empty(self.orders, self.batch, self.length, self.state)
+        grad_C = torch.empty_like(grad_B)
+        part: Optional[Tensor] = self.empty(*self.x.shape) if self.orders == 2 else None
+        for order in range(self.orders - 1, -1, -1):
+            last = order == 0
+            to = grad_x if last else or_else(part, grad_x)
+            has_part, has_D = last and part is not None, last and self.D is not None
+            states = self.states(self.B, self.x, dt, s, order, True)
+            grad_states = self.states(self.C, grad, dt, s, order, False)
+            at, stride, constants = self.visits(order)
+            visits = or_else(self.columns, self.x)
+            inputs = (*self.x.stride()[:2], *self.B.stride()[:2], *grad.stride()[:2])
+            self.chunk_kernels.chunk_backward_values[self.chunks, self.batch](
+                self.x, self.B, self.C, dt, s, or_else(self.D, self.x), visits, states, grad_states, grad,
+                or_else(part, grad_x), to, grad_dt, grad_s, grad_D, self.length, self.heads, *at, *inputs,
+                *to.stride()[:2], stride, HAS_D=has_D, HAS_PART=has_part,
+                **constants, **self.constants, **BACKWARD_VALUES.constants,
+            )  # fmt: skip
+            self.chunk_kernels.chunk_backward_matrices[self.chunks, self.batch](
+                self.x, self.B, self.C, dt, s, visits, states, grad_states, grad, grad_B, grad_C,
+                self.length, self.heads, *at, *inputs, stride,
+                **constants, **self.constants, **BACKWARD_MATRICES.constants,
+            )  # fmt: skip
+        return grad_dt, grad_s, grad_s[:0], grad_D, grad_B, grad_C

@@ -1,0 +1,202 @@
+"""Launches of the symmetric state space dual's kernels, for sequences whose row of scores fits into registers."""
+
+import functools
+import itertools
+import math
+from typing import Dict, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import operands
+from .launch import INTERPRET, common_rows, or_else
+
+MAX_LENGTH = 256  # a program has a row of scores in registers
+
+
+class Launch(NamedTuple):
+    """Tokens of a program, its warps and stages, and programs over which the heads of a token are spread."""
+
+    block: int
+    warps: int
+    stages: int
+    groups: int
+
+    @property
+    def constants(self) -> Dict[str, int]:
+        return {'BM': self.block, 'num_warps': self.warps, 'num_stages': self.stages}
+
+
+FORWARD = Launch(64, 4, 1, 1)
+BACKWARD_VALUES = Launch(64, 4, 1, 1)
+VALUES_SIZE = 32  # tokens i of a step of the gradients of values
+BACKWARD_SCORES = Launch(64, 4, 2, 1)
+
+
+class Grid(NamedTuple):
+    """Where tokens stand whose orders need no table: a grid behind `prefix` tokens."""
+
+    prefix: int
+    height: int
+    width: int
+
+
+@functools.lru_cache(maxsize=None)
+def pieces(length: int) -> Tuple[int, ...]:
+    """Four sizes, 16 to 64 or 0 for none, that cover a sequence of up to 256 tokens with the least waste."""
+    covers = (c for c in itertools.combinations_with_replacement((64, 32, 16, 0), 4) if sum(c) >= length)
+    return min(covers, key=lambda c: (sum(c), -c.count(0)))
+
+
+def size_limit(length: int, headdim: int, state: int) -> str:
+    """Why a program cannot hold its tiles, in one sentence, or ''."""
+    for name, size in (('headdim', headdim), ('d_state', state)):
+        if size not in (16, 32, 64, 128):
+            return f'The triton backend takes a {name} of 16, 32, 64 or 128, not {size}.'
+    return 'The triton backend takes at least one token.' if length == 0 else ''
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products are rounded. Values times scores of float16 operands need float32's range, which tf32 has."""
+    if dtype == torch.bfloat16 and not INTERPRET:  # whose products are of float32
+        return 'bf16'
+    allowed = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    return 'tf32' if allowed else 'tf32x3'  # 'ieee' takes minutes to compile
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums before a norm: they may leave float16's range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class Ssd:
+    """The operands as the kernels take them, and the launches of one call."""
+
+    span = MAX_LENGTH  # tokens over which s is cumulated
+
+    def __init__(self, given: operands.Ssd, grid: Optional[Grid] = None) -> None:
+        from . import decay_kernels, ssd_chunk_kernels, ssd_kernels
+
+        x, delta, A_log, B, C, self.D, self.delta_bias, rows, self.columns, self.moves = given
+        self.decay_kernels, self.kernels, self.chunk_kernels = decay_kernels, ssd_kernels, ssd_chunk_kernels
+        self.x = x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+        self.delta = delta if delta.stride(-1) == 1 else delta.contiguous()
+        self.A_log = A_log.contiguous()
+        self.B, self.C = common_rows(B, C)
+        self.batch, self.length, self.heads, self.headdim = x.shape
+        self.grid = grid or Grid(0, 1, self.length)
+        self.orders, self.state = A_log.shape[0], B.shape[-1]
+        self.decay_constants = {
+            'HAS_BIAS': self.delta_bias is not None,
+            'TABLE': self.columns is not None,
+            'HAS_MOVES': self.moves is not None,
+            'FIRST_COLUMNS': not rows,
+            'BT': self.step(self.span),
+            'BH': max(8, 1 << (self.heads - 1).bit_length()),  # rows of in_proj's output have multiples of 8
+            'FAST': not INTERPRET,
+        }
+        self.constants = {
+            'N': self.state,
+            'P': self.headdim,
+            **self.cut(),
+            'PRECISION': precision(x.dtype),
+            'FAST': not INTERPRET,
+        }
+
+    def step(self, most: int) -> int:
+        """Tokens of a step along a cumulated sum."""
+        return min(most, max(16, 1 << (self.length - 1).bit_length()))
+
+    def cut(self) -> Dict[str, int]:
+        """Constants of the kernels for the sequence's length."""
+        return {'TWO': self.orders == 2, **dict(zip(('N0', 'N1', 'N2', 'N3'), pieces(self.length)))}
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+    def programs(self, launch: Launch) -> Tuple[int, int, int]:
+        return math.ceil(self.length / launch.block), launch.groups, self.batch
+
+    def decay_operands(self) -> Tuple[Tensor, ...]:
+        return (
+            self.delta,
+            or_else(self.delta_bias, self.x),
+            self.A_log,
+            or_else(self.columns, self.x),
+            or_else(self.moves, self.x),
+        )
+
+    def decay_strides(self) -> Tuple[int, int, int]:
+        columns, (batch, row, _) = self.columns, self.delta.stride()
+        return batch, row, 0 if columns is None or columns.shape[0] == 1 else columns.stride(0)
+
+    def decays(self) -> Tuple[Tensor, Tensor]:
+        """dt (B, H, L) and s (B, O, H, L), times log2(e), which begins anew every `span` tokens."""
+        dt = self.empty(self.batch, self.heads, self.length)
+        s = self.empty(self.batch, self.orders, self.heads, self.length)
+        self.decay_kernels.decay_forward[self.orders, self.batch, math.ceil(self.length / self.span)](
+            *self.decay_operands(), dt, s, self.length, self.heads, *self.grid, self.span, *self.decay_strides(),
+            **self.decay_constants,
+        )  # fmt: skip
+        return dt, s
+
+    def forward(self, dt: Tensor, s: Tensor, dtype: torch.dtype, launch: Launch = FORWARD) -> Tensor:
+        y = self.empty(*self.x.shape, dtype=dtype)
+        self.kernels.ssd_forward[self.programs(launch)](
+            self.x, self.B, self.C, dt, s, or_else(self.D, self.x), y, self.length, self.heads,
+            math.ceil(self.heads / launch.groups), *self.x.stride()[:2], *self.B.stride()[:2], *y.stride()[:2],
+            HAS_D=self.D is not None, **self.constants, **launch.constants,
+        )  # fmt: skip
+        return y
+
+    def value_gradients(
+        self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor, launch: Launch = BACKWARD_VALUES
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Fills grad_x, of any row stride; returns gradients of dt, the two parts of those of s, and parts of D's."""
+        grid = self.programs(launch)
+        grad_dt, edges = torch.empty_like(dt), torch.empty_like(s)
+        rows = self.empty(grid[0], *s.shape)
+        grad_D = self.empty(self.batch * grid[0], self.heads)
+        held = {name: value for name, value in self.constants.items() if name not in ('N0', 'N1', 'N2', 'N3')}
+        constants = {**held, **launch.constants}
+        self.kernels.ssd_backward_values[grid](
+            self.x, self.B, self.C, dt, s, or_else(self.D, self.x), grad, grad_x, grad_dt, edges, rows, grad_D,
+            self.length, self.heads, math.ceil(self.heads / launch.groups), *self.x.stride()[:2], *self.B.stride()[:2],
+            *grad.stride()[:2], *grad_x.stride()[:2], HAS_D=self.D is not None, SIZE=VALUES_SIZE, **constants,
+        )  # fmt: skip
+        return grad_dt, edges, rows, grad_D
+
+    def matrix_gradients(
+        self, grad: Tensor, dt: Tensor, s: Tensor, launch: Launch = BACKWARD_SCORES
+    ) -> Tuple[Tensor, Tensor]:
+        """Float32 gradients of B and C, as parts to add over their first axis."""
+        blocks, groups, batch = self.programs(launch)
+        grad_B = self.empty(groups, batch, self.length, self.state)
+        grad_C = self.empty(groups * blocks, batch, self.length, self.state)
+        self.kernels.ssd_backward_scores[blocks, groups, batch](
+            self.x, self.B, self.C, dt, s, grad, grad_B, grad_C,
+            self.length, self.heads, math.ceil(self.heads / groups), *self.x.stride()[:2], *self.B.stride()[:2],
+            *grad.stride()[:2], **self.constants, **launch.constants,
+        )  # fmt: skip
+        return grad_B, grad_C
+
+    def gradients(self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor) -> Tuple[Tensor, ...]:
+        """`value_gradients` and `matrix_gradients`."""
+        return *self.value_gradients(grad, dt, s, grad_x), *self.matrix_gradients(grad, dt, s)
+
+    def backward(
+        self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor, grad_delta: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Fills grad_x and grad_delta, of any row stride, the latter with zeros behind its heads.
+
+        Returns:
+            Float32 gradients of B and C, as parts to add over their first axis, of A_log, D and delta_bias.
+        """
+        grad_dt, edges, rows, grad_D, grad_B, grad_C = self.gradients(grad, dt, s, grad_x)
+        grad_A, grad_bias = self.empty(self.batch, self.orders, self.heads), self.empty(self.batch, self.heads)
+        self.decay_kernels.decay_backward[self.batch,](
+            *self.decay_operands(), dt, grad_dt, edges, rows, grad_delta, grad_A, grad_bias,
+            self.length, self.heads, grad_delta.shape[-1], rows.shape[0], *self.grid, *self.decay_strides(),
+            *grad_delta.stride()[:2], ORDERS=self.orders, **dict(self.decay_constants, BT=self.step(MAX_LENGTH)),
+        )  # fmt: skip
+        return grad_B, grad_C, grad_A.sum(0), grad_D.sum(0), grad_bias.sum(0)
