@@ -1,6 +1,7 @@
-"""Vision Mamba on this machine's CPU, each scan backend, beside timm's DeiT of the same size.
+"""Vision Mamba and Vision Mamba 2 on this machine's CPU, each backend, beside timm's DeiT of the same size.
 
     python -m benchmarks.cpu                     the default grid, about ten minutes on two cores
+    python -m benchmarks.cpu --families vim2     Vision Mamba 2
     python -m benchmarks.cpu --sizes 224 448 896 1248 --batches 1 8 --models tiny small --backends cpu torch reference
 
 Contenders of one setting run in turn inside one process, so that a busy machine slows all alike: trust the ratios.
@@ -33,9 +34,9 @@ from vim_timm.ops.operands import Direction, Scan
 DEIT = 'deit'
 
 
-def build(contender: str, model: str, size: int, train: bool) -> Callable[[torch.Tensor], None]:
+def build(contender: str, family: str, model: str, size: int, train: bool) -> Callable[[torch.Tensor], None]:
     """A function that runs one inference, or one training step without an optimizer."""
-    name = f'deit_{model}_patch16_224' if contender == DEIT else f'vim_{model}_patch16_224'
+    name = f'{DEIT if contender == DEIT else family}_{model}_patch16_224'
     network = timm.create_model(name, img_size=size).train(train)
 
     def infer(images: torch.Tensor) -> None:
@@ -90,18 +91,18 @@ def high_water_mark() -> int:
     raise RuntimeError('no VmHWM in /proc/self/status')
 
 
-def peak_memory(contender: str, model: str, size: int, batch: int, train: bool, threads: int) -> int:
+def peak_memory(contender: str, family: str, model: str, size: int, batch: int, train: bool, threads: int) -> int:
     """Growth of the resident set over three runs, in a fresh process."""
-    arguments = [contender, model, str(size), str(batch), str(int(train)), str(threads)]
+    arguments = [contender, family, model, str(size), str(batch), str(int(train)), str(threads)]
     command = [sys.executable, '-m', 'benchmarks.cpu', '--measure-peak', *arguments]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def measure_peak(contender: str, model: str, size: str, batch: str, train: str, threads: str) -> int:
+def measure_peak(contender: str, family: str, model: str, size: str, batch: str, train: str, threads: str) -> int:
     torch.set_num_threads(int(threads))
     F.linear(F.conv2d(torch.randn(1, 3, 16, 16), torch.randn(8, 3, 16, 16)).flatten(1), torch.randn(8, 8))
     assert not cpu.unavailable()  # all libraries are loaded now
-    run = build(contender, model, int(size), train == '1')
+    run = build(contender, family, model, int(size), train == '1')
     images = torch.randn(int(batch), 3, int(size), int(size))
     Path('/proc/self/clear_refs').write_text('5')
     before = high_water_mark()
@@ -146,31 +147,32 @@ def scan_alone(repeats: int) -> dict[str, dict[str, float]]:
 def measure(options: argparse.Namespace) -> list[dict]:
     rows: list[dict] = []
     slow: dict[tuple, float] = {}  # seconds per token of a contender, to leave out what would take too long
-    for threads, model, mode, batch, size in itertools.product(
-        options.threads, options.models, options.modes, options.batches, options.sizes
+    for threads, family, model, mode, batch, size in itertools.product(
+        options.threads, options.families, options.models, options.modes, options.batches, options.sizes
     ):
         torch.set_num_threads(threads)
         train, tokens = mode == 'train', batch * ((size // 16) ** 2 + 1)
         if train and size not in options.train_sizes:
             continue
         names = [DEIT, *options.backends]
-        names = [n for n in names if slow.get((n, model, train, threads), 0) * tokens < options.limit]
+        names = [n for n in names if slow.get((n, family, model, train, threads), 0) * tokens < options.limit]
         if DEIT not in names:
             continue
         images = torch.randn(batch, 3, size, size)
-        runs = {name: partial(build(name, model, size, train), images) for name in names}
+        runs = {name: partial(build(name, family, model, size, train), images) for name in names}
         times = in_turn(runs, options.repeats, options.budget)
         for name in names:
-            slow[name, model, train, threads] = times[name]['median'] / tokens
-            row = {'contender': name, 'model': model, 'mode': mode, 'batch': batch, 'size': size, 'threads': threads}
+            slow[name, family, model, train, threads] = times[name]['median'] / tokens
+            row = {'contender': name, 'family': family, 'model': model, 'mode': mode}
+            row |= {'batch': batch, 'size': size, 'threads': threads}
             clock = 'processor_median' if threads == 1 else 'median'
             row |= times[name] | {'speed_vs_deit': times[DEIT][clock] / times[name][clock]}
             if threads == max(options.threads) and times[name]['median'] < options.budget:
-                row['peak_bytes'] = peak_memory(name, model, size, batch, train, threads)
+                row['peak_bytes'] = peak_memory(name, family, model, size, batch, train, threads)
             rows.append(row)
             peak = f'{row["peak_bytes"] / 2**20:6.0f} MiB' if 'peak_bytes' in row else ''
             print(
-                f'{model:5} {mode:5} batch {batch} {size:4} px {threads} thread(s) {name:9} '
+                f'{family:4} {model:5} {mode:5} batch {batch} {size:4} px {threads} thread(s) {name:9} '
                 f'{row[clock] * 1e3:9.1f} ms  {row["speed_vs_deit"]:5.2f} of DeiT {peak}',
                 flush=True,
             )
@@ -188,12 +190,12 @@ def plot(rows: list[dict], file: Path) -> None:
     most = max(row['threads'] for row in rows)
 
     def key(row: dict) -> tuple:
-        return row['model'], row['contender'], row['mode'], row['batch']
+        return row['family'], row['model'], row['contender'], row['mode'], row['batch']
 
     shown = sorted((row for row in rows if row['threads'] == most and row['contender'] != DEIT), key=key)
-    for (model, backend, mode, batch), line in itertools.groupby(shown, key):
+    for (family, model, backend, mode, batch), line in itertools.groupby(shown, key):
         points = [(row['size'], row['speed_vs_deit']) for row in line]
-        axes.plot(*zip(*points), marker='o', label=f'vim_{model}, {backend}, {mode}, batch {batch}')
+        axes.plot(*zip(*points), marker='o', label=f'{family}_{model}, {backend}, {mode}, batch {batch}')
     axes.axhline(1, color='grey', linewidth=1)
     axes.set(xlabel='image side (pixels)', ylabel='speed relative to DeiT', yscale='log')
     axes.legend(fontsize=7)
@@ -204,6 +206,7 @@ def plot(rows: list[dict], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cores = torch.get_num_threads()
+    parser.add_argument('--families', nargs='+', default=['vim'], choices=['vim', 'vim2'])
     parser.add_argument('--models', nargs='+', default=['tiny'], choices=['tiny', 'small'])
     parser.add_argument('--backends', nargs='+', default=['cpu', 'torch'], choices=['cpu', 'torch', 'reference'])
     parser.add_argument('--modes', nargs='+', default=['infer', 'train'], choices=['infer', 'train'])
@@ -215,7 +218,7 @@ def main() -> None:
     parser.add_argument('--budget', type=float, default=5, help='seconds; a slower run is measured once')
     parser.add_argument('--limit', type=float, default=20, help='seconds; a run predicted to take longer is left out')
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks'))
-    parser.add_argument('--measure-peak', nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument('--measure-peak', nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure_peak:
         print(measure_peak(*options.measure_peak))

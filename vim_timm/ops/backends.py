@@ -72,9 +72,11 @@ TABLE: Dict[str, Dict[str, Cell]] = {
         'reference': Cell(ssd.reference),
         'torch': Cell(ssd.by_length),
         'export': Cell(ssd.by_length),
+        'cpu': Cell(cpu.ssd, cpu.ssd_limit),
         'triton': Cell(triton_kernels.ssd, triton_kernels.ssd_limit),
     },
     'grid_mixer': {
+        'cpu': Cell(cpu.grid_mixer, cpu.grid_mixer_limit),
         'triton': Cell(triton_kernels.grid_mixer, triton_kernels.grid_mixer_limit),
     },
     'rms_norm': {
@@ -92,8 +94,8 @@ KERNELS: Dict[str, Dict[str, str]] = {
     'scan': {'cuda': 'triton', 'cpu': 'cpu'},
     'conv': {'cuda': 'triton', 'cpu': 'cpu'},
     'mixer': {'cuda': 'cuda', 'cpu': 'cpu'},
-    'ssd': {'cuda': 'triton'},
-    'grid_mixer': {'cuda': 'triton'},
+    'ssd': {'cuda': 'triton', 'cpu': 'cpu'},
+    'grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
     'rms_norm': {'cpu': 'cpu'},
 }
 

@@ -1,5 +1,5 @@
-/* Selective scan and depthwise causal convolution of Vision Mamba in float32, alone and as the inside of a block, and the
-   root mean square norm: both directions, forward and backward.
+/* Selective scan and depthwise causal convolution of Vision Mamba in float32, alone and as the inside of a block, the
+   convolution and decays of Vision Mamba 2, and the root mean square norm: both directions, forward and backward.
 
    One compilation unit of the parts below, compiled once per instruction set, with LANES floats to a vector and ISA in the
    name of each entry point.
@@ -11,6 +11,8 @@
    Letters: b batch entry, t token, c channel, n state, g channel group. A task is one (b, g). Groups and the order of every
    sum depend on the shape only, never on the number of threads: results are bit-equal for any number. */
 #include "convolution.h"
+#include "decayed.h"
+#include "grid_convolution.h"
 #include "mixer.h"
 #include "norm.h"
 #include "scan.h"
@@ -27,6 +29,9 @@ EXPORT const Number ENTRY(numbers)[] = {
     {"Convolution", sizeof(Convolution)},
     {"Mixer", sizeof(Mixer)},
     {"Norm", sizeof(Norm)},
+    {"GatedNorm", sizeof(GatedNorm)},
+    {"GridConvolution", sizeof(GridConvolution)},
+    {"Decayed", sizeof(Decayed)},
     {"CHUNK", CHUNK},
     {"PADDING", PADDING},
     {NULL, 0},

@@ -9,7 +9,7 @@ M is the mean over the orders in which tokens are visited, each with an A_log of
 Shapes: B batch, L tokens, H heads, P channels of a head, N state, O orders.
 """
 
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,13 @@ def visited(operands: Ssd, order: int) -> Optional[torch.Tensor]:
     return None if order == 0 and operands.rows else operands.columns
 
 
+def cumulated(growth: torch.Tensor, tokens: Optional[torch.Tensor]) -> torch.Tensor:
+    """s (B, H, L) of the tokens where they stand, from its growth (B, L, H) and the tokens in the order of a visit."""
+    if tokens is None:
+        return growth.transpose(1, 2).contiguous().cumsum(-1)
+    return rows_at(rows_at(growth, tokens).cumsum(1), torch.argsort(tokens, dim=1)).transpose(1, 2)
+
+
 def recurrence(v: torch.Tensor, growth: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
     """sum_j (C_i . B_j) exp(-|s_i - s_j|) v_j of tokens in order, (B, L, H, P).
 
@@ -69,19 +76,24 @@ def recurrence(v: torch.Tensor, growth: torch.Tensor, B: torch.Tensor, C: torch.
     return (C[:, :, None, :, None] * (torch.stack(ahead, 1) + torch.stack(back, 1))).sum(3)
 
 
-def chunks(v: torch.Tensor, growth: torch.Tensor, B: torch.Tensor, C: torch.Tensor, size: int) -> torch.Tensor:
-    """`recurrence` in chunks of `size` tokens: as matrix products inside a chunk, by states between chunks."""
+def cut(
+    v: torch.Tensor, growth: torch.Tensor, B: torch.Tensor, C: torch.Tensor, size: int
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """v (B, K, H, T, P), s from the start of each chunk (B, K, H, T), B and C (B, K, T, N), in K chunks of T tokens."""
     length, count = v.shape[1], -(-v.shape[1] // size)
     pad = count * size - length
-    # (B, K, T, ...): tokens without a value that do not decay leave every state as it is
-    v = F.pad(v, [0, 0, 0, 0, 0, pad]).unflatten(1, [count, size]).transpose(2, 3)  # (B, K, H, T, P)
-    s = F.pad(growth, [0, 0, 0, pad]).unflatten(1, [count, size]).transpose(2, 3).cumsum(-1)  # (B, K, H, T)
+    # tokens without a value that do not decay leave every state as it is
+    v = F.pad(v, [0, 0, 0, 0, 0, pad]).unflatten(1, [count, size]).transpose(2, 3)
+    s = F.pad(growth, [0, 0, 0, pad]).unflatten(1, [count, size]).transpose(2, 3).cumsum(-1)
     B = F.pad(B, [0, 0, 0, pad]).unflatten(1, [count, size])
     C = F.pad(C, [0, 0, 0, pad]).unflatten(1, [count, size])
-    whole = s[..., -1:]
-    mask = torch.exp(-(s.unsqueeze(-1) - s.unsqueeze(-2)).abs())
-    y = torch.matmul(torch.matmul(C, B.transpose(2, 3)).unsqueeze(2) * mask, v)
-    if count > 1:
+    return v, s, B, C
+
+
+def joined(y: torch.Tensor, v: torch.Tensor, s: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+    """Sums over chunks of their own tokens (B, K, H, T, P) with those over all other tokens added, (B, K T, H, P)."""
+    if y.shape[1] > 1:
+        whole = s[..., -1:]
         from_start, to_end = torch.exp(-s).unsqueeze(-1), torch.exp(s - whole).unsqueeze(-1)
         rows = B.transpose(2, 3).unsqueeze(2)
         ahead, back = torch.matmul(rows, v * to_end), torch.matmul(rows, v * from_start)  # (B, K, H, N, P)
@@ -93,7 +105,16 @@ def chunks(v: torch.Tensor, growth: torch.Tensor, B: torch.Tensor, C: torch.Tens
         back = torch.einsum('bhmk,bmhnp->bkhnp', left, back)
         read = C.unsqueeze(2)
         y = y + from_start * torch.matmul(read, ahead) + to_end * torch.matmul(read, back)
-    return y.transpose(2, 3).flatten(1, 2)[:, :length]
+    return y.transpose(2, 3).flatten(1, 2)
+
+
+def chunks(v: torch.Tensor, growth: torch.Tensor, B: torch.Tensor, C: torch.Tensor, size: int) -> torch.Tensor:
+    """`recurrence` in chunks of `size` tokens: as matrix products inside a chunk, by states between chunks."""
+    length = v.shape[1]
+    v, s, B, C = cut(v, growth, B, C, size)
+    mask = torch.exp(-(s.unsqueeze(-1) - s.unsqueeze(-2)).abs())
+    y = torch.matmul(torch.matmul(C, B.transpose(2, 3)).unsqueeze(2) * mask, v)
+    return joined(y, v, s, B, C)[:, :length]
 
 
 def in_order(v: torch.Tensor, growth: torch.Tensor, B: torch.Tensor, C: torch.Tensor, size: int) -> torch.Tensor:
@@ -144,10 +165,7 @@ def quadratic(operands: Ssd) -> torch.Tensor:
     mask: Optional[torch.Tensor] = None
     for order in range(A_log.shape[0]):
         tokens = visited(operands, order)
-        if tokens is None:
-            s = growth[order].transpose(1, 2).contiguous().cumsum(-1)
-        else:
-            s = rows_at(rows_at(growth[order], tokens).cumsum(1), torch.argsort(tokens, dim=1)).transpose(1, 2)
+        s = cumulated(growth[order], tokens)
         one = torch.exp(-(s.unsqueeze(-1) - s.unsqueeze(-2)).abs())
         mask = one if mask is None else mask + one
     assert mask is not None
