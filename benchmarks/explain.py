@@ -1,6 +1,6 @@
 """How well `predict --explain` finds what a model looks at: `python -m benchmarks.explain CHECKPOINT`.
 
-Deletion and insertion (RISE, 2018) of integrated gradients, beside Grad-CAM on the last block and random maps, on the
+Deletion and insertion (RISE, 2018) of integrated gradients, beside occlusion, Grad-CAM and random maps, on the
 evaluation split of the data that the checkpoint was trained on. CPU; a minute for a small model.
 """
 

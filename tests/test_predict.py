@@ -147,6 +147,26 @@ def test_the_explanation_finds_the_only_place_that_matters():
     assert deletion < lower and insertion > higher
 
 
+@pytest.mark.parametrize('name', ['test_vim', 'vim2_mnist', 'vim_hybrid_tiny_patch4_32', 'test_vit'])
+def test_contributions_add_up_to_the_logit_in_every_family(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    images, labels = torch.randn(2, *model.default_cfg['input_size']), torch.tensor([3, 7])
+    parts = explain.contributions(model, images, labels)
+    with torch.no_grad():
+        gain = (model(images) - model(torch.zeros_like(images))).gather(1, labels[:, None])[:, 0]
+    assert (parts.flatten(1).sum(1) - gain).abs().max() < 0.05 * gain.abs().max()
+    for method in (explain.integrated_gradients, explain.grad_cam):
+        heat = method(model, images, labels)
+        assert heat.shape == (2, *model.patch_embed.grid_size) and 0 <= heat.min() and heat.amax((1, 2)).eq(1).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_occlusion_finds_the_only_place_that_matters():
+    heat = explain.occlusion(Corner(), torch.rand(2, 3, 28, 28), torch.tensor([1, 1]))
+    assert (heat[:, :4, :4] > 0.2).all() and (heat[:, 4:].abs() < 1e-6).all() and (heat[:, :, 4:].abs() < 1e-6).all()
+
+
 @pytest.mark.parametrize('words, sentence', [
     (['x.png'], 'name the weights'),
     (['x.png', '--checkpoint', 'a', '--onnx', 'b'], 'name the weights'),

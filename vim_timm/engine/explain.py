@@ -36,10 +36,19 @@ def integrated_gradients(model: Any, images: torch.Tensor, labels: torch.Tensor)
     Returns:
         (B, h, w) in 0..1, a value a patch.
     """
+    return _pool(contributions(model, images, labels).sum(1), _grid(model, images))
+
+
+def contributions(model: Any, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Contribution of each pixel (B, C, H, W) to the logit; they add up to its difference from the grey image's.
+
+    Norms make a model change most where the image is almost grey: steps of the path are the shorter the nearer to that.
+    """
     total = torch.zeros_like(images)
-    for step in range(STEPS):
-        total += _gradient(model, images * ((step + 0.5) / STEPS), labels)
-    return _pool((images * total / STEPS).sum(1), _grid(model, images))
+    ends = [(step / STEPS) ** 3 for step in range(STEPS + 1)]
+    for low, high in zip(ends, ends[1:]):
+        total += (high - low) * _gradient(model, images * ((low + high) / 2), labels)
+    return images * total
 
 
 def _gradient(model: Any, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -60,6 +69,20 @@ def grad_cam(model: Any, images: torch.Tensor, labels: torch.Tensor) -> torch.Te
     finally:
         hook.remove()
     return _tokens_to_map(model, (gradient.mean(1, keepdim=True) * taken[0]).sum(2), _grid(model, images))
+
+
+def occlusion(model: Any, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logit that is lost where a patch is made grey (Zeiler and Fergus, 2014), a forward pass a patch; to compare."""
+    rows, columns = _grid(model, images)
+    lost = images.new_zeros(len(images), rows * columns, dtype=torch.float32)
+    with torch.no_grad():
+        whole = model(images).float().gather(1, labels[:, None])[:, 0]
+        for place in range(rows * columns):
+            kept = images.new_ones(1, 1, rows * columns)
+            kept[..., place] = 0
+            mask = torch.nn.functional.interpolate(kept.unflatten(2, (rows, columns)), images.shape[-2:])
+            lost[:, place] = whole - model(images * mask).float().gather(1, labels[:, None])[:, 0]
+    return _pool(lost.unflatten(1, (rows, columns)), (rows, columns))
 
 
 def _tokens_to_map(model: Any, values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -91,5 +114,6 @@ def measure(
 
 METHODS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     'integrated gradients': integrated_gradients,
+    'occlusion': occlusion,
     'Grad-CAM': grad_cam,
 }
