@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from test_hub_download import hub  # noqa: F401  a fixture
 from vim_timm import train
 from vim_timm.engine.provenance import commit
 from vim_timm.engine.saved import Saved
+from vim_timm.errors import UserError
 from vim_timm.hub import folder as folders
 from vim_timm.hub import publish
 from vim_timm.hub.publish import main
+from vim_timm.hub.repeat import public, train_command
 from vim_timm.models import pretrained
 
 MODEL = '--model vim_nano_patch4_32 --img-size 16 --model-kwargs depth=1 embed_dim=32 --model-ema'
@@ -195,3 +198,87 @@ def test_every_configuration_reloads_to_the_same_model(name, tmp_path):
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
     assert repr(again.eval()) == repr(timm.create_model(name, **{**sizes, 'drop_path_rate': 0.0}).eval())
+
+
+@pytest.mark.parametrize('given, told', [
+    ({'initial_checkpoint': '../clients/acme/last.pth.tar'}, 'last.pth.tar'),
+    ({'pretrained_path': 'clients/acme/w.pth'}, 'w.pth'),
+    ({'class_map': 'clients/acme/map.txt'}, 'map.txt'),
+    ({'model': 'local-dir:/mnt/clients/acme/vim/'}, 'local-dir:vim'),
+    ({'kd_model_name': 'local-dir:clients/acme/vim'}, 'local-dir:vim'),
+    ({'pretrained_cfg_overlay': {'file': 'clients/acme/w.pth'}}, {'file': 'w.pth'}),
+    ({'data_dir': 'clients/acme'}, 'DATA'),
+    ({'model': 'hf-hub:org/vim'}, 'hf-hub:org/vim'),
+    ({'save_encoder': 'clients/acme/encoder.safetensors'}, None),
+], ids=str)  # fmt: skip
+def test_a_run_tells_the_names_of_its_files_and_not_where_they_lay(given, told):
+    (name,) = given
+    assert public(given).get(name) == told
+    assert 'acme' not in train_command(given)
+
+
+def card_of(run, checkpoint, tmp_path, monkeypatch, **changes) -> str:
+    """The card of the run's model, after changes of its settings."""
+    saved = publish.open_saved(str(checkpoint), '', False)
+    saved.run = {**saved.run, **changes}
+    saved.model.pretrained_cfg = {**saved.model.pretrained_cfg, 'notes': ['Weights for non-commercial use.']}
+    monkeypatch.setattr(publish, 'open_saved', lambda *_: saved)
+    line = [str(checkpoint), '--repo-id', 'org/x', '--dry-run', '--no-evaluate', '--output', str(tmp_path / 'x')]
+    assert main(line) == 0
+    return (tmp_path / 'x' / 'README.md').read_text()
+
+
+def test_a_run_from_other_weights_keeps_the_notes_of_their_licence(run, tmp_path, monkeypatch):
+    checkpoint = run / 'last.pth.tar'
+    assert 'non-commercial' not in card_of(run, checkpoint, tmp_path, monkeypatch)
+    for change in (dict(pretrained=True), dict(initial_checkpoint='clients/acme/vim_t.pth')):
+        text = card_of(run, checkpoint, tmp_path, monkeypatch, **change)
+        assert 'non-commercial' in text and 'acme' not in text
+
+
+def test_the_command_of_the_evaluation_names_no_folder(run, tmp_path, monkeypatch):
+    text = card_of(run, run / 'last.pth.tar', tmp_path, monkeypatch, class_map='clients/acme/map.txt')
+    assert '--class-map map.txt' in text and 'acme' not in text
+
+
+ROW = {'model': 'vim_nano_patch4_32', 'top1': 50.0, 'top5': 90.0, 'count': 40}
+
+
+@pytest.mark.parametrize('row, words', [
+    ({**ROW, 'model': 'vim_tiny_patch16_224'}, 'it is the result of vim_tiny_patch16_224'),
+    ({name: ROW[name] for name in ('top1', 'top5', 'count')}, 'no model by name'),
+    ({name: ROW[name] for name in ('model', 'top1')}, 'no result of one model'),
+    ({**ROW, 'top5': 'NaN'}, 'no result of one model'),
+    ([ROW, ROW], 'no result of one model'),
+])  # fmt: skip
+def test_a_result_that_is_not_this_models_is_refused_before_anything_is_written(row, words, run, tmp_path, capsys):
+    (tmp_path / 'r.json').write_text(json.dumps(row))
+    line = [str(run / 'last.pth.tar'), '--repo-id', 'org/x', '--dry-run', '--results', str(tmp_path / 'r.json')]
+    assert main([*line, '--output', str(tmp_path / 'x')]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count('\n') == 1 and os.listdir(tmp_path) == ['r.json']
+
+
+@pytest.mark.parametrize('name', ['vim_nano_patch4_32', 'vim_nano_patch4_32.cifar10', 'local-dir:{published}'])
+def test_a_result_of_this_model_is_taken(name, run, published, tmp_path):
+    (tmp_path / 'r.json').write_text(json.dumps({**ROW, 'model': name.format(published=published)}))
+    line = [str(run / 'last.pth.tar'), '--repo-id', 'org/x', '--dry-run', '--results', str(tmp_path / 'r.json')]
+    assert main([*line, '--output', str(tmp_path / 'x')]) == 0
+    assert '| 40 | 50.000 | 90.000 |' in (tmp_path / 'x' / 'README.md').read_text()
+
+
+def test_a_failed_evaluation_leaves_the_folder_of_before(run, published, tmp_path, monkeypatch):
+    folder = tmp_path / 'x'
+    shutil.copytree(published, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*_):
+        raise UserError('the model could not be evaluated')
+
+    monkeypatch.setattr(publish, 'evaluate', fail)
+    line = [str(run / 'last.pth.tar'), '--repo-id', 'org/x', '--dry-run', '--output', str(folder)]
+    assert main(line) == 2
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and os.listdir(tmp_path) == ['x']
+    monkeypatch.setattr(publish, 'evaluate', lambda *_: ROW)
+    assert main(line) == 0 and os.listdir(tmp_path) == ['x']
+    assert sorted(path.name for path in folder.iterdir()) == sorted(folders.FILES)

@@ -1,10 +1,10 @@
 """The folder of a published model, as timm and the Hub know it: weights, configuration, card, settings and log."""
 
+import contextlib
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -24,8 +24,30 @@ FILES = (WEIGHTS, CONFIG, CARD, SETTINGS, LOG, SUMS)  # nothing else is ever upl
 _TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{16,}')
 
 
+@contextlib.contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """A folder to fill, which at the end takes the place of an older one: whole, or after an error not at all.
+
+    Raises:
+        UserError: there is something else than a published model, or nothing can be written there.
+    """
+    folder = Path(folder)
+    with explain(f'folder {folder}'):
+        _refuse_other_files(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder.parent, prefix='.publish-')
+    with temporary as place:
+        new = Path(place) / folder.name
+        yield new
+        with explain(f'folder {folder}'):
+            _refuse_other_files(folder)
+            if folder.is_dir():
+                os.replace(folder, Path(place) / '.older')
+            os.replace(new, folder)
+
+
 def write_folder(folder: str | Path, saved: Saved, half: bool = False) -> None:
-    """Write everything but the card; the folder takes the place of an older one, whole or not at all.
+    """Write everything but the card.
 
     Args:
         half: round the tensors to float16.
@@ -35,20 +57,14 @@ def write_folder(folder: str | Path, saved: Saved, half: bool = False) -> None:
     """
     folder, model = Path(folder), saved.model.half() if half else saved.model
     with explain(f'folder {folder}'):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.publish-') as temporary:
-            new = Path(temporary) / folder.name
-            names = {'label_names': list(saved.class_names)} if saved.class_names else {}
-            save_for_hf(model, str(new), model_config=names, safe_serialization=True, data_config=saved.data_config)
-            metadata = {'format': 'pt', 'architecture': saved.architecture, 'vim_timm': __version__}
-            write_safetensors(model.state_dict(), new / WEIGHTS, metadata)
-            if saved.run:
-                (new / SETTINGS).write_text(yaml.safe_dump(public(saved.run)), encoding='utf-8')
-            if saved.record.get('history'):
-                (new / LOG).write_text(table(saved.record['history'], 'epoch'), encoding='utf-8')
-            _refuse_other_files(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(new, folder)
+        names = {'label_names': list(saved.class_names)} if saved.class_names else {}
+        save_for_hf(model, str(folder), model_config=names, safe_serialization=True, data_config=saved.data_config)
+        metadata = {'format': 'pt', 'architecture': saved.architecture, 'vim_timm': __version__}
+        write_safetensors(model.state_dict(), folder / WEIGHTS, metadata)
+        if saved.run:
+            (folder / SETTINGS).write_text(yaml.safe_dump(public(saved.run)), encoding='utf-8')
+        if saved.record.get('history'):
+            (folder / LOG).write_text(table(saved.record['history'], 'epoch'), encoding='utf-8')
 
 
 def _refuse_other_files(folder: Path) -> None:

@@ -14,6 +14,7 @@ if __name__ == '__main__':  # the command line is read before torch is imported
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from timm.models import get_pretrained_cfg
+from timm.models import get_deprecated_models, get_pretrained_cfg
 
+from ..engine.build import published_cfg
 from ..engine.saved import Saved, open_saved
 from ..errors import UserError, explain, run
 from ..models.checkpoint import CheckpointError
@@ -32,8 +34,8 @@ from ..models.pretrained import PACKAGED, sha256
 from ..settings import parsers
 from ..settings.inherited import data_of
 from .card import Facts, card
-from .folder import FILES, WEIGHTS, check_folder, finish_folder, write_folder
-from .repeat import arguments, command, data_flags, train_command
+from .folder import FILES, WEIGHTS, check_folder, finish_folder, replacing, write_folder
+from .repeat import arguments, command, data_flags, train_command, without_path
 
 PROGRAM = 'publish'
 EMBEDDED_LIMIT = 3_000_000  # bytes of a weight that comes with the package
@@ -54,23 +56,40 @@ def evaluate(folder: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
                 'the model could not be evaluated: name its data with --data-dir, or a result of validate.py '
                 '(--results-file) with --results, or say --no-evaluate'
             )
-        return read_result(path)
+        return _result(path)
 
 
-def read_result(path: str) -> dict[str, Any]:
-    """The row in a results file of validate.py."""
+def read_result(path: str, model: str) -> dict[str, Any]:
+    """The row of a model (its registered name) in a results file of validate.py.
+
+    Raises:
+        UserError: the file has no such row, or that of another model.
+    """
     with explain(f'--results {path}'):
-        row = json.loads(Path(path).read_text(encoding='utf-8'))
-        if not isinstance(row, dict) or 'top1' not in row:
-            raise UserError('it is no result of one model, written by validate.py with --results-format json')
+        row = _result(path)
+        name = str(row.get('model', ''))
+        known = published_cfg(name).get('architecture', '') if ':' in name else name.partition('.')[0]
+        if (get_deprecated_models().get(known) or known).partition('.')[0] != model:
+            raise UserError(f'it is the result of {name or "no model by name"}, and the checkpoint holds {model}')
         return row
+
+
+def _result(path: str) -> dict[str, Any]:
+    row = json.loads(Path(path).read_text(encoding='utf-8'))
+    numbers: list[Any] = [row.get(name) for name in ('top1', 'top5', 'count')] if isinstance(row, dict) else [None]
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        raise UserError(
+            'it is no result of one model (top1, top5, count), written by validate.py --results-format json'
+        )
+    return row
 
 
 def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[str, Any]) -> Facts:
     """What the card of a model tells, but for its accuracy."""
-    shown = {**flags, **({'data_dir': 'DATA'} if 'data_dir' in flags else {})}
+    shown = {name: without_path(name, value) for name, value in flags.items()}
     ours = bool(saved.run) and 'data_set' not in saved.run
-    derived = not ours or bool(saved.run.get('pretrained'))  # from weights that have a licence of their own
+    # from weights that have a licence of their own
+    derived = not ours or any(saved.run.get(name) for name in ('pretrained', 'initial_checkpoint'))
     history = saved.record.get('history') or []
     made = dict(saved.record.get('provenance') or {})
     if history:
@@ -102,13 +121,17 @@ def write(args: argparse.Namespace, folder: Path, source: str) -> None:
     given = {'data_dir': args.data_dir} if args.data_dir else {}
     flags = {**data_flags(saved.run), **given}
     told = facts(args, saved, source, flags)
-    write_folder(folder, saved, args.half)
+    data = None
     if args.results:
-        told.result = read_result(args.results)
+        told.result = read_result(args.results, saved.architecture)
     elif not args.no_evaluate and saved.model.num_classes:  # an encoder alone has no accuracy
-        told.result = evaluate(folder, data_of({'args': {**saved.run, **given}}, args.checkpoint))
+        data = data_of({'args': {**saved.run, **given}}, args.checkpoint)
     private = [value for value in saved.run.values() if isinstance(value, str) and os.path.isabs(value)]
-    finish_folder(folder, card(told), private)
+    with replacing(folder) as new:
+        write_folder(new, saved, args.half)
+        if data is not None:
+            told.result = evaluate(new, data)
+        finish_folder(new, card(told), private)
 
 
 def upload(folder: Path, repo_id: str, private: bool) -> None:

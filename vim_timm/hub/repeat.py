@@ -11,8 +11,11 @@ from ..settings.flags import TRAIN, VALIDATE, Row, refused
 _PRIVATE = {
     'output', 'experiment', 'resume', 'no_resume_opt', 'device', 'device_modules', 'workers', 'pin_mem', 'dist_timeout',
     'log_interval', 'save_images', 'tensorboard', 'log_wandb', 'log_trackio', 'wandb_project', 'wandb_tags',
-    'wandb_resume_id',
+    'wandb_resume_id', 'save_encoder',
 }  # fmt: skip
+# settings, and entries of them, that are a file's path wherever it lies, also of one that is no longer there
+_FILES = {'initial_checkpoint', 'pretrained_path', 'class_map', 'file', 'checkpoint_path'}
+_FOLDER = 'local-dir:'  # how a model's name says that a folder follows
 _DATA = (
     'dataset', 'data_dir', 'class_map', 'input_img_mode', 'input_key', 'target_key', 'dataset_trust_remote_code',
 )  # fmt: skip
@@ -48,20 +51,27 @@ def defaults(table: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
 def public(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that say how to repeat a run: of a file only its name, of the data's folder nothing."""
     known = defaults(TRAIN).keys() - _PRIVATE
-    kept = {name: _without_path(settings[name]) for name in settings if name in known}
-    if kept.get('data_dir'):
-        kept['data_dir'] = 'DATA'
-    return kept
+    return {name: without_path(name, settings[name]) for name in settings if name in known}
 
 
-def _without_path(value: Any) -> Any:
-    if isinstance(value, str) and (
-        os.path.isabs(os.path.expanduser(value)) or os.sep in value and os.path.exists(value)
-    ):
-        return os.path.basename(value.rstrip(os.sep))
+def without_path(name: str, value: Any) -> Any:
+    """The value of a setting without the folders of its files; DATA for that of the images."""
+    if name == 'data_dir':
+        return value and 'DATA'
     if isinstance(value, Mapping):
-        return {key: _without_path(item) for key, item in value.items()}
-    return [_without_path(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: without_path(str(key), item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_path(name, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(_FOLDER):
+        return _FOLDER + _last(value.removeprefix(_FOLDER))
+    here = os.path.isabs(os.path.expanduser(value)) or os.sep in value and os.path.exists(value)
+    return _last(value) if here or name in _FILES else value
+
+
+def _last(path: str) -> str:
+    return os.path.basename(os.path.normpath(path)) if path else ''
 
 
 def train_command(settings: Mapping[str, Any]) -> str:
