@@ -18,6 +18,7 @@ import timm
 import torch
 
 from vim_timm import train, validate
+from vim_timm.engine import build, saved
 from vim_timm.errors import UserError
 from vim_timm.hub import convert
 from vim_timm.models.checkpoint import read_checkpoint, select_weights
@@ -324,3 +325,58 @@ def test_a_checkpoint_is_read_once(weights, tmp_path, monkeypatch, capsys):
     assert validate.main(['--checkpoint', str(path), '--workers', '0', '--device', 'cpu']) == 0
     assert len(read) == 1
     assert json.loads(capsys.readouterr().out.split('--result')[1])['count'] > 0
+
+
+@pytest.fixture(scope='module')
+def hub_folder(tmp_path_factory):
+    """A function that writes a published model's folder with changes of its config.json, and gives its name."""
+
+    def write(**changes) -> str:
+        folder = tmp_path_factory.mktemp('hub')
+        model = timm.create_model('vim_nano_patch4_32', depth=1, embed_dim=32, num_classes=10)
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+        config = json.loads((folder / 'config.json').read_text())
+        for name, value in changes.items():
+            config[name] = {**config[name], **value} if isinstance(value, dict) else value
+        (folder / 'config.json').write_text(json.dumps(config))
+        return f'local-dir:{folder}'
+
+    return write
+
+
+HOSTILE = [
+    (dict(model_args=dict(depth=200_000)), 'larger model'),
+    (dict(model_args=dict(embed_dim=100_000)), 'larger model'),
+    (dict(model_args=dict(num_classes=1_000_000)), 'larger model'),
+    (dict(model_args=dict(checkpoint_path='/tmp/x')), 'model_kwargs cannot be'),
+    (dict(model_args=dict(depth=1 << 40)), 'model_kwargs cannot be'),
+    (dict(pretrained_cfg=dict(mean='a')), 'mean cannot be'),
+    (dict(pretrained_cfg=dict(crop_pct=1e9)), 'crop_pct cannot be'),
+    (dict(architecture='hf-hub:evil/model'), 'model cannot be'),
+]
+
+
+@pytest.mark.parametrize(('changes', 'words'), HOSTILE, ids=str)
+def test_the_configuration_of_a_published_model_is_checked_before_it_is_built(changes, words, hub_folder, monkeypatch):
+    name = hub_folder(**changes)
+    folder, flags = name.partition(':')[2], ['--model', name, '--pretrained', '--workers', '0', '--device', 'cpu']
+    for module in (saved, build):  # it would take minutes, and more memory than there is
+        monkeypatch.setattr(module, 'create_model', lambda *_, **__: pytest.fail('it was built'))
+    for load in (
+        lambda: saved.open_published(name),
+        lambda: saved.open_saved(folder),
+        lambda: build.make_model(validate.parse_args(flags)),
+    ):
+        text = refusal(load)
+        assert words in text and 'config.json' in text
+
+
+def test_the_configuration_of_an_ordinary_model_passes(hub_folder):
+    assert saved.open_published(hub_folder()).model.num_classes == 10
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'test_vit', 'mae_vim_tiny_patch4_32'])
+def test_timm_models_and_autoencoders_open_from_a_folder(name, tmp_path):
+    kwargs = {} if name.startswith('mae') else dict(num_classes=0)
+    timm.models.save_for_hf(timm.create_model(name, **kwargs), str(tmp_path), safe_serialization=True)
+    assert saved.open_published(f'local-dir:{tmp_path}').architecture == name

@@ -16,17 +16,16 @@ from timm.models import (
     create_model,
     get_deprecated_models,
     get_pretrained_cfg,
-    load_model_config_from_hf,
-    parse_model_name,
     resolve_model_input_args,
 )
-from timm.models._hub import load_model_config_from_path
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.task import TrainingTask
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError, explain, meant
+from ..models.load import check_published
 from ..models.masked_autoencoder import as_autoencoder
+from ..models.pretrained import described
 from ..settings import Process, Settings
 from ..settings.masked import AUTOENCODER, is_autoencoder
 from ..step import batched, fused_arguments
@@ -108,15 +107,14 @@ def current_name(name: str) -> str:
 def published_cfg(name: str) -> Mapping[str, Any]:
     """What is published with a model of the registry, a repository (hf-hub:...) or a folder (local-dir:...).
 
+    Its `architecture` is a registered name.
+
     Raises:
         UserError: there is no such repository or folder, or it cannot be read.
     """
     with explain(f'model {name}'), explain_download(name):
-        source, place = parse_model_name(name)
-        if source == 'local-dir':
-            return load_model_config_from_path(place)[0]
-        if source is not None:
-            return load_model_config_from_hf(place)[0]
+        if (found := described(name)) is not None:
+            return {**found[0], 'architecture': found[1]}
         known = get_pretrained_cfg(name, allow_unregistered=True)
         return known.to_dict() if known else {}
 
@@ -133,6 +131,7 @@ def make_model(args: Settings, **kwargs: Any) -> torch.nn.Module:
         kwargs.update(pretrained=args.pretrained, num_classes=0 if args.mae else args.num_classes, global_pool=args.gp)
         if is_autoencoder(args.model):
             kwargs.update(autoencoder)
+        check_published(args.model, args.pretrained)
         model = create_model(**resolve_model_input_args(args.model, vars(args), **kwargs, **args.model_kwargs))
         return as_autoencoder(model, **autoencoder) if args.mae and not is_autoencoder(args.model) else model
 

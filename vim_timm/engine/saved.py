@@ -12,7 +12,7 @@ from timm.models import create_model, get_deprecated_models, is_model, resolve_m
 
 from ..errors import UserError, explain
 from ..models.checkpoint import class_names_in, read_checkpoint, select_weights
-from ..models.load import check_size, load_content
+from ..models.load import check_published, check_size, load_content
 from ..settings.inherited import settings_of
 from .build import explain_download, resolve_images
 from .process import usual_defaults
@@ -54,6 +54,7 @@ def open_published(name: str, **kwargs: Any) -> Saved:
         UserError: there is no such model, or its weights cannot be had.
     """
     with explain(f'model {name}'), explain_download(name):
+        check_published(name)
         model = create_model(name, pretrained=True, **kwargs).eval()
         return Saved(model, resolve_images(model, {}), _label_names(model))
 

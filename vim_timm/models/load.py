@@ -2,15 +2,18 @@
 
 from typing import Any, Dict, Mapping, Optional
 
+import torch
 import torch.nn as nn
+from safetensors import SafetensorError, safe_open
 from timm.models import create_model, is_model, resolve_model_input_args
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..settings.inherited import settings_of
 from ..settings.masked import AUTOENCODER, is_autoencoder
 from .adapt import check_fit, filter_of
-from .checkpoint import CheckpointError, StateDict, select_weights, wants_average
+from .checkpoint import CheckpointError, StateDict, read_checkpoint, select_weights, wants_average
 from .masked_autoencoder import as_autoencoder
+from .pretrained import described, described_weights
 from .trunk import Trunk
 
 
@@ -73,3 +76,43 @@ def check_size(settings: Mapping[str, Any], state: StateDict, what: str = 'the c
             as_autoencoder(model, device='meta', **decoder)
     finally:
         hook.remove()
+
+
+def check_published(name: str, pretrained: bool = True) -> None:
+    """Refuse what a config.json (`hf-hub:...`, `local-dir:...`) says where a checkpoint could not say it either.
+
+    A registered model's name is not looked at.
+
+    Args:
+        pretrained: Its weights are wanted; else those of a repository are not downloaded to be compared with.
+
+    Raises:
+        UserError: a value is none that its setting could have.
+        CheckpointError: the model is far larger than its weights.
+    """
+    found = described(name)
+    if found is None:
+        return
+    what, (cfg, architecture, arguments) = f'config.json of {name}', found
+    args: Dict[str, Any] = {'model': architecture, 'model_kwargs': arguments, 'num_classes': cfg.get('num_classes')}
+    args['num_classes'] = args['num_classes'] or None  # 0 is that of an encoder
+    settings = settings_of({'args': args, 'data_config': cfg}, what)
+    if pretrained or name.startswith('local-dir:'):
+        try:
+            file = described_weights(name)
+        except CheckpointError:
+            if pretrained:
+                raise
+            return
+        sizes = {'model': architecture, 'model_kwargs': arguments, 'num_classes': settings.get('num_classes', 0)}
+        sizes['num_classes'] = arguments.get('num_classes', sizes['num_classes'])
+        check_size(sizes, _shapes(str(file)), what)
+
+
+def _shapes(path: str) -> StateDict:
+    """Weights in a file without their values, where it can be read so."""
+    try:
+        with safe_open(path, 'pt') as file:
+            return {key: torch.empty(file.get_slice(key).get_shape(), device='meta') for key in file.keys()}
+    except (SafetensorError, OSError):
+        return select_weights(read_checkpoint(path))

@@ -8,12 +8,19 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from timm.models import get_pretrained_cfg, list_models, model_entrypoint, resolve_pretrained_cfg
-from timm.models._hub import hf_split
+from timm.models import (
+    get_pretrained_cfg,
+    list_models,
+    load_model_config_from_hf,
+    model_entrypoint,
+    parse_model_name,
+    resolve_pretrained_cfg,
+)
+from timm.models._hub import hf_split, load_model_config_from_path
 
 from .checkpoint import CheckpointError
 
@@ -78,6 +85,28 @@ def on_disk(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     elif cfg.get('url'):
         cfg.update(custom_load=True)  # timm downloads it, we read it
     return {**kwargs, 'pretrained_cfg': cfg, 'pretrained_cfg_overlay': None}
+
+
+def described(name: str) -> Optional[Tuple[Dict[str, Any], str, Dict[str, Any]]]:
+    """What the config.json of `hf-hub:REPOSITORY` or `local-dir:FOLDER` says; None of a registered model's name.
+
+    Returns:
+        The pretrained configuration, the architecture, and the arguments of its constructor, none of them checked.
+    """
+    source, place = parse_model_name(name)
+    if source is None:
+        return None
+    return load_model_config_from_path(place) if source == 'local-dir' else load_model_config_from_hf(place)
+
+
+def described_weights(name: str) -> Path:
+    """The file with the weights of `hf-hub:REPOSITORY`, downloaded where it is not in the cache, or `local-dir:FOLDER`.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    source, place = parse_model_name(name)
+    return find_weights(place) if source == 'local-dir' else Path(_download(place, None, None))
 
 
 def describes_weights(cfg: Dict[str, Any]) -> bool:
