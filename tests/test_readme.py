@@ -56,3 +56,11 @@ def test_models_are_as_described(name, size, parameters, tag):
     assert model.patch_embed.img_size == (int(size), int(size))
     assert sum(parameter.numel() for parameter in model.parameters()) == int(parameters.replace(',', ''))
     assert (model.pretrained_cfg['tag'] == tag) if tag else not timm.is_model_pretrained(name)
+
+
+def test_the_example_runs():
+    (code,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    names = {}
+    exec(code.replace('pretrained=True', 'pretrained=False'), names)  # without the download
+    assert names['logits'].shape == (1, 1000)
+    assert {tuple(features.shape) for features in names['maps']} == {(1, 384, 14, 14)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import shutil
 import sys
@@ -96,6 +97,9 @@ def check(args: argparse.Namespace) -> None:
         folder = os.path.dirname(getattr(args, name))
         if folder and not os.path.isdir(folder):
             raise UserError(f'--{name} {getattr(args, name)}: there is no such folder')
+    for word in args.inputs:
+        if not os.path.exists(word) and not glob.has_magic(word):
+            raise UserError(f'there is no image {word}')
 
 
 def read(argv: Sequence[str]) -> argparse.Namespace:
