@@ -124,6 +124,21 @@ def test_another_number_of_orders_is_refused():
         symmetric_ssd(Ssd(*operands_of(4, 'both')))
 
 
+@pytest.mark.parametrize('place, shape', [(1, (2, 4, 1)), (3, (1, 4, 5)), (4, (2, 4, 1)), (5, (1,)), (6, (2,))])
+def test_operands_of_other_shapes_are_refused(place, shape):
+    operands = operands_of(4, 'row')
+    operands[place] = torch.zeros(shape)
+    with pytest.raises(ValueError, match='do not fit together'):
+        symmetric_ssd(Ssd(*operands))
+
+
+def test_a_forced_backend_without_the_operator_does_not_follow_autocast():
+    operands = [x.float() for x in operands_of(12, 'row')]
+    wanted = symmetric_ssd(Ssd(*operands))
+    with use_scan_backend('cpu'), torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(symmetric_ssd(Ssd(*operands)), wanted)
+
+
 def test_the_operator_scripts_and_exports():
     class Model(torch.nn.Module):
         def forward(self, x, delta, A_log, B, C, D, bias, columns):
@@ -250,6 +265,28 @@ def test_fused_kernels_equal_plain_operators(grid, prefix, orders, dtype, most, 
     )
     first, second = with_gradients(fused, given), with_gradients(fused, given)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@kernels
+def test_kernels_take_parameters_of_any_stride(triton):
+    operands = [x.float() for x in operands_of(12, 'both', heads=2, headdim=16, state=16)]
+    visits = visits_of((3, 4), 0, 'both')
+    strided = [torch.stack([x, x + 1], dim=-1)[..., 0] if x.ndim == 1 else x for x in operands]
+    for found, wanted in zip(
+        *(results(lambda x, v: symmetric_ssd(Ssd(*x, *v)), x, visits) for x in (strided, operands))
+    ):
+        assert torch.equal(found, wanted)
+    operands, settings = mixer_operands(12, 2, torch.float32), (1e-5, 16, True, 0, 3, 4)
+    strided = [torch.stack([x, x + 1], dim=-1)[..., 0] if x.ndim == 1 else x for x in operands]
+    found, wanted = (results(lambda x: fused_grid_mixer(GridMixer(*x, *settings)), x) for x in (strided, operands))
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted))
+
+
+@kernels
+def test_fused_kernels_take_no_image(triton):
+    operands, settings = mixer_operands(12, 2, torch.float32, batch=0), (1e-5, 16, True, 0, 3, 4)
+    found = results(lambda x: fused_grid_mixer(GridMixer(*x, *settings)), operands)
+    assert found[0].shape == (0, 12, 32) and not any(gradient.any() for gradient in found[1:])
 
 
 @kernels

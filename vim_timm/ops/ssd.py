@@ -24,9 +24,19 @@ def symmetric_ssd(operands: Ssd) -> Tensor:
         (B, L, H, P) in x's dtype.
 
     Raises:
-        ValueError: A_log has another number of rows than there are orders.
+        ValueError: shapes do not fit together, or A_log has another number of rows than there are orders.
         RuntimeError: a forced backend cannot run.
     """
+    x, B = operands.x, operands.B
+    vectors = [operands.D, operands.delta_bias]
+    fit = operands.delta.shape == x.shape[:3] and B.shape == operands.C.shape and B.shape[:2] == x.shape[:2]
+    for vector in vectors:
+        fit = fit and (vector is None or vector.shape == x.shape[2:3])
+    if not fit:
+        raise ValueError(
+            f'x {list(x.shape)}, delta {list(operands.delta.shape)}, B {list(B.shape)}, C {list(operands.C.shape)}, '
+            'D and delta_bias do not fit together'
+        )
     orders = int(operands.rows) + int(operands.columns is not None)
     if operands.A_log.shape[0] != orders:
         raise ValueError(f'A_log has {operands.A_log.shape[0]} rows for {orders} orders of tokens')

@@ -48,7 +48,7 @@ class Conv:
 
     def __init__(self, kernels: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], grid: Grid) -> None:
         self.kernels = kernels
-        self.x, self.weight, self.bias = x, weight.contiguous(), bias
+        self.x, self.weight, self.bias = x, weight.contiguous(), None if bias is None else bias.contiguous()
         self.batch, _, self.channels = x.shape
         self.prefix, self.height, self.width = grid
 
@@ -100,7 +100,7 @@ class GatedNorm:
 
     def __init__(self, kernels: Any, y: Tensor, z: Tensor, weight: Tensor, eps: float) -> None:
         self.kernels = kernels
-        self.y, self.z, self.weight, self.eps = y, z, weight, eps
+        self.y, self.z, self.weight, self.eps = y, z, weight.contiguous(), eps
         self.batch, self.length, self.dim = y.shape
         self.rows = self.batch * self.length
         self.constants = {'DIM': self.dim, 'BD': 1 << (self.dim - 1).bit_length(), 'FAST': not INTERPRET}
@@ -117,7 +117,7 @@ class GatedNorm:
         """Fills grad_z, of any row stride; returns the gradients of y and, float32, of the weight."""
         grad_y = torch.empty(self.y.shape, dtype=self.y.dtype, device=self.y.device)
         programs = min(math.ceil(self.rows / launch.rows), launch.programs * multiprocessors(self.y.device))
-        span = launch.rows * math.ceil(self.rows / (launch.rows * programs))
+        span = launch.rows * max(1, math.ceil(self.rows / (launch.rows * max(1, programs))))
         parts = torch.empty((math.ceil(self.rows / span), self.dim), dtype=torch.float32, device=self.y.device)
         self.kernels.gated_norm_backward[len(parts),](
             self.y, self.z, self.weight, grad, grad_y, grad_z, parts, self.rows, self.length, span, self.eps,

@@ -77,7 +77,10 @@ class Ssd:
     def __init__(self, given: operands.Ssd, grid: Optional[Grid] = None) -> None:
         from . import decay_kernels, ssd_chunk_kernels, ssd_kernels
 
-        x, delta, A_log, B, C, self.D, self.delta_bias, rows, self.columns, self.moves = given
+        x, delta, A_log, B, C, D, delta_bias, rows, columns, moves = given
+        self.D, self.delta_bias, self.columns, self.moves = (
+            None if vector is None else vector.contiguous() for vector in (D, delta_bias, columns, moves)
+        )
         self.decay_kernels, self.kernels, self.chunk_kernels = decay_kernels, ssd_kernels, ssd_chunk_kernels
         self.x = x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
         self.delta = delta if delta.stride(-1) == 1 else delta.contiguous()
