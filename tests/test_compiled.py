@@ -25,10 +25,16 @@ def operators_of(model, images):
 
 @pytest.mark.skipif(bool(ops.cpu.unavailable()), reason='the native kernel is not built')
 @pytest.mark.parametrize(
-    'arguments, operators', [(dict(), {'cpu_mixer'}), (dict(scan='forward'), {'cpu_conv', 'cpu_scan'})]
+    'name, arguments, operators',
+    [
+        ('vim_nano_patch4_32', dict(), {'cpu_mixer'}),
+        ('vim_nano_patch4_32', dict(scan='forward'), {'cpu_conv', 'cpu_scan'}),
+        ('vim2_nano_patch4_32', dict(headdim=16), {'cpu_grid_conv', 'cpu_decayed', 'cpu_gated_norm'}),
+        ('vim2_nano_patch4_32', dict(headdim=16, rope=True), {'cpu_decayed'}),
+    ],
 )
-def test_compiled_models_call_the_cpu_kernel(arguments, operators):
-    model = timm.create_model('vim_nano_patch4_32', depth=2, embed_dim=32, img_size=16, **arguments).eval()
+def test_compiled_models_call_the_cpu_kernel(name, arguments, operators):
+    model = timm.create_model(name, depth=2, embed_dim=32, img_size=16, **arguments).eval()
     images = torch.randn(2, 3, 16, 16)
     found, result = operators_of(model, images)
     assert found == operators

@@ -19,7 +19,7 @@ _TENSORS = (nn.Parameter, torch.Tensor, FakeTensor, FunctionalTensor)  # the las
 def is_its_class(module: nn.Module) -> bool:
     """Whether a module computes what its class says: neither hooked (as pruning and weight_norm do), nor with a forward
     of its own, nor quantized by tensors of another class."""
-    own = getattr(module.forward, '__func__', None) is type(module).forward  # which torch.compile guards
+    own = callable(module.forward) and 'forward' not in module.__dict__  # the former makes torch.compile guard it
     if not own or any(_HOOKS_OF_ALL):
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -44,11 +44,8 @@ def is_plain_projection(linear: nn.Module) -> bool:
 def is_plain_depthwise(conv: nn.Module, padding: int) -> bool:
     """Whether a kernel of depthwise convolutions may take a convolution's weights: one of another padding, stride,
     dilation or grouping is called."""
-    return (
-        isinstance(conv, (nn.Conv1d, nn.Conv2d))
-        and is_plain(conv)
-        and conv.groups == conv.in_channels == conv.out_channels
-        and conv.padding_mode == 'zeros'
-        and conv.padding == (padding,) * len(conv.kernel_size)
-        and set(conv.stride) == set(conv.dilation) == {1}
-    )
+    if not isinstance(conv, (nn.Conv1d, nn.Conv2d)) or not is_plain(conv):
+        return False
+    if conv.groups != conv.in_channels or conv.groups != conv.out_channels or conv.padding_mode != 'zeros':
+        return False
+    return conv.padding == (padding,) * len(conv.kernel_size) and all(n == 1 for n in conv.stride + conv.dilation)
