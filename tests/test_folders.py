@@ -199,8 +199,8 @@ def test_the_printed_command_remakes_the_printed_number(metric, more, start, cap
     output = capsys.readouterr().out
     best = float(re.search(rf'best {metric}: ([\d.]+)', output).group(1))
     words = shlex.split(re.search(r'evaluate it: (.*)', output).group(1))
-    assert words[:2] == ['python', 'validate.py'] and '--dataset' in words
-    words = words[2 : words.index('--report')]
+    assert words[:3] == ['python', '-m', 'vim_timm.validate'] and '--dataset' in words  # as this process is started
+    words = words[3 : words.index('--report')]
     assert validate.main([*words, '--workers', '0', '--device', 'cpu']) == 0
     found = json.loads(capsys.readouterr().out.split('--result')[1])[metric]
     assert found == pytest.approx(best, abs=0.006)
