@@ -15,6 +15,8 @@ from vim_timm.data.folder import Images
 from vim_timm.data.survey import near_duplicates, survey
 from vim_timm.engine import Hooks
 from vim_timm.errors import UserError
+from vim_timm.hub import publish
+from vim_timm.hub.repeat import data_flags
 from vim_timm.report.samples import as_picture
 from vim_timm.settings.fit import with_warmup
 
@@ -256,3 +258,78 @@ def test_lines_on_fine_tuning_are_command_lines():
         words = shlex.split(flags.replace('FILE', 'x.pth'))
         if words[0] not in ('--report', '--save-encoder', '--initial-checkpoint', '--img-size', '--scale'):
             train.parse_args(['--data-dir', 'x', *words])
+
+
+def evaluate(folder, *flags):
+    """validate.py's row."""
+    result = folder / 'result.json'
+    more = ['--workers', '0', '--device', 'cpu', '--results-file', str(result), '--results-format', 'json']
+    assert validate.main([*map(str, flags), *more]) == 0
+    return json.loads(result.read_text())
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """A run that holds out 9 of 30 pictures by seed 0, and its folder."""
+    root = tmp_path_factory.mktemp('run')
+    flags = ['--epochs', '1', '--seed', '0', '--val-fraction', '0.3', '--output', root, '--experiment', 'a']
+    assert train.main([*SMALL, str(photos(root / 'photos')), *map(str, flags)]) == 0
+    return root / 'a'
+
+
+def test_the_folder_of_a_run_is_evaluated_as_far_as_it_was_held_out(run, tmp_path, capsys):
+    checkpoint, own = ['--checkpoint', run / 'last.pth.tar'], run.parent / 'photos'
+    (tmp_path / 'link').symlink_to(own)
+    for folder in (own, f'{own}/', tmp_path / 'link'):
+        assert evaluate(tmp_path, *checkpoint, '--data-dir', folder)['count'] == 9
+    assert evaluate(tmp_path, *checkpoint, own, '--split', 'train')['count'] == 30
+    assert evaluate(tmp_path, *checkpoint, own, '--val-fraction', '0.5', '--split', 'train')['count'] == 15
+    capsys.readouterr()
+    assert evaluate(tmp_path, *checkpoint, photos(tmp_path / 'other'))['count'] == 30
+    remark = f'where {tmp_path / "other"} has the same ones, --split train --val-fraction 0.3 --seed 0 evaluates'
+    assert remark in capsys.readouterr().out
+
+
+def test_a_folder_of_checkpoints_takes_model_and_data_from_each(run, tmp_path, capsys):
+    row = evaluate(tmp_path, '--checkpoint', run / 'last.pth.tar')
+    rows = evaluate(tmp_path, '--checkpoint', run)
+    assert [Path(each.pop('checkpoint')).name for each in rows] == [path.name for path in sorted(run.glob('*.tar'))]
+    assert rows == [row] * 3 and row['count'] == 9
+    (tmp_path / 'empty').mkdir()
+    assert validate.main(['--checkpoint', str(tmp_path / 'empty')]) == 2
+    assert f'there is no checkpoint in {tmp_path / "empty"}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('flag, value', [('--seed', '1'), ('--val-fraction', '0.4'), ('--train-split', 'training')])
+def test_a_run_goes_on_only_with_the_images_that_it_held_out(flag, value, run, tmp_path, capsys):
+    flags = ['--seed', '0', '--val-fraction', '0.3', '--resume', run / 'last.pth.tar', '--output', tmp_path]
+    line = [*SMALL, str(run.parent / 'photos'), *map(str, flags), '--epochs', '2']
+    assert train.main([*line, flag, value]) == 2
+    assert f'held out other images: {flag} was' in capsys.readouterr().err
+    if flag == '--seed':
+        assert train.main(line) == 0
+
+
+def test_the_card_of_a_run_names_the_images_that_it_held_out(run, tmp_path):
+    flags = data_flags({**vars(train.parse_args(SMALL)), 'val_fraction': 0.3, 'seed': 0, 'input_span': [0, 9]})
+    assert flags == {'input_span': [0, 9], 'split': 'train', 'val_fraction': 0.3, 'seed': 0, 'dataset': 'digits'}
+    checkpoint, folder = str(run / 'last.pth.tar'), tmp_path / 'ants'
+    assert publish.main([checkpoint, '--repo-id', 'org/ants', '--output', str(folder), '--dry-run']) == 0
+    card = (folder / 'README.md').read_text()
+    assert '--data-dir DATA --split train --val-fraction 0.3 --seed 0' in card
+    assert '| 0.3 of train, held out | 9 |' in card
+
+
+def test_a_key_that_chose_the_files_of_a_run_is_asked_for(tmp_path, capsys):
+    root = photos(tmp_path / 'photos', 5)
+    for path in root.glob('*/*.jpg'):
+        Image.open(path).save(path.with_suffix('.png'))
+    flags = ['--epochs', '1', '--input-key', '.png', '--output', tmp_path, '--experiment', 'a']
+    assert train.main([*SMALL, str(root), *map(str, flags)]) == 0
+    line = ['--checkpoint', str(tmp_path / 'a' / 'last.pth.tar')]
+    capsys.readouterr()
+    for more in ([], [str(root)]):
+        assert validate.main([*line, *more]) == 2
+        error = capsys.readouterr().err
+        assert "--input-key '.png'" in error and error.count('\n') == 1
+    assert evaluate(tmp_path, *line, '--input-key', '.png')['count'] == 3

@@ -10,6 +10,7 @@ if __name__ == '__main__':  # the command line is read before torch is imported
 import glob
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,9 +26,9 @@ from .data.real_labels import read_real_labels, real_accuracy
 from .engine import build
 from .engine.evaluate import Metric, Predicted, Watch, evaluate
 from .engine.log import Progress, Speed
-from .engine.process import catch_signals, start_process, usual_defaults
+from .engine.process import catch_signals, in_precision, start_process, usual_defaults
 from .engine.record import history_of
-from .errors import Preempted, UserError, explain, out_of_memory, run, sentence
+from .errors import Preempted, UserError, explain, out_of_memory, run, sentence, shown
 from .files import table, write_atomically
 from .models.checkpoint import class_names_in, read_checkpoint, select_weights
 from .models.load import check_size, load_content
@@ -64,8 +65,7 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
         layer = settings_of(content, what)
         if first.chosen & {'img_size', 'input_size'}:
             layer = {name: value for name, value in layer.items() if name not in ('img_size', 'input_size')}
-        if not first.chosen & {'data_dir', 'dataset'}:
-            layer.update(data_of(content, what))
+        layer.update(_data_of(content, what, first))
     args = parse(PROGRAM, VALIDATE, argv, layer=(what, layer))
     args = Settings({**vars(args), 'mae': args.mae or is_autoencoder(args.model)}, first.chosen)
     if layer:
@@ -79,6 +79,32 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
         args = args.replace(dataset='digits')
     check(args)
     return args.replace(val_num_samples=args.num_samples, validation_batch_size=None), content
+
+
+def _data_of(content: Mapping[str, Any], what: str, first: Settings) -> dict[str, Any]:
+    """The data settings that an evaluation takes from its checkpoint: all, none, or which part of the folder it is.
+
+    Of the run's own folder the part that it held out is evaluated, whoever names the folder.
+    """
+    if not first.chosen & {'data_dir', 'dataset'}:
+        return data_of(content, what, first.chosen)
+    run = content.get('args')
+    if not isinstance(run, dict) or not first.data_dir or first.chosen & {'split', 'val_fraction'}:
+        return {}
+    theirs = run.get('data_dir')
+    if isinstance(theirs, str) and theirs and os.path.realpath(first.data_dir) == os.path.realpath(theirs):
+        return data_of(content, what, first.chosen)
+    if run.get('val_fraction') and os.environ.get('RANK', '0') == '0':
+        print(
+            f'{what} is of a run that held out a share of its own images: where {first.data_dir} has the same ones, '
+            + ' '.join(
+                f'--{flag} {shlex.quote(shown(str(run.get(name))))}'
+                for flag, name in (('split', 'train_split'), ('val-fraction', 'val_fraction'), ('seed', 'seed'))
+            )
+            + ' evaluates what it was not trained on',
+            flush=True,
+        )
+    return {}
 
 
 def make_dataset(args: Settings) -> Any:
@@ -305,7 +331,7 @@ def validate_with_retry(args: Settings, process: Process, content: Mapping[str, 
 
 def candidates(args: Settings) -> list[dict[str, Any]]:
     """What to evaluate: a folder of checkpoints, a file with model names, a pattern, or the one model."""
-    if os.path.isdir(args.checkpoint):
+    if args.checkpoint and os.path.isdir(args.checkpoint):
         folder, endings = glob.escape(args.checkpoint), ('pth.tar', 'pth', 'safetensors')
         files = [file for ending in endings for file in glob.glob(f'{folder}/*.{ending}')]
         return [dict(checkpoint=file) for file in sorted(files, key=natural_key)]
@@ -319,14 +345,22 @@ def candidates(args: Settings) -> list[dict[str, Any]]:
 
 
 def _evaluate_choice(
-    args: Settings, process: Process, choice: Mapping[str, Any], alone: bool, content: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The result row of one of the candidates; each of several has its own folder in that of --report."""
+    args: Settings, process: Process, choice: Mapping[str, Any], alone: bool, content: Mapping[str, Any],
+    argv: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The result row of one of the candidates; each of several has its own folder in that of --report.
+
+    Args:
+        content: of the one checkpoint that `args` name.
+        argv: the command line, which each checkpoint of a folder completes for itself.
+    """
+    if 'checkpoint' in choice:
+        args, content = read_args([*argv, '--checkpoint', choice['checkpoint']])
+        process = in_precision(process, args)
     report = args.report
     if report and not alone:
         name = os.path.basename(choice.get('checkpoint', '')).partition('.')[0] or safe_model_name(choice['model'])
         report = os.path.join(report, name)
-    content = {} if 'checkpoint' in choice else content
     row = validate_with_retry(args.replace(**choice, report=report), process, content)
     return {**row, **({'checkpoint': choice['checkpoint']} if 'checkpoint' in choice else {})}
 
@@ -348,12 +382,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         process = start_process(args)
         try:
             choices = candidates(args)
+            if not choices and os.path.isdir(args.checkpoint):
+                raise UserError(f'there is no checkpoint in {args.checkpoint}')
             if not choices:
                 raise UserError(f'nothing matches --model {args.model!r} --checkpoint {args.checkpoint!r}')
             rows, failures = [], []
             for choice in choices:
                 try:
-                    rows.append(_evaluate_choice(args, process, choice, len(choices) == 1, content))
+                    rows.append(_evaluate_choice(args, process, choice, len(choices) == 1, content, arguments))
                 except Preempted:
                     raise
                 except UserError as error:  # the others may do; those done are not lost

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError, explain
+from ..errors import UserError, explain, shown
 from ..files import duplicate, write_atomically
 from ..models.checkpoint import read_checkpoint
 from ..models.load import load_content
@@ -38,6 +38,28 @@ def check_classes(saved: list[str], here: list[str], path: str) -> None:
             raise UserError(
                 f'{path} was trained on other classes: number {number} is {theirs!r} there and {ours!r} in this data; '
                 'start from its weights with --pretrained --pretrained-path'
+            )
+
+
+def check_held_out(saved: Any, args: Any, path: str) -> None:
+    """Refuse to evaluate on images that the run has been trained on, since another share was held out before.
+
+    Args:
+        saved: settings in the checkpoint of `path`.
+        args: settings of this run.
+    """
+    if not isinstance(saved, dict) or 'val_fraction' not in saved:
+        return
+    if not (saved['val_fraction'] or args.val_fraction):
+        return
+    for name in ('val_fraction', 'seed', 'train_split'):
+        theirs, ours = saved.get(name), getattr(args, name)
+        if theirs != ours:
+            flag = f'--{name.replace("_", "-")}'
+            raise UserError(
+                f'{path} held out other images: {flag} was {shown(repr(theirs))} there and is {ours!r} here, so that '
+                'images it was trained on would be evaluated: give the same, or start from its weights with '
+                '--pretrained --pretrained-path'
             )
 
 

@@ -1,6 +1,7 @@
 """The processes of a run: device, process group, signals."""
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import signal
@@ -57,9 +58,14 @@ def start_process(settings: Settings) -> Process:
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     if settings.fast_norm:
         set_fast_norm()
+    return in_precision(Process(device, rank=rank, local_rank=local_rank, world_size=world_size), settings)
+
+
+def in_precision(process: Process, settings: Settings) -> Process:
+    """The same process with the dtypes of other settings."""
     dtype = getattr(torch, settings.model_dtype or 'float32')
     autocast_dtype = getattr(torch, settings.amp_dtype) if settings.amp else None
-    return Process(device, dtype, autocast_dtype, rank, local_rank, world_size)
+    return dataclasses.replace(process, dtype=dtype, autocast_dtype=autocast_dtype)
 
 
 def _join(settings: Settings, backend: str, local_rank: int, rank: int, world_size: int) -> None:

@@ -107,12 +107,18 @@ def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[st
         license=args.license,
         notes=saved.model.pretrained_cfg.get('notes') or () if derived else (),
         dataset=str(saved.run.get('dataset') or '') if ours else '',
-        split=str(flags.get('split', 'validation')),
+        split=_split(flags),
         evaluate=command('validate', {'model': source, 'pretrained': True, **shown}),
         train=train_command(saved.run) if ours else '',
         made=made,
         class_names=saved.class_names,
     )
+
+
+def _split(flags: Mapping[str, Any]) -> str:
+    """What was evaluated, in words."""
+    split, share = str(flags.get('split', 'validation')), flags.get('val_fraction')
+    return f'{share:g} of {split}, held out' if share else split
 
 
 def write(args: argparse.Namespace, folder: Path, source: str) -> None:
@@ -125,7 +131,10 @@ def write(args: argparse.Namespace, folder: Path, source: str) -> None:
     if args.results:
         told.result = read_result(args.results, saved.architecture)
     elif not args.no_evaluate and saved.model.num_classes:  # an encoder alone has no accuracy
-        data = data_of({'args': {**saved.run, **given}}, args.checkpoint)
+        try:
+            data = data_of({'args': {**saved.run, **given}}, args.checkpoint)
+        except UserError as error:
+            raise UserError(f'{error}; a result of validate.py (--results-file) goes into --results') from error
     private = [value for value in saved.run.values() if isinstance(value, str) and os.path.isabs(value)]
     with replacing(folder) as new:
         write_folder(new, saved, args.half)

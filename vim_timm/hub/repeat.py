@@ -17,7 +17,8 @@ _PRIVATE = {
 _FILES = {'initial_checkpoint', 'pretrained_path', 'class_map', 'file', 'checkpoint_path'}
 _FOLDER = 'local-dir:'  # how a model's name says that a folder follows
 _DATA = (
-    'dataset', 'data_dir', 'class_map', 'input_img_mode', 'input_key', 'target_key', 'dataset_trust_remote_code',
+    'dataset', 'data_dir', 'class_map', 'input_img_mode', 'input_span', 'input_key', 'target_key',
+    'dataset_trust_remote_code',
 )  # fmt: skip
 
 
@@ -86,4 +87,8 @@ def data_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
     flags = {name: settings.get(name) for name in _DATA}
     flags.update(split=settings.get('val_split'), num_samples=settings.get('val_num_samples'))
     usual = defaults(VALIDATE)
-    return {name: value for name, value in flags.items() if value and value != usual[name]}
+    changed = {name: value for name, value in flags.items() if value and value != usual[name]}
+    if settings.get('val_fraction'):  # the seed says which images of the training split were held out
+        names = {'split': 'train_split', 'val_fraction': 'val_fraction', 'seed': 'seed'}
+        changed.update((flag, settings[name]) for flag, name in names.items() if settings.get(name) is not None)
+    return changed

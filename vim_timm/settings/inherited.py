@@ -7,7 +7,7 @@ its type and range before anybody uses it, and none is a path, an address or a n
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -169,25 +169,35 @@ def settings_of(content: Mapping[str, Any], what: str = 'the checkpoint') -> dic
     return found
 
 
-def data_of(content: Mapping[str, Any], what: str = 'the checkpoint') -> dict[str, Any]:
+def data_of(content: Mapping[str, Any], what: str = 'the checkpoint', chosen: Collection[str] = ()) -> dict[str, Any]:
     """The local data that a training checkpoint was evaluated on, by settings of validate.py; {} where it names none.
 
     Only what lies on this machine as plain images, and what torchvision reads from a folder here: a file must not
     choose a stream, an address, or code to run.
 
+    Args:
+        chosen: settings of validate.py that need not be taken, as the user gives them.
+
     Raises:
-        UserError: it names something else, or what is not here.
+        UserError: it names something else, or what is not here, or its files were chosen by a key.
     """
     args = content.get('args')
     if not isinstance(args, dict) or not any(args.get(name) for name in ('data_dir', 'dataset')):
         return {}
     found = {ours: args[name] for name, (ours, _) in LOCAL_DATA.items() if args.get(name) not in (None, '')}
+    found = {name: value for name, value in found.items() if name not in chosen}
     for name, (ours, rule) in LOCAL_DATA.items():
         if ours in found and not rule(found[ours]):
             raise UserError(
                 f'{what}: its setting {name} is {shown(repr(found[ours]))}, which is not here or nothing that a file '
                 'may choose: give --data-dir or --dataset'
             )
+    key = args.get('input_key')
+    if key and 'input_key' not in chosen and args.get('dataset') != 'digits':
+        raise UserError(
+            f'{what}: its run chose its files by --input-key {shown(repr(key))}, and a key is never taken from a file: '
+            'give --input-key'
+        )
     if found.get('val_fraction'):  # images of the training split were held out, by its seed
         seed, split = args.get('seed'), args.get('train_split')
         if not (type(seed) is int and 0 <= seed < 2**32 and _word(split)):
