@@ -10,12 +10,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from torch.utils.data import IterableDataset
 
 from vim_timm import original, train, validate
 from vim_timm.data import class_names, make_dataset, renumbered
 from vim_timm.data.classes import read_class_map
+from vim_timm.engine.build import label_names
 from vim_timm.errors import UserError
+from vim_timm.hub import publish
 
 RUN = (
     '--model test_vit --img-size 16 --in-chans 1 --workers 0 --device cpu --batch-size 8 --epochs 4 --no-aug '
@@ -185,3 +188,87 @@ def test_the_original_numbers_classes_as_torchvision_does(tmp_path, capsys):
 def test_weights_keep_their_place_in_timm(trained):
     model = timm.create_model('test_vit', in_chans=1, img_size=16, num_classes=3)
     timm.models.load_checkpoint(model, str(trained / 'a' / 'last.pth.tar'))
+
+
+def test_a_class_map_in_another_order_changes_no_number_of_a_known_name(trained, tmp_path, capsys):
+    write(tmp_path / 'validation', ['ant', 'cow'], 4)
+    (tmp_path / 'map.txt').write_text('cow\nbee\nant\n')
+    assert evaluate(trained, tmp_path, '--class-map', str(tmp_path / 'map.txt'))['top1'] == 100
+    (tmp_path / 'map.txt').write_text('cow\nbee\nant\nzebra\n')
+    assert evaluate(trained, tmp_path, '--class-map', str(tmp_path / 'map.txt')) == 2
+    assert "gives the class 'cow' the number 0, and in" in capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def published(trained, tmp_path_factory):
+    """The trained model, as published."""
+    folder = tmp_path_factory.mktemp('published') / 'animals'
+    checkpoint = str(trained / 'a' / 'last.pth.tar')
+    assert publish.main([checkpoint, '--output', str(folder), '--dry-run', '--no-evaluate']) == 0
+    return folder
+
+
+@pytest.fixture(scope='module')
+def imagenet(tmp_path_factory):
+    """Weights with ImageNet's classes that see a goldfish everywhere."""
+    folder = tmp_path_factory.mktemp('imagenet')
+    model = timm.create_model('test_vit', img_size=16)
+    for value in model.head.parameters():
+        torch.nn.init.zeros_(value)
+    model.head.bias.data[ImageNetInfo().label_names().index('n01443537')] = 9
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    return folder
+
+
+class TestPublished:
+    """Published weights keep their head, and their names say which class is which."""
+
+    def evaluate(self, model, root, *flags):
+        result = root / 'result.json'
+        line = f'--model local-dir:{model} --pretrained --data-dir {root} --img-size 16 --workers 0 --device cpu'
+        flags = [*flags, '--results-file', str(result), '--results-format', 'json']
+        return json.loads(result.read_text()) if validate.main([*line.split(), *flags]) == 0 else 2
+
+    def test_classes_go_by_name(self, published, tmp_path, capsys):
+        write(tmp_path / 'validation', ['cow', 'bee'])
+        assert self.evaluate(published, tmp_path)['top1'] == 100
+        GREY['Kuh'] = GREY['cow']
+        write(tmp_path / 'validation', ['Kuh'])
+        assert self.evaluate(published, tmp_path) == 2
+        assert "has the class 'Kuh'" in capsys.readouterr().err
+
+    def test_other_names_are_refused_though_there_are_as_many(self, published, tmp_path, capsys):
+        GREY.update(dict(x=20, y=120, z=220))
+        write(tmp_path / 'validation', ['x', 'y', 'z'])
+        assert self.evaluate(published, tmp_path) == 2 and "has the class 'x'" in capsys.readouterr().err
+        (tmp_path / 'map.txt').write_text('x\ny\nz\n')
+        assert self.evaluate(published, tmp_path, '--class-map', str(tmp_path / 'map.txt'))['top1'] == 100
+
+    def test_no_head_without_training_is_made(self, published, tmp_path, capsys):
+        write(tmp_path / 'validation', ['ant', 'bee'])
+        assert self.evaluate(published, tmp_path, '--num-classes', '2') == 2
+        assert 'have 3 classes, and a head of --num-classes 2' in capsys.readouterr().err
+
+    def test_a_part_of_imagenet_is_scored_by_all_its_classes(self, imagenet, tmp_path):
+        GREY.update(dict.fromkeys(('n01443537', 'n02102040'), 50))
+        write(tmp_path / 'validation', ['n01443537'], 6)
+        write(tmp_path / 'validation', ['n02102040'], 2)
+        row = self.evaluate(imagenet, tmp_path, '--in-chans', '3')
+        assert row['top1'] == 75 and row['param_count'] > 0.2
+
+    def test_names_that_say_nothing_need_a_word_of_the_user(self, imagenet, tmp_path, capsys):
+        GREY.update(dict(fish=20, dog=120))
+        write(tmp_path / 'validation', ['fish', 'dog'], 4)
+        assert self.evaluate(imagenet, tmp_path) == 2
+        assert 'has 1000 classes, and' in (error := capsys.readouterr().err)
+        assert '--valid-labels or --class-map' in error and error.count('\n') == 1
+        (tmp_path / 'labels').write_text('5\n1\n')  # dog, fish
+        assert self.evaluate(imagenet, tmp_path, '--valid-labels', str(tmp_path / 'labels'))['top1'] == 50
+        (tmp_path / 'labels').write_text('5\n1000\n')
+        assert self.evaluate(imagenet, tmp_path, '--valid-labels', str(tmp_path / 'labels')) == 2
+        assert 'the model has classes 0 to 999' in capsys.readouterr().err
+
+    def test_names_of_a_configuration_are_a_list_or_a_mapping(self):
+        for names in (['b', 'a'], {'0': 'b', '1': 'a'}, {1: 'a', 0: 'b'}):
+            assert label_names({'label_names': names}, 2) == ['b', 'a'] and label_names({'label_names': names}, 3) == []
+        assert label_names({}, 2) == []

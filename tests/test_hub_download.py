@@ -341,12 +341,14 @@ def test_a_pickle_that_would_run_code_is_refused(hub, tmp_path):
     (dict(status=401, times=99), ('status 401', 'hf auth login')),
     (None, ('not in the cache', 'HF_ENDPOINT', 'HF_HOME')),
 ])  # fmt: skip
-def test_a_command_line_names_the_ways_out(hub, fault, words, monkeypatch, capsys):
+def test_a_command_line_names_the_ways_out(hub, fault, words, monkeypatch, tmp_path, capsys):
+    (tmp_path / 'labels').write_text('\n'.join(map(str, range(10))))
     if fault:
         hub.fault('/resolve/', **fault)
     else:
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    assert validate.main('--model vim_tiny_patch16_224 --pretrained --num-classes 10 --device cpu'.split()) == 2
+    flags = ['--valid-labels', str(tmp_path / 'labels'), '--device', 'cpu']
+    assert validate.main(['--model', 'vim_tiny_patch16_224', '--pretrained', *flags]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words) and error.count('\n') == 1
 

@@ -38,7 +38,7 @@ from .report.evaluation import Evaluation, open_folder, write_report
 from .report.extras import require
 from .report.facts import facts
 from .report.metrics import measure
-from .report.names import words
+from .report.names import is_wordnet_id, words
 from .settings import Process, Settings
 from .settings.flags import VALIDATE
 from .settings.inherited import data_of, settings_of
@@ -263,21 +263,55 @@ def _name_classes(
 ) -> tuple[Settings, Any, list[str]]:
     """The settings with the number of classes, the data set with the model's class numbers, and the classes' names.
 
-    Names that a checkpoint knows are its own, and numbers follow from them; a --class-map says them instead.
+    Names that a checkpoint or published weights know are the model's, and numbers follow from them; a --class-map says
+    the numbers of other names. Published weights keep their head, whatever classes the data has.
     """
-    known = class_names_in(content, args.checkpoint)
-    if labels is not None and known:
+    where, here = args.checkpoint or args.model, data.class_names(dataset)
+    known, count = class_names_in(content, args.checkpoint), 0
+    if args.pretrained and not args.checkpoint:
+        count, known, imagenet = build.published_classes(args.model)
+        if count and args.num_classes not in (None, count):
+            raise UserError(
+                f'the weights of {where} have {count} classes, and a head of --num-classes {args.num_classes} has '
+                'learned nothing: leave that out'
+            )
+        if imagenet and not all(is_wordnet_id(name) for name in here):
+            known = []  # data with other names for the same classes
+    if labels is not None and (known or count):
         with explain(f'--valid-labels {args.valid_labels}'):
-            if not 0 <= min(labels) <= max(labels) < len(known):
-                raise UserError(f'the model has classes 0 to {len(known) - 1}')
-            known = [known[label] for label in labels]
-    if 'class_map' not in args.chosen:
-        dataset = data.renumbered(dataset, known, f'split {args.split!r}', args.checkpoint)
-    if labels is None:
+            if not 0 <= min(labels) <= max(labels) < (len(known) or count):
+                raise UserError(f'the model has classes 0 to {(len(known) or count) - 1}')
+            known = [known[label] for label in labels] if known else []
+    dataset, by_name = _by_name(dataset, known, args, where)
+    if labels is None and count:
+        args = args.replace(num_classes=count)
+        if not by_name and (len(here) > count or len(here) not in (0, count) and 'class_map' not in args.chosen):
+            raise UserError(
+                f'{where} has {count} classes, and split {args.split!r} of the data has {len(here)}, without names '
+                'that tell which of them: say it with --valid-labels or --class-map'
+            )
+    elif labels is None:
         args = match_classes(args.replace(num_classes=args.num_classes or len(known) or None), dataset, args.split)
     names = known or data.class_names(dataset)
     names = names if labels is None or len(names) <= len(labels) else [names[label] for label in labels]
     return args, dataset, names
+
+
+def _by_name(dataset: Any, known: list[str], args: Settings, where: str) -> tuple[Any, bool]:
+    """The data set with the numbers of classes in `known`, and whether its names say them, not its --class-map."""
+    names = data.class_names(dataset)
+    if not names or not known:
+        return dataset, False
+    numbers = {name: number for number, name in enumerate(known)}
+    if 'class_map' not in args.chosen or set(names) <= set(numbers):
+        return data.renumbered(dataset, known, f'split {args.split!r}', where), True
+    for number, name in enumerate(names):
+        if numbers.get(name, number) != number:
+            raise UserError(
+                f'--class-map {args.class_map} gives the class {name!r} the number {number}, and in {where} it is '
+                f'{numbers[name]}'
+            )
+    return dataset, False
 
 
 class _Select(torch.nn.Module):

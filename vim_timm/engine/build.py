@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from timm.data import resolve_input_data_config
+from timm.data import ImageNetInfo, resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import (
     create_model,
@@ -117,6 +117,32 @@ def published_cfg(name: str) -> Mapping[str, Any]:
             return {**found[0], 'architecture': found[1]}
         known = get_pretrained_cfg(name, allow_unregistered=True)
         return known.to_dict() if known else {}
+
+
+def label_names(cfg: Mapping[str, Any], count: int) -> list[str]:
+    """The names of `count` classes in a published configuration, by number; [] where it names others or none."""
+    names = cfg.get('label_names') or ()
+    if isinstance(names, Mapping):  # of a folder saved by timm: place -> name
+        with explain('label_names of the configuration'):
+            names = [names[key] for key in sorted(names, key=int)]
+    return [str(name) for name in names] if len(names) == count else []
+
+
+def published_classes(name: str) -> tuple[int, list[str], bool]:
+    """Classes of published weights: their number (0: no classifier), names by number, whether they are ImageNet's.
+
+    ImageNet's are named by WordNet ids, as its folders are, though data may well name them otherwise.
+
+    Raises:
+        UserError: see `published_cfg`.
+    """
+    cfg = published_cfg(name)
+    count = cfg.get('num_classes') or 0
+    names, info = label_names(cfg, count), ImageNetInfo()
+    usual = not names or set(names) <= {*info.label_names(), *info.label_descriptions()}
+    if count == info.num_classes() and 'in1k' in (cfg.get('tag') or '') and usual:
+        return count, list(info.label_names()), True
+    return count, names, False
 
 
 def make_model(args: Settings, **kwargs: Any) -> torch.nn.Module:

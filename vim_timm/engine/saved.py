@@ -14,7 +14,7 @@ from ..errors import UserError, explain
 from ..models.checkpoint import class_names_in, read_checkpoint, select_weights
 from ..models.load import check_published, check_size, load_content
 from ..settings.inherited import settings_of
-from .build import explain_download, resolve_images
+from .build import explain_download, label_names, resolve_images
 from .process import usual_defaults
 from .record import history_of
 
@@ -122,11 +122,9 @@ def _architecture(path: str) -> str:
 
 def _label_names(model: Any) -> list[str]:
     """Class names of published weights, from their configuration or, for ImageNet's, from timm."""
-    names = model.pretrained_cfg.get('label_names')
-    if isinstance(names, Mapping):  # of a folder saved by timm: place -> name
-        names = [names[key] for key in sorted(names, key=int)]
-    if names and len(names) == model.num_classes:
-        return list(map(str, names))
+    names = label_names(model.pretrained_cfg, model.num_classes)
+    if names:
+        return names
     return _imagenet(model) if 'in1k' in model.pretrained_cfg.get('tag', '') else []
 
 

@@ -5,9 +5,14 @@ from collections import Counter
 from timm.data import ImageNetInfo
 
 
+def is_wordnet_id(name: str) -> bool:
+    """Whether it is such a name as those of ImageNet's folders: n01440764."""
+    return name[:1] == 'n' and name[1:].isdecimal() and len(name) == 9
+
+
 def words(names: list[str]) -> list[str]:
     """Class names to show: words for WordNet ids, as they are else."""
-    if not any(name[:1] == 'n' and name[1:].isdecimal() and len(name) == 9 for name in names):
+    if not any(map(is_wordnet_id, names)):
         return names
     info = ImageNetInfo()
     found = []
