@@ -1,6 +1,7 @@
 """Original checkpoint files become our models and files: whole, safely, or not at all."""
 
 import argparse
+import math
 import os
 import pickle
 import subprocess
@@ -15,7 +16,7 @@ from safetensors import safe_open
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm.hub import from_original, load_original_file
-from vim_timm.hub.convert import convert, find_architecture, infer_arguments, main
+from vim_timm.hub.convert import _image_and_stride, convert, find_architecture, infer_arguments, main
 
 MIDCLS = 'bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2'
 TINY = f'vim_tiny_patch16_224_{MIDCLS}'
@@ -286,3 +287,8 @@ def test_command_line(deit_file, tmp_path):
     assert run.returncode == 0, run.stderr
     assert '7,148,008 parameters' in run.stdout
     assert os.listdir(tmp_path) == ['out.safetensors']
+
+
+@pytest.mark.parametrize('patches', [16, 28 * 28])
+def test_patches_of_one_pixel_have_a_stride(patches):
+    assert _image_and_stride(patches, 1) == (math.isqrt(patches), 1)

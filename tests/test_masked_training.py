@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -184,6 +185,32 @@ class TestTraining:
             assert all(torch.equal(one[name], other[name]) for name in one)
         for name, tensor in first['state_dict'].items():
             assert torch.equal(tensor, second['state_dict'][name])
+
+    def test_an_average_begins_with_the_trained_weights_where_there_was_none(self, tmp_path):
+        pretrain(tmp_path, 'a', '--epochs', '1')
+        more = ['--model-ema', '--model-ema-decay', '1', '--epochs', '2', '--resume', 'auto']
+        pretrain(tmp_path, 'a', *more)
+        saved = load(tmp_path, 'a')
+        start = torch.load(tmp_path / 'a' / 'checkpoint-0.pth.tar', weights_only=True)
+        for one, other in (
+            (start['state_dict'], saved['state_dict_ema']),
+            (start['task_state']['decoder'], saved['task_state_ema']['decoder']),
+        ):
+            assert all(torch.equal(one[name], other[name]) for name in one)
+
+    def test_a_finished_run_writes_its_encoder(self, run, tmp_path, capsys):
+        shutil.copytree(run, tmp_path / 'a')
+        more = '--epochs 3 --model-ema --model-ema-decay 0.5 --norm-pix-loss'.split()
+        for place, name in (('auto', 'a'), (str(run / 'last.pth.tar'), 'b')):
+            path = tmp_path / f'{name}.safetensors'
+            pretrain(tmp_path, name, *more, '--resume', place, '--save-encoder', str(path))
+            assert path.read_bytes() == (run.parent / 'encoder.safetensors').read_bytes()
+            assert f'encoder: {path}' in capsys.readouterr().out
+
+    def test_overwriting_leaves_no_picture_of_the_run_before(self, run, tmp_path):
+        shutil.copytree(run, tmp_path / 'a')
+        pretrain(tmp_path, 'a', '--epochs', '1', '--overwrite', '--gallery-interval', '0')
+        assert not list((tmp_path / 'a').glob('reconstruction-[23].png'))
 
     def test_two_processes_train_like_one(self, tmp_path):
         """Ten steps of SGD without augmentation, weights to 1e-6, and no parameter is unused."""

@@ -378,6 +378,15 @@ def test_a_folder_that_cannot_be_written_ends_before_the_evaluation(tmp_path, we
     assert '--report' in capsys.readouterr().err
 
 
+def test_each_checkpoint_of_a_folder_has_a_report_of_its_own(tmp_path, weights):
+    for name in ('a.1.pth', 'a.2.pth.tar', 'a.2.pth', 'b.safetensors'):
+        (tmp_path / name).write_bytes(Path(weights[-1]).read_bytes())
+    flags = [*weights[:-1], str(tmp_path), '--report', str(tmp_path / 'report')]
+    assert validate.main(flags) == 0
+    assert sorted(path.name for path in (tmp_path / 'report').iterdir()) == ['a.1', 'a.2', 'a.2-2', 'b']
+    assert len(list((tmp_path / 'report').glob('*/report.html'))) == 4
+
+
 def test_one_failing_model_of_a_list_does_not_cost_the_others(tmp_path, weights, capsys):
     (tmp_path / 'models.txt').write_text('test_vit\nresnet18\n')
     place = weights.index('test_vit')

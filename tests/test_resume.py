@@ -226,6 +226,17 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     assert log_of(tmp_path / 'a') == whole
 
 
+def test_epochs_that_come_again_are_once_in_the_log(tmp_path):
+    flags = [*BASE.split(), *EASY.split(), '--output', str(tmp_path), '--experiment', 'a', '--epochs', '4']
+    assert train.main(flags) == 0
+    before = load(tmp_path, 'a')['history']
+    assert train.main([*flags, '--resume', 'auto', '--start-epoch', '2']) == 0
+    rows = json.loads((tmp_path / 'a' / 'summary.json').read_text())
+    assert [row['epoch'] for row in rows] == [0, 1, 2, 3] and rows[:2] == before[:2]
+    best = max(rows, key=lambda row: row['eval_top1'])['epoch']
+    assert load(tmp_path, 'a', 'model_best')['epoch'] == best
+
+
 def test_plateau_schedule_and_early_stop_survive_a_resume(tmp_path):
     flags = [
         *BASE.split(),

@@ -143,12 +143,14 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     goes_on = args.resume == 'auto' or in_folder(resumed, folder)
     if trainer.epoch >= trainer.epochs and not goes_on:
         trainer.progress.say(f'all {trainer.epochs} epochs are done')
+        write_encoder(args, trainer)
         return trainer
     with open_folder(folder, process, goes_on, args) as trainer.saver.folder:
-        if trainer.primary and trainer.rows and resumed == trainer.saver.path('last'):
+        if trainer.primary and trainer.rows and resumed == trainer.saver.path('last') and args.start_epoch is None:
             trainer.saver.tidy(trainer.rows)
         if trainer.epoch >= trainer.epochs:
             trainer.progress.say(f'all {trainer.epochs} epochs are done')
+            write_encoder(args, trainer)
             return trainer
         if trainer.folder != folder:
             trainer.progress.say(f'{folder} holds a run already: this one is {os.path.basename(trainer.folder)}')
@@ -166,17 +168,19 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         if args.mae and trainer.primary:
             task.gallery = Gallery(process, loaders[1], args.gallery_interval).after_epoch  # type: ignore[assignment]
         trainer.run()
-        if args.save_encoder and trainer.primary:
-            save_encoder(args.save_encoder, task)
-            trainer.progress.say(f'encoder: {args.save_encoder}')
+        write_encoder(args, trainer)
     return trainer
 
 
-def save_encoder(path: str, task: Any) -> None:
-    """Write the encoder's weights, of the moving average where there is one, as a safetensors file."""
+def write_encoder(args: Settings, trainer: Trainer) -> None:
+    """Write the encoder's weights, of the moving average where there is one, as a safetensors file, if asked to."""
+    path, task = args.save_encoder, trainer.task
+    if not path or not trainer.primary:
+        return
     encoder = unwrap_model(task.get_eval_model(ema=task.has_ema()))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     write_atomically(path, safetensors.torch.save(state, {'format': 'pt'}))
+    trainer.progress.say(f'encoder: {path}')
 
 
 def announce(args: Settings, trainer: Trainer, model: Any, data_config: dict[str, Any]) -> None:

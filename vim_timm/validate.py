@@ -8,6 +8,7 @@ if __name__ == '__main__':  # the command line is read before torch is imported
     sys.exit(commands.main('validate'))
 
 import glob
+import itertools
 import json
 import os
 import shlex
@@ -48,6 +49,8 @@ from .settings.programs import VALIDATE_PROGRAM as PROGRAM
 from .settings.programs import check, validate_settings
 from .tasks import adopt, make_task
 from .train import input_channels, match_classes
+
+ENDINGS = ('.pth.tar', '.pth', '.safetensors')  # of checkpoints in a folder
 
 
 def parse_args(argv: Sequence[str]) -> Settings:
@@ -366,8 +369,8 @@ def validate_with_retry(args: Settings, process: Process, content: Mapping[str, 
 def candidates(args: Settings) -> list[dict[str, Any]]:
     """What to evaluate: a folder of checkpoints, a file with model names, a pattern, or the one model."""
     if args.checkpoint and os.path.isdir(args.checkpoint):
-        folder, endings = glob.escape(args.checkpoint), ('pth.tar', 'pth', 'safetensors')
-        files = [file for ending in endings for file in glob.glob(f'{folder}/*.{ending}')]
+        folder = glob.escape(args.checkpoint)
+        files = [file for ending in ENDINGS for file in glob.glob(f'{folder}/*{ending}')]
         return [dict(checkpoint=file) for file in sorted(files, key=natural_key)]
     if os.path.isfile(args.model):
         with open(args.model, encoding='utf-8') as file:
@@ -378,23 +381,35 @@ def candidates(args: Settings) -> list[dict[str, Any]]:
     return [{}]
 
 
+def report_folders(choices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each candidate's folder in that of --report, each another one; '' for the only one."""
+    if len(choices) == 1:
+        return ['']
+    names: list[str] = []
+    for choice in choices:
+        file = os.path.basename(choice.get('checkpoint', ''))
+        ending = next((ending for ending in ENDINGS if file.endswith(ending)), '')
+        name = file.removesuffix(ending) or safe_model_name(choice['model'])
+        again = (f'{name}-{number}' for number in itertools.count(2))
+        names.append(name if name not in names else next(other for other in again if other not in names))
+    return names
+
+
 def _evaluate_choice(
-    args: Settings, process: Process, choice: Mapping[str, Any], alone: bool, content: Mapping[str, Any],
+    args: Settings, process: Process, choice: Mapping[str, Any], folder: str, content: Mapping[str, Any],
     argv: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """The result row of one of the candidates; each of several has its own folder in that of --report.
+    """The result row of one of the candidates.
 
     Args:
+        folder: its name in the folder of --report.
         content: of the one checkpoint that `args` name.
         argv: the command line, which each checkpoint of a folder completes for itself.
     """
     if 'checkpoint' in choice:
         args, content = read_args([*argv, '--checkpoint', choice['checkpoint']])
         process = in_precision(process, args)
-    report = args.report
-    if report and not alone:
-        name = os.path.basename(choice.get('checkpoint', '')).partition('.')[0] or safe_model_name(choice['model'])
-        report = os.path.join(report, name)
+    report = args.report and os.path.join(args.report, folder) if folder else args.report
     row = validate_with_retry(args.replace(**choice, report=report), process, content)
     return {**row, **({'checkpoint': choice['checkpoint']} if 'checkpoint' in choice else {})}
 
@@ -421,9 +436,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not choices:
                 raise UserError(f'nothing matches --model {args.model!r} --checkpoint {args.checkpoint!r}')
             rows, failures = [], []
-            for choice in choices:
+            for choice, folder in zip(choices, report_folders(choices)):
                 try:
-                    rows.append(_evaluate_choice(args, process, choice, len(choices) == 1, content, arguments))
+                    rows.append(_evaluate_choice(args, process, choice, folder, content, arguments))
                 except Preempted:
                     raise
                 except UserError as error:  # the others may do; those done are not lost

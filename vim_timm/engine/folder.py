@@ -15,7 +15,10 @@ from ..errors import UserError, explain
 from ..settings import Process, Settings
 from .lock import FolderLock
 
-WRITTEN = ('*.pth.tar', 'args.yaml', 'summary.*', 'curves.*', 'train-batch-*.jpg', 'tensorboard')  # by a run
+# by a run
+WRITTEN = (
+    '*.pth.tar', 'args.yaml', 'summary.*', 'curves.*', 'train-batch-*.jpg', 'reconstruction*.png', 'tensorboard',
+)  # fmt: skip
 
 
 def planned_folder(args: Settings, image_size: int) -> str:

@@ -153,12 +153,14 @@ class Trainer:
             check_fit(weights, unwrap_model(self.task.get_eval_model()).state_dict(), f'checkpoint {path}')
             self.task.load_checkpoint_state(weights, content.get('task_state'))
             if self.task.has_ema():
-                average = select_weights(content, use_ema=has_average(content))
-                self.task.load_checkpoint_state(average, content.get('task_state_ema'), ema=True)
+                kept = has_average(content)  # else the average starts at the trained weights
+                average, state = select_weights(content, use_ema=kept), f'task_state{"_ema" if kept else ""}'
+                self.task.load_checkpoint_state(average, content.get(state), ema=True)
             self.rows = history_of(content, path, self.metric)
             self.epoch, self.step = progress_of(content, path)
             if self.args.start_epoch is not None:
                 self.epoch, self.step = self.args.start_epoch, 0
+            self.rows = [row for row in self.rows if row['epoch'] < self.epoch]  # the others come again
             if self.args.sched == 'plateau':  # the one schedule that is a function of the metrics so far
                 for row in self.rows:
                     self._schedule(row['epoch'] + 1, row.get(self.metric))

@@ -255,7 +255,7 @@ def _image_and_stride(num_patches: int, patch_size: int) -> tuple[int, int]:
     if grid * grid != num_patches:
         raise CheckpointError(f'{num_patches} patches are no square grid: name the model')
     for img_size in (224, 384):
-        for stride in (patch_size, patch_size // 2):
+        for stride in (patch_size, max(1, patch_size // 2)):
             if (img_size - patch_size) // stride + 1 == grid:
                 return img_size, stride
     return grid * patch_size, patch_size
