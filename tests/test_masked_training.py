@@ -334,3 +334,43 @@ def test_pixels_that_are_no_numbers_are_refused():
     batch.images[1, 0, 3, 3] = float('nan')
     with pytest.raises(UserError, match='image 7 .* not finite'):
         reconstruct(make_task(), Process(), batch, False)
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    base = [word if word != '16' else '8' for word in ADAM]
+    return pretrain(tmp_path_factory.mktemp('few'), 'few', *'--epochs 1'.split(), base=base) / 'last.pth.tar'
+
+
+class TestFewPatches:
+    """Pictures of 8 pixels in patches of 4: of four patches a share of 90 % leaves none."""
+
+    FLAGS = '--mae --device cpu --workers 0 --dataset digits --batch-size 359'.split()
+
+    def test_a_report_leaves_out_what_hides_all(self, small, tmp_path, capsys):
+        flags = [*self.FLAGS, '--checkpoint', str(small), '--report', str(tmp_path / 'report')]
+        assert validate.main(flags) == 0
+        assert 'not compared: 90 % hidden, which leaves no patch visible' in capsys.readouterr().out
+        report = json.loads((tmp_path / 'report' / 'report.json').read_text())
+        assert [row['mask_ratio'] for row in report['ratios']] == [0.25, 0.5, 0.75]
+
+    def test_a_chosen_one_is_refused(self, small, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(validate.reconstruction, 'measure', lambda *_, **__: pytest.fail('measured'))
+        flags = [*self.FLAGS, '--checkpoint', str(small), '--report', str(tmp_path / 'report')]
+        assert validate.main([*flags, '--mask-ratios', '0.5', '0.9']) == 2
+        error = capsys.readouterr().err
+        assert '--mask-ratios' in error and 'leaves none of 4 patches' in error and error.count('\n') == 1
+
+
+def test_a_gallery_of_an_average_on_the_host_shows_the_model_itself(tmp_path, monkeypatch):
+    """Where the model is on another device, the average could not even take its images."""
+    asked = []
+
+    def watched(task, process, batch, ema, present=None):
+        asked.append(ema)
+        return reconstruct(task, process, batch, ema, present)
+
+    monkeypatch.setattr('vim_timm.report.reconstruction.reconstruct', watched)
+    pretrain(tmp_path, 'here', *'--epochs 1 --model-ema'.split())
+    pretrain(tmp_path, 'host', *'--epochs 1 --model-ema --model-ema-force-cpu'.split())
+    assert asked == [True, False]

@@ -266,6 +266,19 @@ def test_valid_labels_and_metrics(tmp_path, run, evaluate):
     assert evaluate(*flags, '--metrics-avg', 'micro')['micro_recall'] == pytest.approx(result['top1'], abs=0.01)
 
 
+@pytest.mark.parametrize('labels', [[0, 10], [-1, 0], [7]])
+def test_valid_labels_that_the_model_has_not_are_refused(labels, tmp_path, capsys):
+    """Also where nobody knows the model's class names, and the data set has fewer classes than the labels say."""
+    root = make_images(tmp_path / 'images', mode='RGB')
+    model = timm.create_model('test_vit', num_classes=max(2, *labels) if len(labels) > 1 else 7)
+    timm.models.save_for_hf(model, str(tmp_path / 'model'), safe_serialization=True)
+    (tmp_path / 'labels.txt').write_text('\n'.join(map(str, labels)))
+    flags = ['--model', f'local-dir:{tmp_path / "model"}', '--pretrained', '--workers', '0', '--device', 'cpu']
+    assert validate.main([*flags, '--data-dir', str(root), '--valid-labels', str(tmp_path / 'labels.txt')]) == 2
+    error = capsys.readouterr().err
+    assert f'the model has classes 0 to {model.num_classes - 1}' in error and error.count('\n') == 1
+
+
 def test_folder_of_checkpoints(run, evaluate):
     folder, rows = run(DIGITS, '--epochs', '2')
     results = evaluate(

@@ -31,6 +31,7 @@ from .engine.process import catch_signals, in_precision, start_process, usual_de
 from .engine.record import history_of
 from .errors import Preempted, UserError, explain, out_of_memory, run, sentence, shown
 from .files import table, write_atomically
+from .layers.masking import num_kept
 from .models.checkpoint import class_names_in, read_checkpoint, select_weights
 from .models.load import check_size, load_content
 from .models.masked_autoencoder import autoencoder_weights
@@ -194,7 +195,14 @@ def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]
         Progress(process.primary, args.log_freq if 'log_freq' in args.chosen else None),
         task.autoencoder().mask_ratio,
     )
-    ratios = sorted({own, *(args.mask_ratios if args.report else ())})
+    ratios = [own]
+    if args.report:
+        patches = task.autoencoder().num_patches(data_config['input_size'][1:])
+        if hasattr(task.autoencoder(), 'channel_drop'):  # it masks each channel by itself
+            patches //= task.autoencoder().in_chans
+        ratios = sorted({own, *_mask_ratios(args, patches)})
+        if left_out := [f'{100 * ratio:g} %' for ratio in args.mask_ratios if ratio not in ratios]:
+            progress.say(f'not compared: {", ".join(left_out)} hidden, which leaves no patch visible')
     steps = len(loader) * len(ratios)
     progress.say(data.describe(dataset, args.split, args))
     with catch_signals() as signals, progress:
@@ -221,6 +229,14 @@ def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]
     return row
 
 
+def _mask_ratios(args: Settings, patches: int) -> list[float]:
+    """Those of --mask-ratios that leave one of so many patches visible; of chosen ones each has to."""
+    if 'mask_ratios' in args.chosen:
+        with explain('--mask-ratios'):
+            return [ratio for ratio in args.mask_ratios if num_kept(patches, ratio)]
+    return [ratio for ratio in args.mask_ratios if int(patches * (1 - ratio)) >= 1]
+
+
 def _rounded(row: Mapping[str, float]) -> dict[str, float]:
     """Numbers with six significant digits."""
     return {name: value if isinstance(value, int) else float(f'{value:.6g}') for name, value in row.items()}
@@ -239,6 +255,10 @@ def _ready_model(
             f'the weights of {args.model} are an encoder without a classifier, which has no accuracy: fine-tune it '
             'first (train.py --pretrained)'
         )
+    if labels is not None:
+        with explain(f'--valid-labels {args.valid_labels}'):
+            if not 0 <= min(labels) <= max(labels) < model.num_classes:
+                raise UserError(f'the model has classes 0 to {model.num_classes - 1}')
     if args.reparam:
         model = reparameterize_model(model)
     data_config = build.resolve_images(model, vars(args), use_test_size=not args.use_train_size)
@@ -296,7 +316,7 @@ def _name_classes(
     elif labels is None:
         args = match_classes(args.replace(num_classes=args.num_classes or len(known) or None), dataset, args.split)
     names = known or data.class_names(dataset)
-    names = names if labels is None or len(names) <= len(labels) else [names[label] for label in labels]
+    names = names if labels is None or len(names) <= max([len(labels), *labels]) else [names[label] for label in labels]
     return args, dataset, names
 
 

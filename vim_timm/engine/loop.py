@@ -76,7 +76,7 @@ class Trainer:
             if learning_rate(args, process.world_size) == 0 and 'warmup_lr' not in args.chosen:
                 options['warmup_lr'] = 0.0  # timm's default would be above it
             self.scheduler, self.epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=self.updates)
-        self.metric = f'{"ema" if self._evaluates_ema() else "eval"}_{args.eval_metric}'
+        self.metric = f'{"ema" if self.evaluates_ema() else "eval"}_{args.eval_metric}'
         self.saver = checkpoint.Saver(folder, args.checkpoint_hist, args.checkpoint_every, self.metric, self.decreasing)
         by_steps = 'log_interval' in args.chosen or args.save_images
         self.progress = log.Progress(self.primary, args.log_interval if by_steps else None)
@@ -99,7 +99,8 @@ class Trainer:
         dtype = torch.float32 if device.type == 'mps' else torch.float64
         self.loss_sum = torch.tensor(values, device=device, dtype=dtype)
 
-    def _evaluates_ema(self) -> bool:
+    def evaluates_ema(self) -> bool:
+        """Whether the moving average is where the model is, and evaluated."""
         return self.args.model_ema and not self.args.model_ema_force_cpu
 
     @property
@@ -360,7 +361,7 @@ class Trainer:
         if (self.epoch + 1) % args.val_interval == 0 or self.epoch + 1 == self.epochs:
             try:
                 row.update(self._evaluate('eval'))
-                if self._evaluates_ema():
+                if self.evaluates_ema():
                     row.update(self._evaluate('ema'))
             except Preempted:
                 self.stopping = True

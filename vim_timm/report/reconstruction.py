@@ -109,7 +109,7 @@ class Gallery:
         if self.batch is None:
             (batch,) = islice(self.loader.epoch(0), 1)
             self.batch = first(readable(batch))
-        result = reconstruct(trainer.task, self.process, self.batch, trainer.task.has_ema())
+        result = reconstruct(trainer.task, self.process, self.batch, trainer.evaluates_ema())
         png = draw(trainer.task, result)
         path = os.path.join(trainer.folder, 'reconstruction.png')
         for name in (path, os.path.join(trainer.folder, f'reconstruction-{trainer.epoch}.png')):
