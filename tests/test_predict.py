@@ -123,9 +123,57 @@ def test_explain_shows_where_the_model_looks(checkpoint, pictures, tmp_path):
     line = [str(pictures / '2.png'), '--checkpoint', checkpoint, '--explain']
     assert main([*line, str(tmp_path / 'seen')]) == 0
     (picture,) = (tmp_path / 'seen').iterdir()
-    assert picture.name == '0000-2.png' and Image.open(picture).size == (320, 256)
+    assert picture.name == '0000-2.png' and Image.open(picture).size == (320, 320)
     assert main([*line, '--output', str(tmp_path / 'x.html')]) == 0
     assert 'where it looks' in (tmp_path / 'x.html').read_text()
+
+
+def test_the_heat_lies_on_what_the_model_saw_of_the_picture(checkpoint, tmp_path):
+    """Of a wide picture the square in its middle: white, where the sides are black."""
+    wide = Image.new('RGB', (400, 100))
+    wide.paste((255, 255, 255), (150, 0, 250, 100))
+    wide.save(tmp_path / 'wide.png')
+    line = [str(tmp_path / 'wide.png'), '--checkpoint', checkpoint, '--explain', str(tmp_path / 'seen')]
+    assert main(line) == 0
+    shown = np.asarray(Image.open(tmp_path / 'seen' / '0000-wide.png'))
+    assert shown.shape[0] == shown.shape[1] and (shown[..., 0] > 200).all()  # neither side is in it
+    classify = predictor(checkpoint=checkpoint, pictures=True)
+    (found,) = classify(str(tmp_path / 'wide.png'))
+    assert found.image.size == (400, 100) and found.seen.size == (16, 16)
+
+
+def test_an_onnx_file_of_a_fixed_batch_takes_any_number_of_pictures(checkpoint, pictures, tmp_path, capsys):
+    pytest.importorskip('onnxscript')
+    for number in range(6):
+        Image.open(pictures / '2.png').rotate(60 * number).save(pictures / f'more{number}.png')
+    path = str(tmp_path / 'four.onnx')
+    assert export.main(['--checkpoint', checkpoint, '--output', path, '--batch-size', '4']) == 0
+    capsys.readouterr()
+    assert main([str(pictures), '--checkpoint', checkpoint]) == 0  # ten of them
+    expected = capsys.readouterr().out
+    for size in ('3', '4', '32'):
+        assert main([str(pictures), '--onnx', path, '--batch-size', size]) == 0
+        assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize('entry', [
+    None, '{}', '[]', '{"class_names": []}', '{"data_config": {"input_size": [3, 16, 16]}}', 'no json',
+    '{"data_config": {"input_size": [3, 16, "x"]}, "class_names": []}',
+    '{"data_config": {"mean": [0.5]}, "class_names": []}',
+])  # fmt: skip
+def test_an_onnx_file_of_another_program_ends_in_a_sentence(entry, pictures, tmp_path, capsys):
+    pytest.importorskip('onnxscript')
+    onnx = pytest.importorskip('onnx')
+    shape = ['batch', 3, 16, 16]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in 'xy']
+    graph = onnx.helper.make_graph([onnx.helper.make_node('Identity', ['x'], ['y'])], 'g', ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 18)], ir_version=9)
+    if entry is not None:
+        onnx.helper.set_model_props(model, {'vim_timm': entry})
+    onnx.save(model, tmp_path / 'other.onnx')
+    assert main([str(pictures), '--onnx', str(tmp_path / 'other.onnx')]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('predict: error: ') and error.count('\n') == 1
 
 
 class Corner(torch.nn.Module):

@@ -150,9 +150,9 @@ def write(args: argparse.Namespace, found: Sequence[Prediction]) -> None:
         with explain(f'--explain {args.explain}'):
             os.makedirs(args.explain, exist_ok=True)
             for place, one in enumerate(found):
-                if one.image is not None and one.heat is not None:
+                if one.seen is not None and one.heat is not None:
                     stem = os.path.splitext(os.path.basename(one.file))[0]
-                    report.overlay(one.image, one.heat).save(os.path.join(args.explain, f'{place:04}-{stem}.png'))
+                    report.overlay(one.seen, one.heat).save(os.path.join(args.explain, f'{place:04}-{stem}.png'))
     if args.features:
         width = max((one.features.size for one in found if one.features is not None), default=0)
         unread, file = np.full(width, np.nan, np.float32), io.BytesIO()

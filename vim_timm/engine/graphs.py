@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UserError, explain
 from ..files import write_atomically
+from ..settings.inherited import settings_of
 from .process import usual_defaults
 from .saved import Saved
 
@@ -107,14 +108,23 @@ def open_onnx(path: str) -> tuple[Saved, Callable[[torch.Tensor], torch.Tensor]]
         if not os.path.isfile(path):
             raise UserError('there is no such file')
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-        facts: dict[str, Any] = json.loads(session.get_modelmeta().custom_metadata_map.get(KEY, '{}'))
-        if not facts:
+        facts: Any = json.loads(session.get_modelmeta().custom_metadata_map.get(KEY, '{}'))
+        facts = facts if isinstance(facts, dict) else {}
+        data = settings_of({'args': {}, 'data_config': facts.get('data_config')}, 'its metadata')
+        names = facts.get('class_names')
+        if 'input_size' not in data or not isinstance(names, list):
             raise UserError('it was not written by vim_timm.export, so nobody knows which images it takes')
-    name = session.get_inputs()[0].name
+    entry = session.get_inputs()[0]
+    fixed = entry.shape[0] if isinstance(entry.shape[0], int) else 0
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        (logits,) = session.run(None, {name: images.cpu().numpy().astype(np.float32, copy=False)})
-        return torch.from_numpy(logits)
+        arrays = images.cpu().numpy().astype(np.float32, copy=False)
+        count = len(arrays)
+        if fixed:  # the graph takes no other number
+            arrays = np.concatenate([arrays, np.zeros((-count % fixed, *arrays.shape[1:]), np.float32)])
+        parts = np.split(arrays, len(arrays) // fixed) if fixed else [arrays]
+        logits = [session.run(None, {entry.name: part})[0] for part in parts]
+        return torch.from_numpy(np.concatenate(logits)[:count])
 
-    data = {key: tuple(value) if isinstance(value, list) else value for key, value in facts['data_config'].items()}
-    return Saved(None, data, facts['class_names']), run
+    data = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return Saved(None, data, list(map(str, names))), run

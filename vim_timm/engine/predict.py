@@ -29,7 +29,8 @@ class Prediction:
         classes, scores: the most probable classes and their softmax probabilities, best first.
         labels: their numbers.
         features: (C,) pooled features, where they were asked for.
-        image: the picture as PIL, where it was asked for; heat: (H, W) what `explain` found in it, from 0 to 1.
+        image: the picture as PIL, where it was asked for; seen: what the model saw of it, resized and cropped.
+        heat: (H, W) what `explain` found in `seen`, from 0 to 1.
         error: why it could not be read; there is nothing else then.
     """
 
@@ -39,6 +40,7 @@ class Prediction:
     labels: list[int] = dataclasses.field(default_factory=list)
     features: np.ndarray | None = None
     image: Image.Image | None = None
+    seen: Image.Image | None = None
     heat: np.ndarray | None = None
     error: str = ''
 
@@ -111,24 +113,31 @@ class Predictor:
                     found = list(self._predict(batch, list(threads.map(self._read, batch))))
                 yield from found
 
-    def _read(self, file: str) -> tuple[torch.Tensor | None, Image.Image | None, str]:
+    def _read(self, file: str) -> tuple[torch.Tensor | None, tuple[Any, Any], str]:
+        """What the model takes, the picture before and after it was resized and cropped, why it cannot be read."""
         try:
             with open(file, 'rb') as opened:
                 image = read_image(opened, self.mode)
-            return self.transform(image), image if self.pictures else None, ''
+            seen = image
+            for step in self.transform.transforms:
+                found = step(seen)
+                if not isinstance(found, Image.Image):
+                    break
+                seen = found
+            return self.transform(image), (image, seen) if self.pictures else (None, None), ''
         except (OSError, ValueError) as error:
-            return None, None, sentence(error)
+            return None, (None, None), sentence(error)
 
     def _predict(self, files: Sequence[str], read: Sequence[Any]) -> Iterator[Prediction]:
         tensors = [tensor for tensor, _, _ in read if tensor is not None]
         known: Iterator[Prediction] = iter(())
         if tensors:
             known = iter(self._of_images(torch.stack(tensors).to(self.device)))
-        for file, (tensor, image, error) in zip(files, read):
+        for file, (tensor, (image, seen), error) in zip(files, read):
             if tensor is None:
                 yield Prediction(file, error=error)
             else:
-                yield dataclasses.replace(next(known), file=file, image=image)
+                yield dataclasses.replace(next(known), file=file, image=image, seen=seen)
 
     def _of_images(self, images: torch.Tensor) -> list[Prediction]:
         with torch.inference_mode():

@@ -50,7 +50,7 @@ def as_csv(predictions: Sequence[Prediction]) -> str:
 
 
 def overlay(image: Image.Image, heat: np.ndarray, side: int = 2 * SIDE) -> Image.Image:
-    """The picture in grey, coloured where the model looks: `heat` (h, w) is 0 where it does not and 1 where most."""
+    """What the model saw in grey, coloured where it looks: `heat` (h, w) is 0 where it does not and 1 where most."""
     picture = image.convert('L').convert('RGB')
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
@@ -79,7 +79,9 @@ def contact_sheet(title: str, predictions: Sequence[Prediction]) -> str:
 def _card(found: Prediction) -> str:
     assert found.image is not None
     name = page.escape(found.file)
-    heat = '' if found.heat is None else page.picture(overlay(found.image, found.heat), 'where it looks', 2 * SIDE)
+    heat = ''
+    if found.heat is not None and found.seen is not None:
+        heat = page.picture(overlay(found.seen, found.heat), 'where it looks', 2 * SIDE)
     bars = ''.join(page.bar(guess, 100 * score) for guess, score in zip(found.classes, found.scores))
     return (
         f'<div class="sample">{page.picture(found.image, found.file)}{heat}'
