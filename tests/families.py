@@ -180,7 +180,7 @@ def torchvisions_extractor_takes_it_as_timms_models(build: Build) -> None:
     images = images_for(model)
     node = [node for node in get_graph_node_names(model)[1] if node.startswith('blocks.0')][-1]
     outputs = create_feature_extractor(model, {node: 'block', 'head': 'logits'})(images)
-    assert torch.equal(outputs['logits'], model(images))
+    torch.testing.assert_close(outputs['logits'], model(images), rtol=1e-5, atol=1e-6)  # a fused kernel may round apart
     assert outputs['block'].shape[0] == 2 and outputs['block'].shape[2] == model.embed_dim
 
 
@@ -310,7 +310,7 @@ def an_image_does_not_depend_on_its_batch(build: Build) -> None:
     together = model(images)
     for image, logits in zip(images, together):
         torch.testing.assert_close(model(image.unsqueeze(0))[0], logits, rtol=1e-5, atol=1e-6)
-    assert torch.equal(model(images.flip(0)).flip(0), together)
+    torch.testing.assert_close(model(images.flip(0)).flip(0), together, rtol=1e-5, atol=1e-6)
     assert torch.equal(model(images), together)
 
 
@@ -332,7 +332,7 @@ def a_masked_image_is_encoded_where_its_patches_stand(build: Build) -> None:
     patches, grid = model.embed(images)
     every = torch.arange(patches.shape[1]).expand(2, -1)
     tokens, _ = model.encode(patches, grid)
-    assert torch.equal(model.encode(patches, grid, keep=every)[0], tokens)
+    torch.testing.assert_close(model.encode(patches, grid, keep=every)[0], tokens, rtol=1e-5, atol=1e-5)
     visible = torch.stack([every[0, 1::3], every[0, : every[0, 1::3].shape[0]]])
     some, outputs = model.encode(patches, grid, keep=visible, take=(1,))
     assert some.shape == outputs[0].shape == (2, model.num_prefix_tokens + visible.shape[1], model.embed_dim)
