@@ -136,6 +136,50 @@ static void fuzz_norm(void) {
     release();
 }
 
+static void fuzz_gated_norm(void) {
+    int64_t batch = pick(1, 3), length = pick(1, 40), width = pick(1, 70), size = batch * length * width;
+    GatedNorm gated = {{fresh(size), fresh(width), fresh(size), fresh(size), fresh(width), batch * length, width}};
+    gated.norm.threads = pick(1, 3);
+    gated.norm.eps = 1e-5;
+    gated.z = rows(batch, length, width);
+    gated.grad_z = rows(batch, length, width);
+    gated.length = length;
+    if (ENTRY(gated_norm_forward)(&gated) || ENTRY(gated_norm_backward)(&gated)) abort();
+    release();
+}
+
+static void fuzz_grid_conv(void) {
+    GridConvolution conv = {.batch = pick(1, 3), .prefix = pick(0, 2), .height = pick(1, 6), .width = pick(1, 6)};
+    int64_t length = conv.prefix + conv.height * conv.width, channels = pick(1, 70);
+    conv.channels = channels;
+    conv.silu = pick(0, 1);
+    conv.threads = pick(1, 3);
+    conv.x = rows(conv.batch, length, channels);
+    conv.y = rows(conv.batch, length, channels);
+    conv.grad = rows(conv.batch, length, channels);
+    conv.taps = fresh(9 * channels);
+    conv.bias = pick(0, 1) ? fresh(channels) : NULL;
+    conv.grad_taps = fresh(10 * channels);
+    if (ENTRY(grid_conv_forward)(&conv) || ENTRY(grid_conv_backward)(&conv)) abort();
+    release();
+}
+
+static void fuzz_decayed(void) {
+    Decayed d = {.batch = pick(1, 3), .orders = pick(1, 2), .heads = pick(1, 3), .length = pick(1, 50)};
+    int64_t steps = d.batch * d.heads * d.length, scores = d.batch * d.length * d.length;
+    d.threads = pick(1, 3);
+    d.scores = fresh(scores);
+    d.s = fresh(d.orders * steps);
+    d.dt = fresh(steps);
+    d.grad = fresh(steps * d.length);
+    d.out = fresh(steps * d.length);
+    d.grad_scores = fresh(scores);
+    d.grad_s = fresh(d.orders * steps);
+    d.grad_dt = fresh(steps);
+    if (ENTRY(decayed_forward)(&d) || ENTRY(decayed_backward)(&d)) abort();
+    release();
+}
+
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 200;
     for (int i = 0; i < rounds; i++) {
@@ -143,6 +187,9 @@ int main(int count, char **arguments) {
         fuzz_conv();
         fuzz_mixer();
         fuzz_norm();
+        fuzz_gated_norm();
+        fuzz_grid_conv();
+        fuzz_decayed();
     }
     printf("%d rounds of " NAME(ISA) " without a finding\n", rounds);
     return 0;
