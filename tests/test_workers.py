@@ -1,21 +1,26 @@
 """A loading process may end or fail in many ways; each ends the run in the one sentence, and none is waited for."""
 
 import errno
+import importlib
 import os
 import pickle
 import signal
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
+from vim_timm import train
+from vim_timm.data import loading
 from vim_timm.data.batch import Collate
 from vim_timm.data.sampling import Samples
 from vim_timm.data.unreadable import Unreadable
 from vim_timm.data.workers import start_worker, watched
 from vim_timm.errors import TrainingStopped, explain
+from vim_timm.settings import Process
 
 SENTENCE = 'a data loading process died or cannot be reached'
 pytestmark = pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='POSIX')
@@ -148,3 +153,39 @@ def test_a_run_without_descriptors_ends_in_the_sentence_alone(tmp_path):
     )  # fmt: skip
     assert result.returncode == 3 and SENTENCE in result.stderr
     assert 'Traceback' not in result.stderr and result.stderr.count('rror:') == 1
+
+
+@pytest.mark.parametrize('samples, ranks, workers', [(10, 3, 1), (10, 2, 2), (3, 2, 1), (8, 2, 2), (1, 2, 1)])
+def test_an_evaluation_of_a_tfds_stream_counts_each_sample_once(samples, ranks, workers, monkeypatch):
+    """timm's reader itself, on a split that is dealt to the workers of all ranks as tfds deals it."""
+    for name in ('tensorflow', 'tensorflow_datasets'):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    monkeypatch.delitem(sys.modules, 'timm.data.readers.reader_tfds', raising=False)
+    kind = importlib.import_module('timm.data.readers.reader_tfds').ReaderTfds
+    monkeypatch.delitem(sys.modules, 'timm.data.readers.reader_tfds')
+
+    class Streamed(IterableDataset):
+        def __len__(self):
+            return len(self.reader)
+
+        def __iter__(self):
+            return ((picture, label) for picture, label in self.reader)
+
+    seen, args = [], train.parse_args(['--dataset', 'tfds/x', '--workers', '0', '--device', 'cpu'])
+    images = dict(input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), interpolation='bicubic', crop_pct=1.0)
+    for place in range(ranks * workers):
+        dataset, reader = Streamed(), kind.__new__(kind)
+        for name, value in dict(
+            num_samples=samples, repeats=0, num_workers=workers, global_num_workers=ranks * workers, batch_size=4,
+            dist_num_replicas=ranks, is_training=False, subsplit='a part', reinit_each_iter=False, input_key='image',
+            target_key='label', target_keys=None, input_img_mode='', target_img_mode='', remap_class=False,
+            ds=[{'image': number, 'label': number} for number in range(place, samples, ranks * workers)],
+        ).items():  # fmt: skip
+            setattr(reader, name, value)
+        dataset.reader = reader
+        process = Process(torch.device('cpu'), rank=place // workers, world_size=ranks)
+        loader = loading.eval_loader(args, process, dataset, images)
+        here = [label for _, label in reader]
+        assert len(loader.dataset) >= len(here)  # torch warns of more
+        seen += here
+    assert sorted(seen) == list(range(samples))

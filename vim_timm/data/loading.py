@@ -19,7 +19,15 @@ from .datasets import Pictures
 from .device_augment import Augmentation
 from .images import to_mode
 from .in_memory import InMemory, make_augmentation
-from .sampling import EpochBatches, EvaluationShards, RepeatedBatches, Samples, SeededErasing, Stream
+from .sampling import (
+    EpochBatches,
+    EvaluationShards,
+    EvaluationShare,
+    RepeatedBatches,
+    Samples,
+    SeededErasing,
+    Stream,
+)
 from .unreadable import Unreadable
 from .workers import start_worker, usual_workers, watched
 
@@ -82,7 +90,12 @@ class Loader:
                 reader = dataset.reader  # type: ignore[attr-defined]
                 reader.dist_rank, reader.dist_num_replicas = 0, 1
                 reader._split_by_node_and_worker = EvaluationShards(process.rank, process.world_size)
-            self.dataset = Stream(dataset, args.seed, process.rank, unreadable)
+            more = 0
+            if not training and args.dataset.startswith('tfds/'):
+                more = max(1, self.workers)  # one for each process, where the split is not even
+                reader = dataset.reader  # type: ignore[attr-defined]
+                reader._num_samples_per_worker = EvaluationShare(reader)
+            self.dataset = Stream(dataset, args.seed, process.rank, unreadable, more)
             options.update(batch_size=size, drop_last=training)
         else:
             self.dataset = Samples(dataset, transform, mode, args.seed, training, unreadable, self.splits)

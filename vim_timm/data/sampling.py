@@ -169,14 +169,17 @@ class Stream(IterableDataset):
     """A streamed data set with a seed for each sample, drawn from the epoch, the worker and the sample's place.
 
     Items are (image, target, key); a worker cannot number its samples among those of others, so the loader does.
+
+    Args:
+        more: samples that there may be beyond the data set's own number.
     """
 
-    def __init__(self, dataset: IterableDataset, seed: int, rank: int, unreadable: Unreadable):
-        self.dataset, self.seed, self.rank, self.unreadable = dataset, seed, rank, unreadable
+    def __init__(self, dataset: IterableDataset, seed: int, rank: int, unreadable: Unreadable, more: int = 0):
+        self.dataset, self.seed, self.rank, self.unreadable, self.more = dataset, seed, rank, unreadable, more
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset) + self.more  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
@@ -217,6 +220,20 @@ class EvaluationShards:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         return itertools.islice(shards, self.rank * count + number, None, self.world * count)
+
+
+class EvaluationShare:
+    """How many samples timm's reader of tfds data sets asks of a worker: those it has, where timm repeats the last one.
+
+    A split is dealt as evenly as can be, so that each worker has this number or one more.
+    """
+
+    def __init__(self, reader: Any):
+        self.reader = reader
+
+    def __call__(self) -> int:
+        reader = self.reader
+        return int(reader.num_samples / max(reader.global_num_workers, reader.dist_num_replicas))
 
 
 class SeededErasing:
