@@ -371,9 +371,9 @@ def test_export_graph_grows_with_the_square_root_of_the_length():
 def test_import_is_light():
     code = (
         'import sys, time, torch, timm\n'
-        't = time.perf_counter()\n'
+        't = time.process_time()\n'
         'import vim_timm\n'
-        'seconds = time.perf_counter() - t\n'
+        'seconds = time.process_time() - t\n'
         'heavy = {"triton", "mamba_ssm", "causal_conv1d", "matplotlib", "sklearn", "onnx"} & set(sys.modules)\n'
         'print(seconds, torch.cuda.is_initialized(), sorted(heavy))'
     )
