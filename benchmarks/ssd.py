@@ -1,0 +1,91 @@
+"""Times of the symmetric state space dual's kernels on a GPU, in CUDA graphs, bfloat16.
+
+    python -m benchmarks.ssd
+    python -m benchmarks.ssd --sweep      other launches beside those that are used
+
+Sizes are those of vim2_tiny: 6 heads of 64, a state of 64, both orders.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.gpu import captured_ms
+from vim_timm.ops import operands
+from vim_timm.ops.triton_kernels import ssd_chunks, ssd_launch, ssd_op
+
+HEADS, HEADDIM, STATE = 6, 64, 64
+# images and patches along a side: 224 px, 512 px, 1248 px
+SHAPES = ((128, 14), (32, 32), (8, 78), (1, 78))
+
+
+class Call:
+    """One call's operands and gradients, and its parts as functions without arguments."""
+
+    def __init__(self, batch: int, side: int):
+        length, channels = side * side, HEADS * HEADDIM
+        xbc = torch.randn(batch, length, channels + 2 * STATE, device='cuda', dtype=torch.bfloat16)
+        B, C = xbc[..., channels:].split(STATE, -1)
+        steps = torch.randn(batch, length, HEADS, device='cuda', dtype=torch.bfloat16) - 3
+        rates, skip = torch.randn(2, HEADS, device='cuda'), torch.randn(HEADS, device='cuda')
+        x = xbc[..., :channels].unflatten(-1, (HEADS, HEADDIM))
+        self.ssd = ssd_op.ssd_of(operands.Ssd(x, steps, rates, B, C, skip, None), ssd_launch.Grid(0, side, side))
+        self.dt, self.s = self.ssd.decays()
+        self.grad = torch.randn_like(self.forward())
+        self.grad_x, self.grad_delta = torch.empty_like(self.grad), torch.empty_like(self.ssd.delta)
+
+    def forward(self) -> torch.Tensor:
+        return self.ssd.forward(self.dt, self.s, torch.bfloat16)
+
+    def backward(self) -> None:
+        self.ssd.backward(self.grad, self.dt, self.s, self.grad_x, self.grad_delta)
+
+    def values(self) -> None:
+        self.ssd.value_gradients(self.grad, self.dt, self.s, self.grad_x)
+
+    def matrices(self) -> None:
+        self.ssd.matrix_gradients(self.grad, self.dt, self.s)
+
+
+def launches(call: Call) -> Iterator[tuple[str, float]]:
+    """Microseconds of a part with each of the launches that might serve it."""
+    if isinstance(call.ssd, ssd_chunks.ChunkedSsd):
+        parts = {'STATES': call.forward, 'FORWARD': call.forward}
+        parts |= {'BACKWARD_VALUES': call.backward, 'BACKWARD_MATRICES': call.backward}
+        for name, launch in itertools.product(parts, ((4, 1), (4, 2), (8, 1), (8, 2))):
+            used = getattr(ssd_chunks, name)
+            setattr(ssd_chunks, name, ssd_chunks.ChunkLaunch(*launch))
+            yield f'{parts[name].__name__}, {name} {launch}', 1e3 * captured_ms(parts[name])
+            setattr(ssd_chunks, name, used)
+        return
+    used = ssd_launch.VALUES_SIZE
+    for size, launch in itertools.product((16, 32, 64), ((64, 4, 1), (64, 4, 2), (64, 8, 1), (64, 8, 2), (32, 4, 2))):
+        ssd_launch.VALUES_SIZE = size
+
+        def values(launch: tuple[int, int, int] = launch) -> None:
+            call.ssd.value_gradients(call.grad, call.dt, call.s, call.grad_x, ssd_launch.Launch(*launch, 1))
+
+        yield f'values, {launch}, steps of {size} tokens', 1e3 * captured_ms(values)
+    ssd_launch.VALUES_SIZE = used
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--sweep', action='store_true', help='time other launches too')
+    options = parser.parse_args()
+    for batch, side in SHAPES:
+        call = Call(batch, side)
+        print(f'{batch} images of {side} x {side} patches, microseconds')
+        parts = [call.ssd.decays, call.forward, call.backward]
+        if not isinstance(call.ssd, ssd_chunks.ChunkedSsd):
+            parts += [call.values, call.matrices]
+        for part in parts:
+            print(f'  {part.__name__:<10} {1e3 * captured_ms(part):9.1f}')
+        for name, microseconds in launches(call) if options.sweep else ():
+            print(f'  {name:<50} {microseconds:9.1f}', flush=True)
+
+
+if __name__ == '__main__':
+    main()
