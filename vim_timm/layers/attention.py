@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vim_timm.ops import wants_any_derivative
+from vim_timm.ops.registration import counting
 
 _SDPA = {
     'flash': SDPBackend.FLASH_ATTENTION,
@@ -89,7 +90,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float 
     """
     name = get_attention_kernel()
     if name == 'auto':
-        if wants_any_derivative():
+        if wants_any_derivative() or counting():
             return _step_by_step(q, k, v, dropout)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     if name == 'flash_attn':
@@ -107,7 +108,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float 
 
 
 def _step_by_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-    """`attention` with every derivative."""
+    """`attention` with every derivative, and as products that a FLOP counter knows on every device."""
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
     return F.dropout(scores.softmax(dim=-1), dropout) @ v
 

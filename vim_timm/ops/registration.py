@@ -132,7 +132,7 @@ def _count(overload: torch._ops.OpOverload, formula: Callable[[Shapes], int]) ->
 
 def count(y: torch.Tensor, flops: Callable[[Shapes], int], given: Any) -> torch.Tensor:
     """y; a FLOP counter at work sees what an operator that is made of aten's, most of which have no FLOPs, took."""
-    if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _counting():
+    if counting():
         names = [part.split()[-1] for part in schema(type(given)).split(', ')]
         number = flops({name: getattr(x, 'shape', x) for name, x in zip(names, given.flat())})
         torch.ops.vim_timm.flops(y.detach(), number)
@@ -141,7 +141,10 @@ def count(y: torch.Tensor, flops: Callable[[Shapes], int], given: Any) -> torch.
     return y
 
 
-def _counting() -> bool:
+def counting() -> bool:
+    """Whether a FLOP counter is at work, and no graph is being traced."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
     return any('FlopCounter' in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
 
 
@@ -201,7 +204,7 @@ def count_depthwise(y: torch.Tensor, x: torch.Tensor, conv: torch.nn.Module) -> 
 
     torch's formula takes the gradient of a grouped convolution's weight for that of a full one.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _counting() or not y.requires_grad:
+    if not counting() or not y.requires_grad:
         return
     weight = getattr(conv, 'weight', None)
     if not isinstance(weight, torch.Tensor) or weight.shape[1] != 1:
