@@ -423,6 +423,23 @@ def test_a_recorded_step_is_the_step(opt, exact_muon):
         torch.testing.assert_close(weights[True][name], tensor, rtol=1e-4, atol=1e-5)
 
 
+def cut(flags, path, monkeypatch):
+    """Train until the first recovery checkpoint of epoch 1, which goes to `path`."""
+
+    class Done(Exception):
+        pass
+
+    def stop(saver, state):
+        if state['progress']['epoch'] == 1:
+            torch.save(state, path)
+            raise Done
+        return ''
+
+    with monkeypatch.context() as patched, pytest.raises(Done):
+        patched.setattr(Saver, 'save_recovery', stop)
+        train.train(train.parse_args(flags))
+
+
 def test_a_run_of_recorded_steps_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'why_not', lambda *_: '')
     flags = [*BASE.split(), *HARD.split(), '--grad-accum-steps', '1', '--workers', '0', '--epochs', '2', '--cuda-graph']
@@ -430,18 +447,7 @@ def test_a_run_of_recorded_steps_resumes_bit_for_bit(tmp_path, monkeypatch):
     whole = train.train(train.parse_args([*flags, '--experiment', 'whole', '--recovery-interval', '0']))
     assert whole.recorded.recorded.calls == 44
 
-    class Done(Exception):
-        pass
-
-    def stop(saver, state):
-        if state['progress']['epoch'] == 1:
-            torch.save(state, tmp_path / 'recovery')
-            raise Done
-        return ''
-
-    with monkeypatch.context() as patched, pytest.raises(Done):
-        patched.setattr(Saver, 'save_recovery', stop)
-        train.train(train.parse_args([*flags, '--experiment', 'cut', '--recovery-interval', '15']))
+    cut([*flags, '--experiment', 'cut', '--recovery-interval', '15'], tmp_path / 'recovery', monkeypatch)
     train.train(train.parse_args([*flags, '--experiment', 'again', '--resume', str(tmp_path / 'recovery')]))
     first, second = load(tmp_path, 'whole'), load(tmp_path, 'again')
     for key in ('state_dict', 'state_dict_ema'):

@@ -4,11 +4,10 @@ import warnings
 
 import pytest
 import torch
-from test_step import Bad
+from test_step import Bad, cut
 
 from vim_timm import train
 from vim_timm.engine import Hooks
-from vim_timm.engine.checkpoint import Saver
 from vim_timm.engine.loop import Trainer
 
 pytestmark = [
@@ -20,8 +19,12 @@ DATA = '--dataset digits --data-in-memory --img-size 32 --epochs 2 --warmup-epoc
 ALL = '--model-ema --model-ema-decay 0.9 --clip-grad 1 --drop-path 0.1'
 
 
+def words(tmp_path, *flags):
+    return [*DATA.split(), '--output', str(tmp_path), *(word for line in flags for word in line.split())]
+
+
 def settings(tmp_path, *flags):
-    return train.parse_args([*DATA.split(), '--output', str(tmp_path), *(word for f in flags for word in f.split())])
+    return train.parse_args(words(tmp_path, *flags))
 
 
 def poison(monkeypatch, epoch, step):
@@ -82,18 +85,8 @@ def test_a_recorded_step_is_the_step_and_resumes_bit_for_bit(model, opt, tmp_pat
         assert ours['skipped'] == wanted['skipped']
     assert plain.rows[0]['skipped'] == 1
 
-    class Done(Exception):
-        pass
-
-    def stop(saver, state):
-        if state['progress']['epoch'] == 1:
-            torch.save(state, tmp_path / 'recovery')
-            raise Done
-        return ''
-
-    with monkeypatch.context() as patched, pytest.raises(Done):
-        patched.setattr(Saver, 'save_recovery', stop)
-        train.train(settings(tmp_path, *flags, '--cuda-graph --experiment cut --recovery-interval 15'))
+    more = '--cuda-graph --experiment cut --recovery-interval 15'
+    cut(words(tmp_path, *flags, more), tmp_path / 'recovery', monkeypatch)
     resumed = train.train(
         settings(tmp_path, *flags, '--cuda-graph --experiment again', f'--resume {tmp_path}/recovery')
     )

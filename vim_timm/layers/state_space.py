@@ -1,7 +1,7 @@
 """What mixers of state spaces share beside their operators: how step sizes begin, and what a block is told of them."""
 
 import math
-from typing import Set
+from typing import Any, Set
 
 import torch
 import torch.nn as nn
@@ -37,4 +37,5 @@ class StateSpaceMixer(nn.Module):
     @torch.jit.ignore
     def casts_operand(self) -> bool:
         """Whether in_proj is plain; one that is wrapped or quantized may want float32."""
-        return is_plain(self.get_submodule('in_proj'))
+        in_proj: Any = self.in_proj
+        return is_plain(in_proj)
