@@ -16,6 +16,7 @@ from vim_timm.layers.plain import is_plain
 
 LAYERS = ('in_proj', 'conv1d', 'conv1d_b', 'x_proj', 'x_proj_b', 'dt_proj', 'dt_proj_b', 'out_proj')
 BACKENDS = [s.name for s in ops.explain() if s.available and s.name in ('cpu', 'torch', 'export')]
+OLD = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 7)
 every_layer = pytest.mark.parametrize('name', LAYERS)
 
 
@@ -252,6 +253,7 @@ def test_tracing_and_copying_take_plain_layers_for_plain(block, x):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='needs torch.distributed')
+@pytest.mark.skipif(OLD, reason='torch 2.6 shards on no CPU')
 def test_layers_sharded_one_by_one(block, x, tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -277,6 +279,7 @@ def test_another_convolution_cuts_the_patches(other):
     assert torch.equal(embed(images), embed.proj(images).flatten(2).transpose(1, 2))
 
 
+@pytest.mark.skipif(OLD, reason='torch 2.6 does not see a forward that is set after compilation')
 @pytest.mark.parametrize('path', ['patch_embed.proj', 'blocks.0.mixer.conv1d', 'blocks.0.mixer.out_proj'])
 def test_a_forward_that_is_wrapped_after_compilation_is_called(path):
     model = timm.create_model('vim_nano_patch4_32', depth=1, embed_dim=32, img_size=16).eval()

@@ -74,7 +74,8 @@ def test_activations_of_ten_thousand_stay_within_a_hundredth_of_float64(name, pa
     direction = torch.randn_like(features)  # the square of a norm's output would have no gradient
     (features * direction).sum().backward()
     (wanted * direction).sum().backward()
+    rounding = 1e-7 * max(other.grad.norm() for other in exact.parameters() if other.grad is not None)
     for (where, parameter), other in zip(model.named_parameters(), exact.parameters()):
         if other.grad is not None:
             assert parameter.grad.isfinite().all(), where
-            assert (parameter.grad - other.grad).norm() <= 1e-2 * other.grad.norm(), where
+            assert (parameter.grad - other.grad).norm() <= 1e-2 * other.grad.norm() + rounding, where
