@@ -266,6 +266,21 @@ def test_the_module_says_the_same(name, tmp_path):
     assert result.stdout.startswith(f'usage: python -m vim_timm {name}'.rstrip())
 
 
+def test_a_line_to_go_on_with_begins_as_the_program_did(monkeypatch, tmp_path):
+    for name in ('train.py', 'validate.py'):
+        (tmp_path / name).touch()
+    module = ['python', '-m', 'vim_timm.validate']
+    for started, words in (
+        ('/usr/bin/vim-timm', ['vim-timm', 'validate']),
+        (f'{ROOT}/vim_timm/train.py', module),  # python -m vim_timm.train
+        (f'{tmp_path}/train.py', ['python', f'{tmp_path}/validate.py']),
+        ('/nowhere/train.py', module),
+        ('notebook', ['python', 'validate.py']),
+    ):
+        monkeypatch.setattr(sys, 'argv', [started])
+        assert programs.start('validate.py') == words, started
+
+
 def test_an_installed_script_is_named_as_it_was_called(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['/somewhere/bin/vim-timm', 'train'])
     assert programs.start('validate.py') == ['vim-timm', 'validate']

@@ -16,6 +16,7 @@ import yaml
 from vim_timm import train, validate
 from vim_timm.engine import Hooks
 from vim_timm.engine.lock import NAME, FolderLock
+from vim_timm.settings import programs
 
 BASE = '--dataset digits --model test_vit --img-size 16 --in-chans 1 --device cpu --workers 0 --batch-size 718'
 FLAGS = f'{BASE} --opt adamw --lr 1e-3 --warmup-epochs 0'.split()
@@ -199,8 +200,9 @@ def test_the_printed_command_remakes_the_printed_number(metric, more, start, cap
     output = capsys.readouterr().out
     best = float(re.search(rf'best {metric}: ([\d.]+)', output).group(1))
     words = shlex.split(re.search(r'evaluate it: (.*)', output).group(1))
-    assert words[:3] == ['python', '-m', 'vim_timm.validate'] and '--dataset' in words  # as this process is started
-    words = words[3 : words.index('--report')]
+    first = programs.start('validate.py')
+    assert words[: len(first)] == first and '--dataset' in words
+    words = words[len(first) : words.index('--report')]
     assert validate.main([*words, '--workers', '0', '--device', 'cpu']) == 0
     found = json.loads(capsys.readouterr().out.split('--result')[1])[metric]
     assert found == pytest.approx(best, abs=0.006)

@@ -89,7 +89,8 @@ def test_a_run_says_what_it_reads_and_prints_the_line_that_evaluates_the_same_im
         line = next(line for line in text.splitlines() if line.startswith(f'{split}: '))
         assert f'{count} images of 3 classes (ant, bee, cow) in ' in line and ', of 30 in all: --val-fraction' in line
         assert 'passed over: 1 with the ending .mov (cow/clip.mov)' in line
-    command = shlex.split(next(line for line in text.splitlines() if line.startswith('evaluate it: ')))[4:]
+    command = shlex.split(next(line for line in text.splitlines() if line.startswith('evaluate it: ')))
+    command = command[command.index('--checkpoint') :]
     best = float(re.search(r'best top1: ([\d.]+)', text)[1])
     result = tmp_path / 'result.json'
     flags = ['--workers', '0', '--device', 'cpu', '--results-file', str(result), '--results-format', 'json']

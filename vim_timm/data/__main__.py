@@ -27,6 +27,7 @@ from ..report.samples import as_picture
 from ..settings import Process, parsers
 from . import class_names, describe, train_loader
 from .survey import survey
+from .workers import usual_workers
 
 BATCH = 32  # images of the first batch that are shown
 
@@ -49,7 +50,7 @@ def look(argv: Sequence[str]) -> str:
     splits = []
     for name, dataset in zip((args.train_split, args.val_split), datasets):
         with tqdm(total=len(dataset), desc=name, unit='img', disable=not sys.stderr.isatty()) as bar:
-            found = survey(dataset, as_picture, args.workers, bar.update)
+            found = survey(dataset, as_picture, usual_workers(args), bar.update)
         splits.append(Split(name, dataset, found, describe(dataset, name, args)))
         print(splits[-1].line, flush=True)
     title = f'Data in {args.data_dir or args.dataset}'

@@ -48,6 +48,7 @@ class Progress:
         self.terminal = primary and sys.stdout.isatty()
         self.lock, self.done = threading.Lock(), threading.Event()
         self.stays, self.text, self.awaited = False, '', ''
+        self.patience = self.PATIENCE  # until a file gets its first line of what is waited for
         self.shown = self.since = time.monotonic()
         self.thread: threading.Thread | None = None
 
@@ -110,9 +111,9 @@ class Progress:
                     text = f'waiting for {self.awaited}, {waited:.0f} s'
                     if self.terminal:
                         self._draw(text)
-                    elif waited >= self.PATIENCE and quiet >= min(self.LINE, waited):
+                    elif min(waited, quiet) >= self.patience:
                         print(text, flush=True)
-                        self.shown = now
+                        self.shown, self.patience = now, self.LINE
                 elif self.terminal and self.text and quiet > 1.5 * self.SECOND:
                     self._draw(f'{self.text}  (step takes {quiet:.0f} s)')
 

@@ -2,7 +2,9 @@
 
 import glob
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..errors import UserError, called, meant
 from .fit import with_model
@@ -12,6 +14,7 @@ from .parse import Settings, build_parser, parse
 from .parser import Parser
 
 KINDS = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')  # of --dataset, before a name
+_PACKAGE = Path(__file__).parents[1]
 TRAIN_PROGRAM, VALIDATE_PROGRAM = 'train.py', 'validate.py'
 TRAIN_TEXT = """Train an image classifier with timm's library; flags have the names, defaults and meanings of timm's
 train.py. Without data, recipe or --config it trains on the embedded digits (the recipe `digits`)."""
@@ -21,13 +24,20 @@ repeated."""
 
 
 def start(program: str) -> list[str]:
-    """Words that start train.py or validate.py in the user's way: `vim-timm`, the checkout's script, or the module."""
+    """Words that start train.py or validate.py in the user's way: `vim-timm`, the module, or the checkout's script.
+
+    Who calls a program from Python is told of the script where the package stands in a checkout.
+    """
     words = called(program).split()
     if len(words) > 1:
         return words
-    return (
-        ['python', program] if os.path.isfile(program) else ['python', '-m', f'vim_timm.{program.removesuffix(".py")}']
-    )
+    folder, name = os.path.split(sys.argv[0])
+    if name in (TRAIN_PROGRAM, VALIDATE_PROGRAM):
+        script = os.path.join(folder, program)
+        by_script = os.path.basename(folder) != _PACKAGE.name and os.path.isfile(script)
+    else:
+        script, by_script = program, (_PACKAGE.parent / program).is_file()
+    return ['python', script] if by_script else ['python', '-m', f'{_PACKAGE.name}.{program.removesuffix(".py")}']
 
 
 def train_parser() -> Parser:
