@@ -248,13 +248,17 @@ def test_help_is_short_and_help_all_has_every_flag(name, capsys):
     assert flags.USUAL <= known | {'--recipe', '--list-recipes', '--config'}
 
 
-def test_the_console_script_lists_its_commands(capsys):
+def test_the_console_script_lists_its_commands(capsys, monkeypatch):
     for words in ([], ['--help']):
         with pytest.raises(SystemExit, match='0'):
             commands.console(words)
         text = capsys.readouterr().out
         assert all(re.search(rf'(?m)^ +{name} +\w', text) for name in COMMANDS)
-    assert commands.console(['tran']) == 2 and 'did you mean train?' in capsys.readouterr().err
+    for start, name in (('/usr/bin/vim-timm', 'vim-timm'), (f'{ROOT}/vim_timm/__main__.py', 'python -m vim_timm')):
+        monkeypatch.setattr(sys, 'argv', [start])
+        assert commands.console(['tran']) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f'{name}: error: there is no command') and 'did you mean train?' in error
     assert commands.console(['--hlep']) == 2
     assert all(hasattr(importlib.import_module(command.module), 'main') for command in COMMANDS.values())
 
@@ -269,24 +273,18 @@ def test_the_module_says_the_same(name, tmp_path):
 def test_a_line_to_go_on_with_begins_as_the_program_did(monkeypatch, tmp_path):
     for name in ('train.py', 'validate.py'):
         (tmp_path / name).touch()
+    monkeypatch.chdir(ROOT / 'docs')
     module = ['python', '-m', 'vim_timm.validate']
     for started, words in (
         ('/usr/bin/vim-timm', ['vim-timm', 'validate']),
         (f'{ROOT}/vim_timm/train.py', module),  # python -m vim_timm.train
         (f'{tmp_path}/train.py', ['python', f'{tmp_path}/validate.py']),
         ('/nowhere/train.py', module),
+        ('train.py', module),  # of a folder that is not this one
         ('notebook', ['python', 'validate.py']),
     ):
         monkeypatch.setattr(sys, 'argv', [started])
         assert programs.start('validate.py') == words, started
-
-
-def test_an_installed_script_is_named_as_it_was_called(monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['/somewhere/bin/vim-timm', 'train'])
-    assert programs.start('validate.py') == ['vim-timm', 'validate']
-    monkeypatch.setattr(sys, 'argv', ['train.py'])
-    monkeypatch.chdir(ROOT / 'docs')
-    assert programs.start('validate.py') == ['python', '-m', 'vim_timm.validate']
 
 
 def test_completion_in_a_shell(tmp_path, capsys):

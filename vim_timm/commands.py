@@ -91,7 +91,7 @@ def console(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         return main(words[0], words[1:])
-    return run(_answer, called(''), words)
+    return run(_answer, '', words)
 
 
 def parser() -> argparse.ArgumentParser:
