@@ -285,7 +285,13 @@ def test_the_folder_of_a_run_is_evaluated_as_far_as_it_was_held_out(run, tmp_pat
         assert evaluate(tmp_path, *checkpoint, '--data-dir', folder)['count'] == 9
     assert evaluate(tmp_path, *checkpoint, own, '--split', 'train')['count'] == 30
     assert evaluate(tmp_path, *checkpoint, own, '--val-fraction', '0.5', '--split', 'train')['count'] == 15
+    assert evaluate(tmp_path, *checkpoint, own, '--seed', '0')['count'] == 9
     capsys.readouterr()
+    for folder in ([], [str(own)]):
+        assert validate.main([*map(str, checkpoint), *folder, '--seed', '1']) == 2
+        assert (
+            '--seed 1 would pick other images than those that the run held out by --seed 0' in capsys.readouterr().err
+        )
     assert evaluate(tmp_path, *checkpoint, photos(tmp_path / 'other'))['count'] == 30
     remark = f'where {tmp_path / "other"} has the same ones, --split train --val-fraction 0.3 --seed 0 evaluates'
     assert remark in capsys.readouterr().out

@@ -69,7 +69,17 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
         layer = settings_of(content, what)
         if first.chosen & {'img_size', 'input_size'}:
             layer = {name: value for name, value in layer.items() if name not in ('img_size', 'input_size')}
-        layer.update(_data_of(content, what, first))
+        found = _data_of(content, what, first)
+        if (
+            'seed' in first.chosen
+            and 'val_fraction' not in first.chosen
+            and first.seed != found.get('seed', first.seed)
+        ):
+            raise UserError(
+                f'--seed {first.seed} would pick other images than those that the run held out by --seed '
+                f'{found["seed"]}: leave it out, or name the share too (--val-fraction)'
+            )
+        layer.update(found)
     args = parse(PROGRAM, VALIDATE, argv, layer=(what, layer))
     args = Settings({**vars(args), 'mae': args.mae or is_autoencoder(args.model)}, first.chosen)
     if layer:
