@@ -110,8 +110,8 @@ def excess(got, expected):
 
 
 def compare(function, exact_function, inputs):
-    """Outputs and all gradients are within 1e-5 of float64; where a sum cancels so far that the reference in float32 is
-    itself off, within four times its error."""
+    """Outputs and all gradients are within 1e-5 of float64; where a sum cancels so far that the reference is off in
+    float32, or by a few roundings of its inputs, within four times its error."""
 
     def results(function, dtype):
         leaves = in_dtype(inputs, dtype)
@@ -122,7 +122,12 @@ def compare(function, exact_function, inputs):
     off = excess(results(function, torch.float32), expected)
     if max(off) > 1:
         rounding = excess(results(exact_function, torch.float32), expected)
-        assert all(x <= max(1, 4 * y) for x, y in zip(off, rounding)), (off, rounding)
+        generator = torch.Generator().manual_seed(2)
+        for x in inputs:
+            if x is not None:
+                x.mul_(1 + 3e-7 * torch.randn(x.shape, generator=generator, dtype=x.dtype))
+        moved = excess(results(exact_function, torch.float64), expected)
+        assert all(x <= max(1, 4 * y, 4 * z) for x, y, z in zip(off, rounding, moved)), (off, rounding, moved)
 
 
 def compare_scan(inputs, *flags):
