@@ -249,8 +249,7 @@ def farewell(trainer: Trainer) -> None:
         if trainer.args.mae:
             trainer.progress.say(f'fine-tune it: {shlex.join(fine_tuning_command(trainer.args, path))} ...')
     if trainer.args.recipe == 'digits':
-        train = ' '.join(start(PROGRAM))
-        look = train.replace(' train', ' data') if train.startswith('vim-timm') else 'python -m vim_timm.data'
+        train, look = (' '.join(start(program)) for program in (PROGRAM, 'data.py'))
         trainer.progress.say(
             'next: your own photos, one folder a class in FOLDER (docs/own-photos.md):\n'
             f'  {look} FOLDER\n'

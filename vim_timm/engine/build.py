@@ -27,7 +27,7 @@ from ..models.load import check_published
 from ..models.masked_autoencoder import as_autoencoder
 from ..models.pretrained import described
 from ..settings import Process, Settings
-from ..settings.masked import AUTOENCODER, is_autoencoder
+from ..settings.masked import autoencoder_arguments, is_autoencoder
 from ..step import batched, fused_arguments
 from .checkpoint import load_weights
 
@@ -152,7 +152,7 @@ def make_model(args: Settings, **kwargs: Any) -> torch.nn.Module:
         UserError: an unknown argument, a size that does not fit, weights that cannot be had or do not fit.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    autoencoder = {name: getattr(args, name) for name in AUTOENCODER if args.mae and getattr(args, name) is not None}
+    autoencoder = autoencoder_arguments(vars(args))
     with explain(f'model {args.model}'), explain_download(args.model):
         kwargs.update(pretrained=args.pretrained, num_classes=0 if args.mae else args.num_classes, global_pool=args.gp)
         if is_autoencoder(args.model):

@@ -9,7 +9,7 @@ from timm.models import create_model, is_model, resolve_model_input_args
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..settings.inherited import settings_of
-from ..settings.masked import AUTOENCODER, is_autoencoder
+from ..settings.masked import autoencoder_arguments, is_autoencoder
 from .adapt import check_fit, filter_of
 from .checkpoint import CheckpointError, StateDict, read_checkpoint, select_weights, wants_average
 from .masked_autoencoder import as_autoencoder
@@ -68,7 +68,7 @@ def check_size(settings: Mapping[str, Any], state: StateDict, what: str = 'the c
     try:
         classes = 0 if mae else settings.get('num_classes')
         own: Dict[str, Any] = dict(settings.get('model_kwargs', {}), num_classes=classes, device='meta')
-        decoder = {key: settings[key] for key in AUTOENCODER if mae and settings.get(key) is not None}
+        decoder = autoencoder_arguments(settings)
         if is_autoencoder(name):
             own.update(decoder)
         model = create_model(**resolve_model_input_args(name, dict(settings), **own))

@@ -1,6 +1,8 @@
 """Settings of masked autoencoding: what it takes, what it implies, and what it has no use for."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from ..errors import UserError
 from .parse import Settings
@@ -21,6 +23,11 @@ _LABELLED = (
 def is_autoencoder(name: str) -> bool:
     """Whether a model's name is a masked autoencoder's."""
     return name.startswith('mae_')
+
+
+def autoencoder_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the masked autoencoder that settings describe; {} where they say no `mae`."""
+    return {name: settings[name] for name in AUTOENCODER if settings.get('mae') and settings.get(name) is not None}
 
 
 def check_masked(args: Settings) -> None:

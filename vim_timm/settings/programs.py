@@ -24,9 +24,9 @@ repeated."""
 
 
 def start(program: str) -> list[str]:
-    """Words that start train.py or validate.py in the user's way: `vim-timm`, the module, or the checkout's script.
+    """Words that start a program (train.py, data.py, ...) in the user's way: `vim-timm`, the module, or a script.
 
-    Who calls a program from Python is told of the script where the package stands in a checkout.
+    Only train.py and validate.py are scripts, of a checkout; who calls a program from Python is told of those there.
     """
     words = called(program).split()
     if len(words) > 1:
