@@ -309,7 +309,7 @@ def test_the_doctor_finds_flipped_bytes_in_the_cache(hub, capsys):
     assert doctor.main(['--weights']) == 2
     output = capsys.readouterr()
     assert 'vim_tiny_patch16_224.hustvl_in1k' in output.out and 'damaged' in output.out
-    assert output.err == 'doctor: error: 1 of 5 weights are damaged\n'
+    assert output.err == 'doctor: error: 1 of 6 weights are damaged\n'
 
 
 def test_convert_finds_flipped_bytes(hub, tmp_path, capsys):

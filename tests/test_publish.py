@@ -76,6 +76,8 @@ def test_the_card_tells_of_the_run(published):
     assert (card.data.license, card.data.library_name) == ('apache-2.0', 'timm')
     for text in (
         'vim_timm.train --dataset digits',
+        '* training and evaluation: ',
+        '* weights: their moving average',
         'epochs 1',
         'hf-hub:org/digits-vim',
         'seed: 42',
@@ -210,6 +212,7 @@ def test_every_configuration_reloads_to_the_same_model(name, tmp_path):
     ({'data_dir': 'clients/acme'}, 'DATA'),
     ({'model': 'hf-hub:org/vim'}, 'hf-hub:org/vim'),
     ({'save_encoder': 'clients/acme/encoder.safetensors'}, None),
+    ({'overwrite': True}, None),
 ], ids=str)  # fmt: skip
 def test_a_run_tells_the_names_of_its_files_and_not_where_they_lay(given, told):
     (name,) = given
@@ -234,6 +237,18 @@ def test_a_run_from_other_weights_keeps_the_notes_of_their_licence(run, tmp_path
     for change in (dict(pretrained=True), dict(initial_checkpoint='clients/acme/vim_t.pth')):
         text = card_of(run, checkpoint, tmp_path, monkeypatch, **change)
         assert 'non-commercial' in text and 'acme' not in text
+
+
+def test_images_of_a_folder_have_the_name_that_is_given_them(run, tmp_path):
+    line = [str(run / 'last.pth.tar'), '--repo-id', 'org/x', '--dry-run', '--no-evaluate', '--data-name', 'my photos']
+    assert main([*line, '--output', str(tmp_path / 'x')]) == 0
+    assert ', trained on my photos: ' in (tmp_path / 'x' / 'README.md').read_text()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='permissions of POSIX')
+def test_every_file_may_be_read_as_any_new_file(published):
+    (published.parent / 'new').touch()
+    assert {path.stat().st_mode for path in published.iterdir()} == {(published.parent / 'new').stat().st_mode}
 
 
 def test_the_command_of_the_evaluation_names_no_folder(run, tmp_path, monkeypatch):

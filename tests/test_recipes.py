@@ -12,6 +12,7 @@ import yaml
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import original, train
 from vim_timm.engine import build
+from vim_timm.models.pretrained import PACKAGED
 from vim_timm.settings.flags import TRAIN
 from vim_timm.settings.parse import RECIPES
 
@@ -128,6 +129,12 @@ def test_cifar10_recipe_is_the_measured_run():
     command = re.search(r'^python train.py (--data-dir CIFAR10 .*)$', (DOCS / 'cifar10.md').read_text(), re.MULTILINE)
     measured, recipe = settings(*shlex.split(command.group(1))), settings('--recipe', 'cifar10_tiny')
     assert {key for key in recipe if recipe[key] != measured[key]} == {'recipe', 'dataset', 'data_dir'}
+
+
+def test_the_weights_in_the_package_are_of_their_recipe():
+    run = yaml.safe_load((PACKAGED / 'vim_nano_patch4_32.cifar10' / 'args.yaml').read_text())
+    recipe = settings('--recipe', 'cifar10_nano')
+    assert {key for key in run if run[key] != recipe[key]} == {'dataset', 'data_dir', 'cuda_graph'}
 
 
 def test_docs_name_every_recipe():

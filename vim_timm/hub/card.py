@@ -43,7 +43,8 @@ class Facts:
         image: (channels, height, width).
         dtype: of the tensors in the file.
         license, notes: an SPDX-like name in lower case, and sentences about it.
-        dataset: --dataset's value, or a word for a folder of images.
+        dataset: --dataset's value.
+        data_name: what the data are called, where that does not say it.
         split: that was evaluated.
         result: validate.py's row, or {}.
         evaluate: the command that printed it.
@@ -61,6 +62,7 @@ class Facts:
     license: str = 'apache-2.0'
     notes: Sequence[str] = ()
     dataset: str = ''
+    data_name: str = ''
     split: str = ''
     result: Mapping[str, Any] = field(default_factory=dict)
     evaluate: str = ''
@@ -72,8 +74,9 @@ class Facts:
 def card(facts: Facts) -> str:
     """The text of README.md, its metadata first."""
     title, hub_dataset = DATASETS.get(facts.dataset, (facts.dataset.partition('/')[2] or 'a folder of images', ''))
+    title = facts.data_name or title
     if facts.dataset.startswith(('hfds/', 'hfids/')):
-        hub_dataset = title
+        hub_dataset = facts.dataset.partition('/')[2]
     sections = [
         f'---\n{_metadata(facts, title, hub_dataset)}\n---',
         f'# {facts.name}',
@@ -109,7 +112,7 @@ def _metadata(facts: Facts, dataset: str, hub_dataset: str) -> str:
 
 def _summary(facts: Facts, dataset: str) -> str:
     channels, height, width = facts.image
-    trained = f', trained on {dataset}' if facts.dataset else ''
+    trained = f', trained on {dataset}' if facts.dataset or facts.data_name else ''
     return (
         f'`{facts.architecture}`{trained}: {facts.parameters:,} parameters in {facts.dtype}, '
         f'{height} x {width} images of {channels} channel{"s" if channels > 1 else ""}.'

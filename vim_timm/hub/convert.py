@@ -12,6 +12,7 @@ if __name__ == '__main__':  # the command line is read before torch is imported
 
 import math
 import os
+import stat
 import sys
 import tempfile
 import warnings
@@ -342,7 +343,7 @@ def _signature(model: VisionMamba) -> tuple[Any, ...]:
 
 
 def write_safetensors(state_dict: Mapping[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write tensors to a safetensors file that appears whole or not at all.
+    """Write tensors to a safetensors file that appears whole or not at all, readable as any new file is.
 
     Raises:
         FileNotFoundError: its folder does not exist.
@@ -352,7 +353,10 @@ def write_safetensors(state_dict: Mapping[str, torch.Tensor], path: str | Path, 
         raise FileNotFoundError(f'there is no folder {path.parent} to write {path.name} into')
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.convert-') as folder:
         temporary = Path(folder) / 'weights'
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file({name: value.contiguous() for name, value in state_dict.items()}, temporary, metadata)
+        temporary.chmod(mode)  # safetensors writes a file that only its owner may read
         os.replace(temporary, path)
 
 

@@ -31,6 +31,7 @@ from ..engine.saved import Saved, open_saved
 from ..errors import UserError, explain, run
 from ..models.checkpoint import CheckpointError
 from ..models.pretrained import PACKAGED, sha256
+from ..report.chart import duration
 from ..settings import parsers
 from ..settings.inherited import data_of
 from .card import Facts, card
@@ -94,8 +95,12 @@ def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[st
     made = dict(saved.record.get('provenance') or {})
     if history:
         made['epochs'] = str(len(history))
+        if history[-1].get('time'):
+            made['training and evaluation'] = duration(history[-1]['time'])
     if ours:
         made['seed'] = str(saved.run.get('seed', ''))
+    if args.use_ema:
+        made['weights'] = 'their moving average'
     parameters = sum(parameter.numel() for parameter in saved.model.parameters())
     return Facts(
         name=args.repo_id.rpartition('/')[2],
@@ -107,6 +112,7 @@ def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[st
         license=args.license,
         notes=saved.model.pretrained_cfg.get('notes') or () if derived else (),
         dataset=str(saved.run.get('dataset') or '') if ours else '',
+        data_name=args.data_name,
         split=_split(flags),
         evaluate=command('validate', {'model': source, 'pretrained': True, **shown}),
         train=train_command(saved.run) if ours else '',

@@ -9,9 +9,9 @@ from ..settings.flags import TRAIN, VALIDATE, Row, refused
 
 # what a run was called, where it wrote and whom it told is nobody else's business
 _PRIVATE = {
-    'output', 'experiment', 'resume', 'no_resume_opt', 'device', 'device_modules', 'workers', 'pin_mem', 'dist_timeout',
-    'log_interval', 'save_images', 'tensorboard', 'log_wandb', 'log_trackio', 'wandb_project', 'wandb_tags',
-    'wandb_resume_id', 'save_encoder',
+    'output', 'experiment', 'overwrite', 'resume', 'no_resume_opt', 'device', 'device_modules', 'workers', 'pin_mem',
+    'dist_timeout', 'log_interval', 'save_images', 'tensorboard', 'log_wandb', 'log_trackio', 'wandb_project',
+    'wandb_tags', 'wandb_resume_id', 'save_encoder',
 }  # fmt: skip
 # settings, and entries of them, that are a file's path wherever it lies, also of one that is no longer there
 _FILES = {'initial_checkpoint', 'pretrained_path', 'class_map', 'file', 'checkpoint_path'}

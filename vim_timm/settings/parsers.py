@@ -54,6 +54,7 @@ def publish_parser() -> Parser:
     add('--model', default='', metavar='NAME', help='the model, where the file does not say')
     add('--license', default='apache-2.0', metavar='NAME', help="the weights' licence (default: %(default)s)")
     add('--data-dir', default='', metavar='DIR', help='where the evaluation finds the data now')
+    add('--data-name', default='', metavar='NAME', help='what the card calls the data (default: by --dataset)')
     add('--results', default='', metavar='FILE', help='a result of validate.py in place of an evaluation')
     add('--no-evaluate', action='store_true', help='publish without an accuracy')
     add('--all', action='store_true', help="upload every weight that comes with the package to --repo-id's owner")
