@@ -4,16 +4,18 @@
 
 `CIFAR10` is a folder of images, train/CLASS/*.png and validation/CLASS/*.png. Stages use the files of those before:
 
-    pretrain   the encoder, 60 epochs without labels, and its report
-    finetune   30 epochs from it and from scratch, and from scratch for as long as both took together
-    few        the same with a tenth of the labels, 150 epochs
-    probe      a linear classifier on its features and on random ones, 20 epochs
+    pretrain   the encoder, --epochs-pretrain without labels, and its report
+    finetune   --epochs-finetune from it and from scratch, and from scratch for as long as both took together
+    few        the same with a tenth of the labels, --epochs-few
+    probe      a linear classifier on its features and on random ones, --epochs-probe
     ablate     short pretraining (30 epochs) and tuning (15) with mask ratios, patch sizes, orders of tokens, decoders
     bands      mae_favit on 13 bands made from the images, and its report with missing bands
 
 Every command is printed, and its seconds. The last lines are a table in Markdown: a row a run, top-1 after the last
-epoch, which nobody chose. `--jobs N` runs N commands side by side, dealt to the GPUs there are. Finished runs are not
-repeated. Options after `--` go to every training.
+epoch, which nobody chose, and seconds of the log, those of the process's start left out. `--jobs N` runs N commands
+side by side, dealt to the GPUs there are; what later budgets depend on runs alone: the pretraining and the fine-tuning
+from it, whose step is that of training from scratch. A run that fails is named, and what does not need it goes on; the
+exit status is 1 then. Finished runs are not repeated. Options after `--` go to every training.
 """
 
 import argparse
@@ -30,7 +32,6 @@ from pathlib import Path
 import torch
 
 TENTH = 'tenth'
-PRETRAIN, FINETUNE, FEW, PROBE = 60, 30, 150, 20
 # name of an ablation -> options of its pretraining, and of both
 ABLATIONS = {
     'ratio 0.5': (['--mask-ratio', '0.5'], []),
@@ -56,6 +57,7 @@ class Runs:
 
     def __init__(self, args: argparse.Namespace, more: list[str]):
         self.args, self.more, self.pool = args, more, ThreadPoolExecutor(args.jobs)
+        self.failed = False
         numbers = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count()))) or '0'
         self.devices = itertools.cycle(numbers.split(','))
 
@@ -68,30 +70,33 @@ class Runs:
         return ['--pretrained', '--pretrained-path', str(self.path(name) / 'last.pth.tar')]
 
     def start(self, name: str, recipe: str, *options: str, data: Path | None = None, autoencoder: bool = False):
-        """Train in the background; the result is the run's seconds."""
+        """Train in the background; the result says whether that succeeded."""
         model = f'{"mae_" if autoencoder else ""}{self.args.model}'
         words = ['train.py', '--recipe', recipe, '--dataset', '', '--data-dir', str(data or self.args.data_dir)]
         words += ['--model', model, *options, '--seed', str(self.args.seed), *self.more]
         return self.pool.submit(self.run, words, self.path(name))
 
-    def run(self, words: list[str], folder: Path) -> float:
-        """Run a command line unless its folder has a result."""
-        done = folder / 'seconds.txt'
-        if not done.exists():
-            device = next(self.devices)
-            print(shlex.join(['python', *words]), flush=True)
-            command = [sys.executable, *words, '--output', str(folder.parent), '--experiment', folder.name]
-            start = time.perf_counter()
-            environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': device}
-            log = subprocess.run([*command, '--overwrite'], capture_output=True, text=True, env=environment)
-            seconds = time.perf_counter() - start
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / 'log.txt').write_text(log.stdout + log.stderr)
-            if log.returncode:
-                raise SystemExit(f'{folder.name}: {log.stderr[-2000:]}')
-            done.write_text(f'{seconds:.1f}')
-            print(f'{folder.name}: {seconds:.0f} s', flush=True)
-        return float(done.read_text())
+    def run(self, words: list[str], folder: Path) -> bool:
+        """Run a command line unless its folder has a result, and say whether there is one."""
+        done = folder / 'done.txt'
+        if done.exists():
+            return True
+        device = next(self.devices)
+        print(shlex.join(['python', *words]), flush=True)
+        command = [sys.executable, *words, '--output', str(folder.parent), '--experiment', folder.name, '--overwrite']
+        start = time.perf_counter()
+        environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': device}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.parent / f'{folder.name}.log', 'w', encoding='utf-8') as log:
+            status = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
+        seconds = time.perf_counter() - start
+        if status:
+            self.failed = True
+            print(f'{folder.name}: failed after {seconds:.0f} s, see {log.name}', flush=True)
+            return False
+        done.write_text(f'{seconds:.1f} s with the start\n')
+        print(f'{folder.name}: {seconds:.0f} s', flush=True)
+        return True
 
     def row(self, name: str) -> dict:
         """The last row of a run's log."""
@@ -101,17 +106,22 @@ class Runs:
         """Print the runs as Markdown."""
         print('\n| run | epochs | seconds | top-1 | loss |\n|---|---|---|---|---|')
         for name in names:
+            if not (self.path(name) / 'done.txt').exists():
+                continue
             row = self.row(name)
             top1 = f'{row["eval_top1"]:.2f}' if 'eval_top1' in row else ''
-            seconds = (self.path(name) / 'seconds.txt').read_text()
-            print(f'| {name} | {row["epoch"] + 1} | {float(seconds):.0f} | {top1} | {row["eval_loss"]:.4f} |')
+            print(f'| {name} | {row["epoch"] + 1} | {row["time"]:.0f} | {top1} | {row["eval_loss"]:.4f} |')
+
+
+def length(epochs: int) -> list[str]:
+    """Options of so many epochs, a tenth of them warm-up."""
+    return ['--epochs', str(epochs), '--warmup-epochs', str(max(1, round(epochs / 10)))]
 
 
 def pretrain(runs: Runs) -> list[str]:
-    runs.start(
-        'mae', 'cifar10_tiny_mae', '--epochs', str(PRETRAIN), '--gallery-interval', '20', autoencoder=True
-    ).result()
-    report(runs, 'mae')
+    options = [*length(runs.args.epochs_pretrain), '--gallery-interval', '20']
+    if runs.start('mae', 'cifar10_tiny_mae', *options, autoencoder=True).result():
+        report(runs, 'mae')
     return ['mae']
 
 
@@ -120,24 +130,33 @@ def report(runs: Runs, name: str) -> None:
     folder = runs.path(name)
     words = ['validate.py', '--mae', '--checkpoint', str(folder / 'last.pth.tar'), '--report', str(folder / 'report')]
     print(shlex.join(['python', *words]), flush=True)
-    subprocess.run([sys.executable, *words], check=True)
+    if subprocess.run([sys.executable, *words]).returncode:
+        runs.failed = True
+        print(f'{folder.name}: no report', flush=True)
 
 
-def finetune(runs: Runs, few: bool = False) -> list[str]:
-    label, epochs = ('few labels, ', FEW) if few else ('', FINETUNE)
-    data = tenth(runs) if few else None
-    settings = ['cifar10_tiny_finetune', '--epochs', str(epochs)]
-    if few:
-        settings += ['--batch-size', '256', '--lr', '1e-3']
-    names = [f'{label}{kind}' for kind in ('from mae', 'from scratch', 'from scratch, total budget')]
-    tuned = runs.start(names[0], *settings, *runs.encoder('mae'), data=data)
-    scratch = runs.start(names[1], *settings, '--layer-decay', '1', data=data)
-    both = float((runs.path('mae') / 'seconds.txt').read_text()) + tuned.result()
-    if few:
-        scratch.result()
-        return names[:2]
-    settings[2] = str(round(epochs * both / scratch.result()))
-    runs.start(names[2], *settings, '--layer-decay', '1', data=data).result()
+def finetune(runs: Runs) -> list[str]:
+    names, epochs = ['from mae', 'from scratch', 'from scratch, total budget'], runs.args.epochs_finetune
+    recipe = 'cifar10_tiny_finetune'
+    budgets = {names[1]: epochs}
+    if runs.start(names[0], recipe, *length(epochs), *runs.encoder('mae')).result():
+        share = runs.row('mae')['time'] / runs.row(names[0])['time']
+        budgets = {names[2]: round(epochs * (1 + share)), **budgets}  # the longer one first
+    started = [runs.start(name, recipe, *length(budget), '--layer-decay', '1') for name, budget in budgets.items()]
+    for run in started:
+        run.result()
+    return names
+
+
+def few(runs: Runs) -> list[str]:
+    names, data = ['few labels, from mae', 'few labels, from scratch'], tenth(runs)
+    settings = ['cifar10_tiny_finetune', *length(runs.args.epochs_few), '--batch-size', '256', '--lr', '1e-3']
+    started = [
+        runs.start(names[0], *settings, *runs.encoder('mae'), data=data),
+        runs.start(names[1], *settings, '--layer-decay', '1', data=data),
+    ]
+    for run in started:
+        run.result()
     return names
 
 
@@ -157,7 +176,7 @@ def tenth(runs: Runs) -> Path:
 
 def probe(runs: Runs) -> list[str]:
     names = ['probe of mae', 'probe of random features']
-    settings = ['cifar10_tiny_probe', '--epochs', str(PROBE)]
+    settings = ['cifar10_tiny_probe', *length(runs.args.epochs_probe)]
     for run in [runs.start(names[0], *settings, *runs.encoder('mae')), runs.start(names[1], *settings)]:
         run.result()
     return names
@@ -173,7 +192,8 @@ def ablate(runs: Runs) -> list[str]:
     names, tuning = [f'scratch, {case}' for case in ('ratio 0.6', 'patch 2, ratio 0.6')], []
     settings = ['cifar10_tiny_finetune', '--epochs', '15', '--warmup-epochs', '2']
     for name, (_, both) in cases.items():
-        pretraining[name].result()
+        if not pretraining[name].result():
+            continue
         names.append(f'tuned, {name}')
         tuning.append(runs.start(names[-1], *settings, *both, *runs.encoder(f'mae, {name}')))
     for name in names[:2]:
@@ -190,15 +210,12 @@ def bands(runs: Runs) -> list[str]:
         subprocess.run([sys.executable, '-m', 'benchmarks.bands', str(runs.args.data_dir), str(folder)], check=True)
     words = ['train.py', '--data-dir', str(folder), *BANDS.split(), '--seed', str(runs.args.seed), *runs.more]
     runs.args.model = 'favit'
-    runs.run(words, runs.path('mae'))
-    report(runs, 'mae')
+    if runs.run(words, runs.path('mae')):
+        report(runs, 'mae')
     return ['mae']
 
 
-STAGES = {
-    'pretrain': pretrain, 'finetune': finetune, 'few': lambda runs: finetune(runs, few=True), 'probe': probe,
-    'ablate': ablate, 'bands': bands,
-}  # fmt: skip
+STAGES = {stage.__name__: stage for stage in (pretrain, finetune, few, probe, ablate, bands)}
 
 
 def main() -> None:
@@ -209,10 +226,13 @@ def main() -> None:
     parser.add_argument('--model', default='vim_tiny_patch4_32')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--jobs', type=int, default=1)
+    for stage, epochs in (('pretrain', 60), ('finetune', 30), ('few', 150), ('probe', 20)):
+        parser.add_argument(f'--epochs-{stage}', type=int, default=epochs)
     words = sys.argv[1:]
     split = words.index('--') if '--' in words else len(words)
     runs = Runs(parser.parse_args(words[:split]), words[split + 1 :])
     runs.table(STAGES[runs.args.stage](runs))
+    sys.exit(int(runs.failed))
 
 
 if __name__ == '__main__':
