@@ -104,7 +104,8 @@ def test_a_crop_of_everything_changes_nothing():
 
 
 def test_weights_do_not_look_outside_the_crop():
-    weights = resampling(torch.tensor([3.0]), torch.tensor([5.0]), 20, 8, torch.tensor([True]))
+    start, length, yes, no = (torch.tensor([value]) for value in (3.0, 5.0, True, False))
+    weights = resampling(start, length, length / 8, 20, 8, yes, no)
     assert (weights[..., :3] == 0).all() and (weights[..., 8:] == 0).all()
     assert torch.allclose(weights.sum(2), torch.ones(1, 8))
 
@@ -145,8 +146,8 @@ def test_an_epoch_goes_on_where_it_stopped():
     whole = batches(*ALL, epoch=3)
     rest = batches(*ALL, epoch=3, start=5)
     assert len(rest) == len(whole) - 5
-    for (images, targets, keys, _), (same_images, same_targets, same_keys, _) in zip(whole[5:], rest):
-        assert torch.equal(images, same_images) and torch.equal(targets, same_targets) and torch.equal(keys, same_keys)
+    for one, same in zip(whole[5:], rest):
+        assert all(torch.equal(getattr(one, name), getattr(same, name)) for name in ('images', 'targets', 'keys'))
     other = batches(*ALL, epoch=4)
     assert not torch.equal(whole[0][0], other[0][0])
 

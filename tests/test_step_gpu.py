@@ -7,6 +7,7 @@ import torch
 from test_step import Bad, cut
 
 from vim_timm import train
+from vim_timm.data.device_augment import FACTORS
 from vim_timm.engine import Hooks
 from vim_timm.engine.loop import Trainer
 
@@ -28,13 +29,15 @@ def settings(tmp_path, *flags):
 
 
 def poison(monkeypatch, epoch, step):
-    """The images of a step are not numbers."""
+    """The images of a step are not numbers, as their colour jitter makes them."""
     prepared = Trainer._prepared
 
     def poisoned(trainer, batch):
         batch = prepared(trainer, batch)
         bad = (trainer.epoch, trainer.step) == (epoch, step)
-        return batch._replace(images=batch.images * float('nan')) if bad else batch
+        draws = batch.draws.clone()
+        draws[:, FACTORS] = float('nan') if bad else draws[:, FACTORS]
+        return batch._replace(draws=draws)
 
     monkeypatch.setattr(Trainer, '_prepared', poisoned)
 

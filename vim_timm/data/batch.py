@@ -13,18 +13,25 @@ class Batch(NamedTuple):
     """One step's samples on the device.
 
     Attributes:
-        images: (B, C, H, W), normalized, in the model's dtype.
+        images: (B, C, H, W), normalized, in the model's dtype; of 8 bits while they have `draws`.
         targets: (B,) int64 class indices, or whatever else the data set has, (B, ...).
         keys: (B, 3) int64, of each sample the epoch, its position in the epoch (over all ranks) and its place in the
             data set, which is -1 for a sample of an evaluation that could not be read. A stream has no index: there
             the place is the position.
         complete: whether the host knows that every sample could be read.
+        draws: numbers (B, any) in [0, 1) by which `Loader.finish` is still to augment the images; None where they are
+            done.
+        size: height and width of the images when they are done.
+        mixing: numbers by which the task is still to mix the images.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     keys: torch.Tensor
     complete: bool = True
+    draws: torch.Tensor | None = None
+    size: tuple[int, int] | None = None
+    mixing: torch.Tensor | None = None
 
     @property
     def places(self) -> torch.Tensor:
@@ -33,10 +40,10 @@ class Batch(NamedTuple):
 
 
 class Labels:
-    """Targets and keys of a batch, which travel to the device together."""
+    """What a batch has beside its images, on the way to the device."""
 
-    def __init__(self, targets: torch.Tensor, keys: torch.Tensor, complete: bool):
-        self.targets, self.keys, self.complete = targets, keys, complete
+    def __init__(self, targets: torch.Tensor, keys: torch.Tensor, complete: bool, draws: torch.Tensor | None = None):
+        self.targets, self.keys, self.complete, self.draws = targets, keys, complete, draws
 
     def to(self, device: torch.device, non_blocking: bool = False) -> 'Labels':
         """Copy both to a device."""

@@ -1,6 +1,8 @@
-"""timm's basic augmentation for whole batches on the device: random resized crop, flips and colour jitter."""
+"""timm's basic augmentation for whole batches on the device: random resized crop, flips and colour jitter.
 
-import itertools
+Numbers of the host enter as scalars, never as tensors: a copy of one would make the host wait for the device.
+"""
+
 import math
 from collections.abc import Sequence
 
@@ -19,6 +21,28 @@ FACTORS = slice(2 * ATTEMPTS + 6, 2 * ATTEMPTS + 9)
 DRAWS = 2 * ATTEMPTS + 9
 
 
+def random_sides(
+    area: torch.Tensor, aspect: torch.Tensor, areas: Sequence[float], ratio: Sequence[float], most: tuple[int, int],
+    parts: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Heights and widths (2, B) of the first attempt that fits, and whether one does (B,).
+
+    Args:
+        area, aspect: (B, attempts) in [0, 1): where between its bounds the area is, and the logarithm of the ratio.
+        areas, ratio: bounds, in pixels and as width / height.
+        most: the largest height and width.
+        parts: (B, 1) among how many boxes the area is shared; None for one.
+    """
+    pixels = area * (areas[1] - areas[0]) + areas[0]
+    root = (pixels if parts is None else pixels / parts).sqrt()
+    low, high = math.log(ratio[0]) / 2, math.log(ratio[1]) / 2
+    bend = (aspect * (high - low) + low).exp()
+    heights, widths = (root / bend).round(), (root * bend).round()
+    fits = (heights <= most[0]) & (widths <= most[1])
+    first = fits.int().argmax(1, keepdim=True)
+    return torch.stack([heights, widths]).gather(2, first.expand(2, -1, -1))[..., 0], fits.any(1)
+
+
 def random_boxes(
     uniform: torch.Tensor, height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,39 +51,50 @@ def random_boxes(
     Args:
         uniform: (B, DRAWS) in [0, 1).
     """
-    area = (scale[0] + (scale[1] - scale[0]) * uniform[:, AREA : AREA + ATTEMPTS]) * (height * width)
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = torch.exp(low + (high - low) * uniform[:, ASPECT : ASPECT + ATTEMPTS])
-    widths, heights = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (widths <= width) & (heights <= height)
-    first = fits.int().argmax(1, keepdim=True)
+    area, aspect = uniform[:, AREA : AREA + ATTEMPTS], uniform[:, ASPECT : ASPECT + ATTEMPTS]
+    areas = [share * height * width for share in scale]
+    sides, found = random_sides(area, aspect, areas, ratio, (height, width))
     # without any: the largest centred box of an allowed aspect
     shape = min(max(width / height, min(ratio)), max(ratio))
-    centre = (min(height, round(width / shape)), min(width, round(height * shape)))
-    found = fits.any(1)
-    h = torch.where(found, heights.gather(1, first)[:, 0], float(centre[0]))
-    w = torch.where(found, widths.gather(1, first)[:, 0], float(centre[1]))
-    top = torch.where(found, (uniform[:, TOP] * (height - h + 1)).floor(), ((height - h) / 2).floor())
-    left = torch.where(found, (uniform[:, LEFT] * (width - w + 1)).floor(), ((width - w) / 2).floor())
-    return top, left, h, w
+    h = torch.where(found, sides[0], float(min(height, round(width / shape))))
+    w = torch.where(found, sides[1], float(min(width, round(height * shape))))
+    # a little less than half of the places that are left is the middle, rounded down
+    place = torch.where(found, uniform[:, TOP : LEFT + 1].mT, 0.4999)
+    return (place[0] * (height + 1 - h)).floor(), (place[1] * (width + 1 - w)).floor(), h, w
 
 
-def resampling(start: torch.Tensor, length: torch.Tensor, size: int, out: int, cubic: torch.Tensor) -> torch.Tensor:
-    """Weights (B, out, size) of Pillow's antialiased resize of the pixels [start, start + length) of a line to `out`.
+def resampling(
+    start: torch.Tensor, length: torch.Tensor, scale: torch.Tensor, size: int, out: int, cubic: torch.Tensor,
+    flip: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Weights (B, out, size) of Pillow's antialiased resize of the pixels [start, start + length) of a line.
 
     Args:
         start, length: (B,) whole numbers as float32.
+        scale: (B,) pixels of the line for one of the result.
         cubic: (B,) bool; bicubic (Keys, a = -0.5) or else bilinear.
+        flip: (B,) bool; the result goes backwards.
     """
-    scale = (length / out)[:, None, None]
-    pixel = torch.arange(size, device=start.device)
-    centre = start[:, None, None] + (torch.arange(out, device=start.device)[:, None] + 0.5) * scale
-    x = (pixel + 0.5 - centre).abs() / scale.clamp(min=1)
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    keys = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    weights = torch.where(cubic[:, None, None], keys, (1 - x).clamp(min=0))
-    weights = weights * ((pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None]))
+    pixel, place = (torch.arange(0.5, count, device=start.device) for count in (size, out))
+    origin, step = torch.where(flip, start + length, start), torch.where(flip, -scale, scale)
+    centre = torch.addcmul(origin[:, None], place, step[:, None])
+    x = (pixel - centre[:, :, None]).abs_() / scale.clamp(min=1)[:, None, None]
+    near, far = (1 - x).clamp_(min=0), (2 - x).clamp_(min=0)
+    # Keys' kernel in powers of what is left of the distances 1 and 2
+    keys = torch.addcmul(near * near * torch.rsub(near, 1, alpha=2), far * far, far - 1, value=0.5)
+    weights = torch.where(cubic[:, None, None], keys, near)
+    ahead = pixel - start[:, None]
+    weights *= ((ahead > 0) & (ahead < length[:, None]))[:, None]
     return weights / weights.sum(2, keepdim=True)
+
+
+def grey_of(images: torch.Tensor) -> torch.Tensor:
+    """Pillow's grey (B, 1, H, W) of whole numbers of 0..255 as float32, exactly: its weights have 16 bits."""
+    if images.shape[1] != 3:
+        return images
+    red, green, blue = images.split(1, 1)
+    grey = (red * (19595 / 65536)).add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536)
+    return grey.add_(0.5).floor_()
 
 
 def jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -70,14 +105,14 @@ def jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> 
         factors: (B, 3), of the three.
         order: (B, 3), a permutation of them.
     """
-    luma = images.new_tensor([0.299, 0.587, 0.114])[:, None, None]
-    for place in range(3):
-        kind = order[:, place, None, None, None]
-        grey = (images * luma).sum(1, keepdim=True).round() if images.shape[1] == 3 else images
-        mean = grey.mean((1, 2, 3), keepdim=True).round()
-        base = torch.where(kind == 0, 0.0, torch.where(kind == 1, mean, grey))
-        factor = factors.gather(1, order[:, place : place + 1])[:, :, None, None]
-        images = (base + factor * (images - base)).clamp(0, 255).floor()
+    factors = factors.gather(1, order)
+    for factor, flat, grey_share in zip(
+        *(part.unsqueeze(2).unsqueeze(3).split(1, 1) for part in (factors, (order == 1).float(), (order == 2).float()))
+    ):
+        grey = grey_of(images)
+        mean = grey.mean((1, 2, 3), keepdim=True).add_(0.5).floor_()
+        base = torch.addcmul(mean * flat, grey, grey_share)  # black, the mean, or the grey image
+        images = torch.addcmul(base, images - base, factor).clamp_(0, 255).floor_()
     return images
 
 
@@ -88,6 +123,8 @@ class Augmentation:
         size: height and width of the result.
         interpolation: bilinear, bicubic, or random (one of the two for each image).
     """
+
+    draws = DRAWS
 
     def __init__(
         self, size: tuple[int, int], scale: Sequence[float], ratio: Sequence[float], hflip: float, vflip: float,
@@ -107,19 +144,26 @@ class Augmentation:
         Returns:
             (B, C, *size) float32 with whole numbers of 0..255.
         """
+        result = self.cropped(images, uniform)
+        if self.color_jitter:
+            first = (uniform[:, ORDER] * 6).long()  # of six orders
+            one, two = first // 2, (first // 2 + first % 2 + 1) % 3
+            low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
+            order = torch.stack([one, two, 3 - one - two], 1)
+            result = jitter(result, uniform[:, FACTORS] * (high - low) + low, order)
+        return result
+
+    def cropped(self, images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Random resized crop and flips, which take and return the same."""
         height, width = images.shape[2:]
         top, left, h, w = random_boxes(uniform, height, width, self.scale, self.ratio)
-        cubic = uniform[:, FILTER] < self.cubic_share
-        rows = resampling(top, h, height, self.size[0], cubic)
-        columns = resampling(left, w, width, self.size[1], cubic)
-        # a flipped image is one whose weights are
-        rows = torch.where((uniform[:, VFLIP] < self.vflip)[:, None, None], rows.flip(1), rows)
-        columns = torch.where((uniform[:, HFLIP] < self.hflip)[:, None, None], columns.flip(1), columns)
+        # both lines at once, the shorter one as a part of the longer
+        scale = torch.cat([h / self.size[0], w / self.size[1]])
+        cubic = (uniform[:, FILTER] < self.cubic_share).repeat(2)
+        flip = torch.cat([uniform[:, VFLIP] < self.vflip, uniform[:, HFLIP] < self.hflip])
+        starts, lengths = torch.cat([top, left]), torch.cat([h, w])
+        rows, columns = resampling(starts, lengths, scale, max(height, width), max(self.size), cubic, flip).chunk(2)
         # Pillow rounds and clips between its two passes as well, in an order that depends on its version
-        result = (rows[:, None] @ images.float() @ columns.mT[:, None]).round().clamp(0, 255)
-        if self.color_jitter:
-            orders = torch.tensor(list(itertools.permutations(range(3))), device=images.device)
-            order = orders[(uniform[:, ORDER] * len(orders)).long()]
-            low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
-            result = jitter(result, low + (high - low) * uniform[:, FACTORS], order)
-        return result
+        lines = images.flatten(1, 2).float() @ columns[:, : self.size[1], :width].mT
+        result = rows[:, None, : self.size[0], :height] @ lines.unflatten(1, (-1, height))
+        return result.round_().clamp_(0, 255)

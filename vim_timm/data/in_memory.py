@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from timm.data.loader import adapt_to_chs
-from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from ..settings import Process
 from .batch import Collate, Labels
-from .device_augment import DRAWS, Augmentation
-from .sampling import EpochBatches, Samples, SeededErasing, seed_everything
+from .device_augment import Augmentation
+from .device_erasing import Erasing
+from .sampling import EpochBatches, Samples, seed_everything
 from .workers import start_worker, usual_workers, watched
 
 
@@ -73,10 +73,10 @@ def _check_memory(needed: int, device: torch.device) -> None:
 
 
 class InMemory:
-    """Batches of a data set that is decoded once.
+    """Batches of a data set that is decoded once: 8-bit images and the numbers by which `finish` augments them.
 
     The augmentation of a sample is a function of (seed, epoch, position in the epoch), so a run resumes anywhere, and
-    does not depend on how many processes share a batch. Erasing is a function of (seed, epoch, step), as elsewhere.
+    does not depend on how many processes share a batch. What fills erased boxes follows the device's generator.
 
     Args:
         samples: what to decode; its transform ends in uint8 tensors (C, H, W).
@@ -98,10 +98,8 @@ class InMemory:
             .view(1, channels, 1, 1)
             for name in ('mean', 'std')
         )
-        self.random_erasing: SeededErasing | None = None
-        if erasing > 0:
-            eraser = RandomErasing(erasing, mode=args.remode, max_count=args.recount, device=self.device)
-            self.random_erasing = SeededErasing(eraser, args.seed, process.rank)
+        self.erasing = Erasing(erasing, args.remode, args.recount) if erasing > 0 else None
+        self.draws = [part.draws if part else 0 for part in (augment, self.erasing)]
         self.images, self.labels = self._decode(samples, usual_workers(args))
         places = self.labels.keys[:, 2]  # others stand where a sample could not be read
         self.replaced = not torch.equal(places, torch.arange(len(places), device=self.device))
@@ -129,17 +127,18 @@ class InMemory:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Labels]]:
         sampler = self.sampler
         keys = torch.tensor([key for batch in sampler for key in batch], dtype=torch.int64).to(self.device).view(-1, 3)
-        uniform = None
-        if self.augment:
-            seed_everything(sampler.seed, sampler.epoch)
-            uniform = torch.rand(len(sampler) * sampler.batch_size * sampler.world, DRAWS).to(self.device)
+        seed_everything(sampler.seed, sampler.epoch)
+        uniform = torch.rand(len(sampler) * sampler.batch_size * sampler.world, sum(self.draws)).to(self.device)
         for rows in keys.split(sampler.batch_size):
-            images = self.images[rows[:, 2]]
-            if self.augment and uniform is not None:
-                images = self.augment(images, uniform[rows[:, 1]])
-            images = images.to(self.dtype).sub_(self.mean).div_(self.std)
-            if self.random_erasing:
-                images = self.random_erasing(images)
-            places = rows[:, 2]
+            _, positions, places = rows.unbind(1)
             keys = torch.cat([rows[:, :2], self.labels.keys[places, 2:]], 1) if self.replaced else rows
-            yield images, Labels(self.labels.targets[places], keys, self.labels.complete)
+            labels = Labels(self.labels.targets[places], keys, self.labels.complete, uniform[positions])
+            yield self.images[places], labels
+
+    def finish(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Images of a batch (B, C, H, W), augmented and normalized: work of the device alone."""
+        for_augment, for_erasing = draws.split(self.draws, 1)
+        if self.augment:
+            images = self.augment(images, for_augment)
+        images = images.to(self.dtype).sub_(self.mean).div_(self.std)
+        return self.erasing(images, for_erasing) if self.erasing else images

@@ -27,6 +27,7 @@ from .sampling import (
     Samples,
     SeededErasing,
     Stream,
+    seed_everything,
 )
 from .unreadable import Unreadable
 from .workers import start_worker, usual_workers, watched
@@ -108,7 +109,7 @@ class Loader:
         loader = DataLoader(
             self.dataset,
             num_workers=self.workers,
-            pin_memory=args.pin_mem,
+            pin_memory=args.pin_mem or process.device.type == 'cuda',  # else each step waits for its copy
             collate_fn=Collate(fast_collate if self.prefetch else default_collate),
             # the readers of streams keep state from epoch to epoch, which a resumed run would not have
             persistent_workers=self.workers > 0 and not isinstance(self.dataset, Stream),
@@ -166,6 +167,20 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from batch `start` on."""
+        for step, batch in enumerate(self.unfinished(epoch, start), start):
+            if batch.draws is not None:
+                seed_everything(self.seed, epoch, step, self.process.rank, device=True)
+            yield self.finish(batch)
+
+    def finish(self, batch: Batch) -> Batch:
+        """A batch whose images are augmented and normalized; what is random follows the device's generator."""
+        if batch.draws is None:
+            return batch
+        images = self.loader.finish(batch.images, batch.draws).contiguous(memory_format=self.layout)
+        return batch._replace(images=images, draws=None)
+
+    def unfinished(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, whose images `finish` is to augment where they have `draws`."""
         process, seen, self.started = self.process, 0, True
         if self.sampler is not None:
             self.sampler.epoch, self.sampler.start = epoch, start
@@ -188,8 +203,11 @@ class Loader:
                 seen += count
                 if step < start:  # a stream has no index: replay it
                     continue
-            images = images.contiguous(memory_format=self.layout)
-            yield Batch(images, labels.targets, labels.keys, labels.complete)
+            batch = Batch(images, labels.targets, labels.keys, labels.complete)
+            if labels.draws is None:
+                yield batch._replace(images=images.contiguous(memory_format=self.layout))
+            else:
+                yield batch._replace(draws=labels.draws, size=self.data_config['input_size'][1:])
 
 
 def train_loader(args: Any, process: Process, dataset: Any, data_config: dict[str, Any]) -> Loader:

@@ -249,7 +249,7 @@ class Trainer:
         finite = torch.ones((), dtype=torch.bool, device=self.process.device)
         speed = log.Speed(self.process, (self.epochs - self.epoch) * self.batches - self.step)
         self.progress.wait_for(self.train_data.awaited)
-        for batch in self.train_data.epoch(self.epoch, self.step):
+        for batch in self.train_data.unfinished(self.epoch, self.step):
             if not speed.step:
                 self._first(batch)
             last = self.step + 1 == self.batches
@@ -275,7 +275,7 @@ class Trainer:
                 rate = self.optimizer.param_groups[0]['lr']
                 self.arrivals.send(loss, functools.partial(self._show, say, self.step, rate, speed))
                 if args.save_images and (last or self.progress.stays):
-                    self._save_images(batch.images)
+                    self._save_images(self.train_data.finish(batch).images)
             if update:
                 number = self._update_number()
                 flags = flags if self.recorded else self.update(finite, number, bool(self.signals))
@@ -301,17 +301,19 @@ class Trainer:
     def _first(self, batch: Batch) -> None:
         """Before the first step of an epoch: say what it waits for, and show the run's first batch."""
         if self.epoch + self.step == 0 and self.trackers:
-            self.trackers.first_batch(batch.images)
+            self.trackers.first_batch(self.train_data.finish(batch).images)
         compiles = self.args.torchcompile or self.process.device.type == 'cuda'
         self.progress.wait_for(f'the first step{", which compiles" if compiles else ""}')
 
     def _prepared(self, batch: Batch) -> Batch:
-        """Mix the batch, and let all that is random in it and in the step depend on the step."""
+        """Draw for the batch, and let all that is random in it and in the step depend on the step."""
         seed_everything(self.args.seed, self.epoch, self.step, self.process.rank, device=True)
-        return self.task.prepare(batch, self.epoch)
+        usual = type(self.task).prepare is Task.prepare
+        return self.task.prepare(batch if usual else self.train_data.finish(batch), self.epoch)
 
     def _forward_backward(self, batch: Batch, group: int = 1, sync: bool = True) -> torch.Tensor:
-        """Accumulate the gradient of one prepared batch and return its loss."""
+        """Augment and mix one prepared batch, accumulate its gradient and return its loss."""
+        batch = self.task.mixed(self.train_data.finish(batch))
         with contextlib.nullcontext() if sync else self.task.no_sync():
             with self.process.autocast():
                 loss = self.task.training_loss(batch)

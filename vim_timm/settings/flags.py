@@ -82,7 +82,7 @@ DEVICE: list[Row] = [
     ('--device', str, 'cuda', 'device to run on (default: cuda where there is one, else cpu)'),
     *PRECISION,
     ('--workers -j', int, 4, 'data loading processes', at_least(0)),
-    ('--pin-mem', bool, False, 'pin host memory for the copy to the device'),
+    ('--pin-mem', bool, False, 'pin host memory for the copy to the device, as always for a CUDA device'),
     ('--no-prefetcher', bool, False, 'normalize and erase on the CPU, in the workers'),
     ('--seed', int, 42, 'random seed', at_least(0, 2**32 - 1)),
     ('--deterministic', bool, False, 'deterministic kernels: two runs on one kind of device are bit-equal'),

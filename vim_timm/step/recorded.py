@@ -7,6 +7,7 @@ import torch
 from timm.task import TrainingTask
 
 from ..data import Batch
+from ..data.copies import to_device
 from ..errors import UserError, explain
 from ..settings import Process, Settings
 from .average import Average
@@ -91,6 +92,8 @@ class Recorded:
 class RecordedStep:
     """`step(batch, number, stop)`: loss and flags of `Update` for a prepared batch, from one launch.
 
+    What is still to be done of the batch's images, by its `draws` and `mixing`, is a part of it.
+
     Learning rates and the weight of the average are inputs on the device; whatever else of the optimizer's parameter
     groups the host changes later is not seen.
 
@@ -104,6 +107,8 @@ class RecordedStep:
             if 'capturable' in group:
                 group['capturable'] = True
         self.recorded = Recorded(self._whole)
+        self.names: list[str] = []  # of the batch's tensors
+        self.size: tuple[int, int] | None = None
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -113,19 +118,19 @@ class RecordedStep:
     def __call__(self, batch: Batch, number: int, stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss () and flags (2,) of update `number`."""
         numbers = [*(float(group['lr']) for group in self.groups), self.update.average.weight(number), float(stop)]
-        device = batch.images.device
-        controls = torch.tensor(numbers, pin_memory=device.type == 'cuda').to(device, non_blocking=True)
-        result = self.recorded(batch.images, batch.targets, batch.keys, controls)
+        controls = to_device(numbers, batch.images.device)
+        self.names = [name for name, value in batch._asdict().items() if isinstance(value, torch.Tensor)]
+        self.size = batch.size
+        result = self.recorded(controls, *(getattr(batch, name) for name in self.names))
         return result[0], result[1:]
 
-    def _whole(
-        self, images: torch.Tensor, targets: torch.Tensor, keys: torch.Tensor, controls: torch.Tensor
-    ) -> torch.Tensor:
+    def _whole(self, controls: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
         rates = [group['lr'] for group in self.groups]
         for group, rate in zip(self.groups, controls):
             group['lr'] = rate
         try:
-            loss = self.forward_backward(Batch(images, targets, keys))
+            known: dict[str, Any] = dict(zip(self.names, parts))
+            loss = self.forward_backward(Batch(**known, size=self.size))
             flags = self.update(torch.isfinite(loss), controls[-2], controls[-1])
         finally:
             for group, known in zip(self.groups, rates):

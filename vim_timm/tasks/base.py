@@ -10,6 +10,8 @@ from timm.utils import unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Batch
+from ..data.copies import to_device
+from . import mixing
 
 # of timm's evaluators
 PERCENTAGES = ('top1', 'top5', 'map', 'micro_f1', 'macro_f1', 'sample_f1')
@@ -46,18 +48,27 @@ class Task(TrainingTask):
         return self
 
     def prepare(self, batch: Batch, epoch: int) -> Batch:
-        """A training batch after what is drawn on the host for all of it: mixup.
+        """A training batch with what is drawn on the host for all of it: the numbers of mixup.
 
-        Python's, NumPy's and torch's generators are seeded from (seed, epoch, step, rank) before it is called.
+        Python's, NumPy's and torch's generators are seeded from (seed, epoch, step, rank) before it is called. The
+        images are done where a task has a method of its own in place of this one.
         """
         if self.mixup is None:
             return batch
         self.mixup.mixup_enabled = not (self.mixup_off_epoch and epoch >= self.mixup_off_epoch)
-        images, targets = self.mixup(batch.images, batch.targets)
-        return batch._replace(images=images, targets=targets)
+        size = batch.size or (batch.images.shape[2], batch.images.shape[3])
+        numbers = mixing.draw(self.mixup, len(batch.images), size)
+        return batch._replace(mixing=to_device(numbers, batch.images.device))
+
+    def mixed(self, batch: Batch) -> Batch:
+        """A prepared batch of images that are done, after mixup: work of the device alone."""
+        if self.mixup is None or batch.mixing is None:
+            return batch
+        images, targets = mixing.mix(self.mixup, batch.mixing, batch.images, batch.targets)
+        return batch._replace(images=images, targets=targets, mixing=None)
 
     def training_loss(self, batch: Batch) -> torch.Tensor:
-        """The loss () of a prepared training batch; what is random in it and differs by sample follows `batch.keys`."""
+        """The loss () of a prepared, mixed batch; what is random in it and differs by sample follows `batch.keys`."""
         return self(batch.images, batch.targets)['loss']
 
     def predict(self, batch: Batch, ema: bool = False) -> Any:
