@@ -10,10 +10,15 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vim_timm import train
-from vim_timm.data import Loader
+from vim_timm.data import Loader, make_dataset, train_loader
 from vim_timm.data.device_erasing import Erasing
 from vim_timm.engine.loop import Trainer
+from vim_timm.settings import Process
 from vim_timm.tasks import mixing
+
+BASE = '--dataset digits --device cpu --epochs 1 --warmup-epochs 0 --workers 0 --batch-size 128 --log-interval 1000'
+SMALL = '--model vim_nano_patch4_32 --img-size 16 --model-kwargs depth=1'
+TINY = '--model test_vit --img-size 16'
 
 KINDS = {
     'mixup': dict(mixup_alpha=0.8),
@@ -108,6 +113,24 @@ def test_what_fills_erased_boxes_is_timms(mode):
         assert colours == (int(mask.any(2).any(1).sum()) if mode == 'rand' else len(filled))
 
 
+def test_the_augmentation_is_compiled_as_one_function():
+    config = dict(input_size=(3, 16, 16), mean=(0.3,) * 3, std=(0.4,) * 3, interpolation='bicubic', crop_pct=1.0)
+    flags = '--reprob 0.5 --remode const --vflip 0.2 --train-interpolation random --batch-size 32'
+    args = train.parse_args([*BASE.split(), *TINY.split(), '--data-in-memory', *flags.split()])
+    loader = train_loader(args, Process(), make_dataset(args, 'train', True, 3), config)
+    expected, graphs = list(loader.epoch(0)), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    loader.compile(backend)
+    for batch, same in zip(loader.epoch(0), expected, strict=True):
+        assert torch.equal(batch.images, same.images)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
 # Waits
 
 
@@ -160,11 +183,6 @@ def waits(monkeypatch):
     monkeypatch.setattr(Trainer, '_forward_backward', counted)
     with mode:
         yield mode
-
-
-BASE = '--dataset digits --device cpu --epochs 1 --warmup-epochs 0 --workers 0 --batch-size 128 --log-interval 1000'
-SMALL = '--model vim_nano_patch4_32 --img-size 16 --model-kwargs depth=1'
-TINY = '--model test_vit --img-size 16'
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,11 @@ class Loader:
         images = self.loader.finish(batch.images, batch.draws).contiguous(memory_format=self.layout)
         return batch._replace(images=images, draws=None)
 
+    def compile(self, backend: Any) -> None:
+        """Let `finish` augment by one function that torch compiles, where it augments on the device."""
+        if isinstance(self.loader, InMemory):
+            self.loader.finish = torch.compile(self.loader.finish, backend=backend, dynamic=False)  # type: ignore[method-assign]
+
     def unfinished(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, whose images `finish` is to augment where they have `draws`."""
         process, seen, self.started = self.process, 0, True
