@@ -1,7 +1,15 @@
-"""Fixtures of several test files."""
+"""Fixtures of several test files, and what every worker of a run begins with."""
+
+import os
 
 import pytest
 import torch
+
+
+def pytest_configure():
+    """One thread for each worker of pytest-xdist, and for its processes: there is one worker per core."""
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def error(found, wanted):
 
 
 def assert_agrees(function, law, given, tolerance, *, sums=(), rounded=None, zero=()):
-    """Outputs and every gradient of a kernel are those of the law in float64; the message names what is off.
+    """Outputs and every gradient of a kernel, which are those of the law in float64; the message names what is off.
 
     Args:
         function, law: Functions of the tensors of `given`, as in `with_gradients`.
@@ -62,6 +62,7 @@ def assert_agrees(function, law, given, tolerance, *, sums=(), rounded=None, zer
         if name[len('gradient of ') :] not in zero and not error(found[name], value) < allowed[name]:
             off[name] = f'{error(found[name], value):.1e}, not under {allowed[name]:.1e}'
     assert not off, off
+    return found
 
 
 def scan(backend):

@@ -131,6 +131,7 @@ def smaller(name, words):
     digits, kwargs = args.dataset == 'digits', {**args.model_kwargs, 'depth': 2}
     words += ['--epochs', '1', '--warmup-epochs', '0', '--batch-size', '718' if digits else '4', '--aug-repeats', '0']
     words += ['--model-kwargs', *(f'{key}={value}' for key, value in kwargs.items()), *QUIET]
+    words += ['--img-size', '64'] if 'favit' in (args.model or '') else []  # it has a token per channel of a patch
     classes = ['--num-classes', '2'] if args.data_dir in ('IMAGENET', 'FOLDER', 'CIFAR10', 'photos', 'TILES') else []
     return [*words, *([] if args.mae else classes)]
 

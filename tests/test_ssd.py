@@ -175,9 +175,9 @@ SHAPES = [
     ((2, 8), 1, 'both', torch.bfloat16),
     ((2, 8), 1, 'row', torch.float16),
     ((1, 257), 0, 'row', torch.float32),  # longer than a row of scores: in chunks
-    ((15, 20), 0, 'both', torch.float32),
-    ((28, 28), 1, 'both', torch.bfloat16),
-    ((20, 16), 2, 'column', torch.float16),
+    ((13, 20), 0, 'both', torch.float32),
+    ((16, 17), 1, 'both', torch.bfloat16),
+    ((20, 13), 2, 'column', torch.float16),
 ]
 if GPU:  # long for the interpreter
     GRIDS = [
@@ -256,14 +256,14 @@ def test_fused_kernels_equal_plain_operators(grid, prefix, orders, dtype, most, 
     operands = mixer_operands(grid[0] * grid[1] + prefix, 2 if orders == 'both' else 1, dtype)
     settings = (1e-5, 16, orders != 'column', prefix, *grid)
     given = dict(zip(GridMixer._fields, operands))
-    assert_agrees(
+    first = assert_agrees(
         fused,
         lambda *operands: composition(operands, *settings),
         given,
         2 * TOLERANCE[dtype],
         sums=('A_log', 'D', 'delta_bias'),
     )
-    first, second = with_gradients(fused, given), with_gradients(fused, given)
+    second = with_gradients(fused, given)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
