@@ -398,9 +398,9 @@ def test_a_recorded_step_is_the_step(opt, exact_muon):
         args, task, optimizer = start(f'--opt {opt} --clip-grad 1')
         update = Update(args, Process(), task, optimizer, torch.amp.GradScaler('cpu', enabled=False))
 
-        def forward_backward(batch, task=task):
+        def forward_backward(batch, group, task=task):
             loss = task.training_loss(batch)
-            loss.backward()
+            (loss / group).backward()
             return loss.detach()
 
         step, seen = RecordedStep(update, forward_backward) if recorded else None, []
@@ -410,9 +410,9 @@ def test_a_recorded_step_is_the_step(opt, exact_muon):
             images = images * float('nan') if number in (1, 5) else images
             batch = Batch(images, targets, torch.zeros(8, 3, dtype=torch.int64))
             if recorded:
-                loss, flags = step(batch, number, number == 3)
+                loss, flags = step(batch, number, number == 3, torch.tensor(True))
             else:
-                loss = forward_backward(batch)
+                loss = forward_backward(batch, 1)
                 flags = update(torch.isfinite(loss), number, number == 3)
             assert flags.tolist() == [float(number in (1, 5)), float(number == 3)]
             assert all(isinstance(group['lr'], float) for group in optimizer.param_groups)
@@ -421,6 +421,25 @@ def test_a_recorded_step_is_the_step(opt, exact_muon):
     torch.testing.assert_close(losses[True], losses[False], rtol=0, atol=1e-6, equal_nan=True)
     for name, tensor in weights[False].items():
         torch.testing.assert_close(weights[True][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('bad', [{3}, {1, 44}])
+def test_recorded_steps_accumulate_as_others(bad, tmp_path, monkeypatch):
+    """Three steps an update, and one in the last of an epoch; a loss that is not finite spoils its whole update."""
+    monkeypatch.setattr(train, 'why_not', lambda *_: '')
+    flags = [*BASE.split(), *EASY.split(), '--grad-accum-steps', '3', '--epochs', '2', '--output', str(tmp_path)]
+    results = []
+    for more in ([], ['--cuda-graph']):
+        trainer = train.train(train.parse_args([*flags, *more]), Hooks(loss=Bad(bad)))
+        results.append((trainer.rows, trainer.task.state_dict()))
+        if more:
+            assert (trainer.recorded.part.calls, trainer.recorded.recorded.calls) == (28, 16)
+    (rows, weights), (same_rows, same_weights) = results
+    for row, same in zip(rows, same_rows, strict=True):
+        assert row['skipped'] == same['skipped'] and row['train_loss'] == pytest.approx(same['train_loss'], rel=1e-4)
+    assert rows[-1]['skipped'] == len(bad)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(same_weights[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def cut(flags, path, monkeypatch):
@@ -440,12 +459,13 @@ def cut(flags, path, monkeypatch):
         train.train(train.parse_args(flags))
 
 
-def test_a_run_of_recorded_steps_resumes_bit_for_bit(tmp_path, monkeypatch):
+@pytest.mark.parametrize('accum', ['1', '2'])
+def test_a_run_of_recorded_steps_resumes_bit_for_bit(accum, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'why_not', lambda *_: '')
-    flags = [*BASE.split(), *HARD.split(), '--grad-accum-steps', '1', '--workers', '0', '--epochs', '2', '--cuda-graph']
-    flags += ['--output', str(tmp_path)]
+    flags = [*BASE.split(), *HARD.split(), '--grad-accum-steps', accum, '--workers', '0', '--epochs', '2']
+    flags += ['--output', str(tmp_path), '--cuda-graph']
     whole = train.train(train.parse_args([*flags, '--experiment', 'whole', '--recovery-interval', '0']))
-    assert whole.recorded.recorded.calls == 44
+    assert whole.recorded.recorded.calls == (44 if accum == '1' else 22)
 
     cut([*flags, '--experiment', 'cut', '--recovery-interval', '15'], tmp_path / 'recovery', monkeypatch)
     train.train(train.parse_args([*flags, '--experiment', 'again', '--resume', str(tmp_path / 'recovery')]))
@@ -459,7 +479,6 @@ def test_a_run_of_recorded_steps_resumes_bit_for_bit(tmp_path, monkeypatch):
     'flags, reason',
     [
         ('', 'not of cpu'),
-        ('--grad-accum-steps 2', '--grad-accum-steps'),
         ('--opt lamb', '--opt lamb'),
         ('--grad-checkpointing', '--grad-checkpointing'),
         ('--model-ema', 'average of float32'),

@@ -74,6 +74,8 @@ def test_a_step_waits_for_nothing(tmp_path, monkeypatch):
     'model, opt',
     [
         ('vim_nano_patch4_32', 'adamw --lr 1e-3'),
+        ('vim_nano_patch4_32', 'adamw --lr 1e-3 --mixup 0.8 --cutmix 1 --reprob 0.25'),
+        ('vim_nano_patch4_32', 'adamw --lr 1e-3 --grad-accum-steps 3'),
         ('vim2_nano_patch4_32', 'nadamuon --lr 1e-3'),
         ('vit_tiny_patch16_224 --model-kwargs patch_size=4 depth=2', 'sgd --lr 0.05'),
     ],

@@ -131,7 +131,8 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         build.try_compiler(args, process)
         with explain('--torchcompile'):
             compiling = compile_task(task, args.torchcompile, args.torchcompile_mode)
-            train_data.compile(args.torchcompile)
+            if process.device.type == 'cuda':  # a CPU is slower by the compiled augmentation
+                train_data.compile(args.torchcompile)
     if process.world_size > 1:
         device_ids = [process.device] if process.device.type == 'cuda' else None
         task.prepare_distributed(device_ids=device_ids, gradient_as_bucket_view=True, **build.buffers(args.no_ddp_bb))

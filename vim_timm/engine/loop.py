@@ -83,7 +83,8 @@ class Trainer:
         self.clock = log.Clock()
         self.rate: float | None = None  # images a second of the epoch
         self.update = Update(args, process, task, optimizer, self.scaler)
-        self.recorded = RecordedStep(self.update, self._forward_backward) if args.cuda_graph else None
+        record = functools.partial(RecordedStep, self.update, self._forward_backward, args.grad_accum_steps > 1)
+        self.recorded = record() if args.cuda_graph else None
         self.arrivals = Arrivals(process.device)
         self.signals: list[int] = []
         self.stopping = False  # since a signal to any rank, which all ranks know
@@ -245,7 +246,7 @@ class Trainer:
         if self.step == self.batches:
             return
         self.task.train()
-        self.optimizer.zero_grad()
+        self.update.clear()
         finite = torch.ones((), dtype=torch.bool, device=self.process.device)
         speed = log.Speed(self.process, (self.epochs - self.epoch) * self.batches - self.step)
         self.progress.wait_for(self.train_data.awaited)
@@ -257,7 +258,8 @@ class Trainer:
             update = last or (self.step + 1) % accum == 0
             prepared = self._prepared(batch)
             if self.recorded:
-                loss, flags = self.recorded(prepared, self._update_number(ahead=1), bool(self.signals))
+                number = self._update_number(ahead=1)
+                loss, flags = self.recorded(prepared, number, bool(self.signals), finite, group, update)
             else:
                 loss = self._forward_backward(prepared, group, update)
             known = torch.isfinite(loss)
@@ -311,7 +313,7 @@ class Trainer:
         usual = type(self.task).prepare is Task.prepare
         return self.task.prepare(batch if usual else self.train_data.finish(batch), self.epoch)
 
-    def _forward_backward(self, batch: Batch, group: int = 1, sync: bool = True) -> torch.Tensor:
+    def _forward_backward(self, batch: Batch, group: int | torch.Tensor = 1, sync: bool = True) -> torch.Tensor:
         """Augment and mix one prepared batch, accumulate its gradient and return its loss."""
         batch = self.task.mixed(self.train_data.finish(batch))
         with contextlib.nullcontext() if sync else self.task.no_sync():

@@ -23,8 +23,6 @@ def why_not(settings: Settings, process: Process, task: TrainingTask, optimizer:
         return f'--cuda-graph records launches of a CUDA device, not of {process.device}'
     if process.world_size > 1:
         return '--cuda-graph records the step of one process: leave it out where there are several'
-    if settings.grad_accum_steps > 1:
-        return '--cuda-graph records an update of one step: leave --grad-accum-steps out'
     if settings.grad_checkpointing:
         return '--cuda-graph cannot record --grad-checkpointing, which saves random states on the host'
     if not skips_on_device(optimizer):
@@ -94,19 +92,25 @@ class RecordedStep:
 
     What is still to be done of the batch's images, by its `draws` and `mixing`, is a part of it.
 
-    Learning rates and the weight of the average are inputs on the device; whatever else of the optimizer's parameter
-    groups the host changes later is not seen.
+    Learning rates, the weight of the average and the share of a step in its update are inputs on the device; whatever
+    else of the optimizer's parameter groups the host changes later is not seen.
 
     Args:
-        forward_backward: `forward_backward(batch)` accumulates the gradients of a batch and returns its loss.
+        forward_backward: `forward_backward(batch, group)` accumulates the gradients of a batch, one of `group` () of an
+            update, and returns its loss.
+        accumulates: whether an update may have several steps. Their gradients then stay in place, and a step without
+            an update is a recording of its own.
     """
 
-    def __init__(self, update: Update, forward_backward: Callable[[Batch], torch.Tensor]):
+    def __init__(
+        self, update: Update, forward_backward: Callable[[Batch, torch.Tensor], torch.Tensor], accumulates: bool = False
+    ):
         self.update, self.forward_backward = update, forward_backward
+        update.keeps = accumulates
         for group in update.optimizer.param_groups:
             if 'capturable' in group:
                 group['capturable'] = True
-        self.recorded = Recorded(self._whole)
+        self.recorded, self.part = Recorded(self._whole), Recorded(self._part)
         self.names: list[str] = []  # of the batch's tensors
         self.size: tuple[int, int] | None = None
 
@@ -115,24 +119,36 @@ class RecordedStep:
         """The optimizer's parameter groups; those that a checkpoint brings are others."""
         return self.update.optimizer.param_groups
 
-    def __call__(self, batch: Batch, number: int, stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss () and flags (2,) of update `number`."""
-        numbers = [*(float(group['lr']) for group in self.groups), self.update.average.weight(number), float(stop)]
+    def __call__(
+        self, batch: Batch, number: int, stop: bool, finite: torch.Tensor, group: int = 1, last: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss () of a step, and flags (2,) of update `number` where the step is its last.
+
+        Args:
+            finite: () bool, whether the losses of the update's steps before this one are.
+            group: how many steps the update has.
+        """
+        rates = [float(group['lr']) for group in self.groups]
+        numbers = [*rates, self.update.average.weight(number), float(stop), float(group)]
         controls = to_device(numbers, batch.images.device)
         self.names = [name for name, value in batch._asdict().items() if isinstance(value, torch.Tensor)]
         self.size = batch.size
-        result = self.recorded(controls, *(getattr(batch, name) for name in self.names))
+        recorded = self.recorded if last else self.part
+        result = recorded(controls, finite, *(getattr(batch, name) for name in self.names))
         return result[0], result[1:]
 
-    def _whole(self, controls: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+    def _part(self, controls: torch.Tensor, finite: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        tensors: dict[str, Any] = dict(zip(self.names, parts))
+        return self.forward_backward(Batch(**tensors, size=self.size), controls[-1]).float()[None]
+
+    def _whole(self, controls: torch.Tensor, finite: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        loss = self._part(controls, finite, *parts)
         rates = [group['lr'] for group in self.groups]
         for group, rate in zip(self.groups, controls):
             group['lr'] = rate
         try:
-            known: dict[str, Any] = dict(zip(self.names, parts))
-            loss = self.forward_backward(Batch(**known, size=self.size))
-            flags = self.update(torch.isfinite(loss), controls[-2], controls[-1])
+            flags = self.update(finite & torch.isfinite(loss[0]), controls[-3], controls[-2])
         finally:
             for group, known in zip(self.groups, rates):
                 group['lr'] = known
-        return torch.cat([loss.float()[None], flags])
+        return torch.cat([loss, flags])

@@ -37,6 +37,7 @@ class Update:
         clipped = {p for p in task.get_clip_parameters(exclude_head='agc' in self.clip_mode) if p.requires_grad}
         self.clips_all = self.clip_mode == 'norm' and clipped == mine
         self.prepared = False
+        self.keeps = False  # the gradients' memory, from one update to the next
 
     @torch.no_grad()
     def __call__(self, finite: torch.Tensor, number: int | torch.Tensor, stop: bool | torch.Tensor) -> torch.Tensor:
@@ -68,8 +69,12 @@ class Update:
             optimizer.step()
             self.average.update(int(number) if self.average.waits else 0, weight, flags[0])
         self.scaler.update()
-        optimizer.zero_grad()
+        self.clear()
         return flags
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=not self.keeps)
 
     def _clip(self, gradients: list[torch.Tensor], norm: torch.Tensor) -> None:
         if self.clip is None:
