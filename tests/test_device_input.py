@@ -113,10 +113,11 @@ def test_what_fills_erased_boxes_is_timms(mode):
         assert colours == (int(mask.any(2).any(1).sum()) if mode == 'rand' else len(filled))
 
 
-def test_the_augmentation_is_compiled_as_one_function():
+@pytest.mark.parametrize('more', ['', '--aa rand-m9-mstd0.5-inc1'])
+def test_the_augmentation_is_compiled_as_one_function(more):
     config = dict(input_size=(3, 16, 16), mean=(0.3,) * 3, std=(0.4,) * 3, interpolation='bicubic', crop_pct=1.0)
-    flags = '--reprob 0.5 --remode const --vflip 0.2 --train-interpolation random --batch-size 32'
-    args = train.parse_args([*BASE.split(), *TINY.split(), '--data-in-memory', *flags.split()])
+    flags = '--reprob 0.5 --remode const --vflip 0.2 --train-interpolation random --batch-size 256'
+    args = train.parse_args([*BASE.split(), *TINY.split(), '--data-in-memory', *flags.split(), *more.split()])
     loader = train_loader(args, Process(), make_dataset(args, 'train', True, 3), config)
     expected, graphs = list(loader.epoch(0)), []
 
@@ -189,6 +190,7 @@ def waits(monkeypatch):
     'flags',
     [
         f'{SMALL} --data-in-memory --mixup 0.2 --reprob 0.25 --opt adamw --amp',
+        f'{TINY} --data-in-memory --aa rand-m9-mstd0.5-inc1 --opt adamw',
         f'{TINY} --data-in-memory --cutmix 1 --mixup-mode elem --remode const --reprob 0.5 --recount 2 --opt nadamuon',
         f'{TINY} --workers 1 --mixup 0.2 --opt sgd --drop-path 0.1 --grad-accum-steps 2',
         f'--mae {SMALL} --data-in-memory --opt adamw',

@@ -142,9 +142,10 @@ def test_colour_jitter_is_pillows(order, mode):
 ALL = ('--reprob', '0.5', '--scale', '0.5', '1', '--vflip', '0.2')
 
 
-def test_an_epoch_goes_on_where_it_stopped():
-    whole = batches(*ALL, epoch=3)
-    rest = batches(*ALL, epoch=3, start=5)
+@pytest.mark.parametrize('more', [(), ('--aa', 'rand-m9-mstd0.5-inc1')])
+def test_an_epoch_goes_on_where_it_stopped(more):
+    whole = batches(*ALL, *more, epoch=3)
+    rest = batches(*ALL, *more, epoch=3, start=5)
     assert len(rest) == len(whole) - 5
     for one, same in zip(whole[5:], rest):
         assert all(torch.equal(getattr(one, name), getattr(same, name)) for name in ('images', 'targets', 'keys'))
@@ -204,8 +205,9 @@ def test_validate_agrees_with_itself(dataset, tmp_path):
 @pytest.mark.parametrize(
     'flags',
     [
-        '--aa rand-m9-mstd0.5-inc1', '--color-jitter-prob 0.5', '--grayscale-prob 0.2', '--gaussian-blur-prob 0.2',
-        '--train-crop-mode rkrc', '--train-interpolation lanczos', '--aug-splits 3', '--no-prefetcher',
+        '--aa original', '--aa rand-m9-tweights', '--color-jitter-prob 0.5', '--grayscale-prob 0.2',
+        '--gaussian-blur-prob 0.2', '--train-crop-mode rkrc', '--train-interpolation lanczos', '--aug-splits 3',
+        '--no-prefetcher',
     ],
 )  # fmt: skip
 def test_what_it_cannot_do_is_refused_by_name(flags, tmp_path, capsys):

@@ -5,6 +5,7 @@ Numbers of the host enter as scalars, never as tensors: a copy of one would make
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -122,16 +123,16 @@ class Augmentation:
     Args:
         size: height and width of the result.
         interpolation: bilinear, bicubic, or random (one of the two for each image).
+        policy: what is done after crop, flips and colour jitter, by `policy.draws` more numbers.
     """
-
-    draws = DRAWS
 
     def __init__(
         self, size: tuple[int, int], scale: Sequence[float], ratio: Sequence[float], hflip: float, vflip: float,
-        color_jitter: float, interpolation: str,
+        color_jitter: float, interpolation: str, policy: Any = None,
     ):  # fmt: skip
         self.size, self.scale, self.ratio, self.hflip, self.vflip = size, scale, ratio, hflip, vflip
-        self.color_jitter = color_jitter
+        self.color_jitter, self.policy = color_jitter, policy
+        self.draws = DRAWS + (policy.draws if policy else 0)
         self.cubic_share = {'bilinear': 0.0, 'bicubic': 1.0, 'random': 0.5}[interpolation]
 
     def __call__(self, images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -139,7 +140,7 @@ class Augmentation:
 
         Args:
             images: (B, C, H, W) uint8.
-            uniform: (B, DRAWS) float32 in [0, 1).
+            uniform: (B, draws) float32 in [0, 1).
 
         Returns:
             (B, C, *size) float32 with whole numbers of 0..255.
@@ -151,7 +152,7 @@ class Augmentation:
             low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
             order = torch.stack([one, two, 3 - one - two], 1)
             result = jitter(result, uniform[:, FACTORS] * (high - low) + low, order)
-        return result
+        return self.policy(result, uniform[:, DRAWS:]) if self.policy else result
 
     def cropped(self, images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """Random resized crop and flips, which take and return the same."""

@@ -13,19 +13,24 @@ from ..settings import Process
 from .batch import Collate, Labels
 from .device_augment import Augmentation
 from .device_erasing import Erasing
+from .device_randaugment import RandAugment, supports
 from .sampling import EpochBatches, Samples, seed_everything
 from .workers import start_worker, usual_workers, watched
 
 
-def make_augmentation(args: Any, data_config: dict[str, Any]) -> Augmentation:
+def make_augmentation(args: Any, data_config: dict[str, Any], transform: Any) -> Augmentation:
     """The augmentation that the training flags ask for.
+
+    Args:
+        transform: timm's, for the same flags.
 
     Raises:
         UserError: a flag asks for what the device cannot do; it is named.
     """
     interpolation = args.train_interpolation or data_config['interpolation']
+    policy = next(filter(supports, getattr(transform, 'transforms', ())), None)
     for flag, unwanted in (
-        ('--aa', args.aa),
+        ('--aa', args.aa and policy is None),
         ('--color-jitter-prob', args.color_jitter_prob is not None),
         ('--grayscale-prob', args.grayscale_prob),
         ('--gaussian-blur-prob', args.gaussian_blur_prob),
@@ -38,9 +43,11 @@ def make_augmentation(args: Any, data_config: dict[str, Any]) -> Augmentation:
                 f'--data-in-memory cannot do {flag} {getattr(args, flag[2:].replace("-", "_")) or interpolation}: '
                 'leave one of the two out'
             )
+    jitter = 0.0 if policy else args.color_jitter  # as timm's
     return Augmentation(
-        data_config['input_size'][1:], args.scale, args.ratio, args.hflip, args.vflip, args.color_jitter, interpolation
-    )
+        data_config['input_size'][1:], args.scale, args.ratio, args.hflip, args.vflip, jitter, interpolation,
+        RandAugment(policy) if policy else None,
+    )  # fmt: skip
 
 
 def _stack(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor]:

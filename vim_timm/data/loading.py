@@ -231,7 +231,7 @@ def train_loader(args: Any, process: Process, dataset: Any, data_config: dict[st
             re_mode=args.remode, re_count=args.recount, re_num_splits=(splits or 2) if args.resplit else 0,
             use_prefetcher=prefetches, separate=splits > 0,
         )  # fmt: skip
-    augment = make_augmentation(args, data_config) if args.data_in_memory and not args.no_aug else None
+    augment = make_augmentation(args, data_config, transform) if args.data_in_memory and not args.no_aug else None
     transform = PILToTensor() if augment else transform
     unreadable = Unreadable(args.max_unreadable, usual_workers(args))
     return Loader(dataset, transform, args, process, data_config, True, unreadable, augment)
