@@ -78,8 +78,8 @@ class RandAugment:
         return torch.where(numbers[:, APPLIED] < self.probability, kind, -1)
 
     def _layer(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        kind = self.kinds(numbers)
-        chosen = {name: kind == place for place, name in enumerate(self.names)}
+        places = torch.arange(len(self.names), device=images.device)
+        chosen = dict(zip(self.names, (self.kinds(numbers)[:, None] == places).unbind(1)))
         level = self.levels(numbers[:, LEVEL]) / 10
         signed = torch.where(numbers[:, SIGN] > 0.5, -level, level)
         if chosen.keys() & {*GEOMETRIC}:
@@ -87,9 +87,8 @@ class RandAugment:
             cubic = numbers[:, FILTER] < self.cubic_share if self.cubic_share else None
             images = affine(images, matrix, cubic, self.fill)
         factor = enhancement(chosen, level, signed)
-        tables = grey_tables(images, chosen, level, factor)
-        places = images.flatten(2).long()
-        images = tables.expand(-1, images.shape[1], -1).gather(2, places).view_as(images)
+        tables = grey_tables(images, chosen, level, factor).expand(-1, images.shape[1], -1)
+        images = tables.gather(2, images.flatten(2).long()).view_as(images)
         return blended(images, chosen, factor)
 
     def _matrix(
@@ -98,13 +97,14 @@ class RandAugment:
         """Six numbers (B,) a b c d e f: pixel (x, y) around the centre comes from (ax + by + c, dx + ey + f)."""
         none = torch.zeros_like(signed)
         turn, shear_x, shear_y, move_x, move_y = (
-            torch.where(chosen[name], signed, 0.0) if name in chosen else none for name in GEOMETRIC
+            signed * chosen[name] if name in chosen else none for name in GEOMETRIC
         )
-        sine, cosine = torch.sin(turn * math.radians(30)), torch.cos(turn * math.radians(30))
-        along, down = shear_x * 0.3, shear_y * 0.3
-        c = along * (height / 2) + move_x * (self.translation * width)
-        f = down * (width / 2) + move_y * (self.translation * height)
-        return [cosine, along - sine, c, down + sine, cosine, f]
+        turn = turn * math.radians(30)
+        sine, cosine = torch.sin(turn), torch.cos(turn)
+        b, d = torch.sub(-sine, shear_x, alpha=-0.3), torch.add(sine, shear_y, alpha=0.3)
+        c = torch.add(shear_x * (0.15 * height), move_x, alpha=self.translation * width)
+        f = torch.add(shear_y * (0.15 * width), move_y, alpha=self.translation * height)
+        return [cosine, b, c, d, cosine, f]
 
 
 def affine(
@@ -115,39 +115,44 @@ def affine(
     x = torch.arange(0.5 - width / 2, width / 2, device=images.device)[None, None]
     y = torch.arange(0.5 - height / 2, height / 2, device=images.device)[None, :, None]
     a, b, c, d, e, f = (number[:, None, None] for number in matrix)
-    across, down = a * x + b * y + (c + width / 2), d * x + e * y + (f + height / 2)  # (B, H, W)
-    inside = (across >= 0) & (across < width) & (down >= 0) & (down < height)
-    lines, line_weights = taps(down - 0.5, height, cubic)
-    columns, column_weights = taps(across - 0.5, width, cubic)
+    # where each pixel comes from, across and down (B, H, W)
+    across = torch.addcmul(torch.addcmul(c, b, y), a, x) + (width - 1) / 2
+    down = torch.addcmul(torch.addcmul(f, d, x), e, y) + (height - 1) / 2
+    inside = (across >= -0.5) & (across < width - 0.5) & (down >= -0.5) & (down < height - 0.5)
+    first, weights = taps(torch.stack([across, down], 1), cubic)
+    count = weights.shape[2]
+    offsets = torch.arange(1.0 - count // 2, 1 + count // 2, device=images.device)[:, None, None]
+    columns, lines = (first[:, i, None] + offsets for i in range(2))
+    columns, lines = columns.clamp_(0, width - 1), lines.clamp_(0, height - 1) * width
     flat, result = images.flatten(2), torch.zeros_like(images)
-    for line, line_weight in zip(lines, line_weights):
-        places = torch.stack([line * width + column for column in columns], 1).view(batch, 1, -1)
-        values = flat.gather(2, places.expand(-1, channels, -1)).view(batch, channels, len(columns), height, width)
-        result += (values * torch.stack(column_weights, 1)[:, None]).sum(2) * line_weight[:, None]
+    for line in range(count):
+        places = (lines[:, line, None] + columns).long().view(batch, 1, -1)
+        values = flat.gather(2, places.expand(-1, channels, -1)).view(batch, channels, count, height, width)
+        result.addcmul_((values * weights[:, None, 0]).sum(2), weights[:, None, 1, line])
     outside = torch.cat([images.new_full((1, 1, 1, 1), value) for value in fill], 1)
     # what float32 loses of a whole number would be a grey level when it is cut off, as Pillow does
-    return torch.where(inside[:, None], (result + 1e-3).floor_().clamp_(0, 255), outside)
+    return torch.where(inside[:, None], result.add_(1e-3).floor_().clamp_(0, 255), outside)
 
 
-def taps(place: torch.Tensor, size: int, cubic: torch.Tensor | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Pixels of a line around each place, two or four, and their weights; a line goes on with its last pixel."""
-    first = place.floor()
-    t = place - first
-    weights = [1 - t, t]
-    if cubic is not None:
-        chosen, zero = cubic[:, None, None], torch.zeros_like(t)
-        square, cube = t * t, t * t * t
-        keys = [2 * square - cube - t, cube - 2 * square + 1, t + square - cube, cube - square]
-        weights = [torch.where(chosen, key, other) for key, other in zip(keys, (zero, *weights, zero))]
-    offsets = range(1 - len(weights) // 2, 1 + len(weights) // 2)
-    return [(first + offset).clamp(0, size - 1).long() for offset in offsets], weights
+def taps(places: torch.Tensor, cubic: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pixels (B, n, H, W) before places on a line, and weights (B, n, 2 or 4, H, W) of those around."""
+    first = places.floor()
+    count = 2 if cubic is None else 4
+    offsets = torch.arange(1.0 - count // 2, 1 + count // 2, device=places.device)[:, None, None]
+    distance = ((places - first)[:, :, None] - offsets).abs_()
+    near = (1 - distance).clamp_(min=0)
+    if cubic is None:
+        return first, near
+    far = (2 - distance).clamp_(min=0)
+    keys = torch.addcmul(far * far * (far - 1), near * near, near + 0.5, value=-2)
+    return first, torch.where(cubic[:, None, None, None, None], keys, near)
 
 
 def enhancement(chosen: dict[str, torch.Tensor], level: torch.Tensor, signed: torch.Tensor) -> torch.Tensor:
     """Factors (B,) of ImageEnhance: 0.1 to 1.9, or away from 1 as the level increases."""
-    plain = level * 1.8 + 0.1
-    increasing = (1 + signed * 0.9).clamp(min=0.1)
-    return increasing if any(f'{name}Increasing' in chosen for name in ENHANCE) else plain
+    if any(f'{name}Increasing' in chosen for name in ENHANCE):
+        return (signed * 0.9 + 1).clamp(min=0.1)
+    return level * 1.8 + 0.1
 
 
 def grey_tables(
@@ -156,33 +161,41 @@ def grey_tables(
     """What becomes of each grey level (B, C or 1, 256)."""
     grey = torch.arange(256.0, device=images.device)[None, None]
     level, factor = level[:, None, None], factor[:, None, None]
-    tables = grey.expand(len(images), 1, -1)
 
-    def put(name: str, values: torch.Tensor) -> None:
-        nonlocal tables
-        if name in chosen:
-            tables = torch.where(chosen[name][:, None, None], values, tables)
+    def posterized(bits: torch.Tensor) -> torch.Tensor:
+        step = torch.exp2(8 - bits).round_()
+        return (grey / step).floor_() * step
 
-    put('Invert', 255 - grey)
-    solarized, posterized = (256 * level).floor().clamp(max=256), (4 * level).floor()
-    put('Solarize', torch.where(grey < solarized, grey, 255 - grey))
-    put('SolarizeIncreasing', torch.where(grey < 256 - solarized, grey, 255 - grey))
-    added = (110 * level).floor().clamp(max=128)
-    put('SolarizeAdd', torch.where(grey < 128, (grey + added).clamp(max=255), grey))
-    for name, bits in (('Posterize', posterized), ('PosterizeIncreasing', 4 - posterized)):
-        step = torch.exp2(8 - bits).round()
-        put(name, (grey / step).floor() * step)
-    for end in ('', 'Increasing'):
-        put(f'Brightness{end}', (grey * factor).floor().clamp(0, 255))
-        if f'Contrast{end}' in chosen:
-            mean = (grey_of(images).mean((2, 3)) + 0.5).floor()[..., None]
-            put(f'Contrast{end}', (mean + factor * (grey - mean)).clamp(0, 255).floor())
-    if 'AutoContrast' in chosen:
+    def solarized(threshold: torch.Tensor) -> torch.Tensor:
+        return torch.where(grey < threshold, grey, 255 - grey)
+
+    def contrast() -> torch.Tensor:
+        mean = (grey_of(images).mean((2, 3)) + 0.5).floor_()[..., None]
+        return torch.addcmul(mean, factor, grey - mean).clamp_(0, 255).floor_()
+
+    def stretched() -> torch.Tensor:
         low, high = (part[..., None] for part in (images.amin((2, 3)), images.amax((2, 3))))
-        stretched = ((grey - low) * 255 / (high - low).clamp(min=1) + 1e-4).floor().clamp(0, 255)
-        put('AutoContrast', torch.where(high > low, stretched, grey))
-    if 'Equalize' in chosen:
-        put('Equalize', equalizing(images))
+        table = ((grey - low) * 255 / (high - low).clamp(min=1) + 1e-4).floor_().clamp_(0, 255)
+        return torch.where(high > low, table, grey)
+
+    makers = {
+        'Invert': lambda: 255 - grey,
+        'Solarize': lambda: solarized((256 * level).floor_()),
+        'SolarizeIncreasing': lambda: solarized(256 - (256 * level).floor_().clamp_(max=256)),
+        'SolarizeAdd': lambda: torch.where(
+            grey < 128, (grey + (110 * level).floor_().clamp_(max=128)).clamp_(max=255), grey
+        ),
+        'Posterize': lambda: posterized((4 * level).floor_()),
+        'PosterizeIncreasing': lambda: posterized(4 - (4 * level).floor_()),
+        **dict.fromkeys(('Brightness', 'BrightnessIncreasing'), lambda: (grey * factor).floor_().clamp_(0, 255)),
+        **dict.fromkeys(('Contrast', 'ContrastIncreasing'), contrast),
+        'AutoContrast': stretched,
+        'Equalize': lambda: equalizing(images),
+    }
+    tables = grey.expand(len(images), 1, -1)
+    for name in chosen:
+        if name in makers:
+            tables = torch.where(chosen[name][:, None, None], makers[name](), tables)
     return tables
 
 
@@ -194,21 +207,19 @@ def equalizing(images: torch.Tensor) -> torch.Tensor:
     last = counts.gather(2, places.amax(2, keepdim=True))
     step = (places.shape[2] - last) // 255
     before = counts.cumsum(2) - counts
-    tables = ((step // 2 + before) // step.clamp(min=1)).clamp(max=255)
+    tables = ((step // 2 + before) // step.clamp(min=1)).clamp_(max=255)
     grey = torch.arange(256, device=images.device)
     return torch.where(step > 0, tables, grey).float()
 
 
 def blended(images: torch.Tensor, chosen: dict[str, torch.Tensor], factor: torch.Tensor) -> torch.Tensor:
     """Saturation, a blend with the grey image, and sharpness, one with the smoothed image."""
-    result, factor = images, factor[:, None, None, None]
-    for end in ('', 'Increasing'):
-        for name, base in ((f'Color{end}', grey_of), (f'Sharpness{end}', smoothed)):
-            if name in chosen:
-                other = base(images)
-                blend = torch.addcmul(other, images - other, factor).clamp_(0, 255).floor_()
-                result = torch.where(chosen[name][:, None, None, None], blend, result)
-    return result
+    other = images
+    for name, base in (('Color', grey_of), ('Sharpness', smoothed)):
+        for full in {name, f'{name}Increasing'} & chosen.keys():
+            other = torch.where(chosen[full][:, None, None, None], base(images), other)
+    # an image that is its own other stays as it is
+    return torch.addcmul(other, images - other, factor[:, None, None, None]).clamp_(0, 255).floor_()
 
 
 def smoothed(images: torch.Tensor) -> torch.Tensor:
