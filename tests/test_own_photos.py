@@ -203,7 +203,9 @@ def test_the_page_of_a_data_set(tmp_path, capsys):
     assert len(re.findall('class="sample pair"', text)) > 0
     assert all(source.startswith('data:image/') for source in re.findall(r'src="([^"]*)"', text))
     assert not re.search(r'https?://|<link|@import', text)
-    assert f'page: {page}' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f'page: {page}' in said and re.search(r'^\w+: 1 of them cannot be read, first bee/half.jpg: ', said, re.M)
+    assert 'The shorter side is 36 pixels in every image;' in text
 
 
 def test_the_page_shows_the_batch_of_the_run(tmp_path):

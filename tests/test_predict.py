@@ -218,6 +218,7 @@ def test_occlusion_finds_the_only_place_that_matters():
 @pytest.mark.parametrize('words, sentence', [
     (['x.png'], 'name the weights'),
     (['x.png', '--checkpoint', 'a', '--onnx', 'b'], 'name the weights'),
+    (['x.png', '--model', 'test_vim', '--pretrained'], '--model NAME takes the published weights by itself'),
     (['nowhere.png', '--checkpoint', '{checkpoint}'], 'there is no image nowhere.png'),
     (['{empty}', '--checkpoint', '{checkpoint}'], 'there are no images in'),
     (['x.png', '--checkpoint', '{checkpoint}', '--output', 'x.pdf'], 'must end in .json, .csv, .html'),

@@ -262,6 +262,10 @@ def test_the_line_that_goes_on(flags, expected, monkeypatch):
     for begins in (['python', 'train.py'], ['python', '-X', 'dev', '-m', 'vim_timm.train']):
         monkeypatch.setattr(sys, 'orig_argv', [*begins, *flags])
         assert train.resuming_command(args, flags, folder) == [*begins, *expected]
+    with monkeypatch.context() as console:
+        console.setattr(sys, 'argv', ['/env/bin/vim-timm'])
+        console.setattr(sys, 'orig_argv', ['/env/bin/python3.11', '/env/bin/vim-timm', 'train', *flags])
+        assert train.resuming_command(args, flags, folder) == ['vim-timm', 'train', *expected]
     monkeypatch.setattr(sys, 'orig_argv', ['pytest'])
     assert train.resuming_command(args, flags, folder) == ['python', '-m', 'vim_timm.train', *expected]
     monkeypatch.setattr(sys, 'orig_argv', ['/bin/python', '-u', 'train.py', *flags])

@@ -23,6 +23,7 @@ from vim_timm import train, validate
 from vim_timm.data import Digits, class_names
 from vim_timm.errors import UserError
 from vim_timm.report import confusion, curves, extras, page, plots
+from vim_timm.report.chart import Line, charts
 from vim_timm.report.classification import marker_sizes
 from vim_timm.report.evaluation import PICTURES, Evaluation, write_report
 from vim_timm.report.metrics import confused_pairs, measure, normalized
@@ -307,6 +308,23 @@ setTimeout(() => {
 </script></body>"""
 
 
+def browsed(path):
+    """A page's elements after its scripts have run."""
+    profile = path.with_name('profile')
+    command = [CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu', f'--user-data-dir={profile}']
+    command += ['--virtual-time-budget=2000', '--dump-dom', path.as_uri()]
+    return subprocess.run(command, capture_output=True, encoding='utf-8', timeout=120).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason='no browser')
+@pytest.mark.parametrize('values', [[100.0, 100.0], [99.0, 100.0]])
+def test_no_axis_goes_beyond_100_percent(values, tmp_path):
+    path = tmp_path / 'page.html'
+    path.write_text(page.page('curves', [charts({'top-5 (%)': [Line('a', '#000', [0, 1], values)]})]))
+    numbers = [float(text) for text in re.findall(r'text-anchor="end">([\d.]+)<', browsed(path))]
+    assert len(numbers) > 2 and max(numbers) == 100
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason='no browser')
 def test_a_browser_shows_pictures_of_a_cell_and_numbers_of_a_curve(tmp_path):
     names = [*NASTY, *(f'class {index}' for index in range(34))]
@@ -317,9 +335,7 @@ def test_a_browser_shows_pictures_of_a_cell_and_numbers_of_a_curve(tmp_path):
     write_report(str(tmp_path), evaluation)
     path = tmp_path / 'acted.html'
     path.write_text((tmp_path / 'report.html').read_text().replace('</body>', ACTS))
-    command = [CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path / "profile"}']
-    command += ['--virtual-time-budget=2000', '--dump-dom', path.as_uri()]
-    dom = subprocess.run(command, capture_output=True, encoding='utf-8', timeout=120).stdout
+    dom = browsed(path)
     assert '<title>2 rows</title>' in dom and '<b>bold</b>' not in dom.partition('<script>')[0]
     assert 'true &lt;b&gt;bold&lt;/b&gt;, predicted $x_{: 2 of 5 images (40.0 %)' in dom
     assert dom.count('class="sample wrong"') == 2 + 2  # of the cell, and of the samples

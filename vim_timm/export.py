@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from .errors import UserError, run
-from .settings.parser import Parser
+from .settings.parser import PUBLISHED, Parser
 
 PROGRAM = 'export'
 ENDINGS = ('.onnx', '.pt2')
 
 
 def parser() -> argparse.ArgumentParser:
-    result = Parser(PROGRAM, description=__doc__)
+    result = Parser(PROGRAM, description=__doc__, elsewhere=PUBLISHED)
     add = result.add_argument
     add('--model', '-m', default='', metavar='NAME', help='published weights of this model')
     add('--checkpoint', default='', metavar='FILE', help='training checkpoint, or a file of weights')

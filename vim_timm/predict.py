@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, explain, run
-from .settings.parser import Parser
+from .settings.parser import PUBLISHED, Parser
 
 if TYPE_CHECKING:
     from .engine.predict import Prediction, Predictor
@@ -62,7 +62,7 @@ def predictor(
 
 
 def parser() -> argparse.ArgumentParser:
-    result = Parser(PROGRAM, description=__doc__)
+    result = Parser(PROGRAM, description=__doc__, elsewhere=PUBLISHED)
     add = result.add_argument
     add('inputs', nargs='+', metavar='IMAGE', help='image, folder (with those in it), or pattern such as "*.jpg"')
     weights = result.add_argument_group('weights')

@@ -272,6 +272,8 @@ def resuming_command(args: Settings, arguments: Sequence[str], folder: str) -> l
     typed = sys.orig_argv
     begins = typed[: len(typed) - len(arguments)] if typed[len(typed) - len(arguments) :] == list(arguments) else []
     begins = begins or ['python', '-m', 'vim_timm.train']
+    if [os.path.basename(word) for word in begins[1:]] == start(PROGRAM):  # the console script, of which Python is told
+        begins = start(PROGRAM)
     if 'TORCHELASTIC_RUN_ID' in os.environ:  # started by torchrun: python -u train.py, or python -u -m vim_timm.train
         begins = ['torchrun', f'--nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", 1)}', *begins[1:]]
         begins = [word for word in begins if word != '-u']

@@ -53,6 +53,10 @@ def look(argv: Sequence[str]) -> str:
             found = survey(dataset, as_picture, usual_workers(args), bar.update)
         splits.append(Split(name, dataset, found, describe(dataset, name, args)))
         print(splits[-1].line, flush=True)
+        unread = [place for place, seen in enumerate(found) if seen.error]
+        if unread:
+            first = f'{splits[-1].file(unread[0])}: {found[unread[0]].error}'
+            print(f'{name}: {len(unread)} of them cannot be read, first {first}', flush=True)
     title = f'Data in {args.data_dir or args.dataset}'
     batch = next(iter(loader.epoch(0)))
     write_atomically(own.page, dataset_page(title, splits, class_names(datasets[0]), batch, data_config))

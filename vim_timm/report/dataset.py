@@ -119,9 +119,11 @@ def _sizes(splits: Sequence[Split], input_size: Sequence[int]) -> Iterator[str]:
         return
     short = sorted(min(one.width, one.height) for one in seen)
     small = sum(side < min(input_size[1:]) for side in short)
+    spread = f'{short[0]} to {short[-1]} pixels, {short[len(short) // 2]} in the middle'
     yield (
-        f'<p>The shorter side is {short[0]} to {short[-1]} pixels, {short[len(short) // 2]} in the middle; the model '
-        f'takes {input_size[2]} x {input_size[1]}. {small:,} of {len(short):,} are smaller than that, and enlarged.</p>'
+        f'<p>The shorter side is {spread if short[0] < short[-1] else f"{short[0]} pixels in every image"}; the model '
+        f'takes {input_size[2]} x {input_size[1]}, and {f"{small:,}" if small else "none"} of {len(short):,} '
+        f'{"is" if small < 2 else "are"} smaller than that, and enlarged.</p>'
     )
     edges = [0, *SIDES, max(short[-1] + 1, SIDES[-1])]
     counts = [

@@ -227,7 +227,8 @@ const charts = root => {
       const [low, high] = [Math.min(...values), Math.max(...values)], more = (high - low) * part || Math.abs(low) * 0.1 || 1;
       return high > low || part ? [low - more * (part ? 1 : 0), high + more * (part ? 1 : 0)] : [low - 0.5, high + 0.5];
     };
-    const [x0, x1] = range ? range[0] : span(xs, 0), [y0, y1] = range ? range[1] : span(ys, 0.05);
+    const [x0, x1] = range ? range[0] : span(xs, 0), [y0, highest] = range ? range[1] : span(ys, 0.05);
+    const y1 = title.includes('(%)') ? Math.min(highest, 100) : highest;
     const left = x => box.left + (x - x0) / (x1 - x0) * (box.right - box.left);
     const top = y => box.bottom - (y - y0) / (y1 - y0) * (box.bottom - box.top);
     const picture = make('svg:svg', { viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': title });
@@ -281,7 +282,7 @@ const charts = root => {
       } }), ` ${name}`));
     }
   }
-  root.append(tools, grid);
   draw();
+  root.append(...(tools.childElementCount ? [tools] : []), grid);
 };
 document.querySelectorAll('.charts-data').forEach(charts);

@@ -85,5 +85,5 @@ def _card(found: Prediction) -> str:
     bars = ''.join(page.bar(guess, 100 * score) for guess, score in zip(found.classes, found.scores))
     return (
         f'<div class="sample">{page.picture(found.image, found.file)}{heat}'
-        f'<div class="name"><span title="{name}">{name}</span></div>{bars}</div>'
+        f'<div class="name file"><span title="{name}">{name}</span></div>{bars}</div>'
     )

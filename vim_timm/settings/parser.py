@@ -4,10 +4,13 @@ import argparse
 import ast
 import os
 import re
-from collections.abc import Collection, Sequence
+import types
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError, called, meant
+
+PUBLISHED = {'--pretrained': '--model NAME takes the published weights by itself'}
 
 _HELP = 'print the usual flags; `--help all`: every flag'
 
@@ -17,13 +20,17 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         usual: flags that the short help shows; all where it is empty.
+        elsewhere: flags of other programs, and what is done here instead.
     """
 
-    def __init__(self, program: str, usage: str = '', description: str = '', usual: Collection[str] = ()):
+    def __init__(
+        self, program: str, usage: str = '', description: str = '', usual: Collection[str] = (),
+        elsewhere: Mapping[str, str] = types.MappingProxyType({}),
+    ):  # fmt: skip
         super().__init__(
             called(program), usage=usage or None, description=description, add_help=False, allow_abbrev=False
         )
-        self.usual = usual
+        self.usual, self.elsewhere = usual, elsewhere
         self.words: Sequence[str] = ()
         text = _HELP if usual else 'print this text'
         self.add_argument('--help', '-h', action=_Help, nargs='?', metavar='all', help=text, default=argparse.SUPPRESS)
@@ -40,6 +47,8 @@ class Parser(argparse.ArgumentParser):
     def _meant(self, message: str) -> str:
         """What was probably meant by the flag or the choice that argparse's message complains of."""
         flag = re.match(r'unrecognized arguments: (-[^\s=]+)', message)
+        if flag and flag[1] in self.elsewhere:
+            return f'; {self.elsewhere[flag[1]]}'
         if flag:
             return meant(flag[1].replace('_', '-'), self._option_string_actions)
         choice = re.match(r"argument (\S+?)(?:/\S+)?: invalid choice: '(.*?)'", message)
