@@ -16,6 +16,7 @@ import timm.data.auto_augment
 import timm.data.dataset_factory
 import timm.scheduler.scheduler_factory
 import torch
+from processes import Python, finish
 from timm.utils import ParseKwargs
 
 import vim_timm
@@ -130,17 +131,18 @@ ORDERS = [
 
 
 @pytest.mark.parametrize('order', ORDERS)
-def test_models_are_registered_in_any_order(order):
+def test_models_are_registered_in_any_order(order, tmp_path):
     code = f"""
-import sys
+import sys, warnings
+assert not {{'timm', 'vim_timm'}} & sys.modules.keys()
+warnings.simplefilter('error')
 {order}
 import timm, vim_timm
 model = timm.create_model('vim_nano_patch4_32', device='meta')
 assert isinstance(model, vim_timm.VisionMamba), type(model)
 assert not [finder for finder in sys.meta_path if type(finder).__name__ == 'After']
 """
-    result = run('-W', 'error', '-c', code)
-    assert result.returncode == 0, result.stderr
+    finish([Python(code, output=tmp_path / 'output.txt')])
 
 
 def test_importing_the_package_imports_nothing_else():

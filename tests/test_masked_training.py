@@ -3,14 +3,13 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
+from processes import TRAIN, finish, ranks
 from safetensors.torch import load_file
-from test_resume import load, torchrun
+from test_resume import load
 
 from vim_timm import predict, train, validate
 from vim_timm.data import Batch
@@ -216,9 +215,7 @@ class TestTraining:
         """Ten steps of SGD without augmentation, weights to 1e-6, and no parameter is unused."""
         flags = [*MAE, *'--opt sgd --lr 0.05 --no-aug --epochs 2 --output'.split(), str(tmp_path)]
         assert train.main([*flags, '--batch-size', '280', '--experiment', 'one']) == 0
-        command = [sys.executable, *torchrun(2), '-m', 'vim_timm.train', *flags, '--batch-size', '140']
-        result = subprocess.run([*command, '--experiment', 'two'], capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
+        finish(ranks(TRAIN, *flags, '--batch-size', '140', '--experiment', 'two', count=2, folder=tmp_path))
         first, second = load(tmp_path, 'one'), load(tmp_path, 'two')
         assert first['history'][-1]['eval_mse'] == pytest.approx(second['history'][-1]['eval_mse'], rel=1e-4)
         for one, other in (

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import time
 import pytest
 import torch
 from logs import log_of, settled
+from processes import TRAIN, VALIDATE, Python, finish, ranks
 
 from vim_timm import train, validate
 from vim_timm.data import Digits
@@ -41,23 +41,33 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def run(folder, name, *flags, launcher=(), wait=True, environment=None, **options):
-    """Start `train.py` in a process of its own."""
-    command = [sys.executable, *launcher, '-m', 'vim_timm.train', *BASE.split(), *flags]
-    command += ['--output', str(folder), '--experiment', name]
-    process = subprocess.Popen(
+def words(folder, name, *flags):
+    return [*BASE.split(), *flags, '--output', str(folder), '--experiment', name]
+
+
+def here(folder, name, *flags):
+    """Train in this process."""
+    assert train.main(words(folder, name, *flags)) == 0
+
+
+def start(folder, name, *flags):
+    """Train in a process of its own."""
+    return Python(TRAIN, *words(folder, name, *flags), output=folder / f'{name}.txt')
+
+
+def launch(folder, name, *flags, **options):
+    """Train in two processes of torchrun, from the command line."""
+    command = [sys.executable, *torchrun(2), '-m', 'vim_timm.train', *words(folder, name, *flags)]
+    return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **(environment or {})}, **options,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, **options,
     )  # fmt: skip
-    if wait:
-        process.output = process.communicate(timeout=600)[0]
-    return process
 
 
 def wait_for(path, process):
     """Until there is such a file."""
     while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, 'it has ended'
         time.sleep(0.05)
 
 
@@ -84,18 +94,19 @@ def assert_same_run(folder, one, other):
 def test_killed_and_resumed_run_is_the_run_never_killed(tmp_path):
     flags = [*HARD.split(), '--workers', '2', '--epochs', str(3 + KILLS // 3)]
     flags += ['--checkpoint-hist', '2', '--checkpoint-every', '2']
+    finish([Python('', output=tmp_path / 'first.txt')])  # whatever starts first takes longer
     started = time.time()
-    whole = run(tmp_path, 'whole', *flags, wait=False)
+    whole = start(tmp_path, 'whole', *flags)
     wait_for(tmp_path / 'whole' / 'last.pth.tar', whole)
     an_epoch = time.time() - started  # most of it is starting up
-    assert whole.communicate() and whole.returncode == 0
+    assert whole.wait()[0] == 0
     dice = random.Random(0)
     for _ in range(KILLS):
-        process = run(tmp_path, 'cut', *flags, '--resume', 'auto', wait=False)
+        process = start(tmp_path, 'cut', *flags, '--resume', 'auto')
         time.sleep(dice.uniform(0.6, 1.2) * an_epoch)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert run(tmp_path, 'cut', *flags, '--resume', 'auto').returncode == 0
+        process.wait()
+    here(tmp_path, 'cut', *flags, '--resume', 'auto')
     assert_same_run(tmp_path, 'whole', 'cut')
 
 
@@ -121,18 +132,28 @@ def test_a_worker_ends_with_its_process_whatever_it_waits_for():
     assert process.communicate(timeout=30) == (b'', None)  # nobody holds the pipe any more
 
 
+PREEMPTED = [*HARD.split(), '--workers', '2', '--epochs', '3']
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A folder with the run `whole`, which nothing stopped."""
+    folder = tmp_path_factory.mktemp('preempted')
+    here(folder, 'whole', *PREEMPTED)
+    return folder
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
-def test_preempted_run_saves_and_says_so(number, tmp_path):
-    flags = [*HARD.split(), '--workers', '2', '--epochs', '3']
-    process = run(tmp_path, 'cut', *flags, wait=False)
-    wait_for(tmp_path / 'cut' / 'last.pth.tar', process)
+def test_preempted_run_saves_and_says_so(number, whole):
+    name = number.name
+    process = start(whole, name, *PREEMPTED)
+    wait_for(whole / name / 'last.pth.tar', process)
     process.send_signal(number)
-    output = process.communicate()[0]
-    assert process.returncode == 75, output
-    assert '--resume' in output and any(name.startswith('recovery') for name in os.listdir(tmp_path / 'cut'))
-    assert run(tmp_path, 'cut', *flags, '--resume', 'auto').returncode == 0
-    assert run(tmp_path, 'whole', *flags).returncode == 0
-    assert_same_run(tmp_path, 'whole', 'cut')
+    status, output = process.wait()
+    assert status == 75, output
+    assert '--resume' in output and any(file.startswith('recovery') for file in os.listdir(whole / name))
+    here(whole, name, *PREEMPTED, '--resume', 'auto')
+    assert_same_run(whole, 'whole', name)
 
 
 FETCH = Digits.__getitem__
@@ -180,28 +201,22 @@ def test_signal_to_validate(tmp_path, monkeypatch, capsys):
 
 def test_silent_rank_is_waited_for_no_longer_than_the_timeout(tmp_path):
     flags = [*EASY.split(), '--epochs', '2000', '--batch-size', '32', '--dist-timeout', '5']
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in ('0', '1'):
-        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-        ranks.append(run(tmp_path, 'a', *flags, wait=False, environment=place))
+    first, second = ranks(TRAIN, *words(tmp_path, 'a', *flags), count=2, folder=tmp_path)
     try:
-        wait_for(tmp_path / 'a' / 'last.pth.tar', ranks[0])
-        ranks[1].send_signal(signal.SIGSTOP)
-        output = ranks[0].communicate(timeout=60)[0]
+        wait_for(tmp_path / 'a' / 'last.pth.tar', first)
+        second.send_signal(signal.SIGSTOP)
+        status, output = first.wait(timeout=60)
     finally:
-        ranks[1].kill()
-        ranks[1].communicate()
-    assert ranks[0].returncode == 3 and 'another rank of this run died or hangs' in output, output
+        second.send_signal(signal.SIGKILL)
+        second.wait()
+    assert status == 3 and 'another rank of this run died or hangs' in output, output
     assert 'Traceback' not in output
     load(tmp_path, 'a')  # whole
 
 
 def test_signal_to_torchrun_saves_once(tmp_path):
     flags = [*EASY.split(), '--workers', '1', '--epochs', '50', '--batch-size', '32']
-    process = run(tmp_path, 'cut', *flags, launcher=torchrun(2), wait=False)
+    process = launch(tmp_path, 'cut', *flags)
     wait_for(tmp_path / 'cut' / 'last.pth.tar', process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
@@ -285,38 +300,26 @@ def test_two_processes_train_like_one(tmp_path):
     steps = ['--epoch-repeats', '0', '--epochs', '1']
     for opt, lr in (('sgd', '0.01'), ('adamw', '1e-3')):
         flags = [*EASY.split(), *steps, '--opt', opt, '--lr', lr]
-        here = [*BASE.split(), *flags, '--batch-size', '140', '--output', str(tmp_path)]
-        assert train.main([*here, '--experiment', f'{opt}-1']) == 0
-        two = run(tmp_path, f'{opt}-2', *flags, '--batch-size', '70', launcher=torchrun(2))
-        assert two.returncode == 0, two.output
+        here(tmp_path, f'{opt}-1', *flags, '--batch-size', '140')
+        two = words(tmp_path, f'{opt}-2', *flags, '--batch-size', '70')
+        finish(ranks(TRAIN, *two, count=2, folder=tmp_path))
         first, second = load(tmp_path, f'{opt}-1'), load(tmp_path, f'{opt}-2')
         assert abs(first['history'][0]['train_loss'] - second['history'][0]['train_loss']) < 1e-4
         if opt == 'sgd':
             for name, tensor in first['state_dict'].items():
                 torch.testing.assert_close(tensor, second['state_dict'][name], rtol=0, atol=1e-6)
-    assert run(tmp_path, 'again', *flags, '--batch-size', '70', launcher=torchrun(2)).returncode == 0
+    again = words(tmp_path, 'again', *flags, '--batch-size', '70')
+    finish(ranks(TRAIN, *again, count=2, folder=tmp_path))
     assert_same_run(tmp_path, 'adamw-2', 'again')
 
 
 def test_evaluation_counts_every_image_once(tmp_path):
     """359 images do not divide by 2 or 3; the counts agree to the image."""
-    assert (
-        train.main([*BASE.split(), *EASY.split(), '--epochs', '1', '--output', str(tmp_path), '--experiment', 'a']) == 0
-    )
-    flags = [
-        '--checkpoint',
-        str(tmp_path / 'a' / 'last.pth.tar'),
-        '--batch-size',
-        '50',
-        '--device',
-        'cpu',
-        '--workers',
-        '0',
-    ]
-    flags += ['--results-format', 'json', '--results-file']
+    here(tmp_path, 'a', *EASY.split(), '--epochs', '1')
+    flags = ['--checkpoint', str(tmp_path / 'a' / 'last.pth.tar'), '--batch-size', '50', '--device', 'cpu']
+    flags += ['--workers', '0', '--results-format', 'json', '--results-file']
     assert validate.main([*flags, str(tmp_path / '1.json')]) == 0
-    command = [sys.executable, *torchrun(3), '-m', 'vim_timm.validate', *flags, str(tmp_path / '3.json')]
-    assert subprocess.run(command, timeout=300).returncode == 0
+    finish(ranks(VALIDATE, *flags, str(tmp_path / '3.json'), count=3, folder=tmp_path))
     one, three = (json.loads((tmp_path / f'{ranks}.json').read_text()) for ranks in (1, 3))
     assert one['count'] == three['count'] == 359
     assert (one['top1'], one['top5']) == (three['top1'], three['top5'])
@@ -324,7 +327,7 @@ def test_evaluation_counts_every_image_once(tmp_path):
 
 def test_dead_rank_ends_the_run(tmp_path):
     flags = [*EASY.split(), '--workers', '1', '--epochs', '200', '--batch-size', '32', '--dist-timeout', '20']
-    process = run(tmp_path, 'a', *flags, launcher=torchrun(2), wait=False, start_new_session=True)
+    process = launch(tmp_path, 'a', *flags, start_new_session=True)
     wait_for(tmp_path / 'a' / 'last.pth.tar', process)
     ranks = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)

@@ -1,16 +1,14 @@
 """An update is timm's and torch's; the device takes or leaves it, and it is counted exactly, if late."""
 
 import copy
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
 from logs import log_of
-from test_resume import BASE, EASY, HARD, assert_same_run, load, torchrun
+from processes import finish, ranks
+from test_resume import BASE, EASY, HARD, assert_same_run, load
 from timm.optim import muon as timm_muon
 
 from vim_timm import train
@@ -251,15 +249,9 @@ print(f'rank {os.environ["RANK"]} skipped {trainer.skipped} weights {total:.17g}
 
 
 def test_all_ranks_skip_what_one_of_them_cannot_use(tmp_path):
-    script = tmp_path / 'one_rank.py'
-    script.write_text(ONE_RANK)
     flags = [*BASE.split(), *EASY.split(), '--epochs', '1', '--batch-size', '32', '--output', str(tmp_path)]
-    command = [sys.executable, *torchrun(2), str(script), *flags, '--experiment', 'a']
-    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get('PYTHONPATH')])])
-    environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}
-    result = subprocess.run(command, capture_output=True, encoding='utf-8', env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr
-    lines = sorted(line for line in result.stdout.splitlines() if line.startswith('rank '))
+    output = finish(ranks(ONE_RANK, *flags, '--experiment', 'a', count=2, folder=tmp_path))
+    lines = sorted(line for line in output.splitlines() if line.startswith('rank '))
     assert len(lines) == 2 and all('skipped 2' in line for line in lines)
     assert lines[0].partition('weights')[2] == lines[1].partition('weights')[2]
     assert load(tmp_path, 'a')['progress']['skipped'] == 2
