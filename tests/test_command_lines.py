@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import os
 import pickle
@@ -262,6 +263,10 @@ def test_the_console_script_lists_its_commands(capsys, monkeypatch):
         error = capsys.readouterr().err
         assert error.startswith(f'{name}: error: there is no command') and 'did you mean train?' in error
     assert commands.console(['--hlep']) == 2
+    for name in commands.MODULES:
+        assert commands.console([name, '--model', 'x']) == 2
+        assert f'it is python -m vim_timm.{name}' in capsys.readouterr().err
+        assert importlib.util.find_spec(f'vim_timm.{name}')
     assert all(hasattr(importlib.import_module(command.module), 'main') for command in COMMANDS.values())
 
 

@@ -169,6 +169,22 @@ def test_a_warm_up_that_nobody_chose_does_not_eat_the_run(flags, epochs, said):
     assert args.warmup_epochs == epochs and remark.startswith(said) and bool(remark) == bool(said)
 
 
+@pytest.mark.parametrize('flags, updates, said', [
+    ('', 10, False), ('--model-ema', 4999, True), ('--model-ema', 5001, False),
+    ('--model-ema --model-ema-decay 0.9', 11, False), ('--model-ema --model-ema-decay 1', 10**6, True),
+    ('--model-ema --model-ema-warmup', 10, False),
+])  # fmt: skip
+def test_an_average_that_stays_at_its_first_weights_is_said(flags, updates, said):
+    args = train.parse_args(['--data-dir', 'x', *flags.split()])
+    assert bool(train.slow_average(args, updates)) == said
+
+
+def test_a_cpu_run_that_pins_memory_says_nothing_of_torchs(tmp_path, recwarn):
+    flags = ['--epochs', '1', '--pin-mem', '--output', str(tmp_path / 'runs')]
+    assert train.main([*SMALL, str(photos(tmp_path / 'photos')), *flags]) == 0
+    assert not [warning for warning in recwarn if 'pin' in str(warning.message)]
+
+
 def test_without_a_model_named_it_is_one_of_ours():
     assert train.parse_args(['--data-dir', 'x']).model == 'vim_tiny_patch16_224'
     assert train.parse_args(['--data-dir', 'x', '--img-size', '48']).model == 'vim_tiny_patch4_32'

@@ -17,6 +17,7 @@ from .settings.parser import Parser
 from .version import __version__
 
 PROGRAM = 'vim-timm'
+MODULES = ('original', 'run')  # programs that take command lines of other code bases, and are no commands
 SHELLS = ('bash', 'zsh', 'tcsh')
 FILES = {'PATH', 'FILE', 'DIR', 'FOLDER', 'IMAGE', 'IN.pth', 'OUT.safetensors'}  # metavars of what a shell completes
 
@@ -112,7 +113,8 @@ def parser() -> argparse.ArgumentParser:
 def _answer(words: Sequence[str]) -> None:
     """What is said where no command is named."""
     if words and not words[0].startswith('-'):
-        raise UserError(f'there is no command {words[0]!r}{meant(words[0], COMMANDS)} (--help lists them)')
+        module = f'; it is python -m vim_timm.{words[0]}' if words[0] in MODULES else meant(words[0], COMMANDS)
+        raise UserError(f'there is no command {words[0]!r}{module} (--help lists them)')
     args = parser().parse_args(words or ['--help'])
     if args.print_completion:
         print(completion(args.print_completion))

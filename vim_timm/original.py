@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Optional, Sequence
+from typing import Any, NoReturn, Optional, Sequence
 
 from timm.models import get_deprecated_models, is_model_in_modules
 
@@ -177,13 +177,20 @@ class Translation:
         return shlex.join([*launcher, '-m', f'vim_timm.{self.script}', *self.arguments])
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are sentences."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message} (--help lists the flags)')
+
+
 class Refusal(UserError):
     """A flag that cannot be honoured; the message names it."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The original's command line, plus `--dry-run`."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = _Parser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, flag in FLAGS.items():
         names = (name, '--dr') if name == '--decay-rate' else (name,)
         parser.add_argument(*names, **flag.options)

@@ -43,6 +43,16 @@ from .tasks import make_task
 UNWRITTEN = ('data', 'config', 'recipe', 'overwrite')  # what args.yaml need not say, as it says all the rest
 
 
+def slow_average(args: Settings, updates: int) -> str:
+    """A remark where the moving average still holds much of the first weights after all updates; else ''."""
+    if not args.model_ema or args.model_ema_warmup or (1 - args.model_ema_decay) * updates >= 1:
+        return ''
+    return (
+        f'the moving average (--model-ema-decay {args.model_ema_decay:g}) follows slowly for a run of {updates:,} '
+        'updates: --model-ema-warmup'
+    )
+
+
 def match_classes(args: Settings, dataset: Any, split: str) -> Settings:
     """The settings with the number of classes of the data set; one that contradicts it is refused."""
     count = len(data.class_names(dataset)) or None
@@ -161,7 +171,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         if args.train_split == args.val_split and not (hooks.dataset or args.val_fraction):
             trainer.progress.say('both splits are the same: the evaluation is on images that were trained on')
         announce(args, trainer, model, data_config)
-        for line in filter(None, (remark, compiling)):
+        for line in filter(None, (remark, slow_average(args, trainer.updates * trainer.epochs), compiling)):
             trainer.progress.say(line)
         if trainer.primary:
             left_out = {*UNWRITTEN, *({'workers', 'log_interval'} - args.chosen)}  # the next machine has its own cores

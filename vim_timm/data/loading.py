@@ -109,7 +109,8 @@ class Loader:
         loader = DataLoader(
             self.dataset,
             num_workers=self.workers,
-            pin_memory=args.pin_mem or process.device.type == 'cuda',  # else each step waits for its copy
+            # without it each step waits for its copy
+            pin_memory=process.device.type == 'cuda' or (args.pin_mem and process.device.type != 'cpu'),
             collate_fn=Collate(fast_collate if self.prefetch else default_collate),
             # the readers of streams keep state from epoch to epoch, which a resumed run would not have
             persistent_workers=self.workers > 0 and not isinstance(self.dataset, Stream),
