@@ -23,6 +23,7 @@ from vim_timm.data.folder import EMPTY, HIDDEN, NO_CLASS, NO_FILE, UNMAPPED, Ima
 from vim_timm.data.images import image_endings, read_image, to_mode
 from vim_timm.data.sampling import Samples, Stream
 from vim_timm.data.unreadable import Unreadable
+from vim_timm.engine.predict import image_files
 from vim_timm.errors import TrainingStopped, UserError
 
 PNG = {'.png'}
@@ -212,6 +213,17 @@ def test_photographs_of_a_phone_are_read_where_their_decoder_is_installed(tmp_pa
     picture(90, size=(64, 64)).save(tmp_path / 'cat' / 'IMG_1.HEIC', format='HEIF')
     dataset = Pictures(Images(str(tmp_path), image_endings()), 'RGB')
     assert abs(np.asarray(dataset[0][0]).astype(int) - 90).max() <= 4
+
+
+def test_photographs_of_a_phone_name_their_decoder_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, 'ID', [kind for kind in Image.ID if kind != 'HEIF'])
+    monkeypatch.setattr(Image, 'OPEN', {kind: opens for kind, opens in Image.OPEN.items() if kind != 'HEIF'})
+    (tmp_path / 'IMG_1.HEIC').write_bytes(b'\0\0\0\x18ftypheic' + bytes(40))
+    (path,) = image_files([str(tmp_path)])  # named, not passed over in silence
+    with open(path, 'rb') as file, pytest.raises(ValueError, match='pip install pillow-heif'):
+        read_image(file, 'RGB')
+    with pytest.raises(ValueError, match='no image'):
+        read_image(io.BytesIO(b'\0\0\0\x18ftypmp42' + bytes(40)), 'RGB')
 
 
 def saved(array, form, **options):

@@ -169,6 +169,12 @@ def test_a_warm_up_that_nobody_chose_does_not_eat_the_run(flags, epochs, said):
     assert args.warmup_epochs == epochs and remark.startswith(said) and bool(remark) == bool(said)
 
 
+def test_fewer_pictures_than_a_batch_name_the_flag(tmp_path, capsys):
+    root = str(photos(tmp_path / 'photos'))
+    assert train.main([*SMALL, root, '--batch-size', '128', '--output', str(tmp_path)]) == 2
+    assert '24 training images do not fill one batch of 128: a smaller --batch-size\n' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('flags, updates, said', [
     ('', 10, False), ('--model-ema', 4999, True), ('--model-ema', 5001, False),
     ('--model-ema --model-ema-decay 0.9', 11, False), ('--model-ema --model-ema-decay 1', 10**6, True),

@@ -18,7 +18,7 @@ from .classes import class_names, read_class_map
 from .digits import Digits
 from .folder import HIDDEN, Images, is_split, split_folder, top_folders
 from .idx import CompressedIdx, is_compressed
-from .images import MODES, channels_of, image_endings, read_image
+from .images import MODES, PHONE, channels_of, image_endings, read_image
 
 TORCHVISION_FOLDERS = ('torch/image_folder', 'torch/folder')
 DEFAULT_SHARE = 0.2  # of the images, to evaluate on, where the data has no split for that
@@ -197,7 +197,7 @@ def passed_over(reader: Any) -> str:
     reasons = []
     for why, names in getattr(reader, 'passed_over', {}).items():
         shown = '' if why == HIDDEN else f' ({", ".join(sorted(names)[:2])}{", ..." if len(names) > 2 else ""})'
-        hint = ': pip install pillow-heif' if why.endswith(('.heic', '.heif')) else ''
+        hint = ': pip install pillow-heif' if why.endswith(tuple(PHONE)) else ''
         reasons.append(f'{len(names)} {why}{shown}{hint}')
     return f'; passed over: {", ".join(sorted(reasons))}' if reasons else ''
 

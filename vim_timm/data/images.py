@@ -19,6 +19,7 @@ MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}  # PIL's mode by the number of ch
 
 # Formats that Pillow opens and does not decode by itself: they need another program, or are no pictures.
 _UNDECODABLE = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
+PHONE = frozenset(('.heic', '.heif'))  # endings of photographs that Pillow reads once pillow-heif is installed
 _SIXTEEN_BITS = ('PNG', 'PPM')  # formats whose mode I has 16 bits
 
 
@@ -43,7 +44,14 @@ def read_image(file: BinaryIO, mode: str) -> Image.Image:
     try:
         return to_mode(Image.open(file), mode)
     except Exception as error:  # of any kind, in damaged files
+        if isinstance(error, Image.UnidentifiedImageError) and not PHONE & image_endings() and _is_heif(file):
+            raise ValueError("a phone's HEIF: pip install pillow-heif") from error
         raise ValueError(reason(error)) from error
+
+
+def _is_heif(file: BinaryIO) -> bool:
+    file.seek(4)
+    return file.read(8) in (b'ftypheic', b'ftypheix', b'ftypmif1')
 
 
 def reason(error: BaseException) -> str:

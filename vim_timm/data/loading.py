@@ -129,7 +129,10 @@ class Loader:
         else:
             self.loader = self._prefetching(loader, args, data_config, erasing) if self.prefetch else loader
         if training and len(self) == 0:
-            raise UserError(f'{len(dataset)} training images do not fill one batch of {size} on each of the ranks')
+            each = f' on each of {process.world_size} ranks' if process.world_size > 1 else ''
+            raise UserError(
+                f'{len(dataset)} training images do not fill one batch of {size}{each}: a smaller --batch-size'
+            )
 
     def _try_one(self, channels: int) -> None:
         """Prepare the first image, before anything is written.

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from ..data.folder import natural_key
-from ..data.images import MODES, image_endings, read_image
+from ..data.images import MODES, PHONE, image_endings, read_image
 from ..errors import UserError, sentence
 from .process import usual_defaults
 from .saved import Saved
@@ -51,7 +51,7 @@ def image_files(inputs: Iterable[str]) -> list[str]:
     Raises:
         UserError: one of them does not exist, or holds no images.
     """
-    endings, files = image_endings(), []
+    endings, files = image_endings() | PHONE, []
     for word in inputs:
         if os.path.isdir(word):
             found = [path for path in _below(word) if os.path.splitext(path)[1].lower() in endings]
