@@ -217,6 +217,10 @@ def test_the_page_of_a_data_set(tmp_path, capsys):
         Image.open(root / 'ant' / f'{i}.jpg').save(root / 'ant' / f'{i} (1).jpg')
     (root / 'bee' / 'half.jpg').write_bytes((root / 'bee' / '0.jpg').read_bytes()[:300])
     (root / 'bee' / '<b>.txt').write_text('')
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for name in '01':
+        Image.open(root / 'cow' / f'{name}.jpg').save(root / 'cow' / f'{name}.jpg', exif=exif)
     page = tmp_path / 'page.html'
     assert look([*SMALL, str(root), '--page', str(page)]) == 0
     text = page.read_text()
@@ -227,6 +231,9 @@ def test_the_page_of_a_data_set(tmp_path, capsys):
     assert not re.search(r'https?://|<link|@import', text)
     said = capsys.readouterr().out
     assert f'page: {page}' in said and re.search(r'^\w+: 1 of them cannot be read, first bee/half.jpg: ', said, re.M)
+    assert '2 of them have an orientation in EXIF data' in text
+    counts = re.findall(r'^\w+: (\d) with an orientation in EXIF data, which is not applied, first cow/', said, re.M)
+    assert sum(map(int, counts)) == 2
     assert 'The shorter side is 36 pixels in every image;' in text
 
 

@@ -57,6 +57,10 @@ def look(argv: Sequence[str]) -> str:
         if unread:
             first = f'{splits[-1].file(unread[0])}: {found[unread[0]].error}'
             print(f'{name}: {len(unread)} of them cannot be read, first {first}', flush=True)
+        turned = [place for place, seen in enumerate(found) if seen.turned]
+        if turned:
+            first = splits[-1].file(turned[0])
+            print(f'{name}: {len(turned)} with an orientation in EXIF data, which is not applied, first {first}')
     title = f'Data in {args.data_dir or args.dataset}'
     batch = next(iter(loader.epoch(0)))
     write_atomically(own.page, dataset_page(title, splits, class_names(datasets[0]), batch, data_config))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
@@ -24,6 +24,7 @@ class Seen(NamedTuple):
         width, height: in pixels.
         small: (16, 16) uint8, the image in grey.
         digest: 64 bits, whether grey values rise from left to right at 8 x 8 places.
+        turned: its EXIF data ask for a rotation or reflection, which nothing here applies.
         error: why it could not be read; there is nothing else then.
     """
 
@@ -32,6 +33,7 @@ class Seen(NamedTuple):
     height: int = 0
     small: np.ndarray | None = None
     digest: int = 0
+    turned: bool = False
     error: str = ''
 
 
@@ -54,7 +56,14 @@ class _Glances(Dataset):
         steps = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
         digest = int(''.join('01'[bit] for bit in (np.diff(steps) > 0).astype(int).flat), 2)
         small = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX))
-        return Seen(label, image.width, image.height, small, digest)
+        return Seen(label, image.width, image.height, small, digest, _is_turned(image))
+
+
+def _is_turned(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except Exception:  # of any kind, in damaged EXIF data
+        return False
 
 
 def _same(seen: Any) -> Any:

@@ -125,6 +125,12 @@ def _sizes(splits: Sequence[Split], input_size: Sequence[int]) -> Iterator[str]:
         f'takes {input_size[2]} x {input_size[1]}, and {f"{small:,}" if small else "none"} of {len(short):,} '
         f'{"is" if small < 2 else "are"} smaller than that, and enlarged.</p>'
     )
+    turned = sum(one.turned for split in splits for one in split.found)
+    if turned:
+        yield (
+            f'<p>{turned:,} of them {"has" if turned == 1 else "have"} an orientation in EXIF data, which is not '
+            'applied, as in timm: turn such pictures first (mogrify -auto-orient FILE).</p>'
+        )
     edges = [0, *SIDES, max(short[-1] + 1, SIDES[-1])]
     counts = [
         (f'{low} to {high - 1}', sum(low <= side < high for side in short)) for low, high in zip(edges, edges[1:])
