@@ -1,10 +1,11 @@
 """Triton kernels of the symmetric state space dual for long sequences, of one order of tokens at a time.
 
-The order cuts the sequence into chunks of BT tokens. `chunk_states` walks over the chunks, from the first and from the
-last, and keeps the state with which each is entered: sums over the tokens before it, and over those behind it. All else
-is done by programs that own one chunk of one image: products inside the chunk, whose scores all heads share, and
-products with both states. As they own their tokens in both roles, i and j, every gradient is complete in them. Of two
-orders the second runs first and leaves its sums in PART, float32, to which the first adds. No sum depends on timing.
+The order cuts the sequence into chunks of BT tokens. `chunk_sums` sums within each; `chunk_states` makes of these, in
+place, the states with which chunks are entered: sums over the tokens before them, and over those behind them. All else
+is done by programs that own one chunk of one image, or half of one: products inside the chunk, whose scores all heads
+share, and products with both states. In the backward pass they own a chunk's tokens in both roles, i and j, so every
+gradient is complete in them. Of two orders the second runs first and leaves its sums in PART, to which the first adds.
+No sum depends on timing.
 
 s counts from the start of a chunk, times log2(e), so every exponent is small and at most 0. Steps are halved where two
 orders are averaged.
@@ -40,79 +41,130 @@ def load_state(STATES, head, chunk, chunks, direction_size, N: tl.constexpr, P: 
 
 
 @triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'order'])
-def chunk_states(
+def chunk_sums(
     ROWS, VALUES, DT, S, VISITS, STATES, length, heads, prefix, height, width, order,
     ROWS_sb, ROWS_sl, VALUES_sb, VALUES_sl, VISITS_sb,
     WEIGHTED: tl.constexpr, ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """STATES (2, batch, H, chunks, N, P): sums of rows_j values_j^T, decayed to the chunk's start or end.
+    """STATES (2, batch, H, chunks, N, P): a chunk's sums of rows_j values_j^T, decayed to its end and to its start.
 
     ROWS (batch, L, N), VALUES (batch, L, H, P), times steps if WEIGHTED.
     """
-    head, backward = tl.program_id(0), tl.program_id(1)
-    entry, entries = tl.program_id(2).to(tl.int64), tl.num_programs(2)
-    chunks = tl.cdiv(length, BT)
-    ROWS += entry * ROWS_sb
-    VALUES += entry * VALUES_sb + head * P
-    VISITS += entry * VISITS_sb
-    DT += (entry * heads + head) * length
-    S += ((entry * ORDERS + order) * heads + head) * length
-    matrix = tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
-    STATES += ((backward * entries + entry) * heads + head) * chunks * (N * P) + matrix
-    state = tl.zeros([N, P], tl.float32)
-    for step in range(chunks):
-        chunk = tl.where(backward == 1, chunks - 1 - step, step)
-        tl.store(STATES + chunk * (N * P), state.to(STATES.dtype.element_ty))
-        t = chunk * BT + tl.arange(0, BT)
-        inside = t < length
-        tokens = visited(VISITS, t, length, BY_COLUMNS, prefix, height, width, TABLE)
-        s = tl.load(S + tokens, mask=inside, other=0.0)
-        whole = tl.max(s, 0)
-        weight = exp2(-tl.where(backward == 1, s, whole - s), FAST)
-        if WEIGHTED:
-            weight *= tl.load(DT + tokens, mask=inside, other=0.0) / ORDERS
-        values = load_rows(VALUES, tokens, inside, VALUES_sl, P).to(tl.float32) * weight[:, None]
-        rows = load_rows(ROWS, tokens, inside, ROWS_sl, N)
-        state = state * exp2(-whole, FAST) + product(tl.trans(rows), values, PRECISION)
-
-
-@triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'order'])
-def chunk_forward(
-    X, B, C, DT, S, D, VISITS, STATES, PART, Y, length, heads, prefix, height, width, order,
-    X_sb, X_sl, B_sb, B_sl, Y_sb, Y_sl, VISITS_sb,
-    HAS_D: tl.constexpr, HAS_PART: tl.constexpr, ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Y (batch, L, H, P) of any row stride: one order's sums, with PART and D x. DT and S as in `ssd_forward`."""
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
-    entry, entries = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    size = entries.to(tl.int64) * heads * chunks * (N * P)
+    head = tl.program_id(1)
+    entry, entries = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     t = chunk * BT + tl.arange(0, BT)
     inside = t < length
     tokens = visited(VISITS + entry * VISITS_sb, t, length, BY_COLUMNS, prefix, height, width, TABLE)
+    s = tl.load(S + ((entry * ORDERS + order) * heads + head) * length + tokens, mask=inside, other=0.0)
+    rows = tl.trans(load_rows(ROWS + entry * ROWS_sb, tokens, inside, ROWS_sl, N))
+    values = load_rows(VALUES + entry * VALUES_sb + head * P, tokens, inside, VALUES_sl, P).to(tl.float32)
+    if WEIGHTED:
+        dt = tl.load(DT + (entry * heads + head) * length + tokens, mask=inside, other=0.0) / ORDERS
+        values *= dt[:, None]
+    at = ((entry * heads + head) * chunks + chunk) * (N * P)
+    at += tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
+    to_end = product(rows, values * exp2(s - tl.max(s, 0), FAST)[:, None], PRECISION)
+    tl.store(STATES + at, to_end.to(STATES.dtype.element_ty))
+    to_start = product(rows, values * exp2(-s, FAST)[:, None], PRECISION)
+    at += entries.to(tl.int64) * heads * chunks * (N * P)
+    tl.store(STATES + at, to_start.to(STATES.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=['length', 'heads', 'chunks', 'prefix', 'height', 'width', 'order'])
+def chunk_states(
+    S, VISITS, STATES, length, heads, chunks, prefix, height, width, order, VISITS_sb,
+    ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    BT: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """From sums of chunks to the states with which they are entered from both ends, in place; COUNT chunks at once.
+
+    A program takes SIZE elements of a head's states in one direction.
+    """
+    head, backward = tl.program_id(1) // 2, tl.program_id(1) % 2
+    entry, entries = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    S += ((entry * ORDERS + order) * heads + head) * length
+    VISITS += entry * VISITS_sb
+    STATES += ((backward * entries + entry) * heads + head) * chunks * (N * P)
+    columns = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    before = tl.zeros([SIZE], tl.float32)
+    own = tl.arange(0, COUNT)
+    for first in range(0, chunks, COUNT):
+        place = first + own
+        inside = place < chunks
+        chunk = tl.where(backward == 1, chunks - 1 - place, place)
+        t = tl.minimum(chunk * BT + BT, length) - 1
+        last = visited(VISITS, tl.maximum(t, 0), length, BY_COLUMNS, prefix, height, width, TABLE)
+        s = tl.cumsum(tl.load(S + last, mask=inside, other=0.0), 0)
+        at = STATES + tl.cast(chunk, tl.int64)[:, None] * (N * P) + columns[None, :]
+        sums = tl.load(at, mask=inside[:, None], other=0.0)
+        # the decay over a chunk itself belongs to what enters the next
+        entered = tl.sum(tl.where(own[None, :] == own[:, None] - 1, s[None, :], 0.0), 1)
+        decay = exp2(tl.minimum(s[None, :] - entered[:, None], 0.0), FAST)
+        decay = tl.where(own[None, :] < own[:, None], decay, 0.0)
+        states = product(decay, sums, PRECISION) + exp2(-entered, FAST)[:, None] * before[None, :]
+        tl.store(at, states.to(STATES.dtype.element_ty), mask=inside[:, None])
+        final = own == COUNT - 1
+        before = tl.sum(tl.where(final[:, None], states, 0.0), 0)
+        over = tl.sum(tl.where(final, s - entered, 0.0), 0)
+        before = before * exp2(-over, FAST) + tl.sum(tl.where(final[:, None], sums.to(tl.float32), 0.0), 0)
+
+
+@triton.jit(do_not_specialize=['length', 'heads', 'group', 'prefix', 'height', 'width', 'order'])
+def chunk_forward(
+    X, B, C, DT, S, D, VISITS, STATES, PART, Y, length, heads, group, prefix, height, width, order,
+    X_sb, X_sl, B_sb, B_sl, Y_sb, Y_sl, VISITS_sb,
+    HAS_D: tl.constexpr, HAS_PART: tl.constexpr, ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Y (batch, L, H, P) of any row stride: one order's sums, with PART and D x. DT and S as in `ssd_forward`.
+
+    A program owns half a chunk, BM tokens. With the other half no mask is needed: the decay to a token between both,
+    times that from it, is the decay.
+    """
+    block, chunks = tl.program_id(0), tl.cdiv(length, BT)
+    first_head = tl.program_id(1) * group
+    entry, entries = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    size = entries.to(tl.int64) * heads * chunks * (N * P)
+    chunk = block // 2
+    own, others = block * BM + tl.arange(0, BM), (block ^ 1) * BM + tl.arange(0, BM)
+    inside, with_others = own < length, others < length
+    VISITS += entry * VISITS_sb
+    tokens = visited(VISITS, own, length, BY_COLUMNS, prefix, height, width, TABLE)
+    others = visited(VISITS, others, length, BY_COLUMNS, prefix, height, width, TABLE)
+    end = tl.minimum(chunk * BT + BT, length) - 1
+    last = visited(VISITS, end, length, BY_COLUMNS, prefix, height, width, TABLE)
     X += entry * X_sb
     Y += entry * Y_sb
+    B += entry * B_sb
     PART += entry * length * heads * P
     DT += entry * heads * length
     S += (entry * ORDERS + order) * heads * length
     STATES += entry * heads * chunks * (N * P)
-    b = load_rows(B + entry * B_sb, tokens, inside, B_sl, N)
     c = load_rows(C + entry * B_sb, tokens, inside, B_sl, N)
-    scores = as_operand(product(c, tl.trans(b), PRECISION), PRECISION)
-    for head in range(heads):
-        s = tl.load(S + head * length + tokens, mask=inside, other=0.0)
-        dt = tl.load(DT + head * length + tokens, mask=inside, other=0.0) / ORDERS
+    scores = as_operand(product(c, tl.trans(load_rows(B, tokens, inside, B_sl, N)), PRECISION), PRECISION)
+    across = as_operand(product(c, tl.trans(load_rows(B, others, with_others, B_sl, N)), PRECISION), PRECISION)
+    for head in range(first_head, tl.minimum(first_head + group, heads)):
+        at = head * length
+        s = tl.load(S + at + tokens, mask=inside, other=0.0)
+        dt = tl.load(DT + at + tokens, mask=inside, other=0.0) / ORDERS
+        ahead, back = load_state(STATES, head, chunk, chunks, size, N, P)
+        y = product(c, ahead, PRECISION) * exp2(-s, FAST)[:, None]
+        y += product(c, back, PRECISION) * exp2(s - tl.load(S + at + last), FAST)[:, None]
+        # the token between both halves is this half's first or last
+        between = tl.where(block % 2 == 0, tl.max(s, 0), tl.min(tl.where(inside, s, float('inf')), 0))
+        weight = exp2(-tl.abs(tl.load(S + at + others, mask=with_others, other=0.0) - between), FAST)
+        weight *= tl.load(DT + at + others, mask=with_others, other=0.0) / ORDERS
+        x = load_rows(X + head * P, others, with_others, X_sl, P).to(tl.float32) * weight[:, None]
+        y += product(across, x, PRECISION) * exp2(-tl.abs(s - between), FAST)[:, None]
         x = load_rows(X + head * P, tokens, inside, X_sl, P)
         mask = distance(s, s, FAST) * dt[None, :]
-        y = product(unpacked(scores, PRECISION, FAST) * mask, x, PRECISION)
-        ahead, back = load_state(STATES, head, chunk, chunks, size, N, P)
-        y += product(c, ahead, PRECISION) * exp2(-s, FAST)[:, None]
-        y += product(c, back, PRECISION) * exp2(s - tl.max(s, 0), FAST)[:, None]
+        y += product(unpacked(scores, PRECISION, FAST) * mask, x, PRECISION)
         if HAS_D:
             y += tl.load(D + head).to(tl.float32) * x.to(tl.float32)
         if HAS_PART:
-            y += load_rows(PART + head * P, tokens, inside, heads * P, P)
+            y += load_rows(PART + head * P, tokens, inside, heads * P, P).to(tl.float32)
         store_rows(Y + head * P, tokens, inside, Y_sl, y, P)
 
 
@@ -180,7 +232,7 @@ def chunk_backward_values(
             tl.store(GRAD_D + (entry * chunks + chunk) * heads + head, skipped)
         if HAS_PART:
             grad_dt += tl.load(GRAD_DT + at, mask=inside, other=0.0)
-            grad_x += load_rows(PART + head * P, tokens, inside, heads * P, P)
+            grad_x += load_rows(PART + head * P, tokens, inside, heads * P, P).to(tl.float32)
         tl.store(GRAD_DT + at, grad_dt, mask=inside)
         store_rows(GRAD_X + head * P, tokens, inside, G_sl, grad_x, P)
 

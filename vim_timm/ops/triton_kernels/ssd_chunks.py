@@ -1,17 +1,17 @@
 """Launches of the symmetric state space dual's kernels for long sequences: chunks, and states between them."""
 
 import math
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Tuple
 
 import torch
 from torch import Tensor
 
-from .launch import or_else
+from .launch import multiprocessors, or_else
 from .ssd_launch import Ssd
 
 
 class ChunkLaunch(NamedTuple):
-    """Warps and stages of a program, which has a chunk's tokens."""
+    """Warps and stages of a program."""
 
     warps: int
     stages: int
@@ -21,24 +21,32 @@ class ChunkLaunch(NamedTuple):
         return {'num_warps': self.warps, 'num_stages': self.stages}
 
 
-CHUNK = 64  # tokens
-STATES = ChunkLaunch(4, 2)
-FORWARD = ChunkLaunch(4, 2)
+FORWARD_CHUNK, BACKWARD_CHUNK = 128, 64  # tokens; forward a program has half a chunk's
+COUNT, SIZE = 16, 512  # chunks at once, and elements of a state, of a program of `chunk_states`
+SUMS = ChunkLaunch(4, 1)
+STATES = ChunkLaunch(4, 1)
+FORWARD = ChunkLaunch(4, 1)
 BACKWARD_VALUES = ChunkLaunch(8, 1)
 BACKWARD_MATRICES = ChunkLaunch(8, 1)
+PROGRAMS = 2  # on each multiprocessor, below which the heads of a token are spread over several
 
 
 class ChunkedSsd(Ssd):
-    """`Ssd` for any length."""
+    """`Ssd` for any length. s, and with it all else, counts from the starts of chunks of `span` tokens."""
 
-    span = CHUNK
+    span = FORWARD_CHUNK
 
     def cut(self) -> Dict[str, int]:
-        return {'ORDERS': self.orders, 'BT': CHUNK}
+        return {'ORDERS': self.orders}
 
     @property
     def chunks(self) -> int:
-        return math.ceil(self.length / CHUNK)
+        return math.ceil(self.length / self.span)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of what products take."""
+        return torch.bfloat16 if self.constants['PRECISION'] == 'bf16' else torch.float32
 
     def visits(self, order: int) -> Tuple[Tuple[int, ...], int, Dict[str, bool]]:
         """How an order visits tokens: integers that follow length and heads, the stride of a table, constants."""
@@ -48,40 +56,51 @@ class ChunkedSsd(Ssd):
 
     def states(self, rows: Tensor, values: Tensor, dt: Tensor, s: Tensor, order: int, weighted: bool) -> Tensor:
         """States (2, B, H, chunks, N, P) of one order with which chunks are entered from both ends."""
-        dtype = torch.bfloat16 if self.constants['PRECISION'] == 'bf16' else torch.float32  # as products take them
-        found = self.empty(2, self.batch, self.heads, self.chunks, self.state, self.headdim, dtype=dtype)
+        shape = (2, self.batch, self.heads, self.chunks, self.state, self.headdim)
+        states, visits = self.empty(*shape, dtype=self.product_dtype), or_else(self.columns, self.x)
         at, stride, constants = self.visits(order)
-        self.chunk_kernels.chunk_states[self.heads, 2, self.batch](
-            rows, values, dt, s, or_else(self.columns, self.x), found, self.length, self.heads, *at,
-            *rows.stride()[:2], *values.stride()[:2], stride, WEIGHTED=weighted,
+        self.chunk_kernels.chunk_sums[self.chunks, self.heads, self.batch](
+            rows, values, dt, s, visits, states, self.length, self.heads, *at,
+            *rows.stride()[:2], *values.stride()[:2], stride, WEIGHTED=weighted, BT=self.span,
+            **constants, **self.constants, **SUMS.constants,
+        )  # fmt: skip
+        size = min(SIZE, self.state * self.headdim)
+        self.chunk_kernels.chunk_states[self.state * self.headdim // size, 2 * self.heads, self.batch](
+            s, visits, states, self.length, self.heads, self.chunks, *at, stride, BT=self.span, COUNT=COUNT, SIZE=size,
             **constants, **self.constants, **STATES.constants,
         )  # fmt: skip
-        return found
+        return states
 
     def forward(self, dt: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         y = self.empty(*self.x.shape, dtype=dtype)
-        part: Optional[Tensor] = self.empty(*self.x.shape) if self.orders == 2 else None
+        part = self.empty(*self.x.shape, dtype=self.product_dtype) if self.orders == 2 else None
+        blocks = math.ceil(2 * self.length / self.span)
+        groups = min(self.heads, math.ceil(PROGRAMS * multiprocessors(self.x.device) / (blocks * self.batch)))
+        group = math.ceil(self.heads / groups)
         for order in range(self.orders - 1, -1, -1):
             last = order == 0
             to = y if last else or_else(part, y)
             has_part, has_D = last and part is not None, last and self.D is not None
             states = self.states(self.B, self.x, dt, s, order, True)
             at, stride, constants = self.visits(order)
-            self.chunk_kernels.chunk_forward[self.chunks, self.batch](
+            self.chunk_kernels.chunk_forward[blocks, math.ceil(self.heads / group), self.batch](
                 self.x, self.B, self.C, dt, s, or_else(self.D, self.x), or_else(self.columns, self.x), states,
-                or_else(part, y), to, self.length, self.heads, *at,
+                or_else(part, y), to, self.length, self.heads, group, *at,
                 *self.x.stride()[:2], *self.B.stride()[:2], *to.stride()[:2], stride,
-                HAS_D=has_D, HAS_PART=has_part, **constants, **self.constants, **FORWARD.constants,
+                HAS_D=has_D, HAS_PART=has_part, BT=self.span, BM=self.span // 2,
+                **constants, **self.constants, **FORWARD.constants,
             )  # fmt: skip
         return y
 
     def gradients(self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor) -> Tuple[Tensor, ...]:
         """As `Ssd.gradients`; the gradient of s has no second part."""
+        self.span = BACKWARD_CHUNK
+        _, s = self.decays()
         grad_dt, grad_s = torch.empty_like(dt), torch.empty_like(s)
         grad_D = self.empty(self.batch * self.chunks, self.heads)
         grad_B = self.empty(self.orders, self.batch, self.length, self.state)
         grad_C = torch.empty_like(grad_B)
-        part: Optional[Tensor] = self.empty(*self.x.shape) if self.orders == 2 else None
+        part = self.empty(*self.x.shape, dtype=self.product_dtype) if self.orders == 2 else None
         for order in range(self.orders - 1, -1, -1):
             last = order == 0
             to = grad_x if last else or_else(part, grad_x)
@@ -94,12 +113,12 @@ class ChunkedSsd(Ssd):
             self.chunk_kernels.chunk_backward_values[self.chunks, self.batch](
                 self.x, self.B, self.C, dt, s, or_else(self.D, self.x), visits, states, grad_states, grad,
                 or_else(part, grad_x), to, grad_dt, grad_s, grad_D, self.length, self.heads, *at, *inputs,
-                *to.stride()[:2], stride, HAS_D=has_D, HAS_PART=has_part,
+                *to.stride()[:2], stride, HAS_D=has_D, HAS_PART=has_part, BT=self.span,
                 **constants, **self.constants, **BACKWARD_VALUES.constants,
             )  # fmt: skip
             self.chunk_kernels.chunk_backward_matrices[self.chunks, self.batch](
                 self.x, self.B, self.C, dt, s, visits, states, grad_states, grad, grad_B, grad_C,
-                self.length, self.heads, *at, *inputs, stride,
+                self.length, self.heads, *at, *inputs, stride, BT=self.span,
                 **constants, **self.constants, **BACKWARD_MATRICES.constants,
             )  # fmt: skip
         return grad_dt, grad_s, grad_s[:0], grad_D, grad_B, grad_C
