@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from types import ModuleType
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 
@@ -41,7 +41,9 @@ class Launcher:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self.compile
 
-    def compile(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+    def compile(
+        self, *args: Any, num_warps: int = 4, num_stages: int = 3, maxnreg: Optional[int] = None, **constants: Any
+    ) -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -64,7 +66,7 @@ class Launcher:
                 aligned = isinstance(value, int) and special and value % 16 == 0
             if aligned:
                 attributes[(i,)] = [['tt.divisibility', 16]]
-        options = {'num_warps': num_warps, 'num_stages': num_stages}
+        options = {'num_warps': num_warps, 'num_stages': num_stages, 'maxnreg': maxnreg}
         key = (self.name, self.capability, str(signature), str(constexprs), str(attributes), str(options))
         if key not in self.compiled:
             source = ASTSource(self.kernel, signature, constexprs, attributes)

@@ -2,6 +2,7 @@
 
 A program walks down `span` rows of the grid over BW columns and BC channels. A row of tokens is loaded at three shifts
 (two of them from the cache) and meets three outputs, whose sums stay in registers, so no row is read twice from memory.
+Several rows are loaded before the first is used: latency, not bandwidth, is what a walk row by row is made of.
 Tokens before the grid, `prefix` of them, are images of one pixel: the middle tap alone. All arithmetic is float32.
 """
 
@@ -13,10 +14,26 @@ from .math import sigmoid
 
 @triton.jit
 def load_shifted(X, row, columns, channels, rows, width, stride, in_channels):
-    """Tokens (row, columns) of the grid as float32, zeros outside."""
+    """Tokens (row, columns) of the grid, zeros outside."""
     inside = (row >= 0) & (row < rows) & (columns >= 0) & (columns < width)
     at = X + tl.cast(row * width + columns, tl.int64)[:, None] * stride + channels[None, :]
-    return tl.load(at, mask=inside[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
+    return tl.load(at, mask=inside[:, None] & in_channels[None, :], other=0.0)
+
+
+@triton.jit
+def load_row(X, row, columns, channels, rows, width, stride, in_channels):
+    """A row of tokens and its neighbours on the left and on the right: left, middle, right."""
+    return (
+        load_shifted(X, row, columns - 1, channels, rows, width, stride, in_channels),
+        load_shifted(X, row, columns, channels, rows, width, stride, in_channels),
+        load_shifted(X, row, columns + 1, channels, rows, width, stride, in_channels),
+    )
+
+
+@triton.jit
+def along(tap_0, tap_1, tap_2, left, middle, right):
+    """One row of the kernel along a row of tokens."""
+    return tap_0 * left.to(tl.float32) + tap_1 * middle.to(tl.float32) + tap_2 * right.to(tl.float32)
 
 
 @triton.jit
@@ -40,6 +57,16 @@ def silu(y, SILU: tl.constexpr, FAST: tl.constexpr):
     if SILU:
         y *= sigmoid(y, FAST)
     return y
+
+
+@triton.jit
+def store_row(
+    Y, y, row, first, end, columns, channels, width, stride, in_channels, SILU: tl.constexpr, FAST: tl.constexpr
+):
+    """Stores a row of outputs if it is the program's."""
+    mask = (columns < width)[:, None] & in_channels[None, :] & (row >= first) & (row < end)
+    at = Y + tl.cast(row * width + columns, tl.int64)[:, None] * stride + channels[None, :]
+    tl.store(at, silu(y, SILU, FAST).to(Y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=['prefix', 'rows', 'width', 'span'])
@@ -71,20 +98,25 @@ def grid_conv(
         tl.store(Y + t[:, None] * Y_sl + channels[None, :], y.to(Y.dtype.element_ty), mask=mask)
     X += prefix * X_sl
     Y += prefix * Y_sl
-    # Sums of the rows before, at and after the one that is loaded.
     end = tl.minimum(first + span, rows)
-    zero = tl.zeros([BW, BC], tl.float32)
-    above, at = zero, zero + offset
-    for row in range(first - 1, end + 1):
-        left = load_shifted(X, row, columns - 1, channels, rows, width, X_sl, in_channels)
-        middle = load_shifted(X, row, columns, channels, rows, width, X_sl, in_channels)
-        right = load_shifted(X, row, columns + 1, channels, rows, width, X_sl, in_channels)
-        y = silu(above + c0 * left + c1 * middle + c2 * right, SILU, FAST)
-        above = at + b0 * left + b1 * middle + b2 * right
-        at = offset + a0 * left + a1 * middle + a2 * right
-        mask = (columns < width)[:, None] & in_channels[None, :] & (row > first)
-        to = Y + tl.cast((row - 1) * width + columns, tl.int64)[:, None] * Y_sl + channels[None, :]
-        tl.store(to, y.to(Y.dtype.element_ty), mask=mask)
+    # sums of the row above the one that is loaded, and of its own
+    above = tl.zeros([BW, BC], tl.float32)
+    own = above + offset
+    for row in range(first - 1, end + 1, 4):
+        l0, m0, r0 = load_row(X, row, columns, channels, rows, width, X_sl, in_channels)
+        l1, m1, r1 = load_row(X, row + 1, columns, channels, rows, width, X_sl, in_channels)
+        l2, m2, r2 = load_row(X, row + 2, columns, channels, rows, width, X_sl, in_channels)
+        l3, m3, r3 = load_row(X, row + 3, columns, channels, rows, width, X_sl, in_channels)
+        y_0 = above + along(c0, c1, c2, l0, m0, r0)
+        y_1 = own + along(b0, b1, b2, l0, m0, r0) + along(c0, c1, c2, l1, m1, r1)
+        y_2 = offset + along(a0, a1, a2, l0, m0, r0) + along(b0, b1, b2, l1, m1, r1) + along(c0, c1, c2, l2, m2, r2)
+        y_3 = offset + along(a0, a1, a2, l1, m1, r1) + along(b0, b1, b2, l2, m2, r2) + along(c0, c1, c2, l3, m3, r3)
+        above = offset + along(a0, a1, a2, l2, m2, r2) + along(b0, b1, b2, l3, m3, r3)
+        own = offset + along(a0, a1, a2, l3, m3, r3)
+        store_row(Y, y_0, row - 1, first, end, columns, channels, width, Y_sl, in_channels, SILU, FAST)
+        store_row(Y, y_1, row, first, end, columns, channels, width, Y_sl, in_channels, SILU, FAST)
+        store_row(Y, y_2, row + 1, first, end, columns, channels, width, Y_sl, in_channels, SILU, FAST)
+        store_row(Y, y_3, row + 2, first, end, columns, channels, width, Y_sl, in_channels, SILU, FAST)
 
 
 @triton.jit
@@ -138,35 +170,38 @@ def grid_conv_gradients(
     GRAD_Y += prefix * Y_sl
     GRAD += prefix * G_sl
     end = tl.minimum(first + span, rows)
-    x0 = load_shifted(X, first - 1, columns - 1, channels, rows, width, X_sl, in_channels)
-    x1 = load_shifted(X, first - 1, columns, channels, rows, width, X_sl, in_channels)
-    x2 = load_shifted(X, first - 1, columns + 1, channels, rows, width, X_sl, in_channels)
-    y0 = load_shifted(X, first, columns - 1, channels, rows, width, X_sl, in_channels)
-    y1 = load_shifted(X, first, columns, channels, rows, width, X_sl, in_channels)
-    y2 = load_shifted(X, first, columns + 1, channels, rows, width, X_sl, in_channels)
+    x0, x1, x2 = load_row(X, first - 1, columns, channels, rows, width, X_sl, in_channels)
+    y0, y1, y2 = load_row(X, first, columns, channels, rows, width, X_sl, in_channels)
     zero = tl.zeros([BW, BC], tl.float32)
     sa0, sa1, sa2, sb0, sb1, sb2, sc0, sc1, sc2, sums = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
-    mask = (columns < width)[:, None] & in_channels[None, :]
-    for row in range(first, end):
-        z0 = load_shifted(X, row + 1, columns - 1, channels, rows, width, X_sl, in_channels)
-        z1 = load_shifted(X, row + 1, columns, channels, rows, width, X_sl, in_channels)
-        z2 = load_shifted(X, row + 1, columns + 1, channels, rows, width, X_sl, in_channels)
-        token = tl.cast(row * width + columns, tl.int64)[:, None]
-        grad = tl.load(GRAD_Y + token * Y_sl + channels[None, :], mask=mask, other=0.0).to(tl.float32)
-        y = offset + a0 * x0 + a1 * x1 + a2 * x2 + b0 * y0 + b1 * y1 + b2 * y2 + c0 * z0 + c1 * z1 + c2 * z2
-        grad = through_silu(grad, y, FAST)
-        tl.store(GRAD + token * G_sl + channels[None, :], grad.to(GRAD.dtype.element_ty), mask=mask)
-        sums += grad
-        sa0 += grad * x0
-        sa1 += grad * x1
-        sa2 += grad * x2
-        sb0 += grad * y0
-        sb1 += grad * y1
-        sb2 += grad * y2
-        sc0 += grad * z0
-        sc1 += grad * z1
-        sc2 += grad * z2
-        x0, x1, x2, y0, y1, y2 = y0, y1, y2, z0, z1, z2
+    for row in range(first, end, 2):
+        z0, z1, z2 = load_row(X, row + 1, columns, channels, rows, width, X_sl, in_channels)
+        w0, w1, w2 = load_row(X, row + 2, columns, channels, rows, width, X_sl, in_channels)
+        grad_y = load_shifted(GRAD_Y, row, columns, channels, end, width, Y_sl, in_channels)
+        grad_z = load_shifted(GRAD_Y, row + 1, columns, channels, end, width, Y_sl, in_channels)
+        grad_y = through_silu(
+            grad_y.to(tl.float32),
+            offset + along(a0, a1, a2, x0, x1, x2) + along(b0, b1, b2, y0, y1, y2) + along(c0, c1, c2, z0, z1, z2),
+            FAST,
+        )
+        grad_z = through_silu(
+            grad_z.to(tl.float32),
+            offset + along(a0, a1, a2, y0, y1, y2) + along(b0, b1, b2, z0, z1, z2) + along(c0, c1, c2, w0, w1, w2),
+            FAST,
+        )
+        store_row(GRAD, grad_y, row, first, end, columns, channels, width, G_sl, in_channels, False, FAST)
+        store_row(GRAD, grad_z, row + 1, first, end, columns, channels, width, G_sl, in_channels, False, FAST)
+        sums += grad_y + grad_z
+        sa0 += grad_y * x0.to(tl.float32) + grad_z * y0.to(tl.float32)
+        sa1 += grad_y * x1.to(tl.float32) + grad_z * y1.to(tl.float32)
+        sa2 += grad_y * x2.to(tl.float32) + grad_z * y2.to(tl.float32)
+        sb0 += grad_y * y0.to(tl.float32) + grad_z * z0.to(tl.float32)
+        sb1 += grad_y * y1.to(tl.float32) + grad_z * z1.to(tl.float32)
+        sb2 += grad_y * y2.to(tl.float32) + grad_z * z2.to(tl.float32)
+        sc0 += grad_y * z0.to(tl.float32) + grad_z * w0.to(tl.float32)
+        sc1 += grad_y * z1.to(tl.float32) + grad_z * w1.to(tl.float32)
+        sc2 += grad_y * z2.to(tl.float32) + grad_z * w2.to(tl.float32)
+        x0, x1, x2, y0, y1, y2 = z0, z1, z2, w0, w1, w2
     store_sum(PART, sa0, channels, in_channels, 0, CHANNELS)
     store_sum(PART, sa1, channels, in_channels, 1, CHANNELS)
     store_sum(PART, sa2, channels, in_channels, 2, CHANNELS)

@@ -33,11 +33,10 @@ def store_rows(pointer, tokens, inside, stride, value, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_state(STATES, head, chunk, chunks, direction_size, N: tl.constexpr, P: tl.constexpr):
+def load_states(STATES, N: tl.constexpr, P: tl.constexpr):
     """A head's states (N, P) with which a chunk is entered from the first token and from the last."""
-    matrix = tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
-    at = STATES + (head * chunks + chunk) * (N * P) + matrix
-    return tl.load(at), tl.load(at + direction_size)
+    at = STATES + tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
+    return tl.load(at), tl.load(at + N * P)
 
 
 @triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'order'])
@@ -47,13 +46,13 @@ def chunk_sums(
     WEIGHTED: tl.constexpr, ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """STATES (2, batch, H, chunks, N, P): a chunk's sums of rows_j values_j^T, decayed to its end and to its start.
+    """STATES (batch, H, chunks, 2, N, P): a chunk's sums of rows_j values_j^T, decayed to its end and to its start.
 
     ROWS (batch, L, N), VALUES (batch, L, H, P), times steps if WEIGHTED.
     """
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     head = tl.program_id(1)
-    entry, entries = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    entry = tl.program_id(2).to(tl.int64)
     t = chunk * BT + tl.arange(0, BT)
     inside = t < length
     tokens = visited(VISITS + entry * VISITS_sb, t, length, BY_COLUMNS, prefix, height, width, TABLE)
@@ -63,52 +62,69 @@ def chunk_sums(
     if WEIGHTED:
         dt = tl.load(DT + (entry * heads + head) * length + tokens, mask=inside, other=0.0) / ORDERS
         values *= dt[:, None]
-    at = ((entry * heads + head) * chunks + chunk) * (N * P)
-    at += tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
+    STATES += ((entry * heads + head) * chunks + chunk) * (2 * N * P)
+    at = tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
     to_end = product(rows, values * exp2(s - tl.max(s, 0), FAST)[:, None], PRECISION)
     tl.store(STATES + at, to_end.to(STATES.dtype.element_ty))
     to_start = product(rows, values * exp2(-s, FAST)[:, None], PRECISION)
-    at += entries.to(tl.int64) * heads * chunks * (N * P)
-    tl.store(STATES + at, to_start.to(STATES.dtype.element_ty))
+    tl.store(STATES + N * P + at, to_start.to(STATES.dtype.element_ty))
+
+
+@triton.jit
+def load_sum(
+    STATES, S, VISITS, step, chunks, backward, length, prefix, height, width,
+    BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr, BT: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Of the chunk that a direction meets after `step` others: its sum, that of its decays, where it is if it is."""
+    inside = step < chunks
+    chunk = tl.where(backward == 1, tl.maximum(chunks - 1 - step, 0), step)
+    last = visited(VISITS, tl.minimum(chunk * BT + BT, length) - 1, length, BY_COLUMNS, prefix, height, width, TABLE)
+    at = STATES + tl.cast(chunk, tl.int64) * STRIDE
+    return tl.load(at, mask=inside, other=0.0), tl.load(S + last, mask=inside, other=0.0), at, inside
+
+
+@triton.jit
+def pass_chunk(state, added, decay, at, inside, FAST: tl.constexpr):
+    """Stores the state with which a chunk is entered; returns the one with which it is left."""
+    tl.store(at, state.to(at.dtype.element_ty), mask=inside)
+    return state * exp2(-decay, FAST) + added.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=['length', 'heads', 'chunks', 'prefix', 'height', 'width', 'order'])
 def chunk_states(
     S, VISITS, STATES, length, heads, chunks, prefix, height, width, order, VISITS_sb,
     ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-    BT: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    BT: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """From sums of chunks to the states with which they are entered from both ends, in place; COUNT chunks at once.
+    """From sums of chunks to the states with which they are entered from both ends, in place.
 
-    A program takes SIZE elements of a head's states in one direction.
+    A program takes SIZE elements of a head's states in one direction. Four chunks are loaded before the first is left.
     """
+    STRIDE: tl.constexpr = 2 * N * P
     head, backward = tl.program_id(1) // 2, tl.program_id(1) % 2
-    entry, entries = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    entry = tl.program_id(2).to(tl.int64)
     S += ((entry * ORDERS + order) * heads + head) * length
     VISITS += entry * VISITS_sb
-    STATES += ((backward * entries + entry) * heads + head) * chunks * (N * P)
-    columns = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    before = tl.zeros([SIZE], tl.float32)
-    own = tl.arange(0, COUNT)
-    for first in range(0, chunks, COUNT):
-        place = first + own
-        inside = place < chunks
-        chunk = tl.where(backward == 1, chunks - 1 - place, place)
-        t = tl.minimum(chunk * BT + BT, length) - 1
-        last = visited(VISITS, tl.maximum(t, 0), length, BY_COLUMNS, prefix, height, width, TABLE)
-        s = tl.cumsum(tl.load(S + last, mask=inside, other=0.0), 0)
-        at = STATES + tl.cast(chunk, tl.int64)[:, None] * (N * P) + columns[None, :]
-        sums = tl.load(at, mask=inside[:, None], other=0.0)
-        # the decay over a chunk itself belongs to what enters the next
-        entered = tl.sum(tl.where(own[None, :] == own[:, None] - 1, s[None, :], 0.0), 1)
-        decay = exp2(tl.minimum(s[None, :] - entered[:, None], 0.0), FAST)
-        decay = tl.where(own[None, :] < own[:, None], decay, 0.0)
-        states = product(decay, sums, PRECISION) + exp2(-entered, FAST)[:, None] * before[None, :]
-        tl.store(at, states.to(STATES.dtype.element_ty), mask=inside[:, None])
-        final = own == COUNT - 1
-        before = tl.sum(tl.where(final[:, None], states, 0.0), 0)
-        over = tl.sum(tl.where(final, s - entered, 0.0), 0)
-        before = before * exp2(-over, FAST) + tl.sum(tl.where(final[:, None], sums.to(tl.float32), 0.0), 0)
+    STATES += (entry * heads + head) * chunks * STRIDE + backward * (N * P) + tl.program_id(0) * SIZE
+    at = STATES + tl.arange(0, SIZE)
+    state = tl.zeros([SIZE], tl.float32)
+    for step in range(0, chunks, 4):
+        sum_0, decay_0, at_0, inside_0 = load_sum(
+            at, S, VISITS, step, chunks, backward, length, prefix, height, width, BY_COLUMNS, TABLE, BT, STRIDE
+        )
+        sum_1, decay_1, at_1, inside_1 = load_sum(
+            at, S, VISITS, step + 1, chunks, backward, length, prefix, height, width, BY_COLUMNS, TABLE, BT, STRIDE
+        )
+        sum_2, decay_2, at_2, inside_2 = load_sum(
+            at, S, VISITS, step + 2, chunks, backward, length, prefix, height, width, BY_COLUMNS, TABLE, BT, STRIDE
+        )
+        sum_3, decay_3, at_3, inside_3 = load_sum(
+            at, S, VISITS, step + 3, chunks, backward, length, prefix, height, width, BY_COLUMNS, TABLE, BT, STRIDE
+        )
+        state = pass_chunk(state, sum_0, decay_0, at_0, inside_0, FAST)
+        state = pass_chunk(state, sum_1, decay_1, at_1, inside_1, FAST)
+        state = pass_chunk(state, sum_2, decay_2, at_2, inside_2, FAST)
+        state = pass_chunk(state, sum_3, decay_3, at_3, inside_3, FAST)
 
 
 @triton.jit(do_not_specialize=['length', 'heads', 'group', 'prefix', 'height', 'width', 'order'])
@@ -120,52 +136,44 @@ def chunk_forward(
 ):  # fmt: skip
     """Y (batch, L, H, P) of any row stride: one order's sums, with PART and D x. DT and S as in `ssd_forward`.
 
-    A program owns half a chunk, BM tokens. With the other half no mask is needed: the decay to a token between both,
-    times that from it, is the decay.
+    A program owns half a chunk, BM tokens, and takes the products with both states as one.
     """
-    block, chunks = tl.program_id(0), tl.cdiv(length, BT)
+    chunk, chunks = tl.program_id(0) // 2, tl.cdiv(length, BT)
     first_head = tl.program_id(1) * group
-    entry, entries = tl.program_id(2).to(tl.int64), tl.num_programs(2)
-    size = entries.to(tl.int64) * heads * chunks * (N * P)
-    chunk = block // 2
-    own, others = block * BM + tl.arange(0, BM), (block ^ 1) * BM + tl.arange(0, BM)
-    inside, with_others = own < length, others < length
+    entry = tl.program_id(2).to(tl.int64)
+    own, whole = tl.program_id(0) * BM + tl.arange(0, BM), chunk * BT + tl.arange(0, BT)
+    inside, in_whole = own < length, whole < length
     VISITS += entry * VISITS_sb
-    tokens = visited(VISITS, own, length, BY_COLUMNS, prefix, height, width, TABLE)
-    others = visited(VISITS, others, length, BY_COLUMNS, prefix, height, width, TABLE)
-    end = tl.minimum(chunk * BT + BT, length) - 1
-    last = visited(VISITS, end, length, BY_COLUMNS, prefix, height, width, TABLE)
+    own = visited(VISITS, own, length, BY_COLUMNS, prefix, height, width, TABLE)
+    whole = visited(VISITS, whole, length, BY_COLUMNS, prefix, height, width, TABLE)
     X += entry * X_sb
     Y += entry * Y_sb
-    B += entry * B_sb
+    C += entry * B_sb
     PART += entry * length * heads * P
     DT += entry * heads * length
     S += (entry * ORDERS + order) * heads * length
-    STATES += entry * heads * chunks * (N * P)
-    c = load_rows(C + entry * B_sb, tokens, inside, B_sl, N)
-    scores = as_operand(product(c, tl.trans(load_rows(B, tokens, inside, B_sl, N)), PRECISION), PRECISION)
-    across = as_operand(product(c, tl.trans(load_rows(B, others, with_others, B_sl, N)), PRECISION), PRECISION)
+    STATES += (entry * heads * chunks + chunk) * (2 * N * P)
+    b = load_rows(B + entry * B_sb, whole, in_whole, B_sl, N)
+    scores = as_operand(product(load_rows(C, own, inside, B_sl, N), tl.trans(b), PRECISION), PRECISION)
+    both = tl.arange(0, 2 * N)  # the states from the first token, then those from the last
+    at = C + tl.cast(own, tl.int64)[:, None] * B_sl + (both % N)[None, :]
+    c = as_operand(tl.load(at, mask=inside[:, None], other=0.0), PRECISION)
     for head in range(first_head, tl.minimum(first_head + group, heads)):
-        at = head * length
-        s = tl.load(S + at + tokens, mask=inside, other=0.0)
-        dt = tl.load(DT + at + tokens, mask=inside, other=0.0) / ORDERS
-        ahead, back = load_state(STATES, head, chunk, chunks, size, N, P)
-        y = product(c, ahead, PRECISION) * exp2(-s, FAST)[:, None]
-        y += product(c, back, PRECISION) * exp2(s - tl.load(S + at + last), FAST)[:, None]
-        # the token between both halves is this half's first or last
-        between = tl.where(block % 2 == 0, tl.max(s, 0), tl.min(tl.where(inside, s, float('inf')), 0))
-        weight = exp2(-tl.abs(tl.load(S + at + others, mask=with_others, other=0.0) - between), FAST)
-        weight *= tl.load(DT + at + others, mask=with_others, other=0.0) / ORDERS
-        x = load_rows(X + head * P, others, with_others, X_sl, P).to(tl.float32) * weight[:, None]
-        y += product(across, x, PRECISION) * exp2(-tl.abs(s - between), FAST)[:, None]
-        x = load_rows(X + head * P, tokens, inside, X_sl, P)
-        mask = distance(s, s, FAST) * dt[None, :]
+        s = tl.load(S + head * length + own, mask=inside, other=0.0)
+        other = tl.load(S + head * length + whole, mask=in_whole, other=0.0)
+        dt = tl.load(DT + head * length + whole, mask=in_whole, other=0.0) / ORDERS
+        decay = tl.where(both[None, :] < N, -s[:, None], s[:, None] - tl.max(other, 0))
+        states = STATES + head * chunks * (2 * N * P) + both[:, None] * P + tl.arange(0, P)[None, :]
+        y = product(unpacked(c, PRECISION, FAST) * exp2(decay, FAST), tl.load(states), PRECISION)
+        mask = distance(s, other, FAST) * dt[None, :]
+        x = load_rows(X + head * P, whole, in_whole, X_sl, P)
         y += product(unpacked(scores, PRECISION, FAST) * mask, x, PRECISION)
         if HAS_D:
+            x = load_rows(X + head * P, own, inside, X_sl, P)
             y += tl.load(D + head).to(tl.float32) * x.to(tl.float32)
         if HAS_PART:
-            y += load_rows(PART + head * P, tokens, inside, heads * P, P).to(tl.float32)
-        store_rows(Y + head * P, tokens, inside, Y_sl, y, P)
+            y += load_rows(PART + head * P, own, inside, heads * P, P).to(tl.float32)
+        store_rows(Y + head * P, own, inside, Y_sl, y, P)
 
 
 @triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'order'])
@@ -183,8 +191,7 @@ def chunk_backward_values(
     sum_i sign(i - k) E_ik - sum_j sign(k - j) E_kj; outside the chunk these are products with states.
     """
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
-    entry, entries = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    size = entries.to(tl.int64) * heads * chunks * (N * P)
+    entry = tl.program_id(1).to(tl.int64)
     own = tl.arange(0, BT)
     t = chunk * BT + own
     inside = t < length
@@ -197,8 +204,8 @@ def chunk_backward_values(
     GRAD_DT += entry * heads * length
     S += (entry * ORDERS + order) * heads * length
     GRAD_S += (entry * ORDERS + order) * heads * length
-    STATES += entry * heads * chunks * (N * P)
-    GRAD_STATES += entry * heads * chunks * (N * P)
+    STATES += (entry * heads * chunks + chunk) * (2 * N * P)
+    GRAD_STATES += (entry * heads * chunks + chunk) * (2 * N * P)
     b = load_rows(B + entry * B_sb, tokens, inside, B_sl, N)
     c = load_rows(C + entry * B_sb, tokens, inside, B_sl, N)
     scores = as_operand(product(b, tl.trans(c), PRECISION), PRECISION)  # of j (rows) with i (columns)
@@ -215,12 +222,12 @@ def chunk_backward_values(
         edge = tl.where(own[:, None] < own[None, :], edge, tl.where(own[:, None] > own[None, :], -edge, 0.0))
         grad_s = tl.sum(edge, 1)
         rows = tl.sum(edge, 0)
-        ahead, back = load_state(GRAD_STATES, head, chunk, chunks, size, N, P)
+        ahead, back = load_states(GRAD_STATES + head * chunks * (2 * N * P), N, P)
         before = product(b, ahead, PRECISION) * from_start
         behind = product(b, back, PRECISION) * to_end
         grad_v += before + behind
         grad_s += tl.sum((behind - before) * x.to(tl.float32), 1) * dt
-        ahead, back = load_state(STATES, head, chunk, chunks, size, N, P)
+        ahead, back = load_states(STATES + head * chunks * (2 * N * P), N, P)
         read = product(c, ahead, PRECISION) * from_start - product(c, back, PRECISION) * to_end
         grad_s -= tl.sum(read * grad_y.to(tl.float32), 1)
         tl.store(GRAD_S + at, grad_s - rows, mask=inside)
@@ -247,7 +254,6 @@ def chunk_backward_matrices(
     """GRAD_B and GRAD_C (orders, batch, L, N), float32: one order's part."""
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     entry, entries = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    size = entries.to(tl.int64) * heads * chunks * (N * P)
     t = chunk * BT + tl.arange(0, BT)
     inside = t < length
     tokens = visited(VISITS + entry * VISITS_sb, t, length, BY_COLUMNS, prefix, height, width, TABLE)
@@ -255,8 +261,8 @@ def chunk_backward_matrices(
     GRAD_Y += entry * Y_sb
     DT += entry * heads * length
     S += (entry * ORDERS + order) * heads * length
-    STATES += entry * heads * chunks * (N * P)
-    GRAD_STATES += entry * heads * chunks * (N * P)
+    STATES += (entry * heads * chunks + chunk) * (2 * N * P)
+    GRAD_STATES += (entry * heads * chunks + chunk) * (2 * N * P)
     grad_scores = tl.zeros([BT, BT], tl.float32)  # of j (rows) with i (columns)
     grad_b = tl.zeros([BT, N], tl.float32)
     grad_c = tl.zeros([BT, N], tl.float32)
@@ -268,10 +274,10 @@ def chunk_backward_matrices(
         v = load_rows(X + head * P, tokens, inside, X_sl, P).to(tl.float32) * dt[:, None]
         grad_y = load_rows(GRAD_Y + head * P, tokens, inside, Y_sl, P).to(tl.float32)
         grad_scores += product(v, tl.trans(grad_y), PRECISION) * distance(s, s, FAST)
-        ahead, back = load_state(GRAD_STATES, head, chunk, chunks, size, N, P)
+        ahead, back = load_states(GRAD_STATES + head * chunks * (2 * N * P), N, P)
         grad_b += product(v * from_start, tl.trans(ahead), PRECISION)
         grad_b += product(v * to_end, tl.trans(back), PRECISION)
-        ahead, back = load_state(STATES, head, chunk, chunks, size, N, P)
+        ahead, back = load_states(STATES + head * chunks * (2 * N * P), N, P)
         grad_c += product(grad_y * from_start, tl.trans(ahead), PRECISION)
         grad_c += product(grad_y * to_end, tl.trans(back), PRECISION)
     b = load_rows(B + entry * B_sb, tokens, inside, B_sl, N)

@@ -22,7 +22,7 @@ class ChunkLaunch(NamedTuple):
 
 
 FORWARD_CHUNK, BACKWARD_CHUNK = 128, 64  # tokens; forward a program has half a chunk's
-COUNT, SIZE = 16, 512  # chunks at once, and elements of a state, of a program of `chunk_states`
+SIZE = 512  # elements of a state of a program of `chunk_states`
 SUMS = ChunkLaunch(4, 1)
 STATES = ChunkLaunch(4, 1)
 FORWARD = ChunkLaunch(4, 1)
@@ -55,8 +55,8 @@ class ChunkedSsd(Ssd):
         return (*self.grid, order), self.decay_strides()[2], constants
 
     def states(self, rows: Tensor, values: Tensor, dt: Tensor, s: Tensor, order: int, weighted: bool) -> Tensor:
-        """States (2, B, H, chunks, N, P) of one order with which chunks are entered from both ends."""
-        shape = (2, self.batch, self.heads, self.chunks, self.state, self.headdim)
+        """States (B, H, chunks, 2, N, P) of one order with which chunks are entered from both ends."""
+        shape = (self.batch, self.heads, self.chunks, 2, self.state, self.headdim)
         states, visits = self.empty(*shape, dtype=self.product_dtype), or_else(self.columns, self.x)
         at, stride, constants = self.visits(order)
         self.chunk_kernels.chunk_sums[self.chunks, self.heads, self.batch](
@@ -66,7 +66,7 @@ class ChunkedSsd(Ssd):
         )  # fmt: skip
         size = min(SIZE, self.state * self.headdim)
         self.chunk_kernels.chunk_states[self.state * self.headdim // size, 2 * self.heads, self.batch](
-            s, visits, states, self.length, self.heads, self.chunks, *at, stride, BT=self.span, COUNT=COUNT, SIZE=size,
+            s, visits, states, self.length, self.heads, self.chunks, *at, stride, BT=self.span, SIZE=size,
             **constants, **self.constants, **STATES.constants,
         )  # fmt: skip
         return states

@@ -15,20 +15,24 @@ MAX_LENGTH = 256  # a program has a row of scores in registers
 
 
 class Launch(NamedTuple):
-    """Tokens of a program, its warps and stages, and programs over which the heads of a token are spread."""
+    """Tokens of a program, its warps and stages, and programs over which the heads of a token are spread.
+
+    Fewer registers than the compiler asks for may spill a little and still pay, as more programs run side by side.
+    """
 
     block: int
     warps: int
     stages: int
     groups: int
+    registers: Optional[int] = None
 
     @property
-    def constants(self) -> Dict[str, int]:
-        return {'BM': self.block, 'num_warps': self.warps, 'num_stages': self.stages}
+    def constants(self) -> Dict[str, Optional[int]]:
+        return {'BM': self.block, 'num_warps': self.warps, 'num_stages': self.stages, 'maxnreg': self.registers}
 
 
 FORWARD = Launch(64, 4, 1, 1)
-BACKWARD_VALUES = Launch(64, 4, 1, 1)
+BACKWARD_VALUES = Launch(64, 4, 1, 1, 128)
 VALUES_SIZE = 32  # tokens i of a step of the gradients of values
 BACKWARD_SCORES = Launch(64, 4, 2, 1)
 
