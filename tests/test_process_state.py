@@ -12,7 +12,7 @@ from process_state import STATES
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import ops
-from vim_timm.ops import Direction, GridMixer, Mixer, Ssd, Taps, Weights, backends
+from vim_timm.ops import Direction, GridConv, GridMixer, Mixer, Ssd, Taps, Weights, backends
 from vim_timm.ops.operands import Conv, Norm, Scan
 
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
@@ -57,6 +57,8 @@ def operands_of(operator, dtype, length):
     if operator == 'ssd':
         x, steps = draw(2, length, 2, 16, narrow=True), rows(2)
         return Ssd(x, steps, draw(1, 2), rows(16), rows(16), draw(2), draw(2))
+    if operator == 'grid_conv':
+        return GridConv(rows(32), draw(32, 9), draw(32), 1, length - 1, 1)
     if operator == 'grid_mixer':
         inside = 32 + 2 * 16  # two heads of 16 channels, d_state 16
         parameters = draw(inside, 9), draw(inside), draw(2), draw(1, 2), draw(2), draw(32)

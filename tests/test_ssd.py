@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels import assert_agrees, with_gradients
-from vim_timm.ops import GridMixer, Ssd, fused_grid_mixer, symmetric_ssd, use_scan_backend
+from vim_timm.ops import GridConv, GridMixer, Ssd, fused_grid_mixer, grid_conv, symmetric_ssd, use_scan_backend
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.triton_kernels import ssd_op
 
@@ -265,6 +265,36 @@ def test_fused_kernels_equal_plain_operators(grid, prefix, orders, dtype, most, 
     )
     second = with_gradients(fused, given)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@kernels
+@pytest.mark.parametrize('prefix, bias, dtype', [(0, True, torch.float32), (2, False, torch.bfloat16)], ids=str)
+def test_the_convolution_alone_equals_plain_operators(prefix, bias, dtype, triton):
+    """That of a masked image, whose tokens are gathered before the sums."""
+    height, width, channels = 9, 21, 48
+    given = {
+        'x': draw(2, prefix + height * width, channels + 8).to(dtype)[..., :channels],
+        'weight': draw(channels, 9).float() / 3,
+        'bias': draw(channels).float() if bias else None,
+    }
+
+    def plain_conv(x, weight, bias):
+        kernel, parts = weight.view(-1, 1, 3, 3), []
+        if prefix:
+            alone = x[:, :prefix].transpose(1, 2).unsqueeze(-1)
+            parts.append(F.conv2d(alone, kernel[..., 1:2, 1:2], bias, groups=channels).flatten(2))
+        grid = x[:, prefix:].transpose(1, 2).unflatten(-1, (height, width))
+        parts.append(F.conv2d(grid, kernel, bias, padding=1, groups=channels).flatten(2))
+        return F.silu(torch.cat(parts, 2)).transpose(1, 2)
+
+    given = {name: x for name, x in given.items() if x is not None}
+    settings = (prefix, height, width)
+    assert_agrees(
+        lambda x, weight, bias=None: grid_conv(GridConv(x, weight, bias, *settings)),
+        lambda x, weight, bias=None: plain_conv(x, weight, bias),
+        given,
+        TOLERANCE[dtype],
+    )
 
 
 @kernels

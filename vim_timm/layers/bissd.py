@@ -16,7 +16,7 @@ from vim_timm.layers.plain import is_its_class, is_plain, is_plain_depthwise
 from vim_timm.layers.rope import rope_tables, rotate
 from vim_timm.layers.state_space import StateSpaceMixer, draw_out_proj, draw_step_bias
 from vim_timm.layers.token_order import Layout, column_places, patch_moves, patch_places
-from vim_timm.ops import GridMixer, Ssd, fused_grid_mixer, probe_backends, symmetric_ssd
+from vim_timm.ops import GridConv, GridMixer, Ssd, fused_grid_mixer, grid_conv, probe_backends, symmetric_ssd
 from vim_timm.ops.registration import count_depthwise
 
 Orders = Literal['row', 'column', 'both']
@@ -169,16 +169,23 @@ class BiSSD(StateSpaceMixer):
             )
         )
 
-    def _call_conv(self, image_BXHW: torch.Tensor) -> torch.Tensor:
-        """The 2-d convolution of an image."""
-        assert self.conv2d is not None
-        y_BXHW = self.conv2d(image_BXHW)
+    def _on_image(self, x_BLX: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """SiLU of the 2-d convolution of an image, all of whose patches are there."""
+        conv = self.conv2d
+        assert conv is not None
+        if not torch.jit.is_scripting() and not isinstance(x_BLX, torch.fx.Proxy):
+            if is_plain_depthwise(conv, 1) and conv.kernel_size == (3, 3):
+                fused = grid_conv(GridConv(x_BLX, conv.weight.flatten(1), conv.bias, 0, height, width))
+                if fused is not None:
+                    return fused
+        image_BXHW = x_BLX.transpose(1, 2).unflatten(2, [height, width])
+        y_BXHW = conv(image_BXHW)
         if not torch.jit.is_scripting():
-            count_depthwise(y_BXHW, image_BXHW, self.conv2d)
-        return y_BXHW
+            count_depthwise(y_BXHW, image_BXHW, conv)
+        return F.silu(y_BXHW.flatten(2).transpose(1, 2))
 
     def _on_grid(self, x_BLX: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """The 2-d convolution of the patches that are there among zeros; a class token is an image of one pixel."""
+        """`_on_image` of the patches that are there among zeros; a class token is an image of one pixel."""
         height, width = layout.grid
         batch, length, channels = x_BLX.shape
         places = patch_places(layout, length, x_BLX.device)
@@ -188,24 +195,24 @@ class BiSSD(StateSpaceMixer):
             index = keep.unsqueeze(-1).expand(-1, -1, channels)
             image = torch.zeros([batch, height * width, channels], dtype=x_BLX.dtype, device=x_BLX.device)
             patches = image.scatter(1, index, patches)
-        image_BXHW = patches.transpose(1, 2).unflatten(2, [height, width])
-        y = self._call_conv(image_BXHW).flatten(2).transpose(1, 2)
+        y = self._on_image(patches, height, width)
         if keep is not None:
             y = y.gather(1, keep.unsqueeze(-1).expand(-1, -1, channels))
         for place in layout.prefix:
-            alone = self._call_conv(x_BLX[:, place].unsqueeze(-1).unsqueeze(-1)).flatten(2).transpose(1, 2)
+            alone = self._on_image(x_BLX[:, place : place + 1], 1, 1)
             y = torch.cat([y[:, :place], alone, y[:, place:]], dim=1)
         return y
 
     def _convolve(self, x_BLX: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """SiLU of the convolution, where there is one."""
         if self.conv_type == '2d':
             return self._on_grid(x_BLX, layout)
         if self.conv1d is not None:
             y_BXL = self.conv1d(x_BLX.transpose(1, 2))
             if not torch.jit.is_scripting():
                 count_depthwise(y_BXL, x_BLX, self.conv1d)
-            return y_BXL.transpose(1, 2)
-        return x_BLX
+            return F.silu(y_BXL.transpose(1, 2))
+        return F.silu(x_BLX)
 
     def _turn(self, B_BLN: torch.Tensor, C_BLN: torch.Tensor, layout: Layout) -> Tuple[torch.Tensor, torch.Tensor]:
         """B and C turned by the rows and columns of their patches; class tokens are not."""
@@ -231,7 +238,7 @@ class BiSSD(StateSpaceMixer):
         channels = self.d_inner + 2 * self.d_state
         zxbcdt_BLE = zxbcdt_BLE[..., : self.d_inner + channels + self.num_heads]
         z_BLD, xbc_BLX, delta_BLH = zxbcdt_BLE.split([self.d_inner, channels, self.num_heads], dim=-1)
-        xbc_BLX = F.silu(self._convolve(xbc_BLX, layout))
+        xbc_BLX = self._convolve(xbc_BLX, layout)
         x_BLD, B_BLN, C_BLN = xbc_BLX.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         if self.b_norm is not None and self.c_norm is not None:
             B_BLN, C_BLN = self.b_norm(B_BLN).to(x_BLD.dtype), self.c_norm(C_BLN).to(x_BLD.dtype)

@@ -16,15 +16,16 @@ from vim_timm.ops.conv import bidirectional_conv, causal_conv
 from vim_timm.ops.mamba_compat import causal_conv1d, selective_scan
 from vim_timm.ops.mixer import fused_mixer
 from vim_timm.ops.norm import rms_norm
-from vim_timm.ops.operands import Direction, GridMixer, Mixer, Ssd, Taps, Weights
+from vim_timm.ops.operands import Direction, GridConv, GridMixer, Mixer, Ssd, Taps, Weights
 from vim_timm.ops.scan import bidirectional_scan
-from vim_timm.ops.ssd import fused_grid_mixer, symmetric_ssd
+from vim_timm.ops.ssd import fused_grid_mixer, grid_conv, symmetric_ssd
 
 __all__ = [
     'BACKENDS',
     'OPERATORS',
     'BackendStatus',
     'Direction',
+    'GridConv',
     'GridMixer',
     'Mixer',
     'Ssd',
@@ -39,6 +40,7 @@ __all__ = [
     'fused_grid_mixer',
     'fused_mixer',
     'get_scan_backend',
+    'grid_conv',
     'probe_backends',
     'rms_norm',
     'selective_scan',

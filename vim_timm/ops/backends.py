@@ -75,6 +75,9 @@ TABLE: Dict[str, Dict[str, Cell]] = {
         'cpu': Cell(cpu.ssd, cpu.ssd_limit),
         'triton': Cell(triton_kernels.ssd, triton_kernels.ssd_limit),
     },
+    'grid_conv': {
+        'triton': Cell(triton_kernels.grid_conv, triton_kernels.grid_conv_limit),
+    },
     'grid_mixer': {
         'cpu': Cell(cpu.grid_mixer, cpu.grid_mixer_limit),
         'triton': Cell(triton_kernels.grid_mixer, triton_kernels.grid_mixer_limit),
@@ -95,6 +98,7 @@ KERNELS: Dict[str, Dict[str, str]] = {
     'conv': {'cuda': 'triton', 'cpu': 'cpu'},
     'mixer': {'cuda': 'cuda', 'cpu': 'cpu'},
     'ssd': {'cuda': 'triton', 'cpu': 'cpu'},
+    'grid_conv': {'cuda': 'triton'},
     'grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
     'rms_norm': {'cpu': 'cpu'},
 }

@@ -120,6 +120,17 @@ class Ssd(NamedTuple):
         return tuple(self)
 
 
+class GridConv(NamedTuple):
+    """Operands of `ops.grid_conv`: a depthwise convolution of tokens that are a whole grid."""
+
+    x: Tensor  # (B, L, D)
+    weight: Tensor  # 3 x 3 taps (D, 9)
+    bias: Optional[Tensor]  # (D)
+    prefix: int  # tokens before the grid
+    height: int
+    width: int
+
+
 class GridMixer(NamedTuple):
     """Operands of `ops.fused_grid_mixer`: the inside of a Vision Mamba 2 mixer, whose tokens are a whole grid."""
 

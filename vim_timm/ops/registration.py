@@ -191,6 +191,11 @@ def ssd_flops(shapes: Shapes) -> int:
     return 2 * batch * orders * chunks * (inside + 2 * states)
 
 
+def grid_conv_flops(shapes: Shapes) -> int:
+    """FLOPs of `operands.GridConv`."""
+    return 18 * math.prod(_shape(shapes, 'x'))
+
+
 def grid_mixer_flops(shapes: Shapes) -> int:
     """FLOPs of `operands.GridMixer`: nine taps, and what `ssd_flops` counts; norm and gate count nothing."""
     batch, length, _ = _shape(shapes, 'zxbcdt')

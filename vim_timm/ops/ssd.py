@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vim_timm.ops.backends import find
-from vim_timm.ops.operands import GridMixer, Ssd
+from vim_timm.ops.operands import GridConv, GridMixer, Ssd
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.registration import autocast_off
 
@@ -45,6 +45,25 @@ def symmetric_ssd(operands: Ssd) -> Tensor:
         with autocast_off(operands.x):
             return run(operands)
     return plain.by_length(operands)
+
+
+def grid_conv(conv: GridConv) -> Optional[Tensor]:
+    """SiLU of a depthwise 3 x 3 convolution on a grid of tokens; one before the grid meets the middle tap alone.
+
+    Args:
+        conv: See `operands.GridConv`.
+
+    Returns:
+        (B, L, D) in x's dtype; None where no backend has it, and torch's convolution serves.
+
+    Raises:
+        RuntimeError: a forced backend cannot run.
+    """
+    run = find('grid_conv', conv, conv.x)
+    if run is None:
+        return None
+    with autocast_off(conv.x):
+        return run(conv)
 
 
 def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:

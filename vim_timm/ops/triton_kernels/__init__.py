@@ -1,7 +1,7 @@
 """Fused GPU kernels in Triton: bidirectional selective scan and causal convolution, symmetric state space dual.
 
-`scan` and `conv` compute what `ops.plain.reference` defines, `ssd` what `ops.plain.ssd` does, and `grid_mixer` the
-inside of a mixer around it, on NVIDIA GPUs; Triton is imported at the first call.
+`scan` and `conv` compute what `ops.plain.reference` defines, `ssd` what `ops.plain.ssd` does, `grid_conv` a convolution
+on a grid, and `grid_mixer` the inside of a mixer around both, on NVIDIA GPUs; Triton is imported at the first call.
 The kernels were measured on compute capability 9.0 only; they compile for 8.0 to 12.0 (`compile_targets`).
 """
 
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from .. import operands
 from ..plain import reference
-from . import grid_mixer_op, scan_op, ssd_launch, ssd_op  # noqa: F401  define the operators
+from . import grid_conv_op, grid_mixer_op, scan_op, ssd_launch, ssd_op  # noqa: F401  define the operators
 from .conv_op import MAX_WIDTH
 from .launch import INTERPRET, MAX_STATE
 
 __all__ = [
     'conv',
     'conv_limit',
+    'grid_conv',
+    'grid_conv_limit',
     'grid_mixer',
     'grid_mixer_limit',
     'scan',
@@ -83,6 +85,10 @@ def conv_limit(given: operands.Conv) -> str:
 
 def ssd_limit(given: operands.Ssd) -> str:
     return limit(given.x) or ssd_launch.size_limit(given.x.shape[1], given.x.shape[3], given.B.shape[2])
+
+
+def grid_conv_limit(given: operands.GridConv) -> str:
+    return limit(given.x)
 
 
 def grid_mixer_limit(given: operands.GridMixer) -> str:
@@ -165,6 +171,11 @@ def conv(given: operands.Conv) -> Tuple[Tensor, Optional[Tensor]]:
 def ssd(given: operands.Ssd) -> Tensor:
     """`plain.ssd.reference` with float32 sums, in x's dtype: (B, L, H, P) contiguous."""
     return torch.ops.vim_timm.triton_ssd.default(*given)[0]
+
+
+def grid_conv(given: operands.GridConv) -> Tensor:
+    """SiLU of the convolved tokens (B, L, D), in x's dtype."""
+    return torch.ops.vim_timm.triton_grid_conv.default(*given)
 
 
 def grid_mixer(given: operands.GridMixer) -> Tensor:

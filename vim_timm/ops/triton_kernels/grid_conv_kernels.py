@@ -2,7 +2,7 @@
 
 A program walks down `span` rows of the grid over BW columns and BC channels. A row of tokens is loaded at three shifts
 (two of them from the cache) and meets three outputs, whose sums stay in registers, so no row is read twice from memory.
-Several rows are loaded before the first is used: latency, not bandwidth, is what a walk row by row is made of.
+Forward, four rows are loaded before the first is used.
 Tokens before the grid, `prefix` of them, are images of one pixel: the middle tap alone. All arithmetic is float32.
 """
 
@@ -174,34 +174,25 @@ def grid_conv_gradients(
     y0, y1, y2 = load_row(X, first, columns, channels, rows, width, X_sl, in_channels)
     zero = tl.zeros([BW, BC], tl.float32)
     sa0, sa1, sa2, sb0, sb1, sb2, sc0, sc1, sc2, sums = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
-    for row in range(first, end, 2):
+    mask = (columns < width)[:, None] & in_channels[None, :]
+    for row in range(first, end):
         z0, z1, z2 = load_row(X, row + 1, columns, channels, rows, width, X_sl, in_channels)
-        w0, w1, w2 = load_row(X, row + 2, columns, channels, rows, width, X_sl, in_channels)
-        grad_y = load_shifted(GRAD_Y, row, columns, channels, end, width, Y_sl, in_channels)
-        grad_z = load_shifted(GRAD_Y, row + 1, columns, channels, end, width, Y_sl, in_channels)
-        grad_y = through_silu(
-            grad_y.to(tl.float32),
-            offset + along(a0, a1, a2, x0, x1, x2) + along(b0, b1, b2, y0, y1, y2) + along(c0, c1, c2, z0, z1, z2),
-            FAST,
-        )
-        grad_z = through_silu(
-            grad_z.to(tl.float32),
-            offset + along(a0, a1, a2, y0, y1, y2) + along(b0, b1, b2, z0, z1, z2) + along(c0, c1, c2, w0, w1, w2),
-            FAST,
-        )
-        store_row(GRAD, grad_y, row, first, end, columns, channels, width, G_sl, in_channels, False, FAST)
-        store_row(GRAD, grad_z, row + 1, first, end, columns, channels, width, G_sl, in_channels, False, FAST)
-        sums += grad_y + grad_z
-        sa0 += grad_y * x0.to(tl.float32) + grad_z * y0.to(tl.float32)
-        sa1 += grad_y * x1.to(tl.float32) + grad_z * y1.to(tl.float32)
-        sa2 += grad_y * x2.to(tl.float32) + grad_z * y2.to(tl.float32)
-        sb0 += grad_y * y0.to(tl.float32) + grad_z * z0.to(tl.float32)
-        sb1 += grad_y * y1.to(tl.float32) + grad_z * z1.to(tl.float32)
-        sb2 += grad_y * y2.to(tl.float32) + grad_z * z2.to(tl.float32)
-        sc0 += grad_y * z0.to(tl.float32) + grad_z * w0.to(tl.float32)
-        sc1 += grad_y * z1.to(tl.float32) + grad_z * w1.to(tl.float32)
-        sc2 += grad_y * z2.to(tl.float32) + grad_z * w2.to(tl.float32)
-        x0, x1, x2, y0, y1, y2 = z0, z1, z2, w0, w1, w2
+        token = tl.cast(row * width + columns, tl.int64)[:, None]
+        grad = tl.load(GRAD_Y + token * Y_sl + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = offset + a0 * x0 + a1 * x1 + a2 * x2 + b0 * y0 + b1 * y1 + b2 * y2 + c0 * z0 + c1 * z1 + c2 * z2
+        grad = through_silu(grad, y, FAST)
+        tl.store(GRAD + token * G_sl + channels[None, :], grad.to(GRAD.dtype.element_ty), mask=mask)
+        sums += grad
+        sa0 += grad * x0
+        sa1 += grad * x1
+        sa2 += grad * x2
+        sb0 += grad * y0
+        sb1 += grad * y1
+        sb2 += grad * y2
+        sc0 += grad * z0
+        sc1 += grad * z1
+        sc2 += grad * z2
+        x0, x1, x2, y0, y1, y2 = y0, y1, y2, z0, z1, z2
     store_sum(PART, sa0, channels, in_channels, 0, CHANNELS)
     store_sum(PART, sa1, channels, in_channels, 1, CHANNELS)
     store_sum(PART, sa2, channels, in_channels, 2, CHANNELS)

@@ -14,18 +14,10 @@ from torch import Tensor
 from .. import operands
 from ..operands import schema
 from ..registration import Kernel, grid_mixer_flops, register
-from .launch import INTERPRET, multiprocessors, or_else
+from .grid_conv_op import Conv
+from .launch import INTERPRET, multiprocessors
 from .ssd_launch import Grid, Ssd, sum_dtype
 from .ssd_op import ssd_of
-
-
-class ConvLaunch(NamedTuple):
-    """Columns and channels of a program, its warps, and the rows of the grid that it walks down (0 for all)."""
-
-    columns: int
-    channels: int
-    warps: int
-    span: int
 
 
 class NormLaunch(NamedTuple):
@@ -36,63 +28,8 @@ class NormLaunch(NamedTuple):
     programs: int
 
 
-CONV_FORWARD = ConvLaunch(16, 32, 4, 0)
-CONV_BACKWARD = ConvLaunch(16, 32, 4, 0)
-CONV_INPUT = ConvLaunch(16, 32, 4, 0)
 NORM_FORWARD = NormLaunch(1, 2, 0)
 NORM_BACKWARD = NormLaunch(1, 1, 16)
-
-
-class Conv:
-    """The convolution of a grid behind prefix tokens, with SiLU: launches of one call."""
-
-    def __init__(self, kernels: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], grid: Grid) -> None:
-        self.kernels = kernels
-        self.x, self.weight, self.bias = x, weight.contiguous(), None if bias is None else bias.contiguous()
-        self.batch, _, self.channels = x.shape
-        self.prefix, self.height, self.width = grid
-
-    def cut(self, launch: ConvLaunch) -> Tuple[Tuple[int, int, int], int, dict]:
-        """The grid, the rows of a program, and constants."""
-        span = launch.span or self.height
-        blocks = math.ceil(self.width / launch.columns) * math.ceil(self.height / span)
-        constants = {
-            'CHANNELS': self.channels,
-            'BW': launch.columns,
-            'BC': launch.channels,
-            'BP': 1,
-            'FAST': not INTERPRET,
-            'num_warps': launch.warps,
-        }
-        return (math.ceil(self.channels / launch.channels), blocks, self.batch), span, constants
-
-    def forward(self, y: Tensor, launch: ConvLaunch = CONV_FORWARD) -> None:
-        """Fills y (B, L, D), of any row stride."""
-        grid, span, constants = self.cut(launch)
-        self.kernels.grid_conv[grid](
-            self.x, self.weight, or_else(self.bias, self.weight), y, self.prefix, self.height, self.width, span,
-            *self.x.stride()[:2], *y.stride()[:2], HAS_BIAS=self.bias is not None, FLIP=False, SILU=True, **constants,
-        )  # fmt: skip
-
-    def before_silu(self, grad_y: Tensor, launch: ConvLaunch = CONV_BACKWARD) -> Tuple[Tensor, Tensor]:
-        """The gradient before the activation (B, L, D), and float32 gradients of taps and bias (10, D)."""
-        grid, span, constants = self.cut(launch)
-        grad = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
-        parts = torch.empty((grid[1] * grid[2], 10, self.channels), dtype=torch.float32, device=self.x.device)
-        self.kernels.grid_conv_gradients[grid](
-            self.x, self.weight, or_else(self.bias, self.weight), grad_y, grad, parts,
-            self.prefix, self.height, self.width, span,
-            *self.x.stride()[:2], *grad_y.stride()[:2], *grad.stride()[:2], HAS_BIAS=self.bias is not None, **constants,
-        )  # fmt: skip
-        return grad, parts.sum(0)
-
-    def of_input(self, grad: Tensor, grad_x: Tensor, launch: ConvLaunch = CONV_INPUT) -> None:
-        """Fills grad_x (B, L, D), of any row stride, from the gradient before the activation."""
-        grid, span, constants = self.cut(launch)
-        self.kernels.grid_conv[grid](
-            grad, self.weight, self.weight, grad_x, self.prefix, self.height, self.width, span,
-            *grad.stride()[:2], *grad_x.stride()[:2], HAS_BIAS=False, FLIP=True, SILU=False, **constants,
-        )  # fmt: skip
 
 
 class GatedNorm:

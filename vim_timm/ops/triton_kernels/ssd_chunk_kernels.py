@@ -2,10 +2,9 @@
 
 The order cuts the sequence into chunks of BT tokens. `chunk_sums` sums within each; `chunk_states` makes of these, in
 place, the states with which chunks are entered: sums over the tokens before them, and over those behind them. All else
-is done by programs that own one chunk of one image, or half of one: products inside the chunk, whose scores all heads
-share, and products with both states. In the backward pass they own a chunk's tokens in both roles, i and j, so every
-gradient is complete in them. Of two orders the second runs first and leaves its sums in PART, to which the first adds.
-No sum depends on timing.
+is done by programs that own one chunk of one image: products inside the chunk, whose scores all heads share, and
+products with both states. As they own their tokens in both roles, i and j, every gradient is complete in them. Of two
+orders the second runs first and leaves its sums in PART, to which the first adds. No sum depends on timing.
 
 s counts from the start of a chunk, times log2(e), so every exponent is small and at most 0. Steps are halved where two
 orders are averaged.
@@ -132,48 +131,38 @@ def chunk_forward(
     X, B, C, DT, S, D, VISITS, STATES, PART, Y, length, heads, group, prefix, height, width, order,
     X_sb, X_sl, B_sb, B_sl, Y_sb, Y_sl, VISITS_sb,
     HAS_D: tl.constexpr, HAS_PART: tl.constexpr, ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Y (batch, L, H, P) of any row stride: one order's sums, with PART and D x. DT and S as in `ssd_forward`.
-
-    A program owns half a chunk, BM tokens, and takes the products with both states as one.
-    """
-    chunk, chunks = tl.program_id(0) // 2, tl.cdiv(length, BT)
+    """Y (batch, L, H, P) of any row stride: one order's sums, with PART and D x. DT and S as in `ssd_forward`."""
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
     first_head = tl.program_id(1) * group
     entry = tl.program_id(2).to(tl.int64)
-    own, whole = tl.program_id(0) * BM + tl.arange(0, BM), chunk * BT + tl.arange(0, BT)
-    inside, in_whole = own < length, whole < length
-    VISITS += entry * VISITS_sb
-    own = visited(VISITS, own, length, BY_COLUMNS, prefix, height, width, TABLE)
-    whole = visited(VISITS, whole, length, BY_COLUMNS, prefix, height, width, TABLE)
+    t = chunk * BT + tl.arange(0, BT)
+    inside = t < length
+    tokens = visited(VISITS + entry * VISITS_sb, t, length, BY_COLUMNS, prefix, height, width, TABLE)
     X += entry * X_sb
     Y += entry * Y_sb
-    C += entry * B_sb
     PART += entry * length * heads * P
     DT += entry * heads * length
     S += (entry * ORDERS + order) * heads * length
     STATES += (entry * heads * chunks + chunk) * (2 * N * P)
-    b = load_rows(B + entry * B_sb, whole, in_whole, B_sl, N)
-    scores = as_operand(product(load_rows(C, own, inside, B_sl, N), tl.trans(b), PRECISION), PRECISION)
-    both = tl.arange(0, 2 * N)  # the states from the first token, then those from the last
-    at = C + tl.cast(own, tl.int64)[:, None] * B_sl + (both % N)[None, :]
-    c = as_operand(tl.load(at, mask=inside[:, None], other=0.0), PRECISION)
+    b = load_rows(B + entry * B_sb, tokens, inside, B_sl, N)
+    c = load_rows(C + entry * B_sb, tokens, inside, B_sl, N)
+    scores = as_operand(product(c, tl.trans(b), PRECISION), PRECISION)
     for head in range(first_head, tl.minimum(first_head + group, heads)):
-        s = tl.load(S + head * length + own, mask=inside, other=0.0)
-        other = tl.load(S + head * length + whole, mask=in_whole, other=0.0)
-        dt = tl.load(DT + head * length + whole, mask=in_whole, other=0.0) / ORDERS
-        decay = tl.where(both[None, :] < N, -s[:, None], s[:, None] - tl.max(other, 0))
-        states = STATES + head * chunks * (2 * N * P) + both[:, None] * P + tl.arange(0, P)[None, :]
-        y = product(unpacked(c, PRECISION, FAST) * exp2(decay, FAST), tl.load(states), PRECISION)
-        mask = distance(s, other, FAST) * dt[None, :]
-        x = load_rows(X + head * P, whole, in_whole, X_sl, P)
-        y += product(unpacked(scores, PRECISION, FAST) * mask, x, PRECISION)
+        s = tl.load(S + head * length + tokens, mask=inside, other=0.0)
+        dt = tl.load(DT + head * length + tokens, mask=inside, other=0.0) / ORDERS
+        x = load_rows(X + head * P, tokens, inside, X_sl, P)
+        mask = distance(s, s, FAST) * dt[None, :]
+        y = product(unpacked(scores, PRECISION, FAST) * mask, x, PRECISION)
+        ahead, back = load_states(STATES + head * chunks * (2 * N * P), N, P)
+        y += product(c, ahead, PRECISION) * exp2(-s, FAST)[:, None]
+        y += product(c, back, PRECISION) * exp2(s - tl.max(s, 0), FAST)[:, None]
         if HAS_D:
-            x = load_rows(X + head * P, own, inside, X_sl, P)
             y += tl.load(D + head).to(tl.float32) * x.to(tl.float32)
         if HAS_PART:
-            y += load_rows(PART + head * P, own, inside, heads * P, P).to(tl.float32)
-        store_rows(Y + head * P, own, inside, Y_sl, y, P)
+            y += load_rows(PART + head * P, tokens, inside, heads * P, P).to(tl.float32)
+        store_rows(Y + head * P, tokens, inside, Y_sl, y, P)
 
 
 @triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'order'])

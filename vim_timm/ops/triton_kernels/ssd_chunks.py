@@ -21,27 +21,27 @@ class ChunkLaunch(NamedTuple):
         return {'num_warps': self.warps, 'num_stages': self.stages}
 
 
-FORWARD_CHUNK, BACKWARD_CHUNK = 128, 64  # tokens; forward a program has half a chunk's
+CHUNK = 64  # tokens
 SIZE = 512  # elements of a state of a program of `chunk_states`
 SUMS = ChunkLaunch(4, 1)
 STATES = ChunkLaunch(4, 1)
 FORWARD = ChunkLaunch(4, 1)
-BACKWARD_VALUES = ChunkLaunch(8, 1)
-BACKWARD_MATRICES = ChunkLaunch(8, 1)
+BACKWARD_VALUES = ChunkLaunch(4, 1)
+BACKWARD_MATRICES = ChunkLaunch(4, 1)
 PROGRAMS = 2  # on each multiprocessor, below which the heads of a token are spread over several
 
 
 class ChunkedSsd(Ssd):
-    """`Ssd` for any length. s, and with it all else, counts from the starts of chunks of `span` tokens."""
+    """`Ssd` for any length."""
 
-    span = FORWARD_CHUNK
+    span = CHUNK
 
     def cut(self) -> Dict[str, int]:
-        return {'ORDERS': self.orders}
+        return {'ORDERS': self.orders, 'BT': CHUNK}
 
     @property
     def chunks(self) -> int:
-        return math.ceil(self.length / self.span)
+        return math.ceil(self.length / CHUNK)
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -61,12 +61,12 @@ class ChunkedSsd(Ssd):
         at, stride, constants = self.visits(order)
         self.chunk_kernels.chunk_sums[self.chunks, self.heads, self.batch](
             rows, values, dt, s, visits, states, self.length, self.heads, *at,
-            *rows.stride()[:2], *values.stride()[:2], stride, WEIGHTED=weighted, BT=self.span,
+            *rows.stride()[:2], *values.stride()[:2], stride, WEIGHTED=weighted,
             **constants, **self.constants, **SUMS.constants,
         )  # fmt: skip
         size = min(SIZE, self.state * self.headdim)
         self.chunk_kernels.chunk_states[self.state * self.headdim // size, 2 * self.heads, self.batch](
-            s, visits, states, self.length, self.heads, self.chunks, *at, stride, BT=self.span, SIZE=size,
+            s, visits, states, self.length, self.heads, self.chunks, *at, stride, SIZE=size,
             **constants, **self.constants, **STATES.constants,
         )  # fmt: skip
         return states
@@ -74,8 +74,7 @@ class ChunkedSsd(Ssd):
     def forward(self, dt: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         y = self.empty(*self.x.shape, dtype=dtype)
         part = self.empty(*self.x.shape, dtype=self.product_dtype) if self.orders == 2 else None
-        blocks = math.ceil(2 * self.length / self.span)
-        groups = min(self.heads, math.ceil(PROGRAMS * multiprocessors(self.x.device) / (blocks * self.batch)))
+        groups = min(self.heads, math.ceil(PROGRAMS * multiprocessors(self.x.device) / (self.chunks * self.batch)))
         group = math.ceil(self.heads / groups)
         for order in range(self.orders - 1, -1, -1):
             last = order == 0
@@ -83,19 +82,17 @@ class ChunkedSsd(Ssd):
             has_part, has_D = last and part is not None, last and self.D is not None
             states = self.states(self.B, self.x, dt, s, order, True)
             at, stride, constants = self.visits(order)
-            self.chunk_kernels.chunk_forward[blocks, math.ceil(self.heads / group), self.batch](
+            self.chunk_kernels.chunk_forward[self.chunks, math.ceil(self.heads / group), self.batch](
                 self.x, self.B, self.C, dt, s, or_else(self.D, self.x), or_else(self.columns, self.x), states,
                 or_else(part, y), to, self.length, self.heads, group, *at,
                 *self.x.stride()[:2], *self.B.stride()[:2], *to.stride()[:2], stride,
-                HAS_D=has_D, HAS_PART=has_part, BT=self.span, BM=self.span // 2,
+                HAS_D=has_D, HAS_PART=has_part,
                 **constants, **self.constants, **FORWARD.constants,
             )  # fmt: skip
         return y
 
     def gradients(self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor) -> Tuple[Tensor, ...]:
         """As `Ssd.gradients`; the gradient of s has no second part."""
-        self.span = BACKWARD_CHUNK
-        _, s = self.decays()
         grad_dt, grad_s = torch.empty_like(dt), torch.empty_like(s)
         grad_D = self.empty(self.batch * self.chunks, self.heads)
         grad_B = self.empty(self.orders, self.batch, self.length, self.state)
@@ -113,12 +110,12 @@ class ChunkedSsd(Ssd):
             self.chunk_kernels.chunk_backward_values[self.chunks, self.batch](
                 self.x, self.B, self.C, dt, s, or_else(self.D, self.x), visits, states, grad_states, grad,
                 or_else(part, grad_x), to, grad_dt, grad_s, grad_D, self.length, self.heads, *at, *inputs,
-                *to.stride()[:2], stride, HAS_D=has_D, HAS_PART=has_part, BT=self.span,
+                *to.stride()[:2], stride, HAS_D=has_D, HAS_PART=has_part,
                 **constants, **self.constants, **BACKWARD_VALUES.constants,
             )  # fmt: skip
             self.chunk_kernels.chunk_backward_matrices[self.chunks, self.batch](
                 self.x, self.B, self.C, dt, s, visits, states, grad_states, grad, grad_B, grad_C,
-                self.length, self.heads, *at, *inputs, stride, BT=self.span,
+                self.length, self.heads, *at, *inputs, stride,
                 **constants, **self.constants, **BACKWARD_MATRICES.constants,
             )  # fmt: skip
         return grad_dt, grad_s, grad_s[:0], grad_D, grad_B, grad_C

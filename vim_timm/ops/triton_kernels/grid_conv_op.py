@@ -1,0 +1,135 @@
+"""The depthwise 3x3 convolution of a grid of tokens, with SiLU, as a dispatcher op (opaque as in `scan_op`)."""
+
+import math
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import operands
+from ..operands import schema
+from ..registration import Kernel, grid_conv_flops, register
+from .launch import INTERPRET, or_else
+from .ssd_launch import Grid
+
+
+class ConvLaunch(NamedTuple):
+    """Columns and channels of a program, its warps, and the rows of the grid that it walks down (0 for all)."""
+
+    columns: int
+    channels: int
+    warps: int
+    span: int
+
+
+CONV_FORWARD = ConvLaunch(16, 32, 4, 0)
+CONV_BACKWARD = ConvLaunch(16, 32, 4, 0)
+CONV_INPUT = ConvLaunch(16, 32, 4, 0)
+
+
+class Conv:
+    """The convolution of a grid behind prefix tokens, with SiLU: launches of one call."""
+
+    def __init__(self, kernels: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], grid: Grid) -> None:
+        self.kernels = kernels
+        self.x, self.weight, self.bias = x, weight.contiguous(), None if bias is None else bias.contiguous()
+        self.batch, _, self.channels = x.shape
+        self.prefix, self.height, self.width = grid
+
+    def cut(self, launch: ConvLaunch) -> Tuple[Tuple[int, int, int], int, dict]:
+        """The grid, the rows of a program, and constants."""
+        span = launch.span or self.height
+        blocks = math.ceil(self.width / launch.columns) * math.ceil(self.height / span)
+        constants = {
+            'CHANNELS': self.channels,
+            'BW': launch.columns,
+            'BC': launch.channels,
+            'BP': 1,
+            'FAST': not INTERPRET,
+            'num_warps': launch.warps,
+        }
+        return (math.ceil(self.channels / launch.channels), blocks, self.batch), span, constants
+
+    def forward(self, y: Tensor, launch: ConvLaunch = CONV_FORWARD) -> None:
+        """Fills y (B, L, D), of any row stride."""
+        grid, span, constants = self.cut(launch)
+        self.kernels.grid_conv[grid](
+            self.x, self.weight, or_else(self.bias, self.weight), y, self.prefix, self.height, self.width, span,
+            *self.x.stride()[:2], *y.stride()[:2], HAS_BIAS=self.bias is not None, FLIP=False, SILU=True, **constants,
+        )  # fmt: skip
+
+    def before_silu(self, grad_y: Tensor, launch: ConvLaunch = CONV_BACKWARD) -> Tuple[Tensor, Tensor]:
+        """The gradient before the activation (B, L, D), and float32 gradients of taps and bias (10, D)."""
+        grid, span, constants = self.cut(launch)
+        grad = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
+        parts = torch.empty((grid[1] * grid[2], 10, self.channels), dtype=torch.float32, device=self.x.device)
+        self.kernels.grid_conv_gradients[grid](
+            self.x, self.weight, or_else(self.bias, self.weight), grad_y, grad, parts,
+            self.prefix, self.height, self.width, span,
+            *self.x.stride()[:2], *grad_y.stride()[:2], *grad.stride()[:2], HAS_BIAS=self.bias is not None, **constants,
+        )  # fmt: skip
+        return grad, parts.sum(0)
+
+    def of_input(self, grad: Tensor, grad_x: Tensor, launch: ConvLaunch = CONV_INPUT) -> None:
+        """Fills grad_x (B, L, D), of any row stride, from the gradient before the activation."""
+        grid, span, constants = self.cut(launch)
+        self.kernels.grid_conv[grid](
+            grad, self.weight, self.weight, grad_x, self.prefix, self.height, self.width, span,
+            *grad.stride()[:2], *grad_x.stride()[:2], HAS_BIAS=False, FLIP=True, SILU=False, **constants,
+        )  # fmt: skip
+
+
+def conv_of(given: operands.GridConv) -> Conv:
+    from . import grid_conv_kernels
+
+    x = given.x if given.x.stride(-1) == 1 else given.x.contiguous()
+    grid = Grid(given.prefix, given.height, given.width)
+    return Conv(grid_conv_kernels, x, given.weight, given.bias, grid)
+
+
+def run(*flat: Any) -> Tensor:
+    conv = conv_of(operands.GridConv(*flat))
+    with torch.cuda.device_of(conv.x):
+        y = torch.empty(conv.x.shape, dtype=conv.x.dtype, device=conv.x.device)
+        conv.forward(y)
+        return y
+
+
+def fake(x: Tensor, *others: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def run_backward(grad: Tensor, *flat: Any) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, and float32 ones of weight (D, 9) and bias (D)."""
+    conv = conv_of(operands.GridConv(*flat))
+    with torch.cuda.device_of(conv.x):
+        before, taps = conv.before_silu(grad.contiguous())
+        grad_x = torch.empty(conv.x.shape, dtype=conv.x.dtype, device=conv.x.device)
+        conv.of_input(before, grad_x)
+        return grad_x, taps[:9].t().contiguous(), taps[9].clone()
+
+
+def fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *others: Any) -> Tuple[Tensor, Tensor, Tensor]:
+    floats = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), floats, torch.empty_like(floats[:, 0])
+
+
+def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+
+
+def differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    tensors = ctx.saved_tensors
+    grads = torch.ops.vim_timm.triton_grid_conv_backward.default(grad, *tensors, *ctx.settings)
+    found = (None if x is None else g.to(x.dtype) for x, g in zip(tensors, grads))
+    return (*found, *[None] * len(ctx.settings))
+
+
+register(
+    'triton_grid_conv',
+    f'({schema(operands.GridConv)}) -> Tensor',
+    f'(Tensor grad, {schema(operands.GridConv)}) -> (Tensor, Tensor, Tensor)',
+    Kernel(run, fake, save_operands, differentiate, run_backward, fake_backward),
+    grid_conv_flops,
+)
