@@ -131,3 +131,39 @@ def decay_backward(
         tl.store(PART_A + (entry * ORDERS + order) * heads + tl.arange(0, BH), grad_A, mask=tl.arange(0, BH) < heads)
         tl.debug_barrier()
     tl.store(PART_BIAS + entry * heads + tl.arange(0, BH), grad_bias, mask=tl.arange(0, BH) < heads)
+
+
+@triton.jit(do_not_specialize=['length', 'heads', 'columns', 'prefix'])
+def step_gradients(
+    RAW, BIAS, A_LOG, MOVES, DT, GRAD_DT, GRAD_L, GRAD_RAW, PART_A, PART_BIAS,
+    length, heads, columns, prefix, RAW_sb, RAW_sl, GRAD_sb, GRAD_sl,
+    HAS_BIAS: tl.constexpr, HAS_MOVES: tl.constexpr, ORDERS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """As `decay_backward`, from GRAD_L (batch, orders, H, L), the gradients of what tokens add to s: no token needs
+    another. PART_A (batch, programs, orders, H), PART_BIAS (batch, programs, H)."""
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    entry = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
+    h = tl.arange(0, BH)[None, :]
+    in_heads = tl.arange(0, BH) < heads
+    mask = (token < length) & (h < heads)
+    at = entry * heads * length + h * length + token
+    bias = tl.zeros([1, BH], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(BIAS + h, mask=h < heads, other=0.0).to(tl.float32)
+    grad = tl.load(GRAD_DT + at, mask=mask, other=0.0)
+    dt = tl.load(DT + at, mask=mask, other=0.0)
+    moves = moving(MOVES, token, token < length, prefix, HAS_MOVES)
+    GRAD_L += entry * (ORDERS - 1) * heads * length
+    for order in tl.static_range(ORDERS):
+        rate = exp2(tl.load(A_LOG + order * heads + h, mask=h < heads, other=0.0).to(tl.float32) * LOG2E, FAST)
+        of_order = tl.load(GRAD_L + order * heads * length + at, mask=mask, other=0.0) * rate * moves
+        part = PART_A + (program * ORDERS + order) * heads + tl.arange(0, BH)
+        tl.store(part, tl.sum(of_order * dt, 0), mask=in_heads)
+        grad += of_order
+    raw = tl.load(RAW + entry * RAW_sb + tl.cast(token, tl.int64) * RAW_sl + h, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.where(mask, grad * sigmoid(raw + bias, FAST), 0.0)
+    tl.store(PART_BIAS + program * heads + tl.arange(0, BH), tl.sum(grad, 0), mask=in_heads)
+    to = GRAD_RAW + entry * GRAD_sb + tl.cast(token, tl.int64) * GRAD_sl + h
+    tl.store(to, grad.to(GRAD_RAW.dtype.element_ty), mask=(token < length) & (h < columns))

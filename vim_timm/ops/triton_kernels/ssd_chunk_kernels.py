@@ -167,17 +167,19 @@ def chunk_forward(
 
 @triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'order'])
 def chunk_backward_values(
-    X, B, C, DT, S, D, VISITS, STATES, GRAD_STATES, GRAD_Y, PART, GRAD_X, GRAD_DT, GRAD_S, GRAD_D,
+    X, B, C, DT, S, D, VISITS, STATES, GRAD_STATES, GRAD_Y, PART, GRAD_X, GRAD_DT, GRAD_L, GRAD_D,
     length, heads, prefix, height, width, order, X_sb, X_sl, B_sb, B_sl, Y_sb, Y_sl, G_sb, G_sl, VISITS_sb,
     HAS_D: tl.constexpr, HAS_PART: tl.constexpr, ORDERS: tl.constexpr, BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """GRAD_X as Y of `chunk_forward`. Float32: GRAD_DT as DT, to which the first order adds, GRAD_S as S, and GRAD_D
-    (batch, chunks, H).
+    """GRAD_X as Y of `chunk_forward`. Float32: GRAD_DT as DT, to which the first order adds, GRAD_L as S, gradients of
+    what tokens add to s, and GRAD_D (batch, chunks, H).
 
     GRAD_STATES are states of C and GRAD_Y: a mask is its own transpose, so values' gradients are this operator with B
-    and C in each other's place. With E_ij = grad_y_i . x_j dt_j (C_i . B_j) M_ij, the gradient of s_k is
-    sum_i sign(i - k) E_ik - sum_j sign(k - j) E_kj; outside the chunk these are products with states.
+    and C in each other's place. With E_ij = grad_y_i . x_j dt_j (C_i . B_j) M_ij, the gradient of l_k is minus the sum
+    of E over pairs with k between them, k being the later one or not. Inside the chunk they are the tails of sums in
+    which all other pairs cancel exactly; with one of both outside it, heads or tails of products with states; with both
+    outside, a product of states. Cancelling over the whole sequence instead would sum the errors of all chunks.
     """
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     entry = tl.program_id(1).to(tl.int64)
@@ -192,7 +194,7 @@ def chunk_backward_values(
     DT += entry * heads * length
     GRAD_DT += entry * heads * length
     S += (entry * ORDERS + order) * heads * length
-    GRAD_S += (entry * ORDERS + order) * heads * length
+    GRAD_L += (entry * ORDERS + order) * heads * length
     STATES += (entry * heads * chunks + chunk) * (2 * N * P)
     GRAD_STATES += (entry * heads * chunks + chunk) * (2 * N * P)
     b = load_rows(B + entry * B_sb, tokens, inside, B_sl, N)
@@ -209,17 +211,20 @@ def chunk_backward_values(
         grad_v = product(masked, grad_y, PRECISION)
         edge = product(x, tl.trans(grad_y), PRECISION) * masked * dt[:, None]
         edge = tl.where(own[:, None] < own[None, :], edge, tl.where(own[:, None] > own[None, :], -edge, 0.0))
-        grad_s = tl.sum(edge, 1)
-        rows = tl.sum(edge, 0)
-        ahead, back = load_states(GRAD_STATES + head * chunks * (2 * N * P), N, P)
-        before = product(b, ahead, PRECISION) * from_start
-        behind = product(b, back, PRECISION) * to_end
+        tails = tl.sum(edge, 1) - tl.sum(edge, 0)
+        grad_ahead, grad_back = load_states(GRAD_STATES + head * chunks * (2 * N * P), N, P)
+        before = product(b, grad_ahead, PRECISION) * from_start
+        behind = product(b, grad_back, PRECISION) * to_end
         grad_v += before + behind
-        grad_s += tl.sum((behind - before) * x.to(tl.float32), 1) * dt
+        tails -= tl.sum(before * x.to(tl.float32), 1) * dt
+        starts = tl.sum(behind * x.to(tl.float32), 1) * dt
         ahead, back = load_states(STATES + head * chunks * (2 * N * P), N, P)
-        read = product(c, ahead, PRECISION) * from_start - product(c, back, PRECISION) * to_end
-        grad_s -= tl.sum(read * grad_y.to(tl.float32), 1)
-        tl.store(GRAD_S + at, grad_s - rows, mask=inside)
+        tails -= tl.sum(product(c, ahead, PRECISION) * grad_y.to(tl.float32), 1) * exp2(-s, FAST)
+        starts += tl.sum(product(c, back, PRECISION) * grad_y.to(tl.float32), 1) * exp2(s - tl.max(s, 0), FAST)
+        over = ahead.to(tl.float32) * grad_back.to(tl.float32) + back.to(tl.float32) * grad_ahead.to(tl.float32)
+        over = tl.sum(tl.sum(over, 1), 0) * exp2(-tl.max(s, 0), FAST)
+        grad_l = tl.cumsum(tails, 0, reverse=True) - (tl.cumsum(starts, 0) - starts) - over
+        tl.store(GRAD_L + at, grad_l, mask=inside)
         grad_dt = tl.sum(grad_v * x.to(tl.float32), 1) / ORDERS
         grad_x = grad_v * dt[:, None]
         if HAS_D:

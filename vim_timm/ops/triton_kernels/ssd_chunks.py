@@ -22,6 +22,7 @@ class ChunkLaunch(NamedTuple):
 
 
 CHUNK = 64  # tokens
+STEPS = 128  # tokens of a program of `step_gradients`
 SIZE = 512  # elements of a state of a program of `chunk_states`
 SUMS = ChunkLaunch(4, 1)
 STATES = ChunkLaunch(4, 1)
@@ -92,8 +93,7 @@ class ChunkedSsd(Ssd):
         return y
 
     def gradients(self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor) -> Tuple[Tensor, ...]:
-        """As `Ssd.gradients`; the gradient of s has no second part."""
-        grad_dt, grad_s = torch.empty_like(dt), torch.empty_like(s)
+        grad_dt, grad_l = torch.empty_like(dt), torch.empty_like(s)
         grad_D = self.empty(self.batch * self.chunks, self.heads)
         grad_B = self.empty(self.orders, self.batch, self.length, self.state)
         grad_C = torch.empty_like(grad_B)
@@ -109,7 +109,7 @@ class ChunkedSsd(Ssd):
             inputs = (*self.x.stride()[:2], *self.B.stride()[:2], *grad.stride()[:2])
             self.chunk_kernels.chunk_backward_values[self.chunks, self.batch](
                 self.x, self.B, self.C, dt, s, or_else(self.D, self.x), visits, states, grad_states, grad,
-                or_else(part, grad_x), to, grad_dt, grad_s, grad_D, self.length, self.heads, *at, *inputs,
+                or_else(part, grad_x), to, grad_dt, grad_l, grad_D, self.length, self.heads, *at, *inputs,
                 *to.stride()[:2], stride, HAS_D=has_D, HAS_PART=has_part,
                 **constants, **self.constants, **BACKWARD_VALUES.constants,
             )  # fmt: skip
@@ -118,4 +118,18 @@ class ChunkedSsd(Ssd):
                 self.length, self.heads, *at, *inputs, stride,
                 **constants, **self.constants, **BACKWARD_MATRICES.constants,
             )  # fmt: skip
-        return grad_dt, grad_s, grad_s[:0], grad_D, grad_B, grad_C
+        return grad_D, grad_B, grad_C, grad_dt, grad_l
+
+    def decay_gradients(self, dt: Tensor, grad_delta: Tensor, *of_steps: Tensor) -> Tuple[Tensor, Tensor]:
+        """As `Ssd.decay_gradients`, from gradients of dt and of what tokens add to s."""
+        spans, constants = math.ceil(self.length / STEPS), self.decay_constants
+        grad_A = self.empty(self.batch * spans, self.orders, self.heads)
+        grad_bias = self.empty(self.batch * spans, self.heads)
+        raw, bias, A_log, _, moves = self.decay_operands()
+        self.decay_kernels.step_gradients[spans, self.batch](
+            raw, bias, A_log, moves, dt, *of_steps, grad_delta, grad_A, grad_bias,
+            self.length, self.heads, grad_delta.shape[-1], self.grid.prefix, *self.decay_strides()[:2],
+            *grad_delta.stride()[:2], ORDERS=self.orders, BT=STEPS,
+            **{name: constants[name] for name in ('HAS_BIAS', 'HAS_MOVES', 'BH', 'FAST')},
+        )  # fmt: skip
+        return grad_A, grad_bias

@@ -188,8 +188,9 @@ class Ssd:
         return grad_B, grad_C
 
     def gradients(self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor) -> Tuple[Tensor, ...]:
-        """`value_gradients` and `matrix_gradients`."""
-        return *self.value_gradients(grad, dt, s, grad_x), *self.matrix_gradients(grad, dt, s)
+        """Fills grad_x; returns parts of the gradients of D, B and C, and what `decay_gradients` takes."""
+        *of_steps, grad_D = self.value_gradients(grad, dt, s, grad_x)
+        return grad_D, *self.matrix_gradients(grad, dt, s), *of_steps
 
     def backward(
         self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor, grad_delta: Tensor
@@ -199,11 +200,18 @@ class Ssd:
         Returns:
             Float32 gradients of B and C, as parts to add over their first axis, of A_log, D and delta_bias.
         """
-        grad_dt, edges, rows, grad_D, grad_B, grad_C = self.gradients(grad, dt, s, grad_x)
+        grad_D, grad_B, grad_C, *of_steps = self.gradients(grad, dt, s, grad_x)
+        grad_A, grad_bias = self.decay_gradients(dt, grad_delta, *of_steps)
+        return grad_B, grad_C, grad_A.sum(0), grad_D.sum(0), grad_bias.sum(0)
+
+    def decay_gradients(self, dt: Tensor, grad_delta: Tensor, *of_steps: Tensor) -> Tuple[Tensor, Tensor]:
+        """Fills grad_delta from gradients of dt and the two parts of those of s; returns parts of those of A_log and
+        delta_bias, to add over their first axis."""
+        grad_dt, edges, rows = of_steps
         grad_A, grad_bias = self.empty(self.batch, self.orders, self.heads), self.empty(self.batch, self.heads)
         self.decay_kernels.decay_backward[self.batch,](
             *self.decay_operands(), dt, grad_dt, edges, rows, grad_delta, grad_A, grad_bias,
             self.length, self.heads, grad_delta.shape[-1], rows.shape[0], *self.grid, *self.decay_strides(),
-            *grad_delta.stride()[:2], ORDERS=self.orders, **dict(self.decay_constants, BT=self.step(MAX_LENGTH)),
+            *grad_delta.stride()[:2], ORDERS=self.orders, **self.decay_constants,
         )  # fmt: skip
-        return grad_B, grad_C, grad_A.sum(0), grad_D.sum(0), grad_bias.sum(0)
+        return grad_A, grad_bias
