@@ -173,8 +173,9 @@ class BiSSD(StateSpaceMixer):
         """SiLU of the 2-d convolution of an image, all of whose patches are there."""
         conv = self.conv2d
         assert conv is not None
-        if not torch.jit.is_scripting() and not isinstance(x_BLX, torch.fx.Proxy):
-            if is_plain_depthwise(conv, 1) and conv.kernel_size == (3, 3):
+        if not torch.jit.is_scripting():
+            traced = isinstance(x_BLX, torch.fx.Proxy)
+            if not traced and is_plain_depthwise(conv, 1) and conv.kernel_size == (3, 3):
                 fused = grid_conv(GridConv(x_BLX, conv.weight.flatten(1), conv.bias, 0, height, width))
                 if fused is not None:
                     return fused
