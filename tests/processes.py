@@ -1,6 +1,7 @@
 """Processes that start in a fraction of the time: a server that has imported torch and torchvision forks them.
 
-How a program starts from nothing is not seen by them; tests of command lines and of torchrun start programs so.
+How a program starts from nothing is not seen by them; tests of command lines and of torchrun start programs so. What
+torch reads from the environment when it is imported is the server's.
 """
 
 import multiprocessing
@@ -29,6 +30,7 @@ class Python:
         self.output = output
         self.process = SERVER.Process(target=_execute, args=(code, arguments, str(output), own))
         self.process.start()
+        self.pid = self.process.pid
 
     def poll(self) -> int | None:
         return self.process.exitcode
@@ -44,7 +46,7 @@ class Python:
     def send_signal(self, number: signal.Signals) -> None:
         """Unless it has ended."""
         if self.poll() is None:
-            os.kill(self.process.pid, number)
+            os.kill(self.pid, number)
 
 
 def ranks(code: str, *arguments: str, count: int, folder: Path) -> list[Python]:

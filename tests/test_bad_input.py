@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from processes import TRAIN, Python, ranks
 
 from vim_timm import train, validate
 from vim_timm.data.sampling import Stream
@@ -141,19 +142,10 @@ def test_class_count_of_a_folder(refused, folder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='Triton can run here')
 def test_forced_scan_backend_that_cannot_run(tmp_path):
-    command = [
-        sys.executable,
-        '-m',
-        'vim_timm.train',
-        *BASE.split(),
-        '--model',
-        'test_vim',
-        '--output',
-        str(tmp_path / 'o'),
-    ]
-    result = subprocess.run(command, env={**os.environ, 'VIM_TIMM_SCAN': 'triton'}, capture_output=True, text=True)
-    assert result.returncode == 2 and 'Traceback' not in result.stderr
-    assert 'triton' in result.stderr.splitlines()[-1].lower()
+    flags = [*BASE.split(), '--model', 'test_vim', '--output', str(tmp_path / 'o')]
+    status, output = Python(TRAIN, *flags, output=tmp_path / 'said', environment=dict(VIM_TIMM_SCAN='triton')).wait()
+    assert status == 2 and 'Traceback' not in output
+    assert 'triton' in output.splitlines()[-1].lower()
     assert not (tmp_path / 'o').exists()
 
 
@@ -280,13 +272,12 @@ def test_ranks_count_unreadable_images_together(tmp_path):
             Image.new('RGB', (32, 32)).save(path)
             if split == 'validation' and i % 3 == 1:  # three on each rank, and no stand-in among them
                 path.write_bytes(b'no image')
-    ranks = '-m torch.distributed.run --standalone --nproc-per-node 2 -m vim_timm.train'
     flags = '--model test_vit --img-size 32 --workers 1 --batch-size 4 --device cpu --epochs 1 --max-unreadable 4'
     places = ['--data-dir', str(tmp_path), '--output', str(tmp_path / 'out')]
-    command = [sys.executable, *ranks.split(), *flags.split(), *places]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode and done.stdout.count('unreadable image') == 6, done.stderr
-    assert 'the ranks met more than --max-unreadable 4' in done.stderr
+    ended = [process.wait() for process in ranks(TRAIN, *flags.split(), *places, count=2, folder=tmp_path)]
+    output = ''.join(text for _, text in ended)
+    assert all(status for status, _ in ended) and output.count('unreadable image /') == 6, output
+    assert 'the ranks met more than --max-unreadable 4' in output
 
 
 def test_unreadable_evaluation_image_is_not_counted(folder, tmp_path, capsys):
@@ -306,15 +297,15 @@ def test_unreadable_evaluation_image_is_not_counted(folder, tmp_path, capsys):
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='POSIX')
 def test_dead_worker_ends_the_run(tmp_path):
-    command = [sys.executable, '-m', 'vim_timm.train', *BASE.split(), '--epochs', '300', '--workers', '2']
-    command += ['--output', str(tmp_path), '--experiment', 'a']
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    flags = [*BASE.split(), '--epochs', '300', '--workers', '2', '--output', str(tmp_path), '--experiment', 'a']
+    process = Python(TRAIN, *flags, output=tmp_path / 'said')
     while not (tmp_path / 'a' / 'last.pth.tar').exists():
+        assert process.poll() is None
         time.sleep(0.1)
     worker = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()[0]
     os.kill(int(worker), signal.SIGKILL)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 3
+    status, error = process.wait(timeout=60)
+    assert status == 3
     # in place of a traceback of its own; the other worker may show one as it loses the main process
     assert 'train.py: error: a data loading process died or cannot be reached' in error
     torch.load(tmp_path / 'a' / 'last.pth.tar', weights_only=True)

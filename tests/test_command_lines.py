@@ -155,7 +155,8 @@ def test_a_pickled_model_comes_with_its_module(tmp_path):
     model = timm.create_model('vim_nano_patch4_32', depth=1).eval()
     (tmp_path / 'model').write_bytes(pickle.dumps(model))
     code = 'import pickle, sys; model = pickle.load(open(sys.argv[1], "rb")); print(type(model).__module__)'
-    assert run('-c', code, tmp_path / 'model').stdout.split() == ['vim_timm.models.vision_mamba']
+    process = Python(code, str(tmp_path / 'model'), output=tmp_path / 'output.txt')
+    assert finish([process]).split() == ['vim_timm.models.vision_mamba']
 
 
 def test_names_of_the_package():

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from processes import VALIDATE, finish, ranks
 from safetensors.torch import save_file
 from torch.utils.data import IterableDataset
 
@@ -373,10 +373,8 @@ def test_the_document_names_every_file():
 
 
 def test_report_is_the_same_on_any_number_of_ranks(tmp_path, weights):
-    for ranks in (1, 3):
-        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={ranks}']
-        command += ['-m', 'vim_timm.validate', *weights, '--report', str(tmp_path / str(ranks))]
-        subprocess.run(command, check=True, capture_output=True, timeout=250)
+    for count in (1, 3):
+        finish(ranks(VALIDATE, *weights, '--report', str(tmp_path / str(count)), count=count, folder=tmp_path))
     for name in ('predictions.csv', 'per_class.csv', 'confusion_matrix.csv'):
         assert (tmp_path / '1' / name).read_text() == (tmp_path / '3' / name).read_text()
 
