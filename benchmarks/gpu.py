@@ -206,9 +206,10 @@ def measure_models(options: argparse.Namespace, train: bool) -> list[dict]:
     for size, model in itertools.product(sizes, options.models):
         names = [f'{family}_{model}_patch16_224' for family in ('vim', 'vim2', 'deit')]
         names += ['mambaout_femto', 'efficientvim_m1'] if model == 'tiny' and size == 224 else []
+        names = [name for name in names if name.split('_')[0] in options.families]
         for name, way in itertools.product(names, options.ways):
             rows.append(measure_model(name, size, way, train))
-        if not mamba_ssm_adapter.unavailable() and 'eager' in options.ways:
+        if names[0].startswith('vim_') and not mamba_ssm_adapter.unavailable() and 'eager' in options.ways:
             rows.append(measure_model(names[0], size, 'eager', train, 'mamba_ssm'))
     return [row for row in rows if row is not None]
 
@@ -264,6 +265,8 @@ def main() -> None:
     tables = ['ops', 'infer', 'train']
     parser.add_argument('--tables', nargs='+', default=tables, choices=tables)
     parser.add_argument('--models', nargs='+', default=['tiny', 'small', 'base'], choices=['tiny', 'small', 'base'])
+    families = ['vim', 'vim2', 'deit', 'mambaout', 'efficientvim']
+    parser.add_argument('--families', nargs='+', default=families, choices=families)
     parser.add_argument('--sizes', nargs='+', type=int, default=list(BATCHES), choices=list(BATCHES), metavar='PX')
     ways = ['eager', *COMPILED]
     parser.add_argument('--ways', nargs='+', default=ways, choices=ways)

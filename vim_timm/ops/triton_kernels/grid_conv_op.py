@@ -59,7 +59,8 @@ class Conv:
         )  # fmt: skip
 
     def before_silu(self, grad_y: Tensor, launch: ConvLaunch = CONV_BACKWARD) -> Tuple[Tensor, Tensor]:
-        """The gradient before the activation (B, L, D), and float32 gradients of taps and bias (10, D)."""
+        """The gradient before the activation (B, L, D), and float32 gradients of taps and bias (10, D), as parts to add
+        over their first axis."""
         grid, span, constants = self.cut(launch)
         grad = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
         parts = torch.empty((grid[1] * grid[2], 10, self.channels), dtype=torch.float32, device=self.x.device)
@@ -68,7 +69,7 @@ class Conv:
             self.prefix, self.height, self.width, span,
             *self.x.stride()[:2], *grad_y.stride()[:2], *grad.stride()[:2], HAS_BIAS=self.bias is not None, **constants,
         )  # fmt: skip
-        return grad, parts.sum(0)
+        return grad, parts
 
     def of_input(self, grad: Tensor, grad_x: Tensor, launch: ConvLaunch = CONV_INPUT) -> None:
         """Fills grad_x (B, L, D), of any row stride, from the gradient before the activation."""
@@ -103,7 +104,8 @@ def run_backward(grad: Tensor, *flat: Any) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, and float32 ones of weight (D, 9) and bias (D)."""
     conv = conv_of(operands.GridConv(*flat))
     with torch.cuda.device_of(conv.x):
-        before, taps = conv.before_silu(grad.contiguous())
+        before, parts = conv.before_silu(grad.contiguous())
+        taps = parts.sum(0)
         grad_x = torch.empty(conv.x.shape, dtype=conv.x.dtype, device=conv.x.device)
         conv.of_input(before, grad_x)
         return grad_x, taps[:9].t().contiguous(), taps[9].clone()

@@ -30,6 +30,7 @@ class NormLaunch(NamedTuple):
 
 NORM_FORWARD = NormLaunch(1, 2, 0)
 NORM_BACKWARD = NormLaunch(1, 1, 16)
+SUM_ROWS, SUM_COLUMNS = 512, 16  # of a step of a program of `five_sums`
 
 
 class GatedNorm:
@@ -51,7 +52,8 @@ class GatedNorm:
         return out
 
     def backward(self, grad: Tensor, grad_z: Tensor, launch: NormLaunch = NORM_BACKWARD) -> Tuple[Tensor, Tensor]:
-        """Fills grad_z, of any row stride; returns the gradients of y and, float32, of the weight."""
+        """Fills grad_z, of any row stride; returns the gradients of y and, float32, of the weight, as parts to add over
+        their first axis."""
         grad_y = torch.empty(self.y.shape, dtype=self.y.dtype, device=self.y.device)
         programs = min(math.ceil(self.rows / launch.rows), launch.programs * multiprocessors(self.y.device))
         span = launch.rows * max(1, math.ceil(self.rows / (launch.rows * max(1, programs))))
@@ -61,16 +63,16 @@ class GatedNorm:
             *self.y.stride()[:2], *self.z.stride()[:2], *grad_z.stride()[:2], **self.constants,
             BR=launch.rows, num_warps=launch.warps,
         )  # fmt: skip
-        return grad_y, parts.sum(0)
+        return grad_y, parts
 
 
 class GridMixer:
     """The operands as the kernels take them, and the launches of one call."""
 
     def __init__(self, given: operands.GridMixer) -> None:
-        from . import decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels
+        from . import decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels, sum_kernels
 
-        modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels)
+        modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels, sum_kernels)
         self.kernels: Dict[str, Any] = {module.__name__.rsplit('.')[-1]: module for module in modules}
         self.given = given
         self.zxbcdt = given.zxbcdt if given.zxbcdt.stride(-1) == 1 else given.zxbcdt.contiguous()
@@ -99,6 +101,16 @@ class GridMixer:
         z = self.split(self.zxbcdt)[0]
         return GatedNorm(self.kernels['gated_norm_kernels'], y, z, self.given.norm, self.given.eps)
 
+    def sums(self, *parts: Tensor) -> List[Tensor]:
+        """Sums of five contiguous float32 tensors over their first axes."""
+        totals = [torch.empty(part.shape[1:], dtype=torch.float32, device=part.device) for part in parts]
+        columns = [total.numel() for total in totals]
+        grid = (math.ceil(max(columns) / SUM_COLUMNS), len(parts))
+        self.kernels['sum_kernels'].five_sums[grid](
+            *parts, *totals, *(len(part) for part in parts), *columns, BR=SUM_ROWS, BC=SUM_COLUMNS
+        )
+        return totals
+
     def forward(self) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         inside = self.split(self.zxbcdt)[1]
         xbc = torch.empty(inside.shape, dtype=inside.dtype, device=inside.device)
@@ -124,7 +136,7 @@ class GridMixer:
         conv = self.convolution()
         grad_before, taps = conv.before_silu(grad_xbc)
         conv.of_input(grad_before, grad_inside)
-        return [grad_zxbcdt, taps, grad_bias, grad_A, grad_D, grad_norm]
+        return [grad_zxbcdt, *self.sums(taps, grad_bias, grad_A, grad_D, grad_norm)]
 
 
 def run(*flat: Any) -> Tuple[Tensor, ...]:

@@ -198,11 +198,11 @@ class Ssd:
         """Fills grad_x and grad_delta, of any row stride, the latter with zeros behind its heads.
 
         Returns:
-            Float32 gradients of B and C, as parts to add over their first axis, of A_log, D and delta_bias.
+            Float32 gradients of B, C, A_log, D and delta_bias, as parts to add over their first axis.
         """
         grad_D, grad_B, grad_C, *of_steps = self.gradients(grad, dt, s, grad_x)
         grad_A, grad_bias = self.decay_gradients(dt, grad_delta, *of_steps)
-        return grad_B, grad_C, grad_A.sum(0), grad_D.sum(0), grad_bias.sum(0)
+        return grad_B, grad_C, grad_A, grad_D, grad_bias
 
     def decay_gradients(self, dt: Tensor, grad_delta: Tensor, *of_steps: Tensor) -> Tuple[Tensor, Tensor]:
         """Fills grad_delta from gradients of dt and the two parts of those of s; returns parts of those of A_log and

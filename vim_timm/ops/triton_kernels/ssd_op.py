@@ -38,8 +38,9 @@ def run_backward(grad: Tensor, dt: Tensor, s: Tensor, *flat: Any) -> Tuple[Tenso
     with torch.cuda.device_of(ssd.x):
         grad_x = ssd.empty(*ssd.x.shape, dtype=ssd.x.dtype)
         grad_delta = ssd.empty(*ssd.delta.shape, dtype=ssd.delta.dtype)
-        grad_B, grad_C, grad_A, grad_D, grad_bias = ssd.backward(grad.contiguous(), dt, s, grad_x, grad_delta)
-        return grad_x, grad_delta, grad_A, grad_B.sum(0), grad_C.sum(0), grad_D, grad_bias
+        parts = ssd.backward(grad.contiguous(), dt, s, grad_x, grad_delta)
+        grad_B, grad_C, grad_A, grad_D, grad_bias = (part.sum(0) for part in parts)
+        return grad_x, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias
 
 
 def fake_backward(grad: Tensor, dt: Tensor, s: Tensor, *flat: Any) -> Tuple[Tensor, ...]:
