@@ -133,7 +133,7 @@ class InMemory:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Labels]]:
         sampler = self.sampler
-        keys = torch.tensor([key for batch in sampler for key in batch], dtype=torch.int64).to(self.device).view(-1, 3)
+        keys = sampler.keys().to(self.device)
         seed_everything(sampler.seed, sampler.epoch)
         uniform = torch.rand(len(sampler) * sampler.batch_size * sampler.world, sum(self.draws)).to(self.device)
         for rows in keys.split(sampler.batch_size):

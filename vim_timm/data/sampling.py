@@ -61,21 +61,27 @@ class EpochBatches:
             return int(self.size * self.passes) // (self.batch_size * self.world)
         return math.ceil(len(range(self.rank, self.size, self.world)) / self.batch_size)
 
-    def positions(self) -> list[tuple[int, int]]:
-        """(position, index) pairs of this rank in this epoch."""
+    def positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (n,) of this rank's samples in this epoch, and their indices."""
         if not self.training:
-            return [(index, index) for index in range(self.rank, self.size, self.world)]
+            index = torch.arange(self.rank, max(self.size, self.rank), self.world)
+            return index, index
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         draws = [torch.randperm(self.size, generator=generator) for _ in range(math.ceil(self.passes))]
-        order = torch.cat(draws)[: int(self.size * self.passes)].tolist()
-        step, offset = self.batch_size * self.world, self.batch_size * self.rank
-        places = (first + offset + i for first in range(0, len(self) * step, step) for i in range(self.batch_size))
-        return [(place, order[place]) for place in places]
+        first = torch.arange(len(self))[:, None] * self.world + self.rank
+        places = (first * self.batch_size + torch.arange(self.batch_size)).flatten()
+        return places, torch.cat(draws)[places]
+
+    def keys(self) -> torch.Tensor:
+        """Keys (n, 3) of what is left of this rank's samples in this epoch."""
+        positions, indices = self.positions()
+        keys = torch.stack([torch.full_like(positions, self.epoch), positions, indices], 1)
+        return keys[self.start * self.batch_size :]
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        keys = [(self.epoch, position, index) for position, index in self.positions()]
-        for first in range(self.start * self.batch_size, len(keys), self.batch_size):
-            yield keys[first : first + self.batch_size]
+        keys = self.keys()
+        for first in range(0, len(keys), self.batch_size):
+            yield list(map(tuple, keys[first : first + self.batch_size].tolist()))
 
 
 class RepeatedBatches(EpochBatches):
@@ -88,10 +94,10 @@ class RepeatedBatches(EpochBatches):
     def __len__(self) -> int:
         return len(self.sampler) // self.batch_size
 
-    def positions(self) -> list[tuple[int, int]]:
+    def positions(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.sampler.set_epoch(self.seed * 1_000_003 + self.epoch)
-        indices = list(self.sampler)[: len(self) * self.batch_size]
-        return [(self.rank + self.world * i, index) for i, index in enumerate(indices)]
+        indices = torch.tensor(list(self.sampler)[: len(self) * self.batch_size], dtype=torch.int64)
+        return self.rank + self.world * torch.arange(len(indices)), indices
 
 
 class Samples(Dataset):
