@@ -18,6 +18,7 @@ KINDS = {
     'forward': ('vim_nano_patch4_32', dict(scan='forward', class_token='none', global_pool='avg')),
     'vim2': ('vim2_nano_patch4_32', dict(headdim=16, d_state=16)),
     'hybrid': ('vim_hybrid_tiny_patch4_32', dict(num_heads=2, ssm='mamba')),
+    'favit': ('favit_small_patch16_224', dict(num_heads=2, patch_size=4, in_chans=3)),
 }
 
 

@@ -8,6 +8,7 @@ from einops import rearrange
 import vim_timm  # noqa: F401  registers the models
 from vim_timm.layers.factorized import ChannelAttention
 from vim_timm.layers.masking import random_masking
+from vim_timm.ops import use_scan_backend
 
 SMALL = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=32, depth=2, num_heads=4)
 DECODER = dict(decoder_dim=32, decoder_depth=1, decoder_heads=4)
@@ -162,3 +163,13 @@ def test_half_precision():
     for output, wanted in zip((half(x.bfloat16())[0], half.forward_features(x.bfloat16())), expected):
         assert output.dtype == torch.bfloat16
         assert (output - wanted).abs().max() <= 0.05 * wanted.abs().max()
+
+
+def test_attention_that_has_every_derivative_hides_what_the_kernel_hides():
+    layer, x = ChannelAttention(16, 2), torch.randn(2, 3, 4, 16)
+    places = torch.stack([torch.randperm(6)[:4] for _ in range(6)]).view(2, 3, 4)
+    visible = torch.zeros(2, 3, 6, dtype=torch.bool).scatter(2, places, True)
+    visible[:, 0] = False  # no channel may look at this one, which looks at the others and itself
+    expected = layer(x, places, visible)
+    with use_scan_backend('reference'):
+        torch.testing.assert_close(layer(x, places, visible), expected)

@@ -8,7 +8,7 @@ is a matter of the machine, not of a model's arguments or its weights.
 import contextlib
 import importlib.util
 import os
-from typing import Iterator, List, NamedTuple
+from typing import Iterator, List, NamedTuple, Optional
 
 import timm.layers
 import torch
@@ -90,8 +90,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float 
     """
     name = get_attention_kernel()
     if name == 'auto':
-        if wants_any_derivative() or counting():
-            return _step_by_step(q, k, v, dropout)
+        if wants_steps():
+            return step_by_step(q, k, v, dropout)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     if name == 'flash_attn':
         return _flash_attn(q, k, v, dropout)
@@ -107,9 +107,22 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float 
         ) from error
 
 
-def _step_by_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-    """`attention` with every derivative, and as products that a FLOP counter knows on every device."""
+def wants_steps() -> bool:
+    """Whether derivatives are asked for that torch's kernels have not, or operations are counted."""
+    return wants_any_derivative() or counting()
+
+
+def step_by_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0, mask: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """`attention` with every derivative, and as products that a FLOP counter knows on every device.
+
+    Args:
+        mask: What may be attended to, to be broadcast to (B, H, L, L); None for all.
+    """
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float('-inf'))
     return F.dropout(scores.softmax(dim=-1), dropout) @ v
 
 

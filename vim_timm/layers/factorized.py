@@ -8,8 +8,9 @@ from typing import Optional, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, Mlp
+from timm.layers import DropPath, Mlp
 
+from vim_timm.layers.attention import Attention, step_by_step, wants_steps
 from vim_timm.layers.decoder import PixelDecoder
 from vim_timm.layers.norm import LayerNorm
 from vim_timm.layers.pos_embed import CPU, sincos_pos_embed, sincos_positions
@@ -63,7 +64,10 @@ class ChannelAttention(nn.Module):
             # a token attends to itself in any case: a row without any would be NaN
             itself = torch.eye(C, dtype=torch.bool, device=x.device)
             mask = visible.transpose(1, 2).reshape(B * P, 1, 1, C) | itself
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if not torch.jit.is_scripting() and wants_steps():
+            y = step_by_step(q, k, v, mask=mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = y.reshape(B, P, self.num_heads, C, D // self.num_heads).permute(0, 3, 1, 2, 4).reshape(B, C, P, D)
         if places is not None and visible is not None:
             y = y.gather(2, places.unsqueeze(-1).expand(-1, -1, -1, D))
