@@ -360,8 +360,8 @@ HOSTILE = [
 def test_the_configuration_of_a_published_model_is_checked_before_it_is_built(changes, words, hub_folder, monkeypatch):
     name = hub_folder(**changes)
     folder, flags = name.partition(':')[2], ['--model', name, '--pretrained', '--workers', '0', '--device', 'cpu']
-    for module in (saved, build):  # it would take minutes, and more memory than there is
-        monkeypatch.setattr(module, 'create_model', lambda *_, **__: pytest.fail('it was built'))
+    for module, make in ((saved, 'create_model'), (build, 'model_of')):  # minutes, and more memory than there is
+        monkeypatch.setattr(module, make, lambda *_, **__: pytest.fail('it was built'))
     for load in (
         lambda: saved.open_published(name),
         lambda: saved.open_saved(folder),

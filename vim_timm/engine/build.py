@@ -12,22 +12,15 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.data import ImageNetInfo, resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.models import (
-    create_model,
-    get_deprecated_models,
-    get_pretrained_cfg,
-    resolve_model_input_args,
-)
+from timm.models import get_deprecated_models, get_pretrained_cfg
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.task import TrainingTask
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError, explain, meant
-from ..models.load import check_published
-from ..models.masked_autoencoder import as_autoencoder
+from ..models.load import check_published, model_of
 from ..models.pretrained import described
 from ..settings import Process, Settings
-from ..settings.masked import autoencoder_arguments, is_autoencoder
 from ..step import batched, fused_arguments
 from .checkpoint import load_weights
 
@@ -152,14 +145,10 @@ def make_model(args: Settings, **kwargs: Any) -> torch.nn.Module:
         UserError: an unknown argument, a size that does not fit, weights that cannot be had or do not fit.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    autoencoder = autoencoder_arguments(vars(args))
     with explain(f'model {args.model}'), explain_download(args.model):
-        kwargs.update(pretrained=args.pretrained, num_classes=0 if args.mae else args.num_classes, global_pool=args.gp)
-        if is_autoencoder(args.model):
-            kwargs.update(autoencoder)
+        kwargs.update(pretrained=args.pretrained, num_classes=args.num_classes, global_pool=args.gp)
         check_published(args.model, args.pretrained)
-        model = create_model(**resolve_model_input_args(args.model, vars(args), **kwargs, **args.model_kwargs))
-        return as_autoencoder(model, **autoencoder) if args.mae and not is_autoencoder(args.model) else model
+        return model_of(vars(args), **kwargs, **args.model_kwargs)
 
 
 def place_model(

@@ -43,6 +43,21 @@ def load_content(
     model.load_state_dict(state)
 
 
+def model_of(settings: Mapping[str, Any], **kwargs: Any) -> nn.Module:
+    """The model that settings describe by `model`, in a masked autoencoder where they say `mae` and it is none itself.
+
+    Args:
+        kwargs: Go to `timm.create_model`; `device` is the decoder's too.
+    """
+    name, autoencoder = settings['model'], autoencoder_arguments(settings)
+    if settings.get('mae'):
+        kwargs['num_classes'] = 0
+    if is_autoencoder(name):
+        return create_model(**resolve_model_input_args(name, dict(settings), **kwargs, **autoencoder))
+    model = create_model(**resolve_model_input_args(name, dict(settings), **kwargs))
+    return as_autoencoder(model, device=kwargs.get('device'), **autoencoder) if settings.get('mae') else model
+
+
 def check_size(settings: Mapping[str, Any], state: StateDict, what: str = 'the checkpoint') -> None:
     """Refuse settings of a checkpoint that describe a far larger model than it holds, before it is built for minutes.
 
@@ -53,8 +68,7 @@ def check_size(settings: Mapping[str, Any], state: StateDict, what: str = 'the c
     Raises:
         CheckpointError: the model has more weights.
     """
-    name, mae = settings.get('model', ''), settings.get('mae', False)
-    if not is_model(name):
+    if not is_model(settings.get('model', '')):
         return
     names, numbers = 2 * len(state) + 100, 2 * sum(value.numel() for value in state.values()) + 10_000_000
 
@@ -66,14 +80,8 @@ def check_size(settings: Mapping[str, Any], state: StateDict, what: str = 'the c
 
     hook = register_module_parameter_registration_hook(count)
     try:
-        classes = 0 if mae else settings.get('num_classes')
-        own: Dict[str, Any] = dict(settings.get('model_kwargs', {}), num_classes=classes, device='meta')
-        decoder = autoencoder_arguments(settings)
-        if is_autoencoder(name):
-            own.update(decoder)
-        model = create_model(**resolve_model_input_args(name, dict(settings), **own))
-        if mae and not is_autoencoder(name):
-            as_autoencoder(model, device='meta', **decoder)
+        own = {**settings.get('model_kwargs', {}), 'num_classes': settings.get('num_classes'), 'device': 'meta'}
+        model_of(settings, **own)
     finally:
         hook.remove()
 
