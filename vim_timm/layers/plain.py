@@ -24,7 +24,10 @@ def is_its_class(module: nn.Module) -> bool:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    return all(type(weight) in _TENSORS for weight in module._parameters.values() if weight is not None)
+    for weight in module._parameters.values():
+        if weight is not None and type(weight) not in _TENSORS:
+            return False
+    return True
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -48,4 +51,5 @@ def is_plain_depthwise(conv: nn.Module, padding: int) -> bool:
         return False
     if conv.groups != conv.in_channels or conv.groups != conv.out_channels or conv.padding_mode != 'zeros':
         return False
-    return conv.padding == (padding,) * len(conv.kernel_size) and all(n == 1 for n in conv.stride + conv.dilation)
+    axes = len(conv.kernel_size)
+    return conv.padding == (padding,) * axes and conv.stride == conv.dilation == (1,) * axes
