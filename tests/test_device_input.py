@@ -193,7 +193,7 @@ def waits(monkeypatch):
         f'{TINY} --data-in-memory --aa rand-m9-mstd0.5-inc1 --opt adamw',
         f'{TINY} --data-in-memory --cutmix 1 --mixup-mode elem --remode const --reprob 0.5 --recount 2 --opt nadamuon',
         f'{TINY} --workers 1 --mixup 0.2 --opt sgd --drop-path 0.1 --grad-accum-steps 2',
-        f'--mae {SMALL} --data-in-memory --opt adamw',
+        f'--mae {SMALL} --decoder-dim 32 --decoder-depth 1 --decoder-heads 4 --data-in-memory --opt adamw',
     ],
 )
 def test_a_step_asks_the_device_for_nothing(flags, waits, tmp_path):

@@ -134,7 +134,8 @@ class InMemory:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Labels]]:
         sampler = self.sampler
         keys = sampler.keys().to(self.device)
-        seed_everything(sampler.seed, sampler.epoch)
+        if any(self.draws):
+            seed_everything(sampler.seed, sampler.epoch)
         uniform = torch.rand(len(sampler) * sampler.batch_size * sampler.world, sum(self.draws)).to(self.device)
         for rows in keys.split(sampler.batch_size):
             _, positions, places = rows.unbind(1)

@@ -172,7 +172,7 @@ class Loader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from batch `start` on."""
         for step, batch in enumerate(self.unfinished(epoch, start), start):
-            if batch.draws is not None:
+            if batch.draws is not None and self.training:
                 seed_everything(self.seed, epoch, step, self.process.rank, device=True)
             yield self.finish(batch)
 
