@@ -212,8 +212,8 @@ def announce(args: Settings, trainer: Trainer, model: Any, data_config: dict[str
     )
     trainer.progress.say(
         f'global batch {batch} = {args.batch_size} images x {process.world_size} ranks x {args.grad_accum_steps} '
-        f'accumulated; {args.opt}, learning rate {rate:.4g}; {trainer.epochs} epochs of {trainer.batches} steps; '
-        f'output in {trainer.folder}'
+        f'accumulated; {args.opt}, learning rate {rate:.4g}; {trainer.epochs} epoch{"s" if trainer.epochs > 1 else ""} '
+        f'of {trainer.batches} steps; output in {trainer.folder}'
     )
 
 
@@ -266,6 +266,7 @@ def farewell(trainer: Trainer) -> None:
             'next: your own photos, one folder a class in FOLDER (docs/own-photos.md):\n'
             f'  {look} FOLDER\n'
             f'  {train} FOLDER --pretrained --epochs 10 --batch-size 16 --opt adamw --lr 3e-4\n'
+            '  (--model vim_nano_patch4_32: small, and nothing to download)\n'
             f'{train} --list-recipes shows settings that are known to work'
         )
 

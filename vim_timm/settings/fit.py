@@ -17,7 +17,8 @@ def with_warmup(args: Settings) -> tuple[Settings, str]:
     if args.warmup_epochs <= share or args.warmup_prefix or args.sched == 'none':
         return args, ''
     if 'warmup_epochs' not in args.chosen:
-        said = f'{share or "no"} epochs of warm-up, not {args.warmup_epochs}, for there are {args.epochs} in all'
+        warm = f'{share or "no"} epoch{"" if share == 1 else "s"} of warm-up, not {args.warmup_epochs}'
+        said = f'{warm}, for there {"is" if args.epochs == 1 else "are"} {args.epochs} in all'
         return args.replace(warmup_epochs=share), f'{said} (--warmup-epochs sets it)'
     if args.warmup_epochs < args.epochs:
         return args, ''
