@@ -24,16 +24,34 @@ pytestmark = [
 needs_compiler = pytest.mark.skipif(shutil.which('cc') is None, reason='no C compiler')
 
 
-@pytest.fixture
-def checkout(tmp_path):
+def copied(folder):
     """A copy of the sources without built files."""
-    copy = tmp_path / 'checkout'
+    copy = folder / 'checkout'
     copy.mkdir()
     ignored = shutil.ignore_patterns('*.so', '__pycache__')
     for name in SOURCES:
         source = ROOT / name
         shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
     return copy
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return copied(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    """The wheel of the sources, built with a compiler."""
+    folder = tmp_path_factory.mktemp('wheel')
+    return wheel_of(copied(folder), folder / 'out')
+
+
+@pytest.fixture(scope='module')
+def pure(tmp_path_factory):
+    """The wheel of the sources, built without a compiler."""
+    folder = tmp_path_factory.mktemp('pure')
+    return wheel_of(copied(folder), folder / 'out', CC='false')
 
 
 def pip(*arguments, **variables):
@@ -55,25 +73,22 @@ def names(wheel):
 
 
 @needs_compiler
-def test_a_wheel_holds_the_kernel_and_names_no_python(checkout, tmp_path):
-    wheel = wheel_of(checkout, tmp_path / 'out')
+def test_a_wheel_holds_the_kernel_and_names_no_python(wheel):
     assert wheel.name.split('-')[2:] == ['py3', 'none', f'linux_{platform.machine()}.whl']
     parts = {f'vim_timm/ops/cpu/{part.name}' for part in (ROOT / 'vim_timm/ops/cpu').glob('*.[ch]')}
     assert {KERNEL, 'vim_timm/py.typed', *parts} <= names(wheel)
     assert not [name for name in names(wheel) if name.startswith(('tests/', 'benchmarks/'))]
 
 
-def test_a_wheel_has_the_console_script(checkout, tmp_path):
-    wheel = wheel_of(checkout, tmp_path / 'out', CC='false')
-    with zipfile.ZipFile(wheel) as archive:
+def test_a_wheel_has_the_console_script(pure):
+    with zipfile.ZipFile(pure) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith('entry_points.txt')]
         assert 'vim-timm = vim_timm.commands:console' in archive.read(name).decode()
 
 
-def test_without_a_compiler_the_install_goes_on(checkout, tmp_path):
-    wheel = wheel_of(checkout, tmp_path / 'out', CC='false')
-    assert wheel.name.split('-')[2:] == ['py3', 'none', 'any.whl']
-    assert KERNEL not in names(wheel)
+def test_without_a_compiler_the_install_goes_on(checkout, pure, tmp_path):
+    assert pure.name.split('-')[2:] == ['py3', 'none', 'any.whl']
+    assert KERNEL not in names(pure)
     target = tmp_path / 'site'
     pip('install', '--no-deps', '--no-build-isolation', '--no-cache-dir', '--target', target, checkout, CC='false')
     code = (
@@ -86,13 +101,13 @@ def test_without_a_compiler_the_install_goes_on(checkout, tmp_path):
 
 
 @needs_compiler
-def test_a_source_archive_builds_the_same_wheel(checkout, tmp_path):
+def test_a_source_archive_builds_the_same_wheel(checkout, wheel, tmp_path):
     subprocess.run([sys.executable, 'setup.py', '-q', 'sdist', '-d', tmp_path / 'sdist'], cwd=checkout, check=True)
     (archive,) = (tmp_path / 'sdist').glob('*.tar.gz')
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / 'unpacked', filter='data')
     (unpacked,) = (tmp_path / 'unpacked').iterdir()
-    assert names(wheel_of(unpacked, tmp_path / 'a')) == names(wheel_of(checkout, tmp_path / 'b'))
+    assert names(wheel_of(unpacked, tmp_path / 'a')) == names(wheel)
 
 
 EMBEDDED = """
@@ -176,9 +191,8 @@ def test_the_oldest_versions_that_are_promised_are_tested():
     assert f'python {python} or newer' in (ROOT / 'README.md').read_text().lower()
 
 
-def test_a_published_wheel_says_what_it_is(checkout, tmp_path):
-    wheel = wheel_of(checkout, tmp_path / 'out', CC='false')
-    with zipfile.ZipFile(wheel) as archive:
+def test_a_published_wheel_says_what_it_is(pure):
+    with zipfile.ZipFile(pure) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith('METADATA')]
         fields = archive.read(name).decode().split('\n\n')[0].splitlines()
     assert 'Project-URL: Paper, https://arxiv.org/abs/2401.09417' in fields
