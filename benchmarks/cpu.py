@@ -3,11 +3,12 @@
     python -m benchmarks.cpu                     the default grid, about ten minutes on two cores
     python -m benchmarks.cpu --families vim2     Vision Mamba 2
     python -m benchmarks.cpu --sizes 224 448 896 1248 --batches 1 8 --models tiny small --backends cpu torch reference
+    python -m benchmarks.cpu --against PATH      this checkout beside another one, instead of beside DeiT (against.py)
 
 Contenders of one setting run in turn inside one process, so that a busy machine slows all alike: trust the ratios.
 At one thread the ratio is that of processor time, which other programs hardly touch; else that of the clock.
 Peak memory is the growth of the resident set over the loaded model, each contender in a process of its own.
-Writes cpu.json and cpu.png to --output.
+Writes cpu.json and cpu.png, or against.json, to --output.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import vim_timm
+from benchmarks import against
 from vim_timm.ops import cpu, use_scan_backend
 from vim_timm.ops.cpu import library
 from vim_timm.ops.operands import Direction, Scan
@@ -179,6 +181,18 @@ def measure(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def measure_against(options: argparse.Namespace) -> list[dict]:
+    settings = [
+        dict(name=f'{family}_{model}_patch16_224', size=size, batch=batch, mode=mode, threads=threads)
+        for threads, family, model, mode, batch, size in itertools.product(
+            options.threads, options.families, options.models, options.modes, options.batches, options.sizes
+        )
+        if mode == 'infer' or size in options.train_sizes
+    ]
+    compared = (against.compare(options.against, settings, name, options.repeats) for name in options.backends)
+    return list(itertools.chain.from_iterable(compared))
+
+
 def plot(rows: list[dict], file: Path) -> None:
     """Speed relative to DeiT over the image size, one line per backend, mode and batch, at the most threads."""
     import matplotlib
@@ -217,6 +231,7 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=5, help='measurements of each contender after the first')
     parser.add_argument('--budget', type=float, default=5, help='seconds; a slower run is measured once')
     parser.add_argument('--limit', type=float, default=20, help='seconds; a run predicted to take longer is left out')
+    parser.add_argument('--against', type=Path, metavar='PATH', help='another checkout, its CPU kernel built')
     parser.add_argument('--output', type=Path, default=Path('output/benchmarks'))
     parser.add_argument('--measure-peak', nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -225,6 +240,11 @@ def main() -> None:
         return
     if cpu.unavailable():
         sys.exit(f'no CPU kernel to measure: {cpu.unavailable()}')
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.against:
+        (options.output / 'against.json').write_text(json.dumps(measure_against(options), indent=1))
+        print(f'wrote {options.output}/against.json')
+        return
     scan = scan_alone(options.repeats)
     ratio = scan['textbook loop']['best'] / scan['kernel']['best']
     print(f'scan forward, batch 8, 197 tokens: the kernel is {ratio:.0f} times as fast as the textbook loop')
@@ -235,7 +255,6 @@ def main() -> None:
         'scan_alone': scan,
         'models': rows,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / 'cpu.json').write_text(json.dumps(report, indent=1))
     plot(rows, options.output / 'cpu.png')
     print(f'wrote {options.output}/cpu.json and cpu.png')
