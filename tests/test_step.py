@@ -451,12 +451,19 @@ def cut(flags, path, monkeypatch):
         train.train(train.parse_args(flags))
 
 
-@pytest.mark.parametrize('accum', ['1', '2'])
-def test_a_run_of_recorded_steps_resumes_bit_for_bit(accum, tmp_path, monkeypatch):
+@pytest.mark.parametrize('accum, more', [('1', ''), ('2', ''), ('1', '--data-in-memory')])
+def test_a_run_of_recorded_steps_resumes_bit_for_bit(accum, more, tmp_path, monkeypatch):
+    """With data in memory the images that a recording sees are of 8 bits, and what becomes of them is a part of it."""
     monkeypatch.setattr(train, 'why_not', lambda *_: '')
     flags = [*BASE.split(), *HARD.split(), '--grad-accum-steps', accum, '--workers', '0', '--epochs', '2']
-    flags += ['--output', str(tmp_path), '--cuda-graph']
+    flags += ['--output', str(tmp_path), *more.split()]
+    plain = train.train(train.parse_args([*flags, '--experiment', 'plain', '--recovery-interval', '0']))
+    flags += ['--cuda-graph']
     whole = train.train(train.parse_args([*flags, '--experiment', 'whole', '--recovery-interval', '0']))
+    for row, same in zip(plain.rows, whole.rows, strict=True):
+        assert row['train_loss'] == pytest.approx(same['train_loss'], rel=1e-3)
+    eight_bits = [tensor.dtype == torch.uint8 for tensor in whole.recorded.recorded.inputs]
+    assert any(eight_bits) == bool(more)
     assert whole.recorded.recorded.calls == (44 if accum == '1' else 22)
 
     cut([*flags, '--experiment', 'cut', '--recovery-interval', '15'], tmp_path / 'recovery', monkeypatch)
