@@ -298,6 +298,25 @@ def test_the_convolution_alone_equals_plain_operators(prefix, bias, dtype, trito
 
 
 @kernels
+def test_operands_past_whose_ends_kernels_would_read_are_refused(triton):
+    x, weight, bias = draw(2, 12, 16).float(), draw(16, 9).float(), draw(16).float()
+    for given, message in (
+        (GridConv(x, weight, bias, 1, 3, 4), '12 tokens are not 1 and a grid of 3 x 4'),
+        (GridConv(x, weight[:8], bias, 0, 3, 4), 'do not fit 16 channels'),
+        (GridConv(x, weight, bias[:8], 0, 3, 4), 'do not fit 16 channels'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grid_conv(given)
+    operands = [x.float() for x in operands_of(12, 'both', heads=2, headdim=16, state=16)]
+    rows, columns, moves = visits_of((3, 4), 0, 'both')
+    for visits in ((columns[:, :9], moves), (columns.expand(3, -1), moves), (columns, moves[:9])):
+        with pytest.raises(ValueError, match='do not fit'):
+            symmetric_ssd(Ssd(*operands, rows, *visits))
+    with pytest.raises(ValueError, match='12 tokens are not 0 and a grid of 4 x 4'):
+        fused_grid_mixer(GridMixer(*mixer_operands(12, 2, torch.float32), 1e-5, 16, True, 0, 4, 4))
+
+
+@kernels
 def test_kernels_take_parameters_of_any_stride(triton):
     operands = [x.float() for x in operands_of(12, 'both', heads=2, headdim=16, state=16)]
     visits = visits_of((3, 4), 0, 'both')

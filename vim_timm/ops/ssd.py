@@ -57,6 +57,7 @@ def grid_conv(conv: GridConv) -> Optional[Tensor]:
         (B, L, D) in x's dtype; None where no backend has it, and torch's convolution serves.
 
     Raises:
+        ValueError: a backend has it, and the tokens are no such grid, or taps or bias do not fit them.
         RuntimeError: a forced backend cannot run.
     """
     run = find('grid_conv', conv, conv.x)
@@ -79,6 +80,7 @@ def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
         `symmetric_ssd` and norm.
 
     Raises:
+        ValueError: a backend computes it, and the tokens are no such grid.
         RuntimeError: a forced backend cannot run.
     """
     run = find('grid_mixer', mixer, mixer.zxbcdt)

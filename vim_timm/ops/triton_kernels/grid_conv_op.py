@@ -33,8 +33,11 @@ class Conv:
     def __init__(self, kernels: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], grid: Grid) -> None:
         self.kernels = kernels
         self.x, self.weight, self.bias = x, weight.contiguous(), None if bias is None else bias.contiguous()
-        self.batch, _, self.channels = x.shape
+        self.batch, length, self.channels = x.shape
         self.prefix, self.height, self.width = grid
+        grid.check(length)
+        if weight.shape != (self.channels, 9) or (bias is not None and bias.shape != (self.channels,)):
+            raise ValueError(f'taps {list(weight.shape)} and their bias do not fit {self.channels} channels')
 
     def cut(self, launch: ConvLaunch) -> Tuple[Tuple[int, int, int], int, dict]:
         """The grid, the rows of a program, and constants."""

@@ -44,6 +44,11 @@ class Grid(NamedTuple):
     height: int
     width: int
 
+    def check(self, length: int) -> None:
+        """Raise ValueError where `length` tokens are not these: kernels would read past their ends."""
+        if length != self.prefix + self.height * self.width:
+            raise ValueError(f'{length} tokens are not {self.prefix} and a grid of {self.height} x {self.width}')
+
 
 @functools.lru_cache(maxsize=None)
 def pieces(length: int) -> Tuple[int, ...]:
@@ -92,6 +97,11 @@ class Ssd:
         self.B, self.C = common_rows(B, C)
         self.batch, self.length, self.heads, self.headdim = x.shape
         self.grid = grid or Grid(0, 1, self.length)
+        self.grid.check(self.length)
+        if columns is not None and columns.shape not in ((1, self.length), (self.batch, self.length)):
+            raise ValueError(f'columns {list(columns.shape)} do not fit {self.batch} images of {self.length} tokens')
+        if moves is not None and moves.shape != (self.length,):
+            raise ValueError(f'moves {list(moves.shape)} do not fit {self.length} tokens')
         self.orders, self.state = A_log.shape[0], B.shape[-1]
         self.decay_constants = {
             'HAS_BIAS': self.delta_bias is not None,
