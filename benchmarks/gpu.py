@@ -209,7 +209,7 @@ def measure_models(options: argparse.Namespace, train: bool) -> list[dict]:
         names = [name for name in names if name.split('_')[0] in options.families]
         for name, way in itertools.product(names, options.ways):
             rows.append(measure_model(name, size, way, train))
-        if names[0].startswith('vim_') and not mamba_ssm_adapter.unavailable() and 'eager' in options.ways:
+        if 'vim' in options.families and not mamba_ssm_adapter.unavailable() and 'eager' in options.ways:
             rows.append(measure_model(names[0], size, 'eager', train, 'mamba_ssm'))
     return [row for row in rows if row is not None]
 
