@@ -103,6 +103,18 @@ def test_a_crop_of_everything_changes_nothing():
     assert torch.equal(same(images, torch.rand(4, DRAWS)), images.float())
 
 
+@pytest.mark.parametrize(
+    'size, scale, ratio',
+    [((1, 1), (0.08, 1.0), (0.75, 4 / 3)), ((8, 8), (1e-3, 1e-3), (1, 1)), ((4, 1), (1, 1), (2, 3))],
+)
+def test_a_crop_has_a_pixel_at_least(size, scale, ratio):
+    images = torch.randint(256, (16, 3, *size), dtype=torch.uint8)
+    augmentation = Augmentation((5, 9), scale, ratio, 0.5, 0.5, 0.0, 'random')
+    result = augmentation(images, torch.rand(16, DRAWS))
+    low, high = (part[..., None, None].float() for part in (images.flatten(2).amin(2), images.flatten(2).amax(2)))
+    assert ((result >= low) & (result <= high)).all()
+
+
 def test_weights_do_not_look_outside_the_crop():
     start, length, yes, no = (torch.tensor([value]) for value in (3.0, 5.0, True, False))
     weights = resampling(start, length, length / 8, 20, 8, yes, no)

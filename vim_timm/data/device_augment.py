@@ -55,10 +55,11 @@ def random_boxes(
     area, aspect = uniform[:, AREA : AREA + ATTEMPTS], uniform[:, ASPECT : ASPECT + ATTEMPTS]
     areas = [share * height * width for share in scale]
     sides, found = random_sides(area, aspect, areas, ratio, (height, width))
+    sides = sides.clamp(min=1)  # of an image of few pixels they may be rounded to none
     # without any: the largest centred box of an allowed aspect
     shape = min(max(width / height, min(ratio)), max(ratio))
-    h = torch.where(found, sides[0], float(min(height, round(width / shape))))
-    w = torch.where(found, sides[1], float(min(width, round(height * shape))))
+    h = torch.where(found, sides[0], float(max(1, min(height, round(width / shape)))))
+    w = torch.where(found, sides[1], float(max(1, min(width, round(height * shape)))))
     # a little less than half of the places that are left is the middle, rounded down
     place = torch.where(found, uniform[:, TOP : LEFT + 1].mT, 0.4999)
     return (place[0] * (height + 1 - h)).floor(), (place[1] * (width + 1 - w)).floor(), h, w
