@@ -32,8 +32,9 @@ def store_rows(pointer, tokens, inside, stride, value, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_states(STATES, N: tl.constexpr, P: tl.constexpr):
+def load_states(STATES, head, chunks, N: tl.constexpr, P: tl.constexpr):
     """A head's states (N, P) with which a chunk is entered from the first token and from the last."""
+    STATES += tl.cast(head, tl.int64) * chunks * (2 * N * P)
     at = STATES + tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
     return tl.load(at), tl.load(at + N * P)
 
@@ -155,7 +156,7 @@ def chunk_forward(
         x = load_rows(X + head * P, tokens, inside, X_sl, P)
         mask = distance(s, s, FAST) * dt[None, :]
         y = product(unpacked(scores, PRECISION, FAST) * mask, x, PRECISION)
-        ahead, back = load_states(STATES + head * chunks * (2 * N * P), N, P)
+        ahead, back = load_states(STATES, head, chunks, N, P)
         y += product(c, ahead, PRECISION) * exp2(-s, FAST)[:, None]
         y += product(c, back, PRECISION) * exp2(s - tl.max(s, 0), FAST)[:, None]
         if HAS_D:
@@ -212,13 +213,13 @@ def chunk_backward_values(
         edge = product(x, tl.trans(grad_y), PRECISION) * masked * dt[:, None]
         edge = tl.where(own[:, None] < own[None, :], edge, tl.where(own[:, None] > own[None, :], -edge, 0.0))
         tails = tl.sum(edge, 1) - tl.sum(edge, 0)
-        grad_ahead, grad_back = load_states(GRAD_STATES + head * chunks * (2 * N * P), N, P)
+        grad_ahead, grad_back = load_states(GRAD_STATES, head, chunks, N, P)
         before = product(b, grad_ahead, PRECISION) * from_start
         behind = product(b, grad_back, PRECISION) * to_end
         grad_v += before + behind
         tails -= tl.sum(before * x.to(tl.float32), 1) * dt
         starts = tl.sum(behind * x.to(tl.float32), 1) * dt
-        ahead, back = load_states(STATES + head * chunks * (2 * N * P), N, P)
+        ahead, back = load_states(STATES, head, chunks, N, P)
         tails -= tl.sum(product(c, ahead, PRECISION) * grad_y.to(tl.float32), 1) * exp2(-s, FAST)
         starts += tl.sum(product(c, back, PRECISION) * grad_y.to(tl.float32), 1) * exp2(s - tl.max(s, 0), FAST)
         over = ahead.to(tl.float32) * grad_back.to(tl.float32) + back.to(tl.float32) * grad_ahead.to(tl.float32)
@@ -268,10 +269,10 @@ def chunk_backward_matrices(
         v = load_rows(X + head * P, tokens, inside, X_sl, P).to(tl.float32) * dt[:, None]
         grad_y = load_rows(GRAD_Y + head * P, tokens, inside, Y_sl, P).to(tl.float32)
         grad_scores += product(v, tl.trans(grad_y), PRECISION) * distance(s, s, FAST)
-        ahead, back = load_states(GRAD_STATES + head * chunks * (2 * N * P), N, P)
+        ahead, back = load_states(GRAD_STATES, head, chunks, N, P)
         grad_b += product(v * from_start, tl.trans(ahead), PRECISION)
         grad_b += product(v * to_end, tl.trans(back), PRECISION)
-        ahead, back = load_states(STATES + head * chunks * (2 * N * P), N, P)
+        ahead, back = load_states(STATES, head, chunks, N, P)
         grad_c += product(grad_y * from_start, tl.trans(ahead), PRECISION)
         grad_c += product(grad_y * to_end, tl.trans(back), PRECISION)
     b = load_rows(B + entry * B_sb, tokens, inside, B_sl, N)
