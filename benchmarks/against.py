@@ -58,7 +58,8 @@ def compare(other: Path, settings: list[dict], backend: str, repeats: int) -> li
         times: dict[str, list[float]] = {'this': [], 'other': []}
         which = 1 if setting['threads'] == 1 else 0  # processor time, which other programs hardly touch; else the clock
         for pair in range(PAIRS):
-            checkouts = {'this': Checkout(HERE, backend), 'other': Checkout(other.resolve(), backend)}
+            roots = [('this', HERE), ('other', other.resolve())]
+            checkouts = {name: Checkout(root, backend) for name, root in (roots if pair % 2 else roots[::-1])}
             for checkout in checkouts.values():
                 checkout.ask(setting)
                 checkout.ask()
