@@ -261,7 +261,7 @@ def test_fused_kernels_equal_plain_operators(grid, prefix, orders, dtype, most, 
         lambda *operands: composition(operands, *settings),
         given,
         2 * TOLERANCE[dtype],
-        sums=('A_log', 'D', 'delta_bias'),
+        sums=('A_log', 'D', 'delta_bias', 'conv', 'conv_bias'),
     )
     second = with_gradients(fused, given)
     assert all(torch.equal(first[name], second[name]) for name in first)
