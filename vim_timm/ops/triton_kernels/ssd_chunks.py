@@ -46,7 +46,7 @@ class ChunkedSsd(Ssd):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """Of what products take."""
+        """Type of what products take."""
         return torch.bfloat16 if self.constants['PRECISION'] == 'bf16' else torch.float32
 
     def visits(self, order: int) -> Tuple[Tuple[int, ...], int, Dict[str, bool]]:
@@ -121,7 +121,7 @@ class ChunkedSsd(Ssd):
         return grad_D, grad_B, grad_C, grad_dt, grad_l
 
     def decay_gradients(self, dt: Tensor, grad_delta: Tensor, *of_steps: Tensor) -> Tuple[Tensor, Tensor]:
-        """As `Ssd.decay_gradients`, from gradients of dt and of what tokens add to s."""
+        """Results as of `Ssd.decay_gradients`, from gradients of dt and of what tokens add to s."""
         spans, constants = math.ceil(self.length / STEPS), self.decay_constants
         grad_A = self.empty(self.batch * spans, self.orders, self.heads)
         grad_bias = self.empty(self.batch * spans, self.heads)
