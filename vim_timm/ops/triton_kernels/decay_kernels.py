@@ -140,7 +140,7 @@ def step_gradients(
     HAS_BIAS: tl.constexpr, HAS_MOVES: tl.constexpr, ORDERS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Results as of `decay_backward`, from GRAD_L (batch, orders, H, L), the gradients of what tokens add to s: no token
+    """Results as of `decay_backward`, from GRAD_L (batch, orders, H, L), gradients of what tokens add to s: no token
     needs another. PART_A (batch, programs, orders, H), PART_BIAS (batch, programs, H)."""
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     entry = tl.program_id(1).to(tl.int64)

@@ -75,7 +75,7 @@ def load_sum(
     STATES, S, VISITS, step, chunks, backward, length, prefix, height, width,
     BY_COLUMNS: tl.constexpr, TABLE: tl.constexpr, BT: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the chunk that a direction meets after `step` others, sum of its decays, its place, whether there is one."""
+    """Sum of the chunk that a direction meets after `step` others, that of its decays, its place, if there is one."""
     inside = step < chunks
     chunk = tl.where(backward == 1, tl.maximum(chunks - 1 - step, 0), step)
     last = visited(VISITS, tl.minimum(chunk * BT + BT, length) - 1, length, BY_COLUMNS, prefix, height, width, TABLE)
