@@ -137,7 +137,7 @@ def test_boxes_are_spread_as_timms(height, width, scale):
 
 
 @pytest.mark.parametrize('order', list(itertools.permutations(range(3))))
-@pytest.mark.parametrize('mode', ['RGB', 'L'])
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA', 'LA'])
 def test_colour_jitter_is_pillows(order, mode):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).convert(mode)

@@ -103,10 +103,12 @@ def jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> 
     """Pillow's brightness (0), contrast (1) and saturation (2), in each image's own order.
 
     Args:
-        images: (B, C, H, W), whole numbers of 0..255 as float32.
+        images: (B, C, H, W), whole numbers of 0..255 as float32; the last of two or four channels is alpha, and stays.
         factors: (B, 3), of the three.
         order: (B, 3), a permutation of them.
     """
+    alpha = images[:, images.shape[1] - (images.shape[1] in (2, 4)) :]
+    images = images[:, : images.shape[1] - alpha.shape[1]]
     factors = factors.gather(1, order)
     for factor, flat, grey_share in zip(
         *(part.unsqueeze(2).unsqueeze(3).split(1, 1) for part in (factors, (order == 1).float(), (order == 2).float()))
@@ -115,7 +117,7 @@ def jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> 
         mean = grey.mean((1, 2, 3), keepdim=True).add_(0.5).floor_()
         base = torch.addcmul(mean * flat, grey, grey_share)  # black, the mean, or the grey image
         images = torch.addcmul(base, images - base, factor).clamp_(0, 255).floor_()
-    return images
+    return torch.cat([images, alpha], 1) if alpha.shape[1] else images
 
 
 class Augmentation:
