@@ -12,6 +12,11 @@ def pytest_configure():
         torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))
 
 
+def pytest_collection_modifyitems(items):
+    """The tests that take a minute come first: the last of a run on several workers would be waited for."""
+    items.sort(key=lambda item: item.name != 'test_all_of_this_in_the_interpreter')
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """Whatever a kernel leaves unwritten is NaN."""

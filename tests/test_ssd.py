@@ -263,8 +263,9 @@ def test_fused_kernels_equal_plain_operators(grid, prefix, orders, dtype, most, 
         2 * TOLERANCE[dtype],
         sums=('A_log', 'D', 'delta_bias', 'conv', 'conv_bias'),
     )
-    second = with_gradients(fused, given)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    if GPU:  # the interpreter has no order to depend on
+        second = with_gradients(fused, given)
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @kernels
