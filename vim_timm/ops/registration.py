@@ -90,6 +90,13 @@ def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def in_dtypes_of(
+    tensors: Sequence[Optional[torch.Tensor]], gradients: Sequence[Optional[torch.Tensor]]
+) -> Tuple[Optional[torch.Tensor], ...]:
+    """Gradients as autograd takes them: in their tensors' dtypes, None for what is absent."""
+    return tuple(None if x is None or g is None else g.to(x.dtype) for x, g in zip(tensors, gradients))
+
+
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
     pass
 

@@ -1,6 +1,6 @@
 """The symmetric state space dual: both directions of a Mamba-2 head as one masked product."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -60,11 +60,7 @@ def grid_conv(conv: GridConv) -> Optional[Tensor]:
         ValueError: a backend has it, and the tokens are no such grid, or taps or bias do not fit them.
         RuntimeError: a forced backend cannot run.
     """
-    run = find('grid_conv', conv, conv.x)
-    if run is None:
-        return None
-    with autocast_off(conv.x):
-        return run(conv)
+    return _run_if_there('grid_conv', conv, conv.x)
 
 
 def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
@@ -83,8 +79,13 @@ def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
         ValueError: a backend computes it, and the tokens are no such grid.
         RuntimeError: a forced backend cannot run.
     """
-    run = find('grid_mixer', mixer, mixer.zxbcdt)
+    return _run_if_there('grid_mixer', mixer, mixer.zxbcdt)
+
+
+def _run_if_there(operator: str, operands: Any, x: Tensor) -> Optional[Tensor]:
+    """What a backend computes, outside autocast; None where the operator is composed of others."""
+    run = find(operator, operands, x)
     if run is None:
         return None
-    with autocast_off(mixer.zxbcdt):
-        return run(mixer)
+    with autocast_off(x):
+        return run(operands)

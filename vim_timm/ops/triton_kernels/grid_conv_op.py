@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import operands
 from ..operands import schema
-from ..registration import Kernel, grid_conv_flops, register
+from ..registration import Kernel, grid_conv_flops, in_dtypes_of, register
 from .launch import INTERPRET, or_else
 from .ssd_launch import Grid
 
@@ -83,6 +83,11 @@ class Conv:
         )  # fmt: skip
 
 
+def weight_and_bias(taps: Tensor) -> Tuple[Tensor, Tensor]:
+    """Gradients (D, 9) and (D) from those of the kernels, (10, D)."""
+    return taps[:9].t().contiguous(), taps[9].clone()
+
+
 def conv_of(given: operands.GridConv) -> Conv:
     from . import grid_conv_kernels
 
@@ -108,10 +113,9 @@ def run_backward(grad: Tensor, *flat: Any) -> Tuple[Tensor, Tensor, Tensor]:
     conv = conv_of(operands.GridConv(*flat))
     with torch.cuda.device_of(conv.x):
         before, parts = conv.before_silu(grad.contiguous())
-        taps = parts.sum(0)
         grad_x = torch.empty(conv.x.shape, dtype=conv.x.dtype, device=conv.x.device)
         conv.of_input(before, grad_x)
-        return grad_x, taps[:9].t().contiguous(), taps[9].clone()
+        return grad_x, *weight_and_bias(parts.sum(0))
 
 
 def fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *others: Any) -> Tuple[Tensor, Tensor, Tensor]:
@@ -127,8 +131,7 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
 def differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     tensors = ctx.saved_tensors
     grads = torch.ops.vim_timm.triton_grid_conv_backward.default(grad, *tensors, *ctx.settings)
-    found = (None if x is None else g.to(x.dtype) for x, g in zip(tensors, grads))
-    return (*found, *[None] * len(ctx.settings))
+    return (*in_dtypes_of(tensors, grads), *[None] * len(ctx.settings))
 
 
 register(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import operands
 from ..operands import schema
-from ..registration import Kernel, grid_mixer_flops, register
-from .grid_conv_op import Conv
+from ..registration import Kernel, grid_mixer_flops, in_dtypes_of, register
+from .grid_conv_op import Conv, weight_and_bias
 from .launch import INTERPRET, multiprocessors
 from .ssd_launch import Grid, Ssd, sum_dtype
 from .ssd_op import ssd_of
@@ -164,7 +164,7 @@ def run_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *f
     mixer = GridMixer(operands.GridMixer(*flat))
     with torch.cuda.device_of(mixer.zxbcdt):
         grad_zxbcdt, taps, *others = mixer.backward(grad.contiguous(), xbc, dt, s, y)
-        return grad_zxbcdt, taps[:9].t().contiguous(), taps[9].clone(), *others
+        return grad_zxbcdt, *weight_and_bias(taps), *others
 
 
 def fake_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> Tuple[Tensor, ...]:
@@ -184,8 +184,7 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...])
 def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
     kept, tensors = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
     grads = torch.ops.vim_timm.triton_grid_mixer_backward.default(grad, *kept, *tensors, *ctx.settings)
-    found = (None if x is None else g.to(x.dtype) for x, g in zip(tensors, grads))
-    return (*found, *[None] * len(ctx.settings))
+    return (*in_dtypes_of(tensors, grads), *[None] * len(ctx.settings))
 
 
 register(

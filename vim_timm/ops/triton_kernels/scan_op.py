@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import operands
 from ..operands import schema
-from ..registration import Kernel, register, scan_flops
+from ..registration import Kernel, in_dtypes_of, register, scan_flops
 from .launch import GROUP, INTERPRET, Plan, alignment, common_rows, multiprocessors, or_else, plan
 
 
@@ -238,7 +238,7 @@ def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ..
         grad_D, grad_bias = grad_V[i]
         grads += [grad_u[i], grad_delta[i], grad_A[i], grad_B, grad_C, grad_D, grad_bias]
     grads += [None] * (2 * len(operands.Direction._fields) - len(grads)) + [grad_z]
-    return (*(None if x is None or g is None else g.to(x.dtype) for x, g in zip(tensors, grads)), None, None, None)
+    return *in_dtypes_of(tensors, grads), None, None, None
 
 
 register(

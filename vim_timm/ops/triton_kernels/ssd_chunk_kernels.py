@@ -205,7 +205,8 @@ def chunk_backward_values(
         at = head * length + tokens
         s = tl.load(S + at, mask=inside, other=0.0)
         dt = tl.load(DT + at, mask=inside, other=0.0) / ORDERS
-        from_start, to_end = exp2(-s, FAST)[:, None], exp2(s - tl.max(s, 0), FAST)[:, None]
+        whole = tl.max(s, 0)
+        from_start, to_end = exp2(-s, FAST), exp2(s - whole, FAST)
         x = load_rows(X + head * P, tokens, inside, X_sl, P)
         grad_y = load_rows(GRAD_Y + head * P, tokens, inside, Y_sl, P)
         masked = unpacked(scores, PRECISION, FAST) * distance(s, s, FAST)
@@ -214,16 +215,16 @@ def chunk_backward_values(
         edge = tl.where(own[:, None] < own[None, :], edge, tl.where(own[:, None] > own[None, :], -edge, 0.0))
         tails = tl.sum(edge, 1) - tl.sum(edge, 0)
         grad_ahead, grad_back = load_states(GRAD_STATES, head, chunks, N, P)
-        before = product(b, grad_ahead, PRECISION) * from_start
-        behind = product(b, grad_back, PRECISION) * to_end
+        before = product(b, grad_ahead, PRECISION) * from_start[:, None]
+        behind = product(b, grad_back, PRECISION) * to_end[:, None]
         grad_v += before + behind
         tails -= tl.sum(before * x.to(tl.float32), 1) * dt
         starts = tl.sum(behind * x.to(tl.float32), 1) * dt
         ahead, back = load_states(STATES, head, chunks, N, P)
-        tails -= tl.sum(product(c, ahead, PRECISION) * grad_y.to(tl.float32), 1) * exp2(-s, FAST)
-        starts += tl.sum(product(c, back, PRECISION) * grad_y.to(tl.float32), 1) * exp2(s - tl.max(s, 0), FAST)
+        tails -= tl.sum(product(c, ahead, PRECISION) * grad_y.to(tl.float32), 1) * from_start
+        starts += tl.sum(product(c, back, PRECISION) * grad_y.to(tl.float32), 1) * to_end
         over = ahead.to(tl.float32) * grad_back.to(tl.float32) + back.to(tl.float32) * grad_ahead.to(tl.float32)
-        over = tl.sum(tl.sum(over, 1), 0) * exp2(-tl.max(s, 0), FAST)
+        over = tl.sum(tl.sum(over, 1), 0) * exp2(-whole, FAST)
         grad_l = tl.cumsum(tails, 0, reverse=True) - (tl.cumsum(starts, 0) - starts) - over
         tl.store(GRAD_L + at, grad_l, mask=inside)
         grad_dt = tl.sum(grad_v * x.to(tl.float32), 1) / ORDERS

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import operands
 from ..operands import schema
-from ..registration import Kernel, register, ssd_flops
+from ..registration import Kernel, in_dtypes_of, register, ssd_flops
 from .ssd_chunks import ChunkedSsd
 from .ssd_launch import MAX_LENGTH, Grid, Ssd
 
@@ -63,7 +63,7 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tenso
 def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
     dt, s, *tensors, columns, moves = ctx.saved_tensors
     grads = torch.ops.vim_timm.triton_ssd_backward.default(grad, dt, s, *tensors, ctx.rows, columns, moves)
-    return (*(None if x is None else g.to(x.dtype) for x, g in zip(tensors, grads)), None, None, None)
+    return *in_dtypes_of(tensors, grads), None, None, None
 
 
 register(
