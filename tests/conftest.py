@@ -1,13 +1,22 @@
 """Fixtures of several test files, and what every worker of a run begins with."""
 
 import os
+import random
 
+import numpy
 import pytest
 import torch
+
+SEED = int(os.environ.get('VIM_TIMM_SEED', '0'))
+
+
+def pytest_report_header():
+    return f'random operands: VIM_TIMM_SEED={SEED}'
 
 
 def pytest_configure():
     """One thread for each worker of pytest-xdist, and for its processes: there is one worker per core."""
+    torch.manual_seed(SEED)
     if 'PYTEST_XDIST_WORKER' in os.environ:
         torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))
 
@@ -15,6 +24,14 @@ def pytest_configure():
 def pytest_collection_modifyitems(items):
     """The tests that take a minute come first: the last of a run on several workers would be waited for."""
     items.sort(key=lambda item: item.name != 'test_all_of_this_in_the_interpreter')
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test that fails with some operands fails again when it is asked alone."""
+    torch.manual_seed(SEED)
+    numpy.random.seed(SEED)
+    random.seed(SEED)
 
 
 @pytest.fixture

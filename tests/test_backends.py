@@ -227,9 +227,20 @@ def test_a_state_that_decays_at_once_is_exact_and_has_finite_gradients(backend, 
             A.copy_(A if is_log else -A.exp())
             A[1, 2] = A[3] = math.inf if is_log else -math.inf
         forward.delta[0, 5] = -200.0  # a step of zero length
+        forward.C.mul_(100.0)  # gradients whose product with a rate of 1e38 overflows
     operands = Scan(forward, backward, tokens(length), 1.0, True, is_log)
     assert all(x.isfinite().all() for x in results('scan', backend, operands))
     assert_equals_the_law('scan', backend, operands)
+
+
+@every_backend
+def test_the_fastest_decay_is_the_same_on_every_backend(backend):
+    """A step of e^-60 leaves 1 / e of a state that decays at once, as far as float32 can say."""
+    u, delta, A, B, C, *_ = (x.detach().abs() for x in direction(9))
+    given = Direction(u, torch.full_like(delta, -60.0), torch.full_like(A, math.inf), B, C, None, None)
+    kept, wanted = (backends.TABLE['scan'][name].run(Scan(given)) for name in (backend, 'reference'))
+    assert wanted.min() > 0
+    torch.testing.assert_close(kept, wanted, rtol=1e-4, atol=0.0)
 
 
 def test_the_law_at_minus_infinity_is_a_product_of_each_token_alone():

@@ -16,6 +16,9 @@
 #define BACKWARD_STATES (LANES == 16 ? 8 : 4)
 #endif
 _Static_assert(FORWARD_STATES <= 16 && BACKWARD_STATES <= 16, "recur has room for 16 states");
+/* e^60 log2(e), as in the reference: minus infinity times a slope of 0 would be NaN, and so would the gradient of a slope
+   of 0 be where a larger number overflows. */
+#define FASTEST 1.647568e26f
 /* Kept states have their channels padded to this number in every build. */
 enum { PADDING = 16 };
 
@@ -66,8 +69,7 @@ static Parameters prepare(const Scan *scan, const Direction *direction, float *m
         vec largest = splat(0);
         for (int64_t n = 0; n < state; n++) {
             float *a = p.A2 + n * padded + c;
-            /* Finite: minus infinity times a slope of 0 would be NaN. */
-            vec v = at_least((scan->log_A ? -exp_of_any(load(a)) : load(a)) * LOG2E, splat(-3e38f));
+            vec v = at_least((scan->log_A ? -exp_of_any(load(a)) : load(a)) * LOG2E, splat(-FASTEST));
             store(a, v);
             largest = at_least(absolute(v), largest);
         }

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..math import LOG2E, exp2
-from .steps import GROUP, RUNTIME, advance, load_row, step_size, within
+from .steps import FASTEST, GROUP, RUNTIME, advance, load_row, step_size, within
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def decays(
     if A_IS_LOG:
         a = -tl.exp(a)
     a *= LOG2E
-    a = tl.where(a < -3e38, -3e38, a)  # finite: minus infinity times a step of 0 would be NaN
+    a = tl.where(a < -FASTEST, -FASTEST, a)
     tl.store(DECAY + tl.program_id(1) * (DIM * N) + index, a, mask=mask)
 
 
