@@ -251,6 +251,13 @@ def test_the_law_at_minus_infinity_is_a_product_of_each_token_alone():
 
 
 @every_backend
+def test_a_scan_of_one_channel_takes_matrices_stored_by_states(backend):
+    given = direction(9, channels=1)
+    B, C = (x.detach().mT.contiguous().mT.requires_grad_() for x in (given.B, given.C))
+    assert_equals_the_law('scan', backend, Scan(given._replace(B=B, C=C), given._replace(B=B, C=C)))
+
+
+@every_backend
 def test_directions_may_differ_in_what_they_have(backend):
     operands = Scan(direction(9), direction(9, skip=False, bias=False), tokens(9))
     assert_equals_the_law('scan', backend, operands)

@@ -123,7 +123,8 @@ def _run_backward(
         u_, dt_, B_, C_, gy = (_chunk(x, chunks, size) for x in (u[b, :, d], dt[b, :, d], B[b], C[b], grad_y[b, :, d]))
         decay, h, chunk_decay = _states(u_, dt_, A[d], B_, reverse)
         grad_C[b] += torch.matmul(gy.unsqueeze(-2), h).squeeze(-2).flatten(1, 2)[:, :length]
-        gh = gy.unsqueeze(-1) * C_.unsqueeze(-2)
+        # contiguous for the flattened view below: it would be a copy, and what is written into it lost
+        gh = (gy.unsqueeze(-1) * C_.unsqueeze(-2)).contiguous()
         _recur_adjoint(decay, gh, chunk_decay, reverse)
         grad_B[b] += torch.matmul((dt_ * u_).unsqueeze(-2), gh).squeeze(-2).flatten(1, 2)[:, :length]
         grad_x = torch.matmul(gh, B_.unsqueeze(-1)).squeeze(-1)
