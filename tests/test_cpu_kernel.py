@@ -212,6 +212,30 @@ def test_not_a_number_is_not_lost(build):
             assert cpu_scan(*inputs, 1.0, True, True)[0, 40:, 3].isnan().all()
 
 
+@pytest.mark.parametrize('bits', [0x7FFFFFFF, 0x7FC00001])
+def test_not_a_number_is_not_lost_whatever_its_bits(build, bits):
+    """CUDA's has all of them, and came out of an exponential as the largest number."""
+    number = torch.tensor(bits, dtype=torch.int32)
+    inputs = in_dtype(scan_inputs(1, 70, 20, 4), torch.float32)
+    for log in (True, False):
+        given = inputs[:2] + [inputs[2].clone()] + inputs[3:]
+        given[2].view(torch.int32)[3, 2] = number
+        assert cpu_scan(*given, 1.0, True, log)[0, :, 3].isnan().all()
+    given = [inputs[0], inputs[1].clone().requires_grad_(), *inputs[2:]]
+    with torch.no_grad():
+        given[1].view(torch.int32)[0, 40, 3] = number
+    (grad,) = torch.autograd.grad(cpu_scan(*given, 1.0, True, True)[0, 40, 3], given[1])
+    assert grad[0, 40, 3].isnan()
+
+
+def test_steep_decays_before_what_is_no_number_stay_exact(build):
+    inputs = scan_inputs(1, 70, 20, 4, both=False)
+    inputs[1][0, 10, 3], inputs[1][0, 40, 3] = 400.0, float('nan')
+    inputs = in_dtype(inputs, torch.float32)
+    found, wanted = cpu_scan(*inputs, 1.0, True, True), exact_scan(*inputs, 1.0, True, True)
+    torch.testing.assert_close(found[:, :40], wanted[:, :40], rtol=1e-4, atol=1e-4)
+
+
 def test_shared_inputs_add_their_gradients(build):
     def twice(scan):
         return lambda *direction: [scan(*direction, *direction, None, 1.0, True, True)]

@@ -69,7 +69,8 @@ static Parameters prepare(const Scan *scan, const Direction *direction, float *m
         vec largest = splat(0);
         for (int64_t n = 0; n < state; n++) {
             float *a = p.A2 + n * padded + c;
-            vec v = at_least((scan->log_A ? -exp_of_any(load(a)) : load(a)) * LOG2E, splat(-FASTEST));
+            vec v = plain_nan(load(a));
+            v = at_least((scan->log_A ? -exp_of_any(v) : v) * LOG2E, splat(-FASTEST));
             store(a, v);
             largest = at_least(absolute(v), largest);
         }
@@ -152,12 +153,12 @@ INLINE int read_chunk(Chunk *chunk, int64_t steps, Walk u, Walk delta, int64_t t
                       const Parameters *parameters, int with_softplus, vec *slope) {
     vec bias = load(parameters->bias + c), largest = splat(0);
     for (int64_t t = 0; t < steps; t++) {
-        vec d = load_some(row(delta, t0 + t) + c, count) + bias;
+        vec d = plain_nan(load_some(row(delta, t0 + t) + c, count) + bias);
         if (with_softplus)
             d = softplus(d, slope ? slope + t : NULL);
         else if (slope)
             slope[t] = splat(1.0f);
-        largest = at_least(absolute(d), largest);
+        largest = at_least(largest, absolute(d)); /* NaN is none: its decays are NaN either way */
         chunk->dt[t] = d;
         chunk->u[t] = load_some(row(u, t0 + t) + c, count);
         chunk->dtu[t] = d * chunk->u[t];

@@ -54,6 +54,9 @@ INLINE vec at_most(vec x, vec high) { return choose(high < x, high, x); }
 INLINE vec reciprocal(vec x) { return 1.0f / x; }
 #endif
 
+/* A NaN without a payload: the exponentials shift theirs into the exponent, and what CUDA calls NaN would come out finite. */
+INLINE vec plain_nan(vec x) { return choose(x == x, x, splat(__builtin_nanf(""))); }
+
 INLINE float lane_sum(const vec *v) {
     typedef float four __attribute__((vector_size(16), may_alias));
     const four *p = (const four *)v;
@@ -86,13 +89,15 @@ INLINE vec exp2_fraction(vec f) {
 INLINE vec scale_by_power(vec p, vec rounded) { return (vec)((ivec)p + ((ivec)rounded << 23)); }
 
 INLINE vec exp_of_moderate(vec x) {
+    x = plain_nan(x);
     vec rounded = x * LOG2E + ROUNDER, whole = rounded - ROUNDER;
     return scale_by_power(exp2_fraction((x * LOG2E - whole) + x * LOG2E_LOW), rounded);
 }
 INLINE vec exp_of_negative(vec x) { return exp_of_moderate(at_least(x, splat(-EXP2_LIMIT * LN2))); }
 INLINE vec exp_of_any(vec x) { return exp_of_negative(at_most(x, splat(EXP2_LIMIT * LN2))); }
 
-/* out[i] = 2^(d * a[i]), four at a time to keep the pipelines full. `wide` takes any product: the square of 2^(x/2). */
+/* out[i] = 2^(d * a[i]), four at a time to keep the pipelines full. `wide` takes any product: the square of 2^(x/2). Of
+   NaN only those of `plain_nan`. */
 #ifndef EXPS
 #define EXPS 4
 #endif
