@@ -33,8 +33,19 @@ def test_the_state_space_dual_is_the_law(name, grid, prefix, orders, poison):
     # in a float64 that is compared with the recurrence elsewhere
     law = plain.reference if length < 100 else plain.by_length
     zero = ('A_log',) if length == 1 else ()
+
+    def in_float32(*operands):
+        """A cumulated step of hundreds has a last place of 1e-5, whatever computes with it."""
+        return plain.by_length(Ssd(*(x.float() for x in operands), *visits))
+
     assert_agrees(
-        lambda *x: cpu.ssd(Ssd(*x, *visits)), lambda *x: law(Ssd(*x, *visits)), given, 3e-6, sums=SUMS, zero=zero
+        lambda *x: cpu.ssd(Ssd(*x, *visits)),
+        lambda *x: law(Ssd(*x, *visits)),
+        given,
+        3e-6,
+        sums=SUMS,
+        rounded=in_float32,
+        zero=zero,
     )
 
 
@@ -51,6 +62,7 @@ def test_the_inside_of_a_mixer_is_that_of_plain_operators(name, grid, prefix, or
         dict(zip(GridMixer._fields, operands)),
         3e-6,
         sums=SUMS,
+        rounded=lambda *x: composition([t.float() for t in x], *settings, law=plain.by_length),
         zero=('A_log',) if length == 1 else (),
     )
 
