@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels import assert_agrees, with_gradients
-from vim_timm.ops import GridConv, GridMixer, Ssd, fused_grid_mixer, grid_conv, symmetric_ssd, use_scan_backend
+from vim_timm.ops import GridConv, GridMixer, Ssd, cpu, fused_grid_mixer, grid_conv, symmetric_ssd, use_scan_backend
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.triton_kernels import ssd_op
 
@@ -117,6 +117,34 @@ def test_large_decays_give_finite_gradients(form):
     operands[1] = operands[1] * 1e3
     visits = visits_of((11, 3), 0, 'both')
     assert all(torch.isfinite(x).all() for x in results(lambda x, v: form(Ssd(*x, *v)), operands, visits))
+
+
+def steep_operands(**sizes):
+    """Steps of 2e-4 around one of 1e4, and a head that decays at once."""
+    operands = [x.float() for x in operands_of(33, 'both', **sizes)]
+    operands[1] -= 9
+    operands[1][:, 8] = 1e4
+    operands[2][:] = torch.tensor([5.0, float('inf')], device=DEVICE)
+    operands[6] = torch.zeros_like(operands[6])
+    return operands
+
+
+def assert_steep_agrees(function, operands):
+    visits = visits_of((11, 3), 0, 'both')
+    assert_agrees(
+        lambda *x: function(Ssd(*x, *visits)),
+        lambda *x: plain.reference(Ssd(*x, *visits)),
+        dict(zip(Ssd._fields, operands)),
+        1e-4,
+        sums=('A_log', 'delta_bias'),
+    )
+
+
+@pytest.mark.parametrize('form', [*FORMS, 'cpu'])
+def test_a_steep_step_leaves_the_smaller_ones_behind_it_exact(form):
+    if form == 'cpu' and (DEVICE != 'cpu' or cpu.unavailable()):
+        pytest.skip('needs the CPU kernel')
+    assert_steep_agrees(cpu.ssd if form == 'cpu' else FORMS[form], steep_operands(heads=2))
 
 
 def test_another_number_of_orders_is_refused():
@@ -240,6 +268,13 @@ def mixer_operands(length, orders, dtype, batch=2, heads=2, headdim=16, state=16
 
 
 FUSED = SHAPES if GPU else [shape for shape in SHAPES if shape[0][0] * shape[0][1] < 100]
+
+
+@kernels
+@pytest.mark.parametrize('most', [256, 32])  # tokens from which on the sums are in chunks
+def test_kernels_keep_small_steps_behind_a_steep_one_exact(most, triton, monkeypatch):
+    monkeypatch.setattr(ssd_op, 'MAX_LENGTH', most)
+    assert_steep_agrees(symmetric_ssd, steep_operands(heads=2, headdim=16, state=16))
 
 
 @kernels

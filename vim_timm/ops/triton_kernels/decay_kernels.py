@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
+from ..plain import ssd
 from .math import LOG2E, exp2, sigmoid, softplus
+
+MOST_GROWTH = tl.constexpr(ssd.MOST_GROWTH)
 
 
 @triton.jit
@@ -26,6 +29,13 @@ def moving(MOVES, tokens, inside, prefix, HAS_MOVES: tl.constexpr):
         return tl.where(tokens < prefix, 0.0, 1.0)
 
 
+@triton.jit
+def load_rate(A_LOG, h, in_heads, FAST: tl.constexpr):
+    """exp(A_log), finite as in `plain.ssd.decays`."""
+    A_log = tl.load(A_LOG + h, mask=in_heads, other=0.0).to(tl.float32)
+    return exp2(tl.where(A_log > 60.0, 60.0, A_log) * LOG2E, FAST)
+
+
 @triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'span'])
 def decay_forward(
     RAW, BIAS, A_LOG, VISITS, MOVES, DT, S, length, heads, prefix, height, width, span, RAW_sb, RAW_sl, VISITS_sb,
@@ -44,7 +54,7 @@ def decay_forward(
     DT += entry * heads * length
     S += (entry * orders + order) * heads * length
     in_heads = h < heads
-    rate = exp2(tl.load(A_LOG + order * heads + h, mask=in_heads, other=0.0).to(tl.float32) * LOG2E, FAST) * LOG2E
+    rate = load_rate(A_LOG + order * heads, h, in_heads, FAST)
     bias = tl.zeros([1, BH], tl.float32)
     if HAS_BIAS:
         bias = tl.load(BIAS + h, mask=in_heads, other=0.0).to(tl.float32)
@@ -57,7 +67,9 @@ def decay_forward(
         mask = (t[:, None] < length) & in_heads
         raw = tl.load(RAW + tl.cast(token, tl.int64) * RAW_sl + h, mask=mask, other=0.0).to(tl.float32)
         dt = tl.where(mask, softplus(raw + bias, FAST), 0.0)
-        growth = dt * rate * moving(MOVES, token, t[:, None] < length, prefix, HAS_MOVES)
+        growth = dt * rate
+        growth = tl.where(growth > MOST_GROWTH, MOST_GROWTH, growth) * LOG2E
+        growth *= moving(MOVES, token, t[:, None] < length, prefix, HAS_MOVES)
         s = tl.cumsum(growth, 0) + before[None, :]
         before += tl.sum(growth, 0)
         tl.store(S + h * length + token, s, mask=mask)
@@ -103,7 +115,7 @@ def decay_backward(
     spans = tl.cdiv(length, BT)
     grad_bias = tl.zeros([BH], tl.float32)
     for order in tl.static_range(ORDERS - 1, -1, -1):
-        rate = exp2(tl.load(A_LOG + order * heads + h, mask=in_heads, other=0.0).to(tl.float32) * LOG2E, FAST)
+        rate = load_rate(A_LOG + order * heads, h, in_heads, FAST)
         after = tl.zeros([BH], tl.float32)
         grad_A = tl.zeros([BH], tl.float32)
         for span in range(spans):
@@ -113,10 +125,12 @@ def decay_backward(
             mask = (t[:, None] < length) & in_heads
             at = h * length + token
             grad_s = load_grad_s(EDGES + order * size, ROWS + order * size, at, mask, blocks, step)
+            dt = tl.load(DT + at, mask=mask, other=0.0)
             grad = (tl.cumsum(grad_s, 0, reverse=True) + after[None, :]) * rate
             after += tl.sum(grad_s, 0)
             grad *= moving(MOVES, token, t[:, None] < length, prefix, HAS_MOVES)
-            grad_A += tl.sum(grad * tl.load(DT + at, mask=mask, other=0.0), 0)
+            grad = tl.where(dt * rate > MOST_GROWTH, 0.0, grad)
+            grad_A += tl.sum(grad * dt, 0)
             if order > 0:
                 tl.store(EDGES + order * size + at, grad, mask=mask)
             else:
@@ -157,8 +171,9 @@ def step_gradients(
     moves = moving(MOVES, token, token < length, prefix, HAS_MOVES)
     GRAD_L += entry * (ORDERS - 1) * heads * length
     for order in tl.static_range(ORDERS):
-        rate = exp2(tl.load(A_LOG + order * heads + h, mask=h < heads, other=0.0).to(tl.float32) * LOG2E, FAST)
+        rate = load_rate(A_LOG + order * heads, h, h < heads, FAST)
         of_order = tl.load(GRAD_L + order * heads * length + at, mask=mask, other=0.0) * rate * moves
+        of_order = tl.where(dt * rate > MOST_GROWTH, 0.0, of_order)
         part = PART_A + (program * ORDERS + order) * heads + tl.arange(0, BH)
         tl.store(part, tl.sum(of_order * dt, 0), mask=in_heads)
         grad += of_order
