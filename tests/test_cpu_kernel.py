@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Python, finish
 
 from tests import kernels
 from vim_timm import ops
@@ -461,13 +462,11 @@ def test_the_process_holds_one_openmp_runtime(two_threads):
     subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parent.parent)
 
 
-def test_the_environment_chooses_the_build():
+def test_the_environment_chooses_the_build(tmp_path):
     code = 'from vim_timm.ops.cpu import library as l; print(l.instruction_set() or l.problem())'
     for name, expected in ((BUILDS[-1], BUILDS[-1]), ('avx9', f'choose {", ".join(BUILDS)}')):
-        environment = {**os.environ, 'VIM_TIMM_CPU_ISA': name}
-        run = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True,
-                             cwd=Path(__file__).parent.parent)  # fmt: skip
-        assert expected in run.stdout
+        process = Python(code, output=tmp_path / name, environment={'VIM_TIMM_CPU_ISA': name})
+        assert expected in finish([process])
 
 
 def test_without_the_library_the_reason_tells_the_mend(monkeypatch):

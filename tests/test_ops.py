@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import os
 import subprocess
 import sys
 import types
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Python, finish
 from torch import Tensor
 
 from tests import golden_data, kernels
@@ -288,7 +288,7 @@ def test_forced_backend_that_cannot_run_says_why():
     assert ops.get_scan_backend() == 'auto'
 
 
-def test_environment_forces_a_backend():
+def test_environment_forces_a_backend(tmp_path):
     code = (
         'import torch, vim_timm.ops as ops\n'
         'x = torch.ones(1, 1, 1)\n'
@@ -296,14 +296,9 @@ def test_environment_forces_a_backend():
         'except ValueError as e: print(e)'
     )
     for name, printed in (('reference', ''), ('nonsense', "unknown scan backend 'nonsense'")):
-        result = subprocess.run(
-            [sys.executable, '-c', code],
-            env={**os.environ, 'VIM_TIMM_SCAN': name},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert result.stdout.startswith(printed) and bool(result.stdout) == bool(printed)
+        process = Python(code, output=tmp_path / name, environment={'VIM_TIMM_SCAN': name})
+        said = finish([process])
+        assert said.startswith(printed) and bool(said) == bool(printed)
 
 
 def test_the_slow_fallback_is_announced_once(caplog, monkeypatch):
@@ -371,25 +366,17 @@ def test_export_graph_grows_with_the_square_root_of_the_length():
 def test_import_is_light():
     code = (
         'import sys, time, torch, timm\n'
+        'others = {"triton", "sklearn"} & set(sys.modules)\n'
         't = time.process_time()\n'
         'import vim_timm\n'
         'seconds = time.process_time() - t\n'
         'heavy = {"triton", "mamba_ssm", "causal_conv1d", "matplotlib", "sklearn", "onnx"} & set(sys.modules)\n'
-        'print(seconds, torch.cuda.is_initialized(), sorted(heavy))'
+        'print(seconds, torch.cuda.is_initialized(), sorted(heavy - others))'
     )
-    before = subprocess.run(
-        [sys.executable, '-c', 'import sys, torch, timm; print(sorted({"triton", "sklearn"} & set(sys.modules)))'],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    best = 9.0
-    for _ in range(3):
-        seconds, initialized, heavy = (
-            subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-            .stdout.strip()
-            .split(' ', 2)
-        )
-        assert initialized == 'False' and heavy == before
-        best = min(best, float(seconds))
-    assert best < 0.3
+    for _ in range(3):  # a busy machine may take longer once
+        result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+        seconds, initialized, heavy = result.stdout.strip().split(' ', 2)
+        assert initialized == 'False' and heavy == '[]'
+        if float(seconds) < 0.3:
+            return
+    pytest.fail(f'{seconds} s')

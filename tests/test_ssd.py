@@ -225,7 +225,8 @@ if GPU:  # long for the interpreter
 @pytest.mark.parametrize('grid, prefix, orders, dtype', SHAPES, ids=str)
 def test_kernels_equal_the_law(grid, prefix, orders, dtype, triton):
     length = grid[0] * grid[1] + prefix
-    exact = operands_of(length, orders, heads=2, headdim=16, state=16)
+    batch = 1 if INTERPRETER and length > 257 else 2  # images of the others are apart
+    exact = operands_of(length, orders, batch=batch, heads=2, headdim=16, state=16)
     exact[1] = exact[1] - 2
     rounded = [x.to(torch.float32 if i in (2, 5, 6) else dtype) for i, x in enumerate(exact)]
     visits = visits_of(grid, prefix, orders)
@@ -288,7 +289,9 @@ def test_fused_kernels_equal_plain_operators(grid, prefix, orders, dtype, most, 
     def fused(*operands):
         return fused_grid_mixer(GridMixer(*operands, *settings))
 
-    operands = mixer_operands(grid[0] * grid[1] + prefix, 2 if orders == 'both' else 1, dtype)
+    length = grid[0] * grid[1] + prefix
+    batch = 1 if INTERPRETER and 64 < length <= most else 2  # images of shorter ones and of those in chunks are apart
+    operands = mixer_operands(length, 2 if orders == 'both' else 1, dtype, batch=batch)
     settings = (1e-5, 16, orders != 'column', prefix, *grid)
     given = dict(zip(GridMixer._fields, operands))
     first = assert_agrees(
@@ -354,14 +357,14 @@ def test_operands_past_whose_ends_kernels_would_read_are_refused(triton):
 
 @kernels
 def test_kernels_take_parameters_of_any_stride(triton):
-    operands = [x.float() for x in operands_of(12, 'both', heads=2, headdim=16, state=16)]
+    operands = [x.float() for x in operands_of(12, 'both', batch=1, heads=2, headdim=16, state=16)]
     visits = visits_of((3, 4), 0, 'both')
     strided = [torch.stack([x, x + 1], dim=-1)[..., 0] if x.ndim == 1 else x for x in operands]
     for found, wanted in zip(
         *(results(lambda x, v: symmetric_ssd(Ssd(*x, *v)), x, visits) for x in (strided, operands))
     ):
         assert torch.equal(found, wanted)
-    operands, settings = mixer_operands(12, 2, torch.float32), (1e-5, 16, True, 0, 3, 4)
+    operands, settings = mixer_operands(12, 2, torch.float32, batch=1), (1e-5, 16, True, 0, 3, 4)
     strided = [torch.stack([x, x + 1], dim=-1)[..., 0] if x.ndim == 1 else x for x in operands]
     found, wanted = (results(lambda x: fused_grid_mixer(GridMixer(*x, *settings)), x) for x in (strided, operands))
     assert all(torch.equal(f, w) for f, w in zip(found, wanted))
@@ -378,10 +381,10 @@ def test_fused_kernels_take_no_image(triton):
 def test_kernels_count_their_operations(triton):
     from torch.utils.flop_counter import FlopCounterMode
 
-    operands, settings = mixer_operands(20, 2, torch.float32), (1e-5, 16, True, 0, 4, 5)
+    operands, settings = mixer_operands(20, 2, torch.float32, batch=1), (1e-5, 16, True, 0, 4, 5)
     operands[0].requires_grad_()
     with FlopCounterMode(display=False) as counter:
         y = fused_grid_mixer(GridMixer(*operands, *settings))
         forward = counter.get_total_flops()
         y.sum().backward()
-    assert forward > 2 * 2 * 20 * 20 * (16 + 32) and counter.get_total_flops() > 2 * forward
+    assert forward > 2 * 20 * 20 * (16 + 32) and counter.get_total_flops() > 2 * forward
