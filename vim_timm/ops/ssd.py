@@ -14,8 +14,9 @@ from vim_timm.ops.registration import autocast_off
 def symmetric_ssd(operands: Ssd) -> Tensor:
     """y_i = sum_j (C_i . B_j) M_ij dt_j x_j + D x_i with M_ij = mean over orders of exp(-|s_i - s_j|).
 
-    s is the cumulated sum of dt exp(A_log) in the order of a visit, dt = softplus(delta + delta_bias). It is a forward
-    and a backward recurrence of Mamba-2 (arXiv 2405.21060, eq. 16) with shared parameters; the diagonal counts once.
+    s is the cumulated sum of dt exp(A_log), 88 of a token at most, in the order of a visit, and dt = softplus(delta +
+    delta_bias). It is a forward and a backward recurrence of Mamba-2 (arXiv 2405.21060, eq. 16) with shared parameters;
+    the diagonal counts once.
 
     Args:
         operands: See `operands.Ssd`. Sums are float32 at least.
