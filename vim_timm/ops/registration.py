@@ -46,19 +46,33 @@ def register(name: str, schema: str, schema_backward: str, kernel: Kernel, flops
     def flops_backward(shapes: Shapes) -> int:
         return 2 * flops(shapes)
 
-    for operator, signature, run, fake, save, differentiate, formula in (
-        (name, schema, kernel.run, kernel.fake, kernel.save, kernel.differentiate, flops),
-        (
-            f'{name}_backward', schema_backward, kernel.run_backward, kernel.fake_backward, _save_nothing, refuse,
-            flops_backward,
-        ),
-    ):  # fmt: skip
-        library.define(operator + signature)
-        library.impl(operator, run, 'CompositeExplicitAutograd')
-        torch.library.register_fake(f'vim_timm::{operator}', fake, lib=library)
-        overload = getattr(torch.ops.vim_timm, operator).default
-        library.impl(operator, _differentiable(overload, save, differentiate), 'Autograd')
-        _count(overload, formula)
+    _define(name, schema, kernel.run, kernel.fake, kernel.save, kernel.differentiate, flops)
+    run, fake = kernel.run_backward, kernel.fake_backward
+    _define(f'{name}_backward', schema_backward, run, fake, _save_nothing, refuse, flops_backward)
+
+
+def register_inference(
+    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], flops: Callable[[Shapes], int]
+) -> None:
+    """Define `vim_timm::NAME`, whose caller has another way to gradients: a derivative of it is refused."""
+    _define(name, schema, run, fake, _save_nothing, _refuse_any, flops)
+
+
+def _define(
+    operator: str,
+    signature: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None],
+    differentiate: Callable[..., Any],
+    formula: Callable[[Shapes], int],
+) -> None:
+    library.define(operator + signature)
+    library.impl(operator, run, 'CompositeExplicitAutograd')
+    torch.library.register_fake(f'vim_timm::{operator}', fake, lib=library)
+    overload = getattr(torch.ops.vim_timm, operator).default
+    library.impl(operator, _differentiable(overload, save, differentiate), 'Autograd')
+    _count(overload, formula)
 
 
 # What a kernel has not, and who has it.
@@ -71,6 +85,10 @@ REFUSAL = (
 def refuse(ctx: Any, *grads: Any) -> None:
     """Raise RuntimeError: a kernel's backward pass has no derivative of its own."""
     raise RuntimeError(REFUSAL)
+
+
+def _refuse_any(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError('this kernel is for inference: the operators of vim_timm.ops choose one that has derivatives')
 
 
 @torch.compiler.assume_constant_result  # Dynamo has no answer of its own, and takes what it has for a transform

@@ -6,11 +6,12 @@ the call.
 """
 
 from vim_timm.ops.cpu.conv import conv, conv_limit
-from vim_timm.ops.cpu.grid_mixer import grid_mixer, grid_mixer_limit, ssd, ssd_limit
+from vim_timm.ops.cpu.grid_mixer import grid_mixer, grid_mixer_limit
 from vim_timm.ops.cpu.library import problem as unavailable
 from vim_timm.ops.cpu.mixer import mixer, mixer_limit
 from vim_timm.ops.cpu.norm import rms_norm, rms_norm_limit
 from vim_timm.ops.cpu.scan import scan, scan_limit
+from vim_timm.ops.cpu.ssd import ssd, ssd_limit
 
 __all__ = [
     'conv',

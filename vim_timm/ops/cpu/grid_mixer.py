@@ -1,123 +1,27 @@
-"""The inside of a Vision Mamba 2 mixer on the CPU kernel: its convolution, its decays, its gated norm.
+"""The inside of a Vision Mamba 2 mixer on the CPU kernel: its convolution and its gated norm around the state space.
 
-Matrix products are torch's; the three operators here are what lies between them, each one pass over memory:
-`vim_timm::cpu_grid_conv`, `vim_timm::cpu_decayed` and `vim_timm::cpu_gated_norm`.
+Each is one pass over memory: `vim_timm::cpu_grid_conv` and `vim_timm::cpu_gated_norm`.
 
 Shapes: see `ops.operands`.
 """
 
 import struct
-from typing import Any, List, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
+from vim_timm.ops.cpu.ssd import ssd
 from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, rows, threads
-from vim_timm.ops.plain import ssd as plain
-from vim_timm.ops.registration import SSD_CHUNK, SSD_WHOLE, Kernel, Shapes, register, uncounted
+from vim_timm.ops.registration import Kernel, Shapes, register, uncounted
 
 # C structures: pointers, Rows of three numbers, integers, one double
-_DECAYED = struct.Struct('@13q')
 _CONVOLUTION = struct.Struct('@19q')
 _NORM = struct.Struct('@8qd7q')
-library.expect('Decayed', _DECAYED.size)
 library.expect('GridConvolution', _CONVOLUTION.size)
 library.expect('GatedNorm', _NORM.size)
-
-
-# --- decays
-
-
-def _decayed(
-    function: str, given: Tuple[Tensor, Tensor, Tensor], grad: Optional[Tensor], *to: Optional[Tensor]
-) -> None:
-    s = given[1]
-    batch, orders, heads, length = s.shape
-    inputs = [checked(name, x.contiguous(), x.shape) for name, x in zip(('scores', 's', 'dt'), given)]
-    work = batch * orders * heads * length * length
-    tensors = (*inputs, grad, *to)
-    if s.numel():
-        library.call(function, _DECAYED.pack(*map(address, tensors), batch, orders, heads, length, threads(work)))
-
-
-def _run_decayed(scores: Tensor, s: Tensor, dt: Tensor) -> Tensor:
-    """Scores (B, L, L) times steps (B, H, L) of their columns and the sum of all orders' decays of s (B, O, H, L)."""
-    out = new((*dt.shape, dt.shape[-1]))
-    _decayed('decayed_forward', (scores, s, dt), None, out, None, None, None)
-    return out
-
-
-def _run_decayed_backward(grad: Tensor, scores: Tensor, s: Tensor, dt: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    grads = new(scores.shape), new(s.shape), new(dt.shape)
-    _decayed('decayed_backward', (scores, s, dt), gradient(grad).contiguous(), None, *grads)
-    return grads
-
-
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-register(
-    'cpu_decayed',
-    '(Tensor scores, Tensor s, Tensor dt) -> Tensor',
-    '(Tensor grad, Tensor scores, Tensor s, Tensor dt) -> (Tensor, Tensor, Tensor)',
-    Kernel(
-        _run_decayed,
-        lambda scores, s, dt: dt.new_empty((*dt.shape, dt.shape[-1])),
-        _save,
-        lambda ctx, grad: torch.ops.vim_timm.cpu_decayed_backward.default(grad, *ctx.saved_tensors),
-        _run_decayed_backward,
-        lambda grad, scores, s, dt: tuple(x.new_empty(x.shape) for x in (scores, s, dt)),
-    ),
-    uncounted,
-)
-
-
-def ssd(given: operands.Ssd) -> Tensor:
-    """`plain.ssd.reference` in float32, in x's dtype: (B, L, H, P)."""
-    x, delta, A_log, B, C, D, delta_bias, _, _, moves = given
-    if not x.numel():
-        return plain.quadratic(given)
-    dt, B, C = plain.step_sizes(delta, delta_bias, torch.float32), B.float(), C.float()
-    growth, orders = plain.decays(dt, A_log, moves), range(A_log.shape[0])
-    visits = [plain.visited(given, order) for order in orders]
-    dt = dt / len(orders)
-    if x.shape[1] <= SSD_WHOLE:
-        return whole(x, dt, [plain.cumulated(growth[order], visits[order]) for order in orders], B, C, D)
-    y, v = None, x.float() * dt.unsqueeze(-1)
-    for order in orders:
-        tokens = visits[order]
-        if tokens is None:
-            one = chunks(v, growth[order], B, C)
-        else:
-            one = chunks(*(plain.rows_at(t, tokens) for t in (v, growth[order], B, C)))
-            one = plain.rows_at(one, torch.argsort(tokens, dim=1))
-        y = one if y is None else y + one
-    assert y is not None
-    return plain.skip(y, x, D)
-
-
-def whole(x: Tensor, dt: Tensor, s: List[Tensor], B: Tensor, C: Tensor, D: Optional[Tensor]) -> Tensor:
-    """All scores at once, for steps (B, L, H) divided by the number of orders, and s (B, H, L) of each order."""
-    scores = torch.matmul(C, B.transpose(1, 2))
-    mixed = torch.ops.vim_timm.cpu_decayed.default(scores, torch.stack(s, 1), dt.transpose(1, 2).contiguous())
-    return plain.skip(torch.matmul(mixed, x.float().transpose(1, 2)).transpose(1, 2), x, D)
-
-
-def chunks(v: Tensor, growth: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """`plain.ssd.chunks` with the kernel's decays inside a chunk."""
-    length = v.shape[1]
-    v, s, B, C = plain.cut(v, growth, B, C, SSD_CHUNK)
-    scores, each = torch.matmul(C, B.transpose(2, 3)), s.flatten(0, 1)
-    mixed = torch.ops.vim_timm.cpu_decayed.default(scores.flatten(0, 1), each.unsqueeze(1), torch.ones_like(each))
-    return plain.joined(torch.matmul(mixed.unflatten(0, s.shape[:2]), v), v, s, B, C)[:, :length]
-
-
-def ssd_limit(given: operands.Ssd) -> str:
-    return limit(given.x, given.delta, given.A_log, given.B)
 
 
 # --- convolution
@@ -244,22 +148,6 @@ def grid_mixer_limit(given: operands.GridMixer) -> str:
     return limit(given.zxbcdt, given.conv, given.A_log, given.norm)
 
 
-def grid_sums(given: operands.GridMixer, dt: Tensor) -> List[Tensor]:
-    """s (B, H, L) of each order: nothing at prefix tokens, then along the grid's rows or columns."""
-    growth = dt[:, given.prefix :].transpose(1, 2).unsqueeze(1) * given.A_log.float().exp().unsqueeze(
-        -1
-    )  # (B, O, H, L)
-    found = []
-    for order in range(given.A_log.shape[0]):
-        if order == 0 and given.rows:
-            s = growth[:, order].cumsum(-1)
-        else:
-            grid = growth[:, order].unflatten(-1, (given.height, given.width)).transpose(2, 3)
-            s = grid.flatten(2).cumsum(-1).unflatten(-1, (given.width, given.height)).transpose(2, 3).flatten(2)
-        found.append(F.pad(s, [given.prefix, 0]) if given.prefix else s)
-    return found
-
-
 def grid_mixer(given: operands.GridMixer) -> Tensor:
     """The gated norm of the state space dual of convolved tokens (B, L, D), in zxbcdt's dtype, computed in float32."""
     dim, state, heads = given.norm.shape[0], given.state, given.A_log.shape[1]
@@ -269,17 +157,13 @@ def grid_mixer(given: operands.GridMixer) -> Tensor:
     bias = None if given.conv_bias is None else given.conv_bias.float()
     xbc = torch.ops.vim_timm.cpu_grid_conv.default(xbc, given.conv.float().t().contiguous(), bias, *grid)
     x, B, C = xbc.split([dim, state, state], -1)
+    tokens, moves = torch.arange(x.shape[1], device=x.device), None
+    columns = tokens[given.prefix :].view(given.height, given.width).t().reshape(-1)
+    columns = torch.cat([tokens[: given.prefix], columns]).unsqueeze(0)
+    if given.prefix:
+        moves = (tokens >= given.prefix).float()
+    visits = given.rows, None if given.rows and given.A_log.shape[0] == 1 else columns
     x = x.unflatten(-1, (heads, dim // heads))
-    if x.shape[1] <= SSD_WHOLE:
-        dt = plain.step_sizes(delta, given.delta_bias, torch.float32)
-        y = whole(x, dt / given.A_log.shape[0], grid_sums(given, dt), B, C, given.D)
-    else:
-        tokens, moves = torch.arange(x.shape[1], device=x.device), None
-        columns = tokens[given.prefix :].view(given.height, given.width).t().reshape(-1)
-        columns = torch.cat([tokens[: given.prefix], columns]).unsqueeze(0)
-        if given.prefix:
-            moves = (tokens >= given.prefix).float()
-        visits = given.rows, None if given.rows and given.A_log.shape[0] == 1 else columns
-        y = ssd(operands.Ssd(x, delta, given.A_log, B, C, given.D, given.delta_bias, *visits, moves))
+    y = ssd(operands.Ssd(x, delta, given.A_log, B, C, given.D, given.delta_bias, *visits, moves))
     out = torch.ops.vim_timm.cpu_gated_norm.default(y.flatten(2), given.norm.float(), z, given.eps)
     return out.to(given.zxbcdt.dtype)

@@ -12,6 +12,7 @@
    sum depend on the shape only, never on the number of threads: results are bit-equal for any number. */
 #include "convolution.h"
 #include "decayed.h"
+#include "dual.h"
 #include "grid_convolution.h"
 #include "mixer.h"
 #include "norm.h"
@@ -32,6 +33,7 @@ EXPORT const Number ENTRY(numbers)[] = {
     {"GatedNorm", sizeof(GatedNorm)},
     {"GridConvolution", sizeof(GridConvolution)},
     {"Decayed", sizeof(Decayed)},
+    {"Dual", sizeof(Dual)},
     {"CHUNK", CHUNK},
     {"PADDING", PADDING},
     {NULL, 0},

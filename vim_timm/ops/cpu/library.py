@@ -64,14 +64,19 @@ def expect(name: str, value: int) -> None:
     _expected[name] = value
 
 
-def call(function: str, arguments: bytes) -> None:
+def call(function: str, arguments: bytes) -> int:
     """Run an entry point of the build in use on a packed C structure; the interpreter lock is released meanwhile.
+
+    Returns:
+        0, or the entry point's number for operands that it refuses.
 
     Raises:
         MemoryError: no memory for the kernel's workspace; nothing was computed.
     """
-    if getattr(_library, f'{function}_{_instruction_set}')(arguments):
+    answer = getattr(_library, f'{function}_{_instruction_set}')(arguments)
+    if answer < 0:
         raise MemoryError('the CPU kernel could not get memory for its workspace')
+    return answer
 
 
 def _prepare() -> str:

@@ -19,11 +19,11 @@ INLINE void product_tile(const int rows, const int vectors, const int partial, c
                          int64_t j) {
     const float *a = p->a + entry * p->a_entry + i * p->a_row, *b = p->b + j;
     const int64_t a_row = p->a_row, a_column = p->a_column, b_row = p->b_row, readable = p->b_columns - j;
-    vec sum[8][3];
+    vec sum[8][4];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = splat(0);
     for (int64_t k = p->depth; k > 0; k--, a += a_column, b += b_row) {
-        vec right[3];
+        vec right[4];
         UNROLL for (int v = 0; v < vectors; v++) right[v] = partial ? load_some(b, readable) : load(b + v * LANES);
         UNROLL for (int r = 0; r < rows; r++) {
             const vec left = splat(a[r * a_row]);
@@ -38,9 +38,9 @@ INLINE void product_tile(const int rows, const int vectors, const int partial, c
         }
 }
 
-INLINE void product_rows(const int vectors, const int partial, const Product *p, int64_t entry, int64_t i, int64_t last,
-                         int64_t j) {
-    for (; i + PRODUCT_ROWS <= last; i += PRODUCT_ROWS) product_tile(PRODUCT_ROWS, vectors, partial, p, entry, i, j);
+INLINE void product_rows(const int most, const int vectors, const int partial, const Product *p, int64_t entry, int64_t i,
+                         int64_t last, int64_t j) {
+    for (; i + most <= last; i += most) product_tile(most, vectors, partial, p, entry, i, j);
     for (; i + 4 <= last; i += 4) product_tile(4, vectors, partial, p, entry, i, j);
     for (; i < last; i++) product_tile(1, vectors, partial, p, entry, i, j);
 }
@@ -57,14 +57,29 @@ static void product_task(const void *arguments, int64_t index, void *scratch) {
     const int64_t i = block / across * PRODUCT_BLOCK, last = least(i + PRODUCT_BLOCK, p->rows);
     int64_t j = block % across * width;
     if (j + width <= p->b_columns)
-        product_rows(PRODUCT_VECTORS, 0, p, entry, i, last, j);
+        product_rows(PRODUCT_ROWS, PRODUCT_VECTORS, 0, p, entry, i, last, j);
     else
         for (; j < p->columns; j += LANES)
             if (j + LANES <= p->b_columns)
-                product_rows(1, 0, p, entry, i, last, j);
+                product_rows(PRODUCT_ROWS, 1, 0, p, entry, i, last, j);
             else
-                product_rows(1, 1, p, entry, i, last, j);
+                product_rows(PRODUCT_ROWS, 1, 1, p, entry, i, last, j);
 }
 static int multiply(Product product, int64_t threads) {
     return vim_timm_run(product_task, &product, product.entries * product_blocks(&product), threads, 0);
+}
+
+/* A product of one entry by the thread that asks. */
+static void multiply_here(const Product *p) {
+    int64_t j = 0;
+#if LANES == 16
+    for (; j + 4 * LANES <= p->b_columns && j < p->columns; j += 4 * LANES) product_rows(6, 4, 0, p, 0, 0, p->rows, j);
+#endif
+    for (; j + 2 * LANES <= p->b_columns && j < p->columns; j += 2 * LANES)
+        product_rows(PRODUCT_ROWS, 2, 0, p, 0, 0, p->rows, j);
+    for (; j < p->columns; j += LANES)
+        if (j + LANES <= p->b_columns)
+            product_rows(PRODUCT_ROWS, 1, 0, p, 0, 0, p->rows, j);
+        else
+            product_rows(PRODUCT_ROWS, 1, 1, p, 0, 0, p->rows, j);
 }

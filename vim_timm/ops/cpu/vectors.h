@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -22,18 +22,32 @@ INLINE vec load(const float *p) { return *(const vec_unaligned *)p; }
 INLINE void store(float *p, vec v) { *(vec_unaligned *)p = v; }
 INLINE vec splat(float x) { return x - (vec){0}; } /* 0 + x is no copy: it turns -0 to 0 */
 
-/* The last vector of a row may be partial: `count` channels are left. */
-INLINE vec load_some(const float *p, int64_t count) {
-    if (count >= LANES) return load(p);
+/* The last vector of a row may be partial: `count` channels are left. No call of memcpy where the machine has masks: the
+   compiler would keep few vectors in registers across it. */
+#if defined(__AVX512F__)
+INLINE __mmask16 first(int64_t count) { return (__mmask16)((1u << count) - 1); }
+INLINE vec load_first(const float *p, int64_t count) { return (vec)_mm512_maskz_loadu_ps(first(count), p); }
+INLINE void store_first(float *p, vec v, int64_t count) { _mm512_mask_storeu_ps(p, first(count), (__m512)v); }
+#elif defined(__AVX2__)
+INLINE __m256i first(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE vec load_first(const float *p, int64_t count) { return (vec)_mm256_maskload_ps(p, first(count)); }
+INLINE void store_first(float *p, vec v, int64_t count) { _mm256_maskstore_ps(p, first(count), (__m256)v); }
+#else
+INLINE vec load_first(const float *p, int64_t count) {
     vec v = {0};
     memcpy(&v, p, sizeof(float) * (size_t)count);
     return v;
 }
+INLINE void store_first(float *p, vec v, int64_t count) { memcpy(p, &v, sizeof(float) * (size_t)count); }
+#endif
+INLINE vec load_some(const float *p, int64_t count) { return count >= LANES ? load(p) : load_first(p, count); }
 INLINE void store_some(float *p, vec v, int64_t count) {
     if (count >= LANES)
         store(p, v);
     else
-        memcpy(p, &v, sizeof(float) * (size_t)count);
+        store_first(p, v, count);
 }
 
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
