@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerNorm2d
 
-from vim_timm.layers.patch_embed import PatchEmbed, Size, check_channels, check_matches, check_tiled
+from vim_timm.layers.patch_embed import PatchEmbed, Size, as_tokens, check_channels, check_matches, check_tiled
 
 # they decide by a tensor or its size, which a tracer has not
 for _name in ('check_channels', 'check_matches', 'check_tiled'):
@@ -63,4 +63,4 @@ class ConvStem(PatchEmbed):
         else:
             check_tiled(x.shape[2], self.patch_size[0], self.stride[0])
             check_tiled(x.shape[3], self.patch_size[1], self.stride[1])
-        return self.proj(self.convs(x)).flatten(2).transpose(1, 2)
+        return as_tokens(self.proj(self.convs(x)))

@@ -9,7 +9,6 @@ from typing import Any, Iterable, List, Literal, NamedTuple, Set, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import SwiGLUPacked
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block as AttentionBlock
 
@@ -18,6 +17,7 @@ from vim_timm.layers.bissd import BiSSD
 from vim_timm.layers.block import Block
 from vim_timm.layers.norm import RmsNorm
 from vim_timm.layers.pos_embed import resample_pos_embed, sincos_pos_embed
+from vim_timm.layers.swiglu import SwiGluMlp
 from vim_timm.layers.token_order import Layout
 
 Grid = Tuple[int, int]
@@ -61,7 +61,7 @@ class DecoderBlocks(NamedTuple):
 
     def _make_vim2(self, **dd: Any) -> Block:
         mixer = BiSSD(self.dim, headdim=math.gcd(64, 2 * self.dim), **dd)  # 64 as in vim2_*, where it divides
-        return Block(self.dim, mixer, SwiGLUPacked(self.dim, 2 * int(2.5 * self.dim), **dd), RmsNorm, **dd)
+        return Block(self.dim, mixer, SwiGluMlp(self.dim, int(2.5 * self.dim), **dd), RmsNorm, **dd)
 
 
 class PixelDecoder(nn.Module):

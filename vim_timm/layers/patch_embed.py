@@ -52,6 +52,14 @@ def check_tiled(size: int, patch: int, stride: int) -> None:
         )
 
 
+def as_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Feature maps (B, D, H, W) as tokens (B, H W, D) that lie so in memory.
+
+    Sums have the layout of their first term: a residual stream that began as a view would be copied by every norm.
+    """
+    return x.flatten(2).transpose(1, 2).contiguous()
+
+
 @register_notrace_function
 def embed_patches(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     """Disjoint patches (B, C, H, W) -> (B, M, D) by weight (D, C, P, Q): a convolution, on a GPU as a matrix product.
@@ -59,7 +67,7 @@ def embed_patches(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Te
     cuDNN's convolution of this shape takes ten times as long as the product.
     """
     if x.device.type != 'cuda':
-        return F.conv2d(x, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+        return as_tokens(F.conv2d(x, weight, bias, stride=weight.shape[2:]))
     patch, chans = weight.shape[2:], x.shape[1]
     rows, columns = x.shape[2] // patch[0], x.shape[3] // patch[1]
     x = x[:, :, : rows * patch[0], : columns * patch[1]]
@@ -202,4 +210,4 @@ class PatchEmbed(nn.Module):
         if not torch.jit.is_scripting():
             if self._is_patchwise():
                 return embed_patches(x, self.proj.weight, self.proj.bias)
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return as_tokens(self.proj(x))

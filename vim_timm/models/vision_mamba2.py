@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Dict, Literal, Optional
 
 import torch.nn as nn
-from timm.layers import SwiGLUPacked, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 
 from vim_timm.layers.bissd import BiSSD, ConvType
@@ -17,6 +17,7 @@ from vim_timm.layers.block import Block
 from vim_timm.layers.conv_stem import ConvStem
 from vim_timm.layers.norm import RmsNorm
 from vim_timm.layers.patch_embed import PatchEmbed, Size
+from vim_timm.layers.swiglu import SwiGluMlp
 from vim_timm.layers.token_order import ClassToken
 from vim_timm.models.adapt import adapt as checkpoint_filter_fn
 from vim_timm.models.build import build_model, cfg, small_cfg
@@ -139,7 +140,7 @@ class VisionMamba2(Trunk):
                 **dd,
             )
             hidden = int(mlp_ratio * embed_dim)
-            mlp = SwiGLUPacked(embed_dim, 2 * hidden, drop=(0.0, proj_drop_rate), **dd) if hidden else None
+            mlp = SwiGluMlp(embed_dim, hidden, drop=(0.0, proj_drop_rate), **dd) if hidden else None
             return Block(embed_dim, mixer, mlp, norm, init_values=init_values, drop_path=rates[i], **dd)
 
         self.head_hidden, self.hidden_drop_rate = head_hidden, drop_rate

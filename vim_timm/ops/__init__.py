@@ -16,9 +16,10 @@ from vim_timm.ops.conv import bidirectional_conv, causal_conv
 from vim_timm.ops.mamba_compat import causal_conv1d, selective_scan
 from vim_timm.ops.mixer import fused_mixer
 from vim_timm.ops.norm import rms_norm
-from vim_timm.ops.operands import Direction, GridConv, GridMixer, Mixer, Ssd, Taps, Weights
+from vim_timm.ops.operands import Direction, GridConv, GridMixer, Mixer, Ssd, SwiGlu, Taps, Weights
 from vim_timm.ops.scan import bidirectional_scan
 from vim_timm.ops.ssd import fused_grid_mixer, grid_conv, symmetric_ssd
+from vim_timm.ops.swiglu import swiglu
 
 __all__ = [
     'BACKENDS',
@@ -29,6 +30,7 @@ __all__ = [
     'GridMixer',
     'Mixer',
     'Ssd',
+    'SwiGlu',
     'Taps',
     'Weights',
     'auto_backend',
@@ -45,6 +47,7 @@ __all__ = [
     'rms_norm',
     'selective_scan',
     'set_scan_backend',
+    'swiglu',
     'symmetric_ssd',
     'use_scan_backend',
     'wants_any_derivative',

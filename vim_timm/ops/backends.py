@@ -85,6 +85,9 @@ TABLE: Dict[str, Dict[str, Cell]] = {
     'rms_norm': {
         'cpu': Cell(cpu.rms_norm, cpu.rms_norm_limit),
     },
+    'swiglu': {
+        'cpu': Cell(cpu.swiglu, cpu.swiglu_limit),
+    },
 }
 
 OPERATORS = tuple(TABLE)
@@ -101,6 +104,7 @@ KERNELS: Dict[str, Dict[str, str]] = {
     'grid_conv': {'cuda': 'triton'},
     'grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
     'rms_norm': {'cpu': 'cpu'},
+    'swiglu': {'cpu': 'cpu'},
 }
 
 _forced = os.environ.get('VIM_TIMM_SCAN') or 'auto'

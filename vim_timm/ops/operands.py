@@ -157,6 +157,14 @@ class Norm(NamedTuple):
     eps: float
 
 
+class SwiGlu(NamedTuple):
+    """Operands of `ops.swiglu`."""
+
+    x: Tensor  # (..., C)
+    weight: Tensor  # (2 H, C)
+    bias: Optional[Tensor]  # (2 H)
+
+
 _ABSENT_DIRECTION = (None,) * len(Direction._fields)
 _ABSENT_TAPS = (None,) * len(Taps._fields)
 

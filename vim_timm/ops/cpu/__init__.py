@@ -1,8 +1,8 @@
 """The `cpu` backend: a native kernel that needs no torch headers, one library for every Python and torch.
 
-`kernel.c` is compiled once per instruction set and `library` opens the best one; `scan`, `conv`, `norm`, `mixer` and
-`grid_mixer` wrap it as torch operators. float32 state and arithmetic; bfloat16 and float16 tensors are converted around
-the call.
+`kernel.c` is compiled once per instruction set and `library` opens the best one; `scan`, `conv`, `norm`, `mixer`,
+`ssd`, `grid_mixer` and `swiglu` wrap it as torch operators. float32 state and arithmetic; bfloat16 and float16 tensors
+are converted around the call.
 """
 
 from vim_timm.ops.cpu.conv import conv, conv_limit
@@ -12,6 +12,7 @@ from vim_timm.ops.cpu.mixer import mixer, mixer_limit
 from vim_timm.ops.cpu.norm import rms_norm, rms_norm_limit
 from vim_timm.ops.cpu.scan import scan, scan_limit
 from vim_timm.ops.cpu.ssd import ssd, ssd_limit
+from vim_timm.ops.cpu.swiglu import swiglu, swiglu_limit
 
 __all__ = [
     'conv',
@@ -26,5 +27,7 @@ __all__ = [
     'scan_limit',
     'ssd',
     'ssd_limit',
+    'swiglu',
+    'swiglu_limit',
     'unavailable',
 ]

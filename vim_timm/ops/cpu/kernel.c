@@ -18,6 +18,7 @@
 #include "norm.h"
 #include "scan.h"
 #include "scan_backward.h"
+#include "swiglu.h"
 
 /* What Python knows of the memory that it hands over; library.py compares it with its own when it opens the library. */
 typedef struct {
@@ -34,6 +35,7 @@ EXPORT const Number ENTRY(numbers)[] = {
     {"GridConvolution", sizeof(GridConvolution)},
     {"Decayed", sizeof(Decayed)},
     {"Dual", sizeof(Dual)},
+    {"SwiGlu", sizeof(SwiGlu)},
     {"CHUNK", CHUNK},
     {"PADDING", PADDING},
     {NULL, 0},

@@ -1,0 +1,42 @@
+"""timm's SwiGLU whose gate is one kernel where there is one."""
+
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import GluMlp
+
+from vim_timm.layers.plain import is_its_class, is_plain
+from vim_timm.ops import SwiGlu, swiglu
+
+
+class SwiGluMlp(GluMlp):
+    """(..., C) -> (..., C): fc2(SiLU(a) b) for [a, b] = fc1(x), as timm's `SwiGLUPacked`, whose parameters it has."""
+
+    def __init__(
+        self, dim: int, hidden: int, drop: Union[float, Tuple[float, float]] = 0.0, device=None, dtype=None
+    ) -> None:
+        """
+        Args:
+            dim: Width C.
+            hidden: Width of each of a and b.
+            drop: Dropout of the hidden layer and of the output.
+        """
+        super().__init__(dim, 2 * hidden, act_layer=nn.SiLU, drop=drop, gate_last=False, device=device, dtype=dtype)
+
+    def _fused(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """The gated hidden layer in a kernel; None where none can."""
+        if isinstance(x, torch.fx.Proxy) or not is_plain(self.fc1):
+            return None
+        if type(self.act) is not nn.SiLU or not is_its_class(self.act):
+            return None
+        return swiglu(SwiGlu(x, self.fc1.weight, self.fc1.bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gated: Optional[torch.Tensor] = None
+        if not torch.jit.is_scripting():
+            gated = self._fused(x)
+        if gated is None:
+            a, b = self.fc1(x).chunk(2, dim=-1)
+            gated = self.act(a) * b
+        return self.drop2(self.fc2(self.norm(self.drop1(gated))))
