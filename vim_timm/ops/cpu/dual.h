@@ -37,12 +37,15 @@ INLINE void scale_row(float *to, const float *from, float scale, int64_t width) 
     for (int64_t c = 0; c < width; c += LANES) store_some(to + c, scale * load_some(from + c, width - c), width - c);
 }
 
-/* out[j] = or += scores[j] exp(-|own - s[j]|). */
-INLINE void decayed_row(float *out, const float *scores, float own, const float *s, int64_t length, int add) {
-    const vec from = splat(own);
+/* out[j] = scores[j] dt[j] exp(-|s[i] - s[j]|), without dt where it is NULL; with s_2 that order's decays are added. */
+INLINE void decayed_row(float *out, const float *scores, const float *dt, const float *s, const float *s_2, int64_t i,
+                        int64_t length) {
+    const vec own = splat(s[i]), own_2 = splat(s_2 ? s_2[i] : 0.0f);
     for (int64_t j = 0; j < length; j += LANES) {
-        const vec mixed = load(scores + j) * exp_of_negative(-absolute(from - load(s + j)));
-        store(out + j, add ? load(out + j) + mixed : mixed);
+        vec decay = exp_of_negative(-absolute(own - load(s + j)));
+        if (s_2) decay += exp_of_negative(-absolute(own_2 - load(s_2 + j)));
+        if (dt) decay *= load(dt + j);
+        store(out + j, decay * load(scores + j));
     }
 }
 
@@ -86,11 +89,10 @@ static void dual_whole_task(const void *arguments, int64_t index, void *scratch)
                              .columns = padded, .depth = d->state, .a_row = d->C.token, .a_column = 1, .b_row = padded,
                              .b_columns = padded, .out_row = padded});
     for (int64_t h = 0; h < d->heads; h++) {
+        const float *s = plan->s + (b * d->orders * d->heads + h) * padded;
+        const float *s_2 = d->orders > 1 ? s + d->heads * padded : NULL;
         for (int64_t i = 0; i < rows; i++)
-            for (int64_t o = 0; o < d->orders; o++) {
-                const float *s = plan->s + ((b * d->orders + o) * d->heads + h) * padded;
-                decayed_row(mixed + i * padded, scores + i * padded, s[first + i], s, length, o > 0);
-            }
+            decayed_row(mixed + i * padded, scores + i * padded, NULL, s, s_2, first + i, length);
         float *y = (float *)token(&d->y, b, first) + h * d->headdim;
         for (int64_t i = 0; i < rows && d->D; i++)
             scale_row(y + i * d->y.token, token(&d->x, b, first + i) + h * d->headdim, d->D[h], d->headdim);
@@ -115,66 +117,80 @@ static int dual_whole(const Dual *d) {
 
 /* --- in chunks, one order after the other: each chunk's own tokens as above, all others through states */
 
-/* What a task knows of its chunk. */
+/* A task's chunk, its tokens side by side. */
 typedef struct {
-    int64_t b, k, first, count;
-    float *B, *s; /* (N, padded), (padded) */
+    int64_t b, first, count;
+    float *x, *B, *s, *dt; /* (H, chunk, P), (N, padded), and of one head (padded) */
+    float *end;            /* of what it takes of the task's memory */
 } DualChunk;
+
+static int64_t dual_chunk_floats(const DualPlan *plan) {
+    const Dual *d = plan->dual;
+    return d->chunk * d->heads * d->headdim + (d->state + 2) * plan->padded;
+}
 
 static DualChunk dual_chunk(const DualPlan *plan, int64_t index, float *memory) {
     const Dual *d = plan->dual;
-    const int64_t padded = plan->padded, k = index % plan->chunks, first = k * d->chunk;
-    DualChunk c = {index / plan->chunks, k, first, least(d->chunk, d->length - first), memory, memory + d->state * padded};
-    memset(c.B, 0, sizeof(float) * (size_t)((d->state + 1) * padded));
+    const int64_t padded = plan->padded, P = d->headdim, first = index % plan->chunks * d->chunk;
+    DualChunk c = {.b = index / plan->chunks, .first = first, .count = least(d->chunk, d->length - first), .x = memory};
+    c.B = c.x + round_up(d->chunk * d->heads * P, LANES);
+    c.s = c.B + d->state * padded;
+    c.dt = c.s + padded;
+    c.end = c.dt + padded;
+    memset(c.B, 0, sizeof(float) * (size_t)((d->state + 2) * padded));
     for (int64_t t = 0; t < c.count; t++) {
-        const float *B = token(&d->B, c.b, visited(d, plan->order, c.b, first + t));
+        const int64_t at = visited(d, plan->order, c.b, first + t);
+        for (int64_t h = 0; h < d->heads; h++)
+            memcpy(c.x + (h * d->chunk + t) * P, token(&d->x, c.b, at) + h * P, sizeof(float) * (size_t)P);
+        const float *B = token(&d->B, c.b, at);
         for (int64_t n = 0; n < d->state; n++) c.B[n * padded + t] = B[n];
     }
     return c;
 }
 
-/* s of a head from the chunk's beginning; returns its end. */
-INLINE float chunk_sums(const DualPlan *plan, const DualChunk *c, int64_t h) {
+/* A head's steps, and its s from the chunk's beginning; returns that of the chunk's end. */
+static float dual_head(const DualPlan *plan, const DualChunk *c, int64_t h) {
     const Dual *d = plan->dual;
     const float *growth = d->growth + (c->b * d->orders + plan->order) * d->length * d->heads + h;
+    const float *dt = d->dt + c->b * d->length * d->heads + h;
     float sum = 0;
-    for (int64_t t = 0; t < c->count; t++) c->s[t] = sum += growth[visited(d, plan->order, c->b, c->first + t) * d->heads];
+    for (int64_t t = 0; t < c->count; t++) {
+        const int64_t at = visited(d, plan->order, c->b, c->first + t) * d->heads;
+        c->s[t] = sum += growth[at];
+        c->dt[t] = dt[at];
+    }
     return sum;
 }
 
-/* to[t] = exp(-distance of token t from the chunk's beginning, or with `end` from its end). */
-INLINE void edges(const DualPlan *plan, const DualChunk *c, float total, int end, float *to) {
-    for (int64_t t = 0; t < plan->padded; t += LANES)
-        store(to + t, exp_of_negative(end ? load(c->s + t) - total : -load(c->s + t)));
+/* exp(-distance of a vector of tokens from the chunk's beginning, or with `end` from its end). */
+INLINE vec dual_edge(const DualChunk *c, float total, int end, int64_t t) {
+    return exp_of_negative(end ? load(c->s + t) - total : -load(c->s + t));
 }
 
 static size_t dual_states_scratch(const DualPlan *plan) {
     const Dual *d = plan->dual;
-    return sizeof(float) * (size_t)((d->state + 3) * plan->padded + 2 * d->chunk * d->headdim);
+    return sizeof(float) * (size_t)(dual_chunk_floats(plan) + LANES + (d->state + 1) * plan->padded);
 }
 
-/* (N, 2 P) of each head: sums of B_j v_j that decay towards the chunk's end, and towards its beginning. */
+/* (N, 2 P) of each head: sums of B_j dt_j x_j that decay towards the chunk's end, and towards its beginning. */
 static void dual_states_task(const void *arguments, int64_t index, void *scratch) {
     const DualPlan *plan = arguments;
     const Dual *d = plan->dual;
     const int64_t P = d->headdim, padded = plan->padded;
     const DualChunk c = dual_chunk(plan, index, scratch);
-    float *ahead = c.s + padded, *back = ahead + padded, *v = back + padded;
     for (int64_t h = 0; h < d->heads; h++) {
-        const float total = chunk_sums(plan, &c, h);
-        edges(plan, &c, total, 1, ahead);
-        edges(plan, &c, total, 0, back);
-        for (int64_t t = 0; t < c.count; t++) {
-            const int64_t at = visited(d, plan->order, c.b, c.first + t);
-            const float *x = token(&d->x, c.b, at) + h * P, dt = d->dt[(c.b * d->length + at) * d->heads + h];
-            scale_row(v + t * 2 * P, x, dt * ahead[t], P);
-            scale_row(v + t * 2 * P + P, x, dt * back[t], P);
-        }
         const int64_t cell = index * d->heads + h;
-        plan->totals[cell] = total;
-        multiply_here(&(Product){.a = c.B, .b = v, .out = plan->states + cell * d->state * 2 * P, .rows = d->state,
-                                 .columns = 2 * P, .depth = c.count, .a_row = padded, .a_column = 1, .b_row = 2 * P,
-                                 .b_columns = 2 * P, .out_row = 2 * P});
+        const float total = plan->totals[cell] = dual_head(plan, &c, h);
+        for (int way = 0; way < 2; way++) {
+            float *weights = c.end, *B = weights + padded;
+            for (int64_t t = 0; t < padded; t += LANES)
+                store(weights + t, load(c.dt + t) * dual_edge(&c, total, !way, t));
+            for (int64_t i = 0; i < d->state * padded; i += LANES)
+                store(B + i, load(weights + i % padded) * load(c.B + i));
+            multiply_here(&(Product){.a = B, .b = c.x + h * d->chunk * P, .out = plan->states + cell * d->state * 2 * P + way * P,
+                                     .rows = d->state, .columns = P, .depth = c.count, .a_row = padded, .a_column = 1,
+                                     .b_row = P, .b_columns = P, .out_row = 2 * P});
+        }
     }
 }
 
@@ -200,55 +216,49 @@ static void dual_carry_task(const void *arguments, int64_t index, void *scratch)
 
 static size_t dual_chunk_scratch(const DualPlan *plan) {
     const Dual *d = plan->dual;
-    const int64_t tokens = d->chunk * 2 * (d->headdim + d->state), rows = (d->chunk + DUAL_ROWS) * plan->padded;
-    return sizeof(float) * (size_t)((d->state + 3) * plan->padded + tokens + rows);
+    const int64_t tokens = d->chunk * (d->heads * d->headdim + 2 * d->state), rows = (d->chunk + DUAL_ROWS) * plan->padded;
+    return sizeof(float) * (size_t)(dual_chunk_floats(plan) + 3 * LANES + 2 * plan->padded + tokens + rows);
 }
 
 static void dual_chunk_task(const void *arguments, int64_t index, void *scratch) {
     const DualPlan *plan = arguments;
     const Dual *d = plan->dual;
-    const int64_t P = d->headdim, N = d->state, padded = plan->padded;
+    const int64_t P = d->headdim, N = d->state, padded = plan->padded, width = d->heads * P;
     const DualChunk c = dual_chunk(plan, index, scratch);
-    float *ahead = c.s + padded, *back = ahead + padded, *scores = back + padded, *mixed = scores + d->chunk * padded;
-    float *C = mixed + DUAL_ROWS * padded, *read = C + d->chunk * N, *v = read + d->chunk * N, *y = v + d->chunk * P;
-    for (int64_t t = 0; t < c.count; t++)
-        memcpy(C + t * N, token(&d->C, c.b, visited(d, plan->order, c.b, c.first + t)), sizeof(float) * (size_t)N);
+    float *edges = c.end, *scores = edges + 2 * padded, *mixed = scores + d->chunk * padded, *y = mixed + DUAL_ROWS * padded;
+    float *C = y + round_up(d->chunk * width, LANES), *read = C + d->chunk * N;
+    for (int64_t t = 0; t < c.count; t++) {
+        const int64_t at = visited(d, plan->order, c.b, c.first + t);
+        memcpy(C + t * N, token(&d->C, c.b, at), sizeof(float) * (size_t)N);
+        if (plan->order > 0) memcpy(y + t * width, token(&d->y, c.b, at), sizeof(float) * (size_t)width);
+    }
     multiply_here(&(Product){.a = C, .b = c.B, .out = scores, .rows = c.count, .columns = padded, .depth = N, .a_row = N,
                              .a_column = 1, .b_row = padded, .b_columns = padded, .out_row = padded});
     for (int64_t h = 0; h < d->heads; h++) {
-        const float total = chunk_sums(plan, &c, h);
-        edges(plan, &c, total, 0, ahead);
-        edges(plan, &c, total, 1, back);
-        for (int64_t t = 0; t < c.count; t++) {
-            const int64_t at = visited(d, plan->order, c.b, c.first + t);
-            scale_row(v + t * P, token(&d->x, c.b, at) + h * P, d->dt[(c.b * d->length + at) * d->heads + h], P);
-        }
-        Product product = {.b = v, .out = y, .columns = P, .depth = c.count, .a_row = padded, .a_column = 1, .b_row = P,
-                           .b_columns = P, .out_row = P};
+        const float total = dual_head(plan, &c, h);
+        for (int64_t t = 0; t < 2 * padded; t += LANES)
+            store(edges + t, dual_edge(&c, total, t >= padded, t < padded ? t : t - padded));
+        for (int64_t t = 0; t < c.count && plan->order == 0 && d->D; t++)
+            scale_row(y + t * width + h * P, c.x + (h * d->chunk + t) * P, d->D[h], P);
+        Product product = {.a = mixed, .b = c.x + h * d->chunk * P, .columns = P, .depth = c.count, .a_row = padded, .a_column = 1,
+                           .b_row = P, .b_columns = P, .out_row = width, .add = plan->order > 0 || d->D};
         for (int64_t i = 0; i < c.count; i += DUAL_ROWS) {
             product.rows = least(DUAL_ROWS, c.count - i);
             for (int64_t r = 0; r < product.rows; r++)
-                decayed_row(mixed + r * padded, scores + (i + r) * padded, c.s[i + r], c.s, c.count, 0);
-            product.a = mixed;
-            product.out = y + i * P;
+                decayed_row(mixed + r * padded, scores + (i + r) * padded, c.dt, c.s, NULL, i + r, c.count);
+            product.out = y + i * width + h * P;
             multiply_here(&product);
         }
         for (int way = 0; way < 2; way++) {
-            for (int64_t t = 0; t < c.count; t++) scale_row(read + t * N, C + t * N, (way ? back : ahead)[t], N);
-            multiply_here(&(Product){.a = read, .b = plan->states + (index * d->heads + h) * N * 2 * P + way * P, .out = y,
-                                     .rows = c.count, .columns = P, .depth = N, .a_row = N, .a_column = 1, .b_row = 2 * P,
-                                     .b_columns = P, .out_row = P, .add = 1});
+            for (int64_t t = 0; t < c.count; t++) scale_row(read + t * N, C + t * N, edges[way * padded + t], N);
+            multiply_here(&(Product){.a = read, .b = plan->states + (index * d->heads + h) * N * 2 * P + way * P,
+                                     .out = y + h * P, .rows = c.count, .columns = P, .depth = N, .a_row = N,
+                                     .a_column = 1, .b_row = 2 * P, .b_columns = P, .out_row = width, .add = 1});
         }
-        for (int64_t t = 0; t < c.count; t++) {
-            const int64_t at = visited(d, plan->order, c.b, c.first + t);
-            const float *x = token(&d->x, c.b, at) + h * P;
-            float *to = (float *)token(&d->y, c.b, at) + h * P;
-            const vec skip = splat(d->D ? d->D[h] : 0.0f);
-            for (int64_t p = 0; p < P; p += LANES) {
-                const vec before = plan->order ? load_some(to + p, P - p) : skip * load_some(x + p, P - p);
-                store_some(to + p, before + load_some(y + t * P + p, P - p), P - p);
-            }
-        }
+    }
+    for (int64_t t = 0; t < c.count; t++) {
+        float *to = (float *)token(&d->y, c.b, visited(d, plan->order, c.b, c.first + t));
+        memcpy(to, y + t * width, sizeof(float) * (size_t)width);
     }
 }
 
