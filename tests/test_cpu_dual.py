@@ -24,7 +24,7 @@ def best_build():
 
 
 def assert_is_the_law(given, visits):
-    """The operator without gradients, beside `plain.by_length` in float64, which is compared with the recurrence elsewhere."""
+    """The operator without gradients, beside the form in float64 that is compared with the recurrence elsewhere."""
     wide = [None if x is None else x.double() for x in given]
     with torch.no_grad():
         assert error(cpu.ssd(Ssd(*given, *visits)), plain.by_length(Ssd(*wide, *visits))) < 3e-6

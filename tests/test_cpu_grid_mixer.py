@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels import assert_agrees, with_gradients
+from tests.kernels import assert_agrees, error, with_gradients
 from tests.test_ssd import composition, mixer_operands, operands_of, visits_of
 from vim_timm.ops import GridMixer, Ssd, cpu, fused_grid_mixer, symmetric_ssd
 from vim_timm.ops.cpu import library
@@ -65,6 +65,21 @@ def test_the_inside_of_a_mixer_is_that_of_plain_operators(name, grid, prefix, or
         rounded=lambda *x: composition([t.float() for t in x], *settings, law=plain.by_length),
         zero=('A_log',) if length == 1 else (),
     )
+
+
+@pytest.mark.parametrize('learns', [False, True])
+def test_a_steep_step_leaves_the_smaller_ones_exact(learns):
+    heads, headdim, state, grid = 2, 16, 16, (3, 11)
+    dim = heads * headdim
+    zxbcdt = torch.randn(1, 33, 2 * dim + 2 * state + heads)
+    zxbcdt[..., -heads:] -= 9.0
+    zxbcdt[:, 8, -heads:] = 1e4
+    conv, bias = torch.randn(dim + 2 * state, 9) / 3, torch.randn(dim + 2 * state)
+    weights = [conv, bias, torch.zeros(heads), torch.full((1, heads), 5.0), torch.zeros(heads), torch.ones(dim)]
+    settings = (1e-5, state, True, 0, *grid)
+    y = cpu.grid_mixer(GridMixer(zxbcdt.requires_grad_(learns), *weights, *settings))
+    law = composition([x.detach().double() for x in (zxbcdt, *weights)], *settings, law=plain.by_length)
+    assert error(y, law) < 2e-5
 
 
 SETTINGS = (1e-5, 16, True, 1, 3, 5)
