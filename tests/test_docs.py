@@ -10,7 +10,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from vim_timm import train
+from vim_timm import ops, train
 
 ROOT = Path(__file__).parents[1]
 ERRORS = {'UserError', 'TrainingStopped', 'Preempted', 'Refusal', 'CheckpointError'}
@@ -38,6 +38,22 @@ def sentences():
 @pytest.mark.parametrize('sentence', list(sentences()))
 def test_every_error_sentence_has_its_mend(sentence):
     assert sentence in TROUBLES
+
+
+@pytest.mark.parametrize(
+    'name, rows', [('architecture', r'operator \((.*?)\)'), ('add-a-kernel', r'tensors \((.*?)\)')]
+)
+def test_every_operator_is_named(name, rows):
+    (named,) = re.findall(rows, (ROOT / 'docs' / f'{name}.md').read_text())
+    assert plain(named).split(', ') == list(ops.OPERATORS)
+
+
+@pytest.mark.parametrize('package', ['ops', 'models'])
+def test_every_module_of_operators_and_families_is_in_the_tree(package):
+    tree = re.search(r'^    vim_timm/\n(?:    .*\n)+', (ROOT / 'docs' / 'architecture.md').read_text(), re.MULTILINE)[0]
+    part = re.search(rf'^      {package}/(?:.*\n(?=        ))+.*\n', tree, re.MULTILINE)[0]
+    files = {path.name for path in (ROOT / 'vim_timm' / package).glob('*.py')} - {'__init__.py'}
+    assert files <= set(re.findall(r'\b\w+\.py\b', part))
 
 
 def test_example_of_the_hooks_runs(tmp_path, monkeypatch, capsys):
