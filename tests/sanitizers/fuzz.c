@@ -180,6 +180,47 @@ static void fuzz_decayed(void) {
     release();
 }
 
+static void fuzz_dual(void) {
+    int64_t batch = pick(1, 3), length = pick(1, 90), heads = pick(1, 4), headdim = pick(1, 70), state = pick(1, 40);
+    Dual d = {.batch = batch, .length = length, .heads = heads, .headdim = headdim, .state = state, .orders = pick(1, 2)};
+    d.threads = pick(1, 3);
+    d.chunk = pick(0, 1) ? length : pick(1, 70);
+    d.x = rows(batch, length, heads * headdim);
+    d.B = rows(batch, length, state);
+    d.C = rows(batch, length, state);
+    d.y = rows(batch, length, heads * headdim);
+    d.dt = fresh(batch * length * heads);
+    d.growth = fresh(batch * d.orders * length * heads);
+    d.D = pick(0, 1) ? fresh(heads) : NULL;
+    int64_t places[2][3 * 90];
+    for (int64_t o = 0; o < d.orders; o++) {
+        d.visits_batch[o] = pick(0, 1) * length;
+        for (int64_t t = 0; t < batch * length; t++) {
+            int64_t first = t / length * length, other = pick(first, t);
+            places[o][t] = places[o][other];
+            places[o][other] = t - first;
+        }
+        d.visits[o] = pick(0, 1) ? places[o] : NULL;
+    }
+    if (ENTRY(dual_forward)(&d)) abort();
+    places[0][pick(0, length - 1)] = pick(0, 1) ? length + 1000 : -1000;
+    if (ENTRY(dual_forward)(&d) != (d.visits[0] != NULL)) abort();
+    release();
+}
+
+static void fuzz_swiglu(void) {
+    int64_t count = pick(1, 100), width = pick(1, 70);
+    SwiGlu glu = {.x = fresh(count * 2 * width), .y = fresh(count * width), .rows = count, .width = width};
+    glu.bias = pick(0, 1) ? fresh(2 * width) : NULL;
+    glu.threads = pick(1, 3);
+    if (ENTRY(swiglu_forward)(&glu)) abort();
+    glu.grad = fresh(count * width);
+    glu.y = fresh(count * 2 * width);
+    glu.grad_bias = pick(0, 1) ? fresh(2 * width) : NULL;
+    if (ENTRY(swiglu_backward)(&glu)) abort();
+    release();
+}
+
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 200;
     for (int i = 0; i < rounds; i++) {
@@ -190,6 +231,8 @@ int main(int count, char **arguments) {
         fuzz_gated_norm();
         fuzz_grid_conv();
         fuzz_decayed();
+        fuzz_dual();
+        fuzz_swiglu();
     }
     printf("%d rounds of " NAME(ISA) " without a finding\n", rounds);
     return 0;
