@@ -94,6 +94,32 @@ def test_orders_that_miss_tokens_are_refused():
             cpu.ssd(Ssd(*given, True, columns))
 
 
+def test_operands_that_do_not_fit_are_refused():
+    x, s, growth, B = torch.randn(2, 9, 3, 4), torch.randn(2, 1, 3, 9), torch.rand(2, 1, 9, 3), torch.randn(2, 9, 5)
+    scores, dt = torch.randn(2, 9, 9), torch.rand(2, 3, 9)
+    for orders in (0, 3):
+        with pytest.raises(ValueError, match=f'growth is of {orders} orders of tokens'):
+            wrong = growth.repeat(1, orders, 1, 1)
+            torch.ops.vim_timm.cpu_dual(x, dt.transpose(1, 2), wrong, B, B, None, None, None)
+        with pytest.raises(ValueError, match=f's is of {orders} orders of tokens'):
+            torch.ops.vim_timm.cpu_decayed(scores, s.repeat(1, orders, 1, 1), dt)
+    with pytest.raises(ValueError, match='scores has the shape'):
+        torch.ops.vim_timm.cpu_decayed(scores[:, :8], s, dt)
+    with pytest.raises(ValueError, match='dt has the shape'):
+        torch.ops.vim_timm.cpu_decayed(scores, s, dt[:, :2])
+    with pytest.raises(ValueError, match='grad has the shape'):
+        torch.ops.vim_timm.cpu_decayed_backward(torch.randn(2, 3, 9, 8), scores, s, dt)
+
+
+@pytest.mark.parametrize('wide', ['C', 'D'])
+def test_an_operand_in_float64_is_taken_with_gradients_and_without(wide):
+    given = Ssd(*[x.float() for x in operands_of(12, 'row')])
+    given = given._replace(**{wide: getattr(given, wide).double()})
+    with torch.no_grad():
+        y = symmetric_ssd(given)
+    torch.testing.assert_close(symmetric_ssd(given._replace(x=given.x.requires_grad_())), y)
+
+
 def test_gradients_are_refused_by_the_operator_and_had_by_the_function():
     x, delta, A_log, B, C, D, bias = [t.float() for t in operands_of(12, 'row')]
     dt = torch.nn.functional.softplus(delta + bias)

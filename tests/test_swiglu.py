@@ -67,8 +67,13 @@ def test_the_operator_passes_opcheck_and_refuses_odd_rows():
     tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
     leaves = torch.randn(3, 8).requires_grad_(), torch.randn(8).requires_grad_()
     torch.library.opcheck(torch.ops.vim_timm.cpu_swiglu.default, leaves, test_utils=tests)
+    backward, grad, x = torch.ops.vim_timm.cpu_swiglu_backward.default, torch.randn(3, 4), torch.randn(3, 8).bfloat16()
+    for bias in (torch.randn(8), None):
+        torch.library.opcheck(backward, (grad, x, bias), test_utils=tests[::2])
     with pytest.raises(ValueError, match='rows of 7 have no two halves'):
         torch.ops.vim_timm.cpu_swiglu(torch.randn(3, 7), None)
+    with pytest.raises(ValueError, match=r'grad has the shape \(2, 4\), not \(3, 4\)'):
+        backward(grad[:2], x, None)
 
 
 def both():

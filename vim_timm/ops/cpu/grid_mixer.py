@@ -14,7 +14,7 @@ from torch import Tensor
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
 from vim_timm.ops.cpu.ssd import ssd
-from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, rows, threads
+from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, present, rows, threads
 from vim_timm.ops.registration import Kernel, Shapes, register, uncounted
 
 # C structures: pointers, Rows of three numbers, integers, one double
@@ -145,7 +145,7 @@ register(
 
 
 def grid_mixer_limit(given: operands.GridMixer) -> str:
-    return limit(given.zxbcdt, given.conv, given.A_log, given.norm)
+    return limit(*present(given.zxbcdt, given.conv, given.A_log, given.norm, given.D))
 
 
 def grid_mixer(given: operands.GridMixer) -> Tensor:

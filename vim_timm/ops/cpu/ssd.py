@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
-from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, rows, threads
+from vim_timm.ops.cpu.tensors import address, checked, limit, new, parameter, present, rows, threads
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.registration import (
     SSD_CHUNK,
@@ -34,6 +34,11 @@ library.expect('Decayed', _DECAYED.size)
 library.expect('Dual', _DUAL.size)
 
 
+def _check_orders(name: str, orders: int) -> None:
+    if orders not in (1, 2):
+        raise ValueError(f'{name} is of {orders} orders of tokens, not of one or two')
+
+
 # --- decays times scores
 
 
@@ -42,7 +47,9 @@ def _decayed(
 ) -> None:
     s = given[1]
     batch, orders, heads, length = s.shape
-    inputs = [checked(name, x.contiguous(), x.shape) for name, x in zip(('scores', 's', 'dt'), given)]
+    _check_orders('s', orders)
+    shapes = (batch, length, length), s.shape, (batch, heads, length)
+    inputs = [checked(*one) for one in zip(('scores', 's', 'dt'), (x.contiguous() for x in given), shapes)]
     work = batch * orders * heads * length * length
     tensors = (*inputs, grad, *to)
     if s.numel():
@@ -58,7 +65,8 @@ def _run_decayed(scores: Tensor, s: Tensor, dt: Tensor) -> Tensor:
 
 def _run_decayed_backward(grad: Tensor, scores: Tensor, s: Tensor, dt: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     grads = new(scores.shape), new(s.shape), new(dt.shape)
-    _decayed('decayed_backward', (scores, s, dt), gradient(grad).contiguous(), None, *grads)
+    grad = checked('grad', grad.contiguous(), (*dt.shape, dt.shape[-1]))
+    _decayed('decayed_backward', (scores, s, dt), grad, None, *grads)
     return grads
 
 
@@ -84,7 +92,8 @@ register(
 
 def _order(tokens: Tensor, batch: int, length: int) -> Tensor:
     if tokens.dtype != torch.int64 or tokens.shape not in ((1, length), (batch, length)) or not tokens.is_cpu:
-        raise ValueError(f'an order of {batch} x {length} tokens is not {tokens.dtype} {list(tokens.shape)}')
+        what = f'{tokens.dtype} {list(tokens.shape)} on {tokens.device}'
+        raise ValueError(f'an order of {batch} x {length} tokens is not {what}')
     return tokens.contiguous()
 
 
@@ -105,6 +114,7 @@ def _run(
     places of the tokens (1 or B, L) as orders meet them, None for 0 to L - 1."""
     batch, length, heads, headdim = x.shape
     orders, state = growth.shape[1], B.shape[-1]
+    _check_orders('growth', orders)
     x = checked('x', x.flatten(2), (batch, length, heads * headdim))
     B, C = (checked(name, X, (batch, length, state)) for name, X in (('B', B), ('C', C)))
     small = [
@@ -190,4 +200,4 @@ def ssd(given: operands.Ssd) -> Tensor:
 
 
 def ssd_limit(given: operands.Ssd) -> str:
-    return limit(given.x, given.delta, given.A_log, given.B)
+    return limit(*present(given.x, given.delta, given.A_log, given.B, given.C, given.D))

@@ -24,6 +24,8 @@ library.expect('SwiGlu', _STRUCT.size)
 def _call(
     function: str, x: Tensor, bias: Optional[Tensor], grad: Optional[Tensor], to: Tensor, grad_bias: Optional[Tensor]
 ) -> None:
+    if x.shape[-1] % 2:
+        raise ValueError(f'rows of {x.shape[-1]} have no two halves')
     x, bias = checked('x', x.contiguous(), x.shape), parameter('bias', bias, x.shape[-1:])
     if x.numel():
         tensors = (address(t) for t in (x, bias, grad, to, grad_bias))
@@ -32,8 +34,6 @@ def _call(
 
 
 def _run(x: Tensor, bias: Optional[Tensor]) -> Tensor:
-    if x.shape[-1] % 2:
-        raise ValueError(f'rows of {x.shape[-1]} have no two halves')
     y = new((*x.shape[:-1], x.shape[-1] // 2))
     _call('swiglu_forward', x, bias, None, y, None)
     return y.to(x.dtype)
@@ -41,8 +41,14 @@ def _run(x: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 def _run_backward(grad: Tensor, x: Tensor, bias: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     grad_x, grad_bias = new(x.shape), new(x.shape[-1:] if bias is not None else (0,)).zero_()
-    _call('swiglu_backward', x, bias, grad.float().contiguous(), grad_x, grad_bias if bias is not None else None)
+    grad = checked('grad', grad.contiguous(), (*x.shape[:-1], x.shape[-1] // 2))
+    _call('swiglu_backward', x, bias, grad, grad_x, grad_bias if bias is not None else None)
     return grad_x.to(x.dtype), grad_bias if bias is None else grad_bias.to(bias.dtype)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, bias: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+    grad_bias = x.new_empty(0, dtype=torch.float32) if bias is None else bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), grad_bias
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
@@ -65,7 +71,7 @@ register(
         _save,
         _differentiate,
         _run_backward,
-        lambda grad, x, bias: (x.new_empty(x.shape), x.new_empty(x.shape[-1:]) if bias is not None else x.new_empty(0)),
+        _fake_backward,
     ),
     uncounted,
 )
