@@ -8,7 +8,7 @@ import vim_timm  # noqa: F401  registers the models
 from vim_timm import ops
 
 
-def operators_of(model, images):
+def operators_of(model, images, learns=False):
     """Names of this package's operators in the graph that Dynamo makes of a model, and the compiled result."""
     found = set()
 
@@ -18,24 +18,25 @@ def operators_of(model, images):
         found.update(call._qualified_op_name for call in calls if isinstance(call, torch._ops.OpOverloadPacket))
         return graph.forward
 
-    with torch.no_grad():
+    with torch.set_grad_enabled(learns):
         result = torch.compile(model, backend=look, fullgraph=True)(images)
     return {name.partition('::')[2] for name in found if name.startswith('vim_timm::')}, result
 
 
 @pytest.mark.skipif(bool(ops.cpu.unavailable()), reason='the native kernel is not built')
 @pytest.mark.parametrize(
-    'name, arguments, operators',
+    'name, arguments, operators, learns',
     [
-        ('vim_nano_patch4_32', dict(), {'cpu_mixer'}),
-        ('vim_nano_patch4_32', dict(scan='forward'), {'cpu_conv', 'cpu_scan'}),
-        ('vim2_nano_patch4_32', dict(headdim=16), {'cpu_grid_conv', 'cpu_decayed', 'cpu_gated_norm'}),
-        ('vim2_nano_patch4_32', dict(headdim=16, rope=True), {'cpu_decayed'}),
+        ('vim_nano_patch4_32', dict(), {'cpu_mixer'}, False),
+        ('vim_nano_patch4_32', dict(scan='forward'), {'cpu_conv', 'cpu_scan'}, False),
+        ('vim2_nano_patch4_32', dict(headdim=16), {'cpu_grid_conv', 'cpu_dual', 'cpu_gated_norm'}, False),
+        ('vim2_nano_patch4_32', dict(headdim=16), {'cpu_grid_conv', 'cpu_decayed', 'cpu_gated_norm'}, True),
+        ('vim2_nano_patch4_32', dict(headdim=16, rope=True), {'cpu_dual'}, False),
     ],
 )
-def test_compiled_models_call_the_cpu_kernel(name, arguments, operators):
+def test_compiled_models_call_the_cpu_kernel(name, arguments, operators, learns):
     model = timm.create_model(name, depth=2, embed_dim=32, img_size=16, **arguments).eval()
     images = torch.randn(2, 3, 16, 16)
-    found, result = operators_of(model, images)
+    found, result = operators_of(model, images, learns)
     assert found == operators
     torch.testing.assert_close(result, model(images))
