@@ -1,5 +1,6 @@
 /* Selective scan and depthwise causal convolution of Vision Mamba in float32, alone and as the inside of a block, the
-   convolution and decays of Vision Mamba 2, and the root mean square norm: both directions, forward and backward.
+   convolution, decays and state space dual of Vision Mamba 2, the gate of SwiGLU, and the root mean square norm: both
+   directions, forward and, but for the dual, backward.
 
    One compilation unit of the parts below, compiled once per instruction set, with LANES floats to a vector and ISA in the
    name of each entry point.

@@ -25,15 +25,15 @@ INLINE vec splat(float x) { return x - (vec){0}; } /* 0 + x is no copy: it turns
 /* The last vector of a row may be partial: `count` channels are left. No call of memcpy where the machine has masks: the
    compiler would keep few vectors in registers across it. */
 #if defined(__AVX512F__)
-INLINE __mmask16 first(int64_t count) { return (__mmask16)((1u << count) - 1); }
-INLINE vec load_first(const float *p, int64_t count) { return (vec)_mm512_maskz_loadu_ps(first(count), p); }
-INLINE void store_first(float *p, vec v, int64_t count) { _mm512_mask_storeu_ps(p, first(count), (__m512)v); }
+INLINE __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << count) - 1); }
+INLINE vec load_first(const float *p, int64_t count) { return (vec)_mm512_maskz_loadu_ps(first_lanes(count), p); }
+INLINE void store_first(float *p, vec v, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)v); }
 #elif defined(__AVX2__)
-INLINE __m256i first(int64_t count) {
+INLINE __m256i first_lanes(int64_t count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-INLINE vec load_first(const float *p, int64_t count) { return (vec)_mm256_maskload_ps(p, first(count)); }
-INLINE void store_first(float *p, vec v, int64_t count) { _mm256_maskstore_ps(p, first(count), (__m256)v); }
+INLINE vec load_first(const float *p, int64_t count) { return (vec)_mm256_maskload_ps(p, first_lanes(count)); }
+INLINE void store_first(float *p, vec v, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), (__m256)v); }
 #else
 INLINE vec load_first(const float *p, int64_t count) {
     vec v = {0};
