@@ -48,6 +48,12 @@ def test_channel_attention_is_attention_among_the_visible_tokens_of_a_patch():
                 assert torch.allclose(output[b, c, t], expected, atol=1e-12)
 
 
+def test_a_scripted_classifier_gives_its_logits():
+    model = timm.create_model('favit_small_patch16_224', **SMALL, num_classes=5, scriptable=True).eval()
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
 def test_hidden_pixels_and_absent_channels_have_no_influence():
     model = make().double().eval()
     x, noise = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.rand(2, 48)

@@ -64,7 +64,9 @@ class ChannelAttention(nn.Module):
             # a token attends to itself in any case: a row without any would be NaN
             itself = torch.eye(C, dtype=torch.bool, device=x.device)
             mask = visible.transpose(1, 2).reshape(B * P, 1, 1, C) | itself
-        if not torch.jit.is_scripting() and wants_steps():
+        if torch.jit.is_scripting():  # alone in its condition: TorchScript compiles all of `not is_scripting() and ...`
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        elif wants_steps():
             y = step_by_step(q, k, v, mask=mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
