@@ -107,7 +107,7 @@ def test_operands_that_do_not_fit_are_refused():
         torch.ops.vim_timm.cpu_decayed(scores[:, :8], s, dt)
     with pytest.raises(ValueError, match='dt has the shape'):
         torch.ops.vim_timm.cpu_decayed(scores, s, dt[:, :2])
-    with pytest.raises(ValueError, match='grad has the shape'):
+    with pytest.raises(ValueError, match='the gradient has the shape'):
         torch.ops.vim_timm.cpu_decayed_backward(torch.randn(2, 3, 9, 8), scores, s, dt)
 
 

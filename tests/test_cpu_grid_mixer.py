@@ -118,6 +118,18 @@ def test_no_tokens_and_no_images():
         assert y.shape == operands[0].shape and all(not x.grad.any() for x in operands)
 
 
+def test_gradients_of_another_shape_are_refused():
+    x, taps, bias = torch.randn(2, 7, 5), torch.randn(9, 5), torch.randn(5)
+    operators, short = torch.ops.vim_timm, torch.randn(2, 6, 5)
+    for call in (
+        lambda: operators.cpu_grid_conv_backward(short, x, taps, bias, 1, 2, 3),
+        lambda: operators.cpu_gated_norm_backward(short, x, bias, x, 1e-5),
+        lambda: operators.cpu_rms_norm_backward(short, x, bias, 1e-5),
+    ):
+        with pytest.raises(ValueError, match=r'the gradient has the shape \(2, 6, 5\), not \(2, 7, 5\)'):
+            call()
+
+
 def test_operators_pass_opcheck():
     tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
     x, taps, bias, z = torch.randn(2, 7, 5), torch.randn(9, 5), torch.randn(5), torch.randn(2, 7, 5)

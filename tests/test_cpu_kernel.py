@@ -469,6 +469,13 @@ def test_the_environment_chooses_the_build(tmp_path):
         assert expected in finish([process])
 
 
+def test_operators_open_the_library_themselves(tmp_path):
+    code = (
+        'import torch, vim_timm.ops; print(torch.ops.vim_timm.cpu_rms_norm(torch.ones(3, 4), torch.ones(4), 0.0).sum())'
+    )
+    assert 'tensor(12.)' in finish([Python(code, output=tmp_path / 'log')])
+
+
 def test_without_the_library_the_reason_tells_the_mend(monkeypatch):
     monkeypatch.setattr(library, '_PATH', Path('nowhere/libvim_timm_cpu.so'))
     assert 'C compiler' in library._prepare() and 'pip install' in library._prepare()

@@ -72,7 +72,7 @@ def test_the_operator_passes_opcheck_and_refuses_odd_rows():
         torch.library.opcheck(backward, (grad, x, bias), test_utils=tests[::2])
     with pytest.raises(ValueError, match='rows of 7 have no two halves'):
         torch.ops.vim_timm.cpu_swiglu(torch.randn(3, 7), None)
-    with pytest.raises(ValueError, match=r'grad has the shape \(2, 4\), not \(3, 4\)'):
+    with pytest.raises(ValueError, match=r'the gradient has the shape \(2, 4\), not \(3, 4\)'):
         backward(grad[:2], x, None)
 
 

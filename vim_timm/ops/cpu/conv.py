@@ -75,7 +75,7 @@ def _run_backward(grad, grad_b, *arguments):
     shape = conv.x.shape
     if not conv.x.numel():
         return [torch.zeros_like(t) for t in present(*originals)]
-    ys = [new(shape).zero_() if g is None else gradient(g) for g in (grad, grad_b)]
+    ys = [new(shape).zero_() if g is None else gradient(g, shape) for g in (grad, grad_b)]
     if conv.backward is None:
         ys[1] = None
     gradients = [None if t is None else new(t.shape) for t in originals]

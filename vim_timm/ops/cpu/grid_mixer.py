@@ -53,7 +53,7 @@ def _run_conv_backward(grad, x, taps, bias, prefix, height, width):
     """Gradients of x and, as (10, X), of taps and bias."""
     before, grad_x, grad_taps = new(x.shape), new(x.shape), new((10, x.shape[-1])).zero_()
     grid = (prefix, height, width)
-    _convolution('grid_conv_backward', (x, taps, bias, *grid), before, gradient(grad), grad_taps, True)
+    _convolution('grid_conv_backward', (x, taps, bias, *grid), before, gradient(grad, x.shape), grad_taps, True)
     _convolution('grid_conv_forward', (before, taps.flip(0), None, *grid), grad_x, None, None, False)
     return grad_x, grad_taps
 
@@ -116,7 +116,7 @@ def _run_norm(x, weight, z, eps):
 
 def _run_norm_backward(grad, x, weight, z, eps):
     grads = new(x.shape), new(weight.shape).zero_(), new(z.shape)
-    _norm('gated_norm_backward', (x, weight, z, eps), gradient(grad).contiguous(), *grads)
+    _norm('gated_norm_backward', (x, weight, z, eps), gradient(grad.contiguous(), x.shape), *grads)
     return grads
 
 

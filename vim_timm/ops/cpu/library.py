@@ -72,7 +72,10 @@ def call(function: str, arguments: bytes) -> int:
 
     Raises:
         MemoryError: no memory for the kernel's workspace; nothing was computed.
+        RuntimeError: the kernel is not available.
     """
+    if _library is None and problem():
+        raise RuntimeError(problem())
     answer = getattr(_library, f'{function}_{_instruction_set}')(arguments)
     if answer < 0:
         raise MemoryError('the CPU kernel could not get memory for its workspace')

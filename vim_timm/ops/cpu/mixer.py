@@ -108,7 +108,8 @@ def _run_backward(grad, *arguments):
     mixer = _Mixer(operands.Mixer.of(*tensors, scale))
     gradients = [None if t is None else new(t.shape) for t in tensors]
     grad_xz, forward, backward, *_ = operands.Mixer.of(*gradients)
-    mixer.call('mixer_backward', gradient(grad), list(zip(x, states)), (forward, backward), grad_xz)
+    grad = gradient(grad, (*grad_xz.shape[:2], grad_xz.shape[2] // 2))
+    mixer.call('mixer_backward', grad, list(zip(x, states)), (forward, backward), grad_xz)
     return [g.to(t.dtype) for g, t in zip(gradients, tensors) if t is not None]
 
 

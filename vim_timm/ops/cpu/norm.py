@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
-from vim_timm.ops.cpu.tensors import address, checked, limit, new, threads
+from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, threads
 from vim_timm.ops.operands import schema
 from vim_timm.ops.registration import Kernel, register, uncounted
 
@@ -35,7 +35,7 @@ def _run(x, weight, eps):
 
 def _run_backward(grad, x, weight, eps):
     grad_x, grad_weight = new(x.shape), new(weight.shape).zero_()
-    _call('norm_backward', x, weight, grad.float().contiguous(), grad_x, grad_weight, eps)
+    _call('norm_backward', x, weight, gradient(grad.contiguous(), x.shape), grad_x, grad_weight, eps)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 

@@ -129,7 +129,7 @@ def _run_backward(grad, *arguments):
     fields = [*_fields(scan.forward, states), *_gradient_fields(own.forward)]
     if scan.backward is not None and own.backward is not None:
         fields += [*_fields(scan.backward, states_b), *_gradient_fields(own.backward)]
-    grad = gradient(grad)  # a copy has to live until the call has ended, as those in `scan` do
+    grad = gradient(grad, given.forward.u.shape)  # a copy has to live until the call has ended, as those in `scan` do
     library.call('scan_backward', _pack(fields, scan, grad, own.z))
     return [g.to(x.dtype) for g, x in zip(gradients, tensors) if x is not None]
 

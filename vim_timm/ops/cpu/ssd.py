@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
-from vim_timm.ops.cpu.tensors import address, checked, limit, new, parameter, present, rows, threads
+from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, present, rows, threads
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.registration import (
     SSD_CHUNK,
@@ -65,7 +65,7 @@ def _run_decayed(scores: Tensor, s: Tensor, dt: Tensor) -> Tensor:
 
 def _run_decayed_backward(grad: Tensor, scores: Tensor, s: Tensor, dt: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     grads = new(scores.shape), new(s.shape), new(dt.shape)
-    grad = checked('grad', grad.contiguous(), (*dt.shape, dt.shape[-1]))
+    grad = gradient(grad.contiguous(), (*dt.shape, dt.shape[-1]))
     _decayed('decayed_backward', (scores, s, dt), grad, None, *grads)
     return grads
 

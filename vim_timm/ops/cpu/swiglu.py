@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
-from vim_timm.ops.cpu.tensors import address, checked, limit, new, parameter, threads
+from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, threads
 from vim_timm.ops.registration import Kernel, register, uncounted
 
 # The C structure SwiGlu: five pointers, three integers.
@@ -41,7 +41,7 @@ def _run(x: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 def _run_backward(grad: Tensor, x: Tensor, bias: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     grad_x, grad_bias = new(x.shape), new(x.shape[-1:] if bias is not None else (0,)).zero_()
-    grad = checked('grad', grad.contiguous(), (*x.shape[:-1], x.shape[-1] // 2))
+    grad = gradient(grad.contiguous(), (*x.shape[:-1], x.shape[-1] // 2))
     _call('swiglu_backward', x, bias, grad, grad_x, grad_bias if bias is not None else None)
     return grad_x.to(x.dtype), grad_bias if bias is None else grad_bias.to(bias.dtype)
 

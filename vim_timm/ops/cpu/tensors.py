@@ -50,10 +50,9 @@ def parameter(name: str, x: Optional[Tensor], shape: Sequence[int]) -> Optional[
     return checked(name, x.contiguous(), shape)
 
 
-def gradient(x: Tensor) -> Tensor:
-    """A gradient comes with whatever strides and dtype autograd made."""
-    x = x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
+def gradient(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An output's gradient, which comes with whatever strides and dtype autograd made, as `checked`."""
+    return checked('the gradient', x.float(), shape)
 
 
 def rows(x: Optional[Tensor]) -> tuple[int, int, int]:
