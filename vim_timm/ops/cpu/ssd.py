@@ -188,7 +188,7 @@ def _chunks(v: Tensor, growth: Tensor, B: Tensor, C: Tensor) -> Tensor:
 def ssd(given: operands.Ssd) -> Tensor:
     """`plain.ssd.reference` in float32, in x's dtype: (B, L, H, P)."""
     x, delta, A_log, B, C, D, delta_bias, _, _, moves = given
-    if not x.numel():
+    if x.numel() == 0:  # `not` of a size makes torch 2.6's export take it for a constant
         return plain.quadratic(given)
     dt, orders = plain.step_sizes(delta, delta_bias, torch.float32), len(A_log)
     growth = plain.decays(dt, A_log, moves).transpose(0, 1)
