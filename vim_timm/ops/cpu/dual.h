@@ -32,6 +32,11 @@ INLINE int64_t visited(const Dual *d, int64_t order, int64_t b, int64_t t) {
 }
 INLINE const float *token(const Rows *rows, int64_t b, int64_t t) { return rows->data + b * rows->batch + t * rows->token; }
 
+/* to[n][t] = row[n]: a token's row becomes a column. */
+INLINE void put_column(float *to, int64_t padded, int64_t t, const float *row, int64_t count) {
+    for (int64_t n = 0; n < count; n++) to[n * padded + t] = row[n];
+}
+
 /* to[c] = scale from[c]. */
 INLINE void scale_row(float *to, const float *from, float scale, int64_t width) {
     for (int64_t c = 0; c < width; c += LANES) store_some(to + c, scale * load_some(from + c, width - c), width - c);
@@ -60,8 +65,7 @@ static void dual_prepare_task(const void *arguments, int64_t index, void *scratc
     if (h == d->heads) {
         float *to = plan->B + b * d->state * plan->padded;
         memset(to, 0, sizeof(float) * (size_t)(d->state * plan->padded));
-        for (int64_t t = 0; t < length; t++)
-            for (int64_t n = 0; n < d->state; n++) to[n * plan->padded + t] = token(&d->B, b, t)[n];
+        for (int64_t t = 0; t < length; t++) put_column(to, plan->padded, t, token(&d->B, b, t), d->state);
         return;
     }
     float *v = plan->v + (b * d->heads + h) * length * d->headdim;
@@ -142,8 +146,7 @@ static DualChunk dual_chunk(const DualPlan *plan, int64_t index, float *memory) 
         const int64_t at = visited(d, plan->order, c.b, first + t);
         for (int64_t h = 0; h < d->heads; h++)
             memcpy(c.x + (h * d->chunk + t) * P, token(&d->x, c.b, at) + h * P, sizeof(float) * (size_t)P);
-        const float *B = token(&d->B, c.b, at);
-        for (int64_t n = 0; n < d->state; n++) c.B[n * padded + t] = B[n];
+        put_column(c.B, padded, t, token(&d->B, c.b, at), d->state);
     }
     return c;
 }

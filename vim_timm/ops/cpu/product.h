@@ -38,9 +38,9 @@ INLINE void product_tile(const int rows, const int vectors, const int partial, c
         }
 }
 
-INLINE void product_rows(const int most, const int vectors, const int partial, const Product *p, int64_t entry, int64_t i,
+INLINE void product_rows(const int tall, const int vectors, const int partial, const Product *p, int64_t entry, int64_t i,
                          int64_t last, int64_t j) {
-    for (; i + most <= last; i += most) product_tile(most, vectors, partial, p, entry, i, j);
+    for (; i + tall <= last; i += tall) product_tile(tall, vectors, partial, p, entry, i, j);
     for (; i + 4 <= last; i += 4) product_tile(4, vectors, partial, p, entry, i, j);
     for (; i < last; i++) product_tile(1, vectors, partial, p, entry, i, j);
 }
