@@ -43,6 +43,7 @@ VARIANTS = {
     'as registered': '',
     'one order: rows': 'orders=row',
     'orders alternate': 'orders=alternate',
+    'orders alternate, 32 states': 'orders=alternate d_state=32',
     'convolutional stem': 'stem=conv',
     '32 states': 'd_state=32',
     '128 states': 'd_state=128',
