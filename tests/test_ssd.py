@@ -161,7 +161,7 @@ def test_operands_of_other_shapes_are_refused(place, shape):
 
 
 def test_a_forced_backend_without_the_operator_does_not_follow_autocast():
-    operands = [x.float() for x in operands_of(12, 'row')]
+    operands = [x.float().cpu() for x in operands_of(12, 'row')]
     wanted = symmetric_ssd(Ssd(*operands))
     with use_scan_backend('cpu'), torch.autocast('cpu', torch.bfloat16):
         torch.testing.assert_close(symmetric_ssd(Ssd(*operands)), wanted)
