@@ -64,7 +64,8 @@ def operands_of(operator, dtype, length):
         parameters = draw(inside, 9), draw(inside), draw(2), draw(1, 2), draw(2), draw(32)
         return GridMixer(rows(2 * 32 + 2 * 16 + 2), *parameters, 1e-5, 16, True, 1, length - 1, 1)
     if operator == 'swiglu':
-        return SwiGlu(rows(channels), draw(6, channels, narrow=True), draw(6, narrow=True))
+        products = draw(6, channels, narrow=True), draw(6, narrow=True), draw(5, 3, narrow=True), draw(5, narrow=True)
+        return SwiGlu(rows(channels), *products)
     assert operator == 'rms_norm'
     return Norm(rows(channels), draw(channels, narrow=True), 1e-5)
 

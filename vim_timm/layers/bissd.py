@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from vim_timm.layers.norm import RmsNorm
-from vim_timm.layers.plain import is_its_class, is_plain, is_plain_depthwise
+from vim_timm.layers.plain import is_its_class, is_plain, is_plain_depthwise, is_plain_projection
 from vim_timm.layers.rope import rope_tables, rotate
 from vim_timm.layers.state_space import StateSpaceMixer, draw_out_proj, draw_step_bias
 from vim_timm.layers.token_order import Layout, column_places, patch_moves, patch_places
@@ -142,7 +142,7 @@ class BiSSD(StateSpaceMixer):
         return self.in_proj(x_BLC)
 
     def _fused(self, zxbcdt_BLE: torch.Tensor, layout: Layout) -> Optional[torch.Tensor]:
-        """What `forward` makes of in_proj's output before out_proj, in fused kernels; None where none can."""
+        """What `forward` makes of in_proj's output, in fused kernels; None where none can."""
         conv, first = self.conv2d, len(layout.prefix)
         if conv is None or self.b_norm is not None or self.rope or layout.keep is not None:
             return None
@@ -151,7 +151,8 @@ class BiSSD(StateSpaceMixer):
         norm = self.norm
         if type(norm) is not RmsNorm or not is_its_class(norm) or norm.eps is None:
             return None
-        return fused_grid_mixer(
+        out_proj = self.out_proj if is_plain_projection(self.out_proj) else None
+        y = fused_grid_mixer(
             GridMixer(
                 zxbcdt_BLE,
                 conv.weight.flatten(1),
@@ -166,8 +167,10 @@ class BiSSD(StateSpaceMixer):
                 first,
                 layout.grid[0],
                 layout.grid[1],
+                None if out_proj is None else out_proj.weight,
             )
         )
+        return y if y is None or out_proj is not None else self.out_proj(y)
 
     def _on_image(self, x_BLX: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """SiLU of the 2-d convolution of an image, all of whose patches are there."""
@@ -233,9 +236,9 @@ class BiSSD(StateSpaceMixer):
         zxbcdt_BLE = self._project(x_BLC)
         if not torch.jit.is_scripting():
             traced = isinstance(zxbcdt_BLE, torch.fx.Proxy)
-            fused_BLD = None if traced else self._fused(zxbcdt_BLE, layout)
-            if fused_BLD is not None:
-                return self.proj_drop(self.out_proj(fused_BLD))
+            fused_BLC = None if traced else self._fused(zxbcdt_BLE, layout)
+            if fused_BLC is not None:
+                return self.proj_drop(fused_BLC)
         channels = self.d_inner + 2 * self.d_state
         zxbcdt_BLE = zxbcdt_BLE[..., : self.d_inner + channels + self.num_heads]
         z_BLD, xbc_BLX, delta_BLH = zxbcdt_BLE.split([self.d_inner, channels, self.num_heads], dim=-1)

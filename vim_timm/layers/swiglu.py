@@ -1,4 +1,4 @@
-"""timm's SwiGLU whose gate is one kernel where there is one."""
+"""timm's SwiGLU, whose products and gate are one operator where there is one."""
 
 from typing import Optional, Tuple, Union
 
@@ -25,18 +25,21 @@ class SwiGluMlp(GluMlp):
         super().__init__(dim, 2 * hidden, act_layer=nn.SiLU, drop=drop, gate_last=False, device=device, dtype=dtype)
 
     def _fused(self, x: torch.Tensor) -> Optional[torch.Tensor]:
-        """The gated hidden layer in a kernel; None where none can."""
-        if isinstance(x, torch.fx.Proxy) or not is_plain(self.fc1):
+        """fc2's output in one operator; None where none can."""
+        if isinstance(x, torch.fx.Proxy) or not (is_plain(self.fc1) and is_plain(self.fc2)):
             return None
-        if type(self.act) is not nn.SiLU or not is_its_class(self.act):
+        if type(self.act) is not nn.SiLU or type(self.norm) is not nn.Identity:
             return None
-        return swiglu(SwiGlu(x, self.fc1.weight, self.fc1.bias))
+        if not all(is_its_class(module) for module in (self.act, self.drop1, self.norm)):
+            return None
+        if self.training and self.drop1.p > 0:
+            return None
+        return swiglu(SwiGlu(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gated: Optional[torch.Tensor] = None
         if not torch.jit.is_scripting():
-            gated = self._fused(x)
-        if gated is None:
-            a, b = self.fc1(x).chunk(2, dim=-1)
-            gated = self.act(a) * b
-        return self.drop2(self.fc2(self.norm(self.drop1(gated))))
+            fused = self._fused(x)
+            if fused is not None:
+                return self.drop2(fused)
+        a, b = self.fc1(x).chunk(2, dim=-1)
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(a) * b))))

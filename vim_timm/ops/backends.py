@@ -87,6 +87,7 @@ TABLE: Dict[str, Dict[str, Cell]] = {
     },
     'swiglu': {
         'cpu': Cell(cpu.swiglu, cpu.swiglu_limit),
+        'triton': Cell(triton_kernels.swiglu, triton_kernels.swiglu_limit),
     },
 }
 
@@ -104,7 +105,7 @@ KERNELS: Dict[str, Dict[str, str]] = {
     'grid_conv': {'cuda': 'triton'},
     'grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
     'rms_norm': {'cpu': 'cpu'},
-    'swiglu': {'cpu': 'cpu'},
+    'swiglu': {'cuda': 'triton', 'cpu': 'cpu'},
 }
 
 _forced = os.environ.get('VIM_TIMM_SCAN') or 'auto'

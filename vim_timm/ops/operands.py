@@ -147,6 +147,7 @@ class GridMixer(NamedTuple):
     prefix: int  # tokens before the grid
     height: int
     width: int
+    out_proj: Optional[Tensor] = None  # (C, D)
 
 
 class Norm(NamedTuple):
@@ -163,6 +164,8 @@ class SwiGlu(NamedTuple):
     x: Tensor  # (..., C)
     weight: Tensor  # (2 H, C)
     bias: Optional[Tensor]  # (2 H)
+    out: Tensor  # weight of the second product (C, H)
+    out_bias: Optional[Tensor]  # (C)
 
 
 _ABSENT_DIRECTION = (None,) * len(Direction._fields)

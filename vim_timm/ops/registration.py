@@ -108,6 +108,15 @@ def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def as_product_operands(*tensors: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
+    """The tensors, of which the first is none of the absent ones, in the dtype in which autocast multiplies them."""
+    assert tensors[0] is not None
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(None if x is None else x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
 def in_dtypes_of(
     tensors: Sequence[Optional[torch.Tensor]], gradients: Sequence[Optional[torch.Tensor]]
 ) -> Tuple[Optional[torch.Tensor], ...]:
@@ -222,11 +231,19 @@ def grid_conv_flops(shapes: Shapes) -> int:
 
 
 def grid_mixer_flops(shapes: Shapes) -> int:
-    """FLOPs of `operands.GridMixer`: nine taps, and what `ssd_flops` counts; norm and gate count nothing."""
+    """FLOPs of `operands.GridMixer`: nine taps, what `ssd_flops` counts, and out_proj; norm and gate count nothing."""
     batch, length, _ = _shape(shapes, 'zxbcdt')
     channels, dim, A_log = _shape(shapes, 'conv')[0], _shape(shapes, 'norm')[0], _shape(shapes, 'A_log')
     x, B = (batch, length, A_log[1], dim // A_log[1]), (batch, length, (channels - dim) // 2)
-    return 18 * batch * length * channels + ssd_flops({'x': x, 'B': B, 'A_log': A_log})
+    out_proj = shapes.get('out_proj')
+    taps, product = 18 * channels, 0 if out_proj is None else 2 * dim * out_proj[0]
+    return batch * length * (taps + product) + ssd_flops({'x': x, 'B': B, 'A_log': A_log})
+
+
+def swiglu_flops(shapes: Shapes) -> int:
+    """FLOPs of `operands.SwiGlu`: both products."""
+    rows = math.prod(_shape(shapes, 'x')[:-1])
+    return 2 * rows * (math.prod(_shape(shapes, 'weight')) + math.prod(_shape(shapes, 'out')))
 
 
 def count_depthwise(y: torch.Tensor, x: torch.Tensor, conv: torch.nn.Module) -> None:

@@ -65,21 +65,24 @@ def grid_conv(conv: GridConv) -> Optional[Tensor]:
 
 
 def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
-    """RMSNorm(ssd) * SiLU(z), where ssd is `symmetric_ssd` of SiLU(conv(x, B, C)) for zxbcdt = [z, x, B, C, delta].
+    """RMSNorm(ssd) * SiLU(z), then out_proj if given; ssd is `symmetric_ssd` of SiLU(conv(x, B, C)) for zxbcdt =
+    [z, x, B, C, delta].
 
     The depthwise 3 x 3 convolution is on the grid; a token before the grid meets the middle tap alone.
 
     Args:
-        mixer: See `operands.GridMixer`.
+        mixer: See `operands.GridMixer`; out_proj is cast to zxbcdt's dtype.
 
     Returns:
-        (B, L, D) in zxbcdt's dtype; None where no backend computes it whole, and it is to be composed of convolution,
-        `symmetric_ssd` and norm.
+        (B, L, D), or (B, L, C) with out_proj, in zxbcdt's dtype; None where no backend computes it whole, and it is to
+        be composed of convolution, `symmetric_ssd` and norm.
 
     Raises:
         ValueError: a backend computes it, and the tokens are no such grid.
         RuntimeError: a forced backend cannot run.
     """
+    if mixer.out_proj is not None:
+        mixer = mixer._replace(out_proj=mixer.out_proj.to(mixer.zxbcdt.dtype))
     return _run_if_there('grid_mixer', mixer, mixer.zxbcdt)
 
 

@@ -1,4 +1,4 @@
-"""The gated hidden layer of a SwiGLU."""
+"""The SwiGLU, a gated MLP."""
 
 from typing import Optional
 
@@ -10,13 +10,13 @@ from vim_timm.ops.operands import SwiGlu
 
 
 def swiglu(given: SwiGlu) -> Optional[Tensor]:
-    """SiLU(a) b for [a, b] = x weight^T + bias (SwiGLU, arXiv 2002.05202, eq. 6).
+    """(SiLU(a) b) out^T + out_bias for [a, b] = x weight^T + bias (SwiGLU, arXiv 2002.05202, eq. 6).
 
     Args:
         given: See `operands.SwiGlu`.
 
     Returns:
-        (..., H); None where no backend has it, and the caller composes it.
+        (..., C); None where no backend has it, and the caller composes it.
 
     Raises:
         RuntimeError: a forced backend cannot run.

@@ -9,6 +9,7 @@ import struct
 from typing import Any, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vim_timm.ops import operands
@@ -149,7 +150,8 @@ def grid_mixer_limit(given: operands.GridMixer) -> str:
 
 
 def grid_mixer(given: operands.GridMixer) -> Tensor:
-    """The gated norm of the state space dual of convolved tokens (B, L, D), in zxbcdt's dtype, computed in float32."""
+    """The gated norm of the state space dual of convolved tokens, computed in float32, in zxbcdt's dtype: (B, L, D), or
+    (B, L, C) with out_proj."""
     dim, state, heads = given.norm.shape[0], given.state, given.A_log.shape[1]
     zxbcdt = given.zxbcdt.float()[..., : 2 * dim + 2 * state + heads]
     z, xbc, delta = zxbcdt.split([dim, dim + 2 * state, heads], -1)
@@ -166,4 +168,5 @@ def grid_mixer(given: operands.GridMixer) -> Tensor:
     x = x.unflatten(-1, (heads, dim // heads))
     y = ssd(operands.Ssd(x, delta, given.A_log, B, C, given.D, given.delta_bias, *visits, moves))
     out = torch.ops.vim_timm.cpu_gated_norm.default(y.flatten(2), given.norm.float(), z, given.eps)
-    return out.to(given.zxbcdt.dtype)
+    out = out.to(given.zxbcdt.dtype)
+    return out if given.out_proj is None else F.linear(out, given.out_proj)

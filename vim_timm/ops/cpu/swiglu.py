@@ -1,4 +1,4 @@
-"""What follows the first product of a SwiGLU as a torch operator, `vim_timm::cpu_swiglu`: bias, SiLU and product in one
+"""What is between the products of a SwiGLU as a torch operator, `vim_timm::cpu_swiglu`: bias, SiLU and product in one
 pass over memory where aten takes four.
 
 Shapes: x (..., 2 H), bias (2 H).
@@ -82,5 +82,6 @@ def swiglu_limit(given: operands.SwiGlu) -> str:
 
 
 def swiglu(given: operands.SwiGlu) -> Tensor:
-    """SiLU(a) b for [a, b] = x weight^T + bias: (..., H) in the product's dtype, after the product in float32."""
-    return torch.ops.vim_timm.cpu_swiglu.default(F.linear(given.x, given.weight), given.bias)
+    """The SwiGLU (..., C) in the products' dtype; between them it is float32."""
+    hidden = torch.ops.vim_timm.cpu_swiglu.default(F.linear(given.x, given.weight), given.bias)
+    return F.linear(hidden, given.out, given.out_bias)

@@ -1,7 +1,8 @@
 """Fused GPU kernels in Triton: bidirectional selective scan and causal convolution, symmetric state space dual.
 
 `scan` and `conv` compute what `ops.plain.reference` defines, `ssd` what `ops.plain.ssd` does, `grid_conv` a convolution
-on a grid, and `grid_mixer` the inside of a mixer around both, on NVIDIA GPUs; Triton is imported at the first call.
+on a grid, `grid_mixer` the inside of a mixer around both, and `swiglu` a gated MLP, on NVIDIA GPUs; Triton is imported
+at the first call.
 The kernels were measured on compute capability 9.0 only; they compile for 8.0 to 12.0 (`compile_targets`).
 """
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from .. import operands
 from ..plain import reference
-from . import grid_conv_op, grid_mixer_op, scan_op, ssd_launch, ssd_op  # noqa: F401  define the operators
+from ..registration import as_product_operands
+from . import grid_conv_op, grid_mixer_op, scan_op, ssd_launch, ssd_op, swiglu_op  # noqa: F401  define the operators
 from .conv_op import MAX_WIDTH
 from .launch import INTERPRET, MAX_STATE
 
@@ -29,6 +31,8 @@ __all__ = [
     'scan_limit',
     'ssd',
     'ssd_limit',
+    'swiglu',
+    'swiglu_limit',
     'unavailable',
     'warmup',
 ]
@@ -94,6 +98,10 @@ def grid_conv_limit(given: operands.GridConv) -> str:
 def grid_mixer_limit(given: operands.GridMixer) -> str:
     headdim = given.norm.shape[0] // given.A_log.shape[1]
     return limit(given.zxbcdt) or ssd_launch.size_limit(given.zxbcdt.shape[1], headdim, given.state)
+
+
+def swiglu_limit(given: operands.SwiGlu) -> str:
+    return limit(given.x)
 
 
 def _absent(*tensors: Optional[Tensor]) -> Tuple[bool, ...]:
@@ -179,8 +187,14 @@ def grid_conv(given: operands.GridConv) -> Tensor:
 
 
 def grid_mixer(given: operands.GridMixer) -> Tensor:
-    """The gated norm of the state space dual of convolved tokens (B, L, D), in zxbcdt's dtype."""
+    """The gated norm of the state space dual of convolved tokens, in zxbcdt's dtype: (B, L, D), or (B, L, C) with
+    out_proj."""
     return torch.ops.vim_timm.triton_grid_mixer.default(*given)[0]
+
+
+def swiglu(given: operands.SwiGlu) -> Tensor:
+    """The SwiGLU (..., C) in the dtype of products under autocast, else in x's; between the products it is float32."""
+    return torch.ops.vim_timm.triton_swiglu.default(*as_product_operands(*given))
 
 
 def warmup(

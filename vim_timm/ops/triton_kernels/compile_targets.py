@@ -124,12 +124,21 @@ def compile_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: tor
     zxbcdt = torch.empty([2, side * side, width], dtype=dtype, device='meta')
     shapes = ([dim + 2 * state, 9], [dim + 2 * state], [heads], [2, heads], [heads], [dim])
     given: Any = [torch.empty(shape, device='meta') for shape in shapes]
-    given += [1e-5, state, True, 0, side, side]
+    given += [1e-5, state, True, 0, side, side, torch.empty([dim // 2, dim], dtype=dtype, device='meta')]
     mixer: Any = GridMixer(operands.GridMixer(zxbcdt, *given))
     modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels, sum_kernels)
     mixer.kernels = {module.__name__.rsplit('.')[-1]: Recorder(module, capability, compiled) for module in modules}
     out, *kept = mixer.forward()
     mixer.backward(out, *kept)
+
+
+def compile_swiglu(capability: int, compiled: Compiled, hidden: int, dtype: torch.dtype) -> None:
+    from . import swiglu_kernels
+    from .swiglu_op import Gate
+
+    ab = torch.empty([2 * 196, 2 * hidden], dtype=dtype, device='meta')
+    gate = Gate(Recorder(swiglu_kernels, capability, compiled), ab)
+    gate.backward(gate.forward())
 
 
 def registers_and_stack(cubin: bytes) -> Tuple[int, int]:
@@ -154,6 +163,7 @@ def check(capability: int, dim: int, state: int, dtype: torch.dtype) -> bool:
     compile_conv(capability, compiled, dim, dtype)
     for side in (14, 32):  # the latter in chunks
         compile_grid_mixer(capability, compiled, dim, dtype, side)
+    compile_swiglu(capability, compiled, 5 * dim // 4, dtype)
     fits = True
     for key, kernel in compiled.items():
         registers, stack = registers_and_stack(kernel.asm['cubin'])

@@ -34,9 +34,10 @@ def gated_norm(
 @triton.jit(do_not_specialize=['count', 'length', 'span'])
 def gated_norm_backward(
     Y, Z, weight, GRAD, GRAD_Y, GRAD_Z, PART, count, length, span, eps, Y_sb, Y_sl, Z_sb, Z_sl, G_sb, G_sl,
-    DIM: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, FAST: tl.constexpr,
+    DIM: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, AGAIN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """GRAD, GRAD_Y (count, DIM) contiguous, GRAD_Z with strides G, PART (programs, DIM): sums for the weight."""
+    """GRAD, GRAD_Y (count, DIM) contiguous, GRAD_Z with strides G, PART (programs, DIM): sums for the weight.
+    AGAIN puts the output in the place of its gradient."""
     channels = tl.arange(0, BD)
     w = tl.load(weight + channels, mask=channels < DIM, other=0.0).to(tl.float32)[None, :]
     first = tl.program_id(0) * span
@@ -59,4 +60,6 @@ def gated_norm_backward(
         grad_z = grad * y * w * (gate * (1.0 + z * (1.0 - gate)))
         to = tl.cast(rows // length, tl.int64) * G_sb + tl.cast(rows % length, tl.int64) * G_sl
         tl.store(GRAD_Z + to[:, None] + channels[None, :], grad_z.to(GRAD_Z.dtype.element_ty), mask=mask)
+        if AGAIN:
+            tl.store(GRAD + row, (y * w * (z * gate)).to(GRAD.dtype.element_ty), mask=mask)
     tl.store(PART + tl.program_id(0) * DIM + channels, tl.sum(sums, 0), mask=channels < DIM)

@@ -1,19 +1,21 @@
-"""The inside of a Vision Mamba 2 mixer, from in_proj's output to out_proj's input, as one dispatcher op.
+"""The inside of a Vision Mamba 2 mixer, from in_proj's output to out_proj's, as one dispatcher op.
 
-Four kernels: 3x3 convolution with SiLU, step sizes and their sums, the state space dual, norm with gate. The backward
-pass keeps in_proj's output, what the convolution makes of it, and the sum before the norm; it writes the gradient of
-in_proj's output in place, so that nothing is padded, added or copied.
+Four kernels: 3x3 convolution with SiLU, step sizes and their sums, the state space dual, norm with gate; out_proj is
+torch's product. The backward pass keeps in_proj's output, what the convolution makes of it, and the sum before the
+norm; it writes the gradient of in_proj's output in place, so that nothing is padded, added or copied, and the gated
+norm, for the gradient of out_proj's weight, in the place of its own gradient.
 """
 
 import math
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import operands
 from ..operands import schema
-from ..registration import Kernel, grid_mixer_flops, in_dtypes_of, register
+from ..registration import Kernel, autocast_off, grid_mixer_flops, in_dtypes_of, register
 from .grid_conv_op import Conv, weight_and_bias
 from .launch import INTERPRET, multiprocessors
 from .ssd_launch import Grid, Ssd, sum_dtype
@@ -51,9 +53,11 @@ class GatedNorm:
         )  # fmt: skip
         return out
 
-    def backward(self, grad: Tensor, grad_z: Tensor, launch: NormLaunch = NORM_BACKWARD) -> Tuple[Tensor, Tensor]:
+    def backward(
+        self, grad: Tensor, grad_z: Tensor, again: bool, launch: NormLaunch = NORM_BACKWARD
+    ) -> Tuple[Tensor, Tensor]:
         """Fills grad_z, of any row stride; returns the gradients of y and, float32, of the weight, as parts to add over
-        their first axis."""
+        their first axis. If `again`, the output takes the place of its gradient."""
         grad_y = torch.empty(self.y.shape, dtype=self.y.dtype, device=self.y.device)
         programs = min(math.ceil(self.rows / launch.rows), launch.programs * multiprocessors(self.y.device))
         span = launch.rows * max(1, math.ceil(self.rows / (launch.rows * max(1, programs))))
@@ -61,7 +65,7 @@ class GatedNorm:
         self.kernels.gated_norm_backward[len(parts),](
             self.y, self.z, self.weight, grad, grad_y, grad_z, parts, self.rows, self.length, span, self.eps,
             *self.y.stride()[:2], *self.z.stride()[:2], *grad_z.stride()[:2], **self.constants,
-            BR=launch.rows, num_warps=launch.warps,
+            BR=launch.rows, AGAIN=again, num_warps=launch.warps,
         )  # fmt: skip
         return grad_y, parts
 
@@ -118,14 +122,19 @@ class GridMixer:
         ssd = self.ssd(xbc)
         dt, s = ssd.decays()
         y = ssd.forward(dt, s, sum_dtype(xbc.dtype)).flatten(2)
-        return self.gated_norm(y).forward(), xbc, dt, s, y
+        gated, out_proj = self.gated_norm(y).forward(), self.given.out_proj
+        return gated if out_proj is None else F.linear(gated, out_proj), xbc, dt, s, y
 
     def backward(self, grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor) -> List[Tensor]:
         """Gradients of zxbcdt, and float32 ones of taps and bias of the convolution (10, D + 2 N), delta_bias, A_log,
-        D and norm."""
+        D and norm; of out_proj where there is one."""
+        out_proj, products = self.given.out_proj, []
+        through = grad if out_proj is None else torch.matmul(grad, out_proj)
         grad_zxbcdt = torch.empty(self.zxbcdt.shape, dtype=xbc.dtype, device=y.device)
         grad_z, grad_inside, grad_delta = self.split(grad_zxbcdt)
-        grad_y, grad_norm = self.gated_norm(y).backward(grad, grad_z)
+        grad_y, grad_norm = self.gated_norm(y).backward(through, grad_z, again=out_proj is not None)
+        if out_proj is not None:
+            products = [torch.mm(grad.flatten(0, 1).t(), through.flatten(0, 1))]
         ssd = self.ssd(xbc)
         grad_xbc = torch.empty_like(xbc)
         grad_x = grad_xbc[..., : self.dim].unflatten(-1, (self.heads, self.dim // self.heads))
@@ -136,7 +145,7 @@ class GridMixer:
         conv = self.convolution()
         grad_before, taps = conv.before_silu(grad_xbc)
         conv.of_input(grad_before, grad_inside)
-        return [grad_zxbcdt, *self.sums(taps, grad_bias, grad_A, grad_D, grad_norm)]
+        return [grad_zxbcdt, *self.sums(taps, grad_bias, grad_A, grad_D, grad_norm), *products]
 
 
 def run(*flat: Any) -> Tuple[Tensor, ...]:
@@ -151,7 +160,7 @@ def fake(*flat: Any) -> Tuple[Tensor, ...]:
     x, (orders, heads), dim = given.zxbcdt, given.A_log.shape, given.norm.shape[0]
     batch, length, _ = x.shape
     return (
-        x.new_empty((batch, length, dim)),
+        x.new_empty((batch, length, dim if given.out_proj is None else given.out_proj.shape[0])),
         x.new_empty((batch, length, dim + 2 * given.state)),
         x.new_empty((batch, heads, length), dtype=torch.float32),
         x.new_empty((batch, orders, heads, length), dtype=torch.float32),
@@ -159,39 +168,41 @@ def fake(*flat: Any) -> Tuple[Tensor, ...]:
     )
 
 
-def run_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> Tuple[Tensor, ...]:
+def run_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> List[Tensor]:
     """`GridMixer.backward`, the convolution's taps as in its weight and its bias apart."""
     mixer = GridMixer(operands.GridMixer(*flat))
-    with torch.cuda.device_of(mixer.zxbcdt):
+    with torch.cuda.device_of(mixer.zxbcdt), autocast_off(mixer.zxbcdt):
         grad_zxbcdt, taps, *others = mixer.backward(grad.contiguous(), xbc, dt, s, y)
-        return grad_zxbcdt, *weight_and_bias(taps), *others
+        return [grad_zxbcdt, *weight_and_bias(taps), *others]
 
 
-def fake_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> Tuple[Tensor, ...]:
+def fake_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> List[Tensor]:
     given = operands.GridMixer(*flat)
     channels = xbc.shape[-1]
     shapes = [(channels, 9), (channels,), *(p.shape for p in (given.delta_bias, given.A_log, given.D, given.norm))]
     weights = [torch.empty(shape, dtype=torch.float32, device=grad.device) for shape in shapes]
-    return torch.empty(given.zxbcdt.shape, dtype=given.zxbcdt.dtype, device=grad.device), *weights
+    products = [] if given.out_proj is None else [torch.empty_like(given.out_proj)]
+    return [torch.empty(given.zxbcdt.shape, dtype=given.zxbcdt.dtype, device=grad.device), *weights, *products]
 
 
 def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:], *inputs[:7])
-    ctx.settings = inputs[7:]
+    *operands, out_proj = inputs
+    ctx.save_for_backward(*output[1:], *operands[:7], out_proj)
+    ctx.settings = operands[7:]
     ctx.mark_non_differentiable(*output[1:])
 
 
 def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
-    kept, tensors = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-    grads = torch.ops.vim_timm.triton_grid_mixer_backward.default(grad, *kept, *tensors, *ctx.settings)
-    return (*in_dtypes_of(tensors, grads), *[None] * len(ctx.settings))
+    kept, tensors, out_proj = ctx.saved_tensors[:4], ctx.saved_tensors[4:-1], ctx.saved_tensors[-1]
+    grads = torch.ops.vim_timm.triton_grid_mixer_backward.default(grad, *kept, *tensors, *ctx.settings, out_proj)
+    *others, of_out_proj = in_dtypes_of((*tensors, out_proj), (*grads, None) if out_proj is None else grads)
+    return (*others, *[None] * len(ctx.settings), of_out_proj)
 
 
 register(
     'triton_grid_mixer',
     f'({schema(operands.GridMixer)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
-    f'(Tensor grad, Tensor xbc, Tensor dt, Tensor s, Tensor y, {schema(operands.GridMixer)})'
-    ' -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+    f'(Tensor grad, Tensor xbc, Tensor dt, Tensor s, Tensor y, {schema(operands.GridMixer)}) -> Tensor[]',
     Kernel(run, fake, save_operands, differentiate, run_backward, fake_backward),
     grid_mixer_flops,
 )

@@ -1,0 +1,123 @@
+"""A SwiGLU as one dispatcher op (opaque as in `scan_op`): torch's products, and a kernel for what is between them.
+
+The backward pass keeps the tokens and computes the first product again. Its kernel puts the hidden layer in the place
+of its gradient, for that of the second product's weight.
+"""
+
+import math
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import operands
+from ..operands import schema
+from ..registration import Kernel, autocast_off, in_dtypes_of, register, swiglu_flops
+from .launch import INTERPRET, multiprocessors
+
+
+class Launch(NamedTuple):
+    """Rows and channels of a step, warps of a program; programs on each multiprocessor that walk over all rows."""
+
+    rows: int
+    channels: int
+    warps: int
+    programs: int
+
+
+FORWARD = Launch(4, 512, 4, 0)
+BACKWARD = Launch(4, 512, 4, 4)
+
+
+class Gate:
+    """SiLU(a) b for rows [a, b]: launches of one call."""
+
+    def __init__(self, kernels: Any, ab: Tensor) -> None:
+        self.kernels, self.ab = kernels, ab
+        self.rows, self.dim = ab.shape[0], ab.shape[1] // 2
+
+    def constants(self, launch: Launch) -> dict:
+        channels = min(launch.channels, 1 << (self.dim - 1).bit_length())
+        return {'DIM': self.dim, 'BR': launch.rows, 'BD': channels, 'FAST': not INTERPRET, 'num_warps': launch.warps}
+
+    def forward(self, launch: Launch = FORWARD) -> Tensor:
+        out = torch.empty((self.rows, self.dim), dtype=self.ab.dtype, device=self.ab.device)
+        constants = self.constants(launch)
+        grid = (math.ceil(self.rows / launch.rows), math.ceil(self.dim / constants['BD']))
+        self.kernels.swiglu[grid](self.ab, out, self.rows, **constants)
+        return out
+
+    def backward(self, grad: Tensor, launch: Launch = BACKWARD) -> Tuple[Tensor, Tensor]:
+        """The gradient of [a, b], and its sum over the rows in float32; the output takes the place of its gradient."""
+        grad_ab = torch.empty(self.ab.shape, dtype=self.ab.dtype, device=self.ab.device)
+        constants = self.constants(launch)
+        columns = math.ceil(self.dim / constants['BD'])
+        programs = max(1, launch.programs * multiprocessors(self.ab.device) // columns)
+        span = launch.rows * max(1, math.ceil(self.rows / (launch.rows * programs)))
+        parts = torch.empty((math.ceil(self.rows / span), 2 * self.dim), dtype=torch.float32, device=self.ab.device)
+        self.kernels.swiglu_backward[len(parts), columns](
+            self.ab, grad, grad_ab, parts, self.rows, span, **constants
+        )  # fmt: skip
+        return grad_ab, parts.sum(0)
+
+
+def gate_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Gate:
+    """The hidden layer of rows x."""
+    from . import swiglu_kernels
+
+    return Gate(swiglu_kernels, F.linear(x, weight, bias))
+
+
+def run(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias: Optional[Tensor]) -> Tensor:
+    with torch.cuda.device_of(x), autocast_off(x):
+        hidden = gate_of(x.reshape(-1, x.shape[-1]), weight, bias).forward()
+        return F.linear(hidden, out, out_bias).view(*x.shape[:-1], out.shape[0])
+
+
+def run_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias (float32), out and out_bias."""
+    rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    with torch.cuda.device_of(x), autocast_off(x):
+        gate = gate_of(rows, weight, bias)
+        hidden = torch.mm(grad, out)  # its gradient, until the kernel
+        grad_ab, grad_bias = gate.backward(hidden)
+        grad_x, grad_weight = torch.mm(grad_ab, weight).view(x.shape), torch.mm(grad_ab.t(), rows)
+        return grad_x, grad_weight, grad_bias, torch.mm(grad.t(), hidden), grad.sum(0)
+
+
+def fake(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias: Optional[Tensor]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out.shape[0]))
+
+
+def fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_bias = x.new_empty(weight.shape[0], dtype=torch.float32)
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        grad_bias,
+        out.new_empty(out.shape),
+        out.new_empty(len(out)),
+    )
+
+
+def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    tensors = ctx.saved_tensors
+    return in_dtypes_of(tensors, torch.ops.vim_timm.triton_swiglu_backward.default(grad, *tensors[:4]))
+
+
+register(
+    'triton_swiglu',
+    f'({schema(operands.SwiGlu)}) -> Tensor',
+    f'(Tensor grad, {schema(operands.SwiGlu, "out_bias")}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    Kernel(run, fake, save_operands, differentiate, run_backward, fake_backward),
+    swiglu_flops,
+)
