@@ -34,6 +34,21 @@ def with_gradients(function, given, dtype=None):
     return found | {f'gradient of {name}': g for name, g in zip(named, gradients)}
 
 
+def kept_bytes(function):
+    """Bytes that autograd keeps for the backward pass of function(), each storage once."""
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        kept[storage.data_ptr()] = storage, storage.nbytes()  # held, so that no other has its address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = function()
+    del y
+    return sum(size for _, size in kept.values())
+
+
 def error(found, wanted):
     """Norm of the difference over the norm; absolute where nothing is wanted."""
     difference = float((found.detach().double() - wanted.detach().double()).norm())

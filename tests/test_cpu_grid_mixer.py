@@ -101,9 +101,10 @@ def test_threads_change_no_bit():
 def test_two_byte_tensors_are_computed_in_float32(dtype):
     given = dict(zip(GridMixer._fields, mixer_operands(16, 2, dtype)))
     assert fused_grid_mixer(GridMixer(*given.values(), *SETTINGS)).dtype == dtype
+    given['out_proj'] = torch.randn(7, 32).to(dtype) / 5
     assert_agrees(
-        lambda *x: fused_grid_mixer(GridMixer(*x, *SETTINGS)),
-        lambda *x: composition(x, *SETTINGS),
+        lambda *x: fused_grid_mixer(GridMixer(*x[:-1], *SETTINGS, x[-1])),
+        lambda *x: torch.nn.functional.linear(composition(x[:-1], *SETTINGS), x[-1]),
         given,
         5e-3,
         sums=SUMS,

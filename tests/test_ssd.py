@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels import assert_agrees, with_gradients
+from tests.kernels import assert_agrees, kept_bytes, with_gradients
+from vim_timm.layers import BiSSD, Layout
 from vim_timm.ops import GridConv, GridMixer, Ssd, cpu, fused_grid_mixer, grid_conv, symmetric_ssd, use_scan_backend
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.triton_kernels import ssd_op
@@ -304,6 +305,33 @@ def test_fused_kernels_equal_plain_operators(grid, prefix, orders, dtype, most, 
     if GPU:  # the interpreter has no order to depend on
         second = with_gradients(fused, given)
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@kernels
+@pytest.mark.parametrize('grid, prefix, orders, dtype', FUSED[1:5], ids=str)
+def test_fused_kernels_project_as_torch_does(grid, prefix, orders, dtype, triton):
+    settings, length = (1e-5, 16, orders != 'column', prefix, *grid), grid[0] * grid[1] + prefix
+    operands = mixer_operands(length, 2 if orders == 'both' else 1, dtype, batch=1)
+    given = {**dict(zip(GridMixer._fields, operands)), 'out_proj': (draw(7, 32) / 5).to(dtype)}
+    assert_agrees(
+        lambda *operands: fused_grid_mixer(GridMixer(*operands[:-1], *settings, operands[-1])),
+        lambda *operands: F.linear(composition(operands[:-1], *settings), operands[-1]),
+        given,
+        2 * TOLERANCE[dtype],
+        sums=('A_log', 'D', 'delta_bias', 'conv', 'conv_bias'),
+    )
+
+
+@kernels
+def test_a_mixer_of_kernels_keeps_no_gated_norm(triton):
+    """A token's bytes for the backward pass: in_proj's input and output, the convolution's, step sizes, their sums in
+    each order, and the sum before the norm; not what out_proj takes."""
+    mixer, layout = BiSSD(16, d_state=16, headdim=16).to(DEVICE), Layout((3, 4), [], None)
+    x = torch.randn(3, 12, 16, device=DEVICE).bfloat16()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        bytes_of_image = kept_bytes(lambda: mixer(x, layout)) - kept_bytes(lambda: mixer(x[:2].clone(), layout))
+    row = 104 if GPU else 2 * 32 + 2 * 16 + 2  # padded there
+    assert bytes_of_image == 12 * (2 * (16 + row + 64 + 32) + 4 * 2 * (1 + 2))
 
 
 @kernels

@@ -1,16 +1,25 @@
-"""The gated hidden layer of a SwiGLU: the kernel is the law, and the layer is timm's."""
+"""SwiGLU: the kernels are the law, keep the tokens alone for the backward pass (Triton's), and the layer is timm's.
+
+A run without TRITON_INTERPRET=1 leaves Triton's kernels out; `test_triton_kernels.py` starts one with it.
+"""
+
+import os
 
 import pytest
 import torch
 import torch.nn as nn
 from timm.layers import SwiGLUPacked
 
-from tests.kernels import assert_agrees, with_gradients
+from tests.kernels import assert_agrees, kept_bytes, with_gradients
 from vim_timm.layers.swiglu import SwiGluMlp
 from vim_timm.ops import SwiGlu, cpu, swiglu, use_scan_backend
 from vim_timm.ops.cpu import library
 
 only_native = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable())
+INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
+GPU = torch.cuda.is_available() and not INTERPRETER
+DEVICE = 'cuda' if GPU else 'cpu'
+only_triton = pytest.mark.skipif(not (GPU or INTERPRETER), reason='needs an NVIDIA GPU or TRITON_INTERPRET=1')
 BUILDS = [] if cpu.unavailable() else library.instruction_sets()
 
 
@@ -21,14 +30,15 @@ def best_build():
         library.select(BUILDS[0])
 
 
-def law(x, weight, bias=None):
+def law(x, weight, bias, out, out_bias):
     a, b = nn.functional.linear(x, weight, bias).chunk(2, -1)
-    return nn.functional.silu(a) * b
+    return nn.functional.linear(nn.functional.silu(a) * b, out, out_bias)
 
 
-def operands_of(rows, hidden, bias):
-    given = {'x': torch.randn(*rows, 6), 'weight': torch.randn(2 * hidden, 6), 'bias': torch.randn(2 * hidden)}
-    return given if bias else {**given, 'bias': None}
+def operands_of(rows, hidden, bias, device='cpu'):
+    sizes = {'x': (*rows, 6), 'weight': (2 * hidden, 6), 'bias': 2 * hidden, 'out': (5, hidden), 'out_bias': 5}
+    given = {name: torch.randn(size, device=device) for name, size in sizes.items()}
+    return given if bias else {**given, 'bias': None, 'out_bias': None}
 
 
 @only_native
@@ -49,15 +59,16 @@ def test_two_byte_tensors_are_computed_in_float32(dtype):
 
 @only_native
 def test_threads_change_no_bit_and_no_rows_are_none():
-    given, before, found = operands_of((5, 50), 20, True), torch.get_num_threads(), []
+    gate, before, found = torch.ops.vim_timm.cpu_swiglu.default, torch.get_num_threads(), []
+    given = {'x': torch.randn(5, 50, 40), 'bias': torch.randn(40)}
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(with_gradients(lambda *x: swiglu(SwiGlu(*x)), given))
+            found.append(with_gradients(gate, given))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one[name], found[0][name]) for one in found for name in one)
-    nothing = swiglu(SwiGlu(torch.zeros(0, 6).requires_grad_(), *list(given.values())[1:]))
+    nothing = gate(torch.zeros(0, 40).requires_grad_(), given['bias'])
     nothing.sum().backward()
     assert nothing.shape == (0, 20)
 
@@ -74,6 +85,72 @@ def test_the_operator_passes_opcheck_and_refuses_odd_rows():
         torch.ops.vim_timm.cpu_swiglu(torch.randn(3, 7), None)
     with pytest.raises(ValueError, match=r'the gradient has the shape \(2, 4\), not \(3, 4\)'):
         backward(grad[:2], x, None)
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SIZES = [((3, 33), 37, True), ((2,), 16, False), ((1, 1, 7), 3, True), ((2, 9), 600, True), ((0,), 4, True)]
+if GPU:  # long for the interpreter
+    SIZES += [((128, 197), 480, True), ((3, 785), 1920, True), ((1025,), 960, False)]
+
+
+@pytest.fixture
+def triton():
+    """The kernels on any device, with NaN in memory that nothing has written."""
+    torch.use_deterministic_algorithms(True)
+    with use_scan_backend('triton'):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def whole(*tensors):
+    return swiglu(SwiGlu(*tensors))
+
+
+@only_triton
+@pytest.mark.parametrize('rows, hidden, bias', SIZES, ids=str)
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+def test_triton_kernels_are_the_law(rows, hidden, bias, dtype, triton):
+    given = operands_of(rows, hidden, bias, DEVICE)
+    given = {name: None if x is None else x.to(dtype) for name, x in given.items()}
+    found = assert_agrees(whole, law, given, TOLERANCE[dtype])
+    again = with_gradients(whole, given)
+    assert found['output'].dtype == dtype and all(torch.equal(found[name], again[name]) for name in found)
+
+
+@only_triton
+def test_triton_kernels_follow_autocast_to_gradients_of_the_weights_in_float32(triton):
+    given = operands_of((3, 33), 37, True, DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = with_gradients(whole, given)
+    assert found.pop('output').dtype == torch.bfloat16
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert_agrees(whole, law, given, 1e-2, rounded=law)
+
+
+@only_triton
+def test_triton_keeps_the_tokens_alone_for_the_backward_pass(triton):
+    """What grows with the tokens is x as the products take it."""
+    given = operands_of((4, 9), 12, True, DEVICE)
+
+    def kept(x):
+        leaves = [x, *(y.requires_grad_() for y in list(given.values())[1:])]
+        return kept_bytes(lambda: whole(*leaves))
+
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert kept(given['x']) - kept(given['x'][:3]) == 9 * 6 * 2
+
+
+@only_triton
+def test_the_triton_operator_passes_opcheck_and_has_no_second_derivative(triton):
+    leaves = [x.requires_grad_() for x in operands_of((3, 2), 4, True, DEVICE).values()]
+    tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
+    torch.library.opcheck(torch.ops.vim_timm.triton_swiglu.default, leaves, test_utils=tests)
+    backward = torch.ops.vim_timm.triton_swiglu_backward.default
+    torch.library.opcheck(backward, (torch.randn(3, 2, 5, device=DEVICE), *leaves[:4]), test_utils=tests[::2])
+    (gradient,) = torch.autograd.grad(whole(*leaves).square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match='kernels have a first derivative'):
+        gradient.sum().backward()
 
 
 def both():
@@ -102,8 +179,20 @@ def test_what_is_hooked_or_replaced_is_called():
         mlp.fc1.register_forward_hook(lambda module, given, output: output + 1)
         mlp.act.register_forward_hook(lambda module, given, output: output * 3)
     torch.testing.assert_close(ours(x), timms(x))
+    for name in ('drop1', 'norm', 'fc2'):
+        ours, timms = both()
+        for mlp in (ours, timms):
+            mlp.get_submodule(name).register_forward_pre_hook(lambda module, given: (given[0] + 1,))
+        torch.testing.assert_close(ours(x), timms(x))
     ours, timms = both()
     for mlp in (ours, timms):
         mlp.act = nn.GELU()
         nn.utils.parametrizations.weight_norm(mlp.fc1)
     torch.testing.assert_close(ours(x), timms(x))
+
+
+def test_dropout_of_the_hidden_layer_acts_in_training():
+    torch.manual_seed(0)
+    mlp, x = SwiGluMlp(6, 10, drop=(1.0, 0.0)), torch.randn(2, 5, 6)
+    torch.testing.assert_close(mlp(x), mlp.fc2.bias.expand(2, 5, 6))
+    assert not torch.allclose(mlp.eval()(x), mlp.fc2.bias)

@@ -75,7 +75,10 @@ def test_all_of_this_in_the_interpreter():
     pytest.importorskip('triton')
     environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
     tests = Path(__file__).parent
-    files = [__file__, *(tests / f'test_{name}.py' for name in ('backends', 'called_layers', 'process_state'))]
+    files = [
+        __file__,
+        *(tests / f'test_{name}.py' for name in ('backends', 'called_layers', 'process_state', 'swiglu')),
+    ]
     command = [
         sys.executable,
         '-m',
