@@ -125,27 +125,38 @@ class GridMixer:
         gated, out_proj = self.gated_norm(y).forward(), self.given.out_proj
         return gated if out_proj is None else F.linear(gated, out_proj), xbc, dt, s, y
 
+    def gate_gradients(self, grad: Tensor, y: Tensor, grad_z: Tensor) -> Tuple[Tensor, Tensor, List[Tensor]]:
+        """Fills grad_z; returns gradients of y, of norm in parts, and of out_proj where there is one."""
+        out_proj = self.given.out_proj
+        if out_proj is None:
+            return *self.gated_norm(y).backward(grad, grad_z, again=False), []
+        gated = torch.matmul(grad, out_proj)  # its gradient, until the kernel
+        grad_y, grad_norm = self.gated_norm(y).backward(gated, grad_z, again=True)
+        return grad_y, grad_norm, [torch.mm(grad.flatten(0, 1).t(), gated.flatten(0, 1))]
+
+    def ssd_gradients(
+        self, grad_y: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, grad_delta: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Fills grad_delta; returns the gradient of xbc, and those of delta_bias, A_log and D in parts."""
+        grad_xbc = torch.empty_like(xbc)
+        grad_x, grad_y = (t.unflatten(-1, (self.heads, -1)) for t in (grad_xbc[..., : self.dim], grad_y))
+        grad_B, grad_C, grad_A, grad_D, grad_bias = self.ssd(xbc).backward(grad_y, dt, s, grad_x, grad_delta)
+        torch.sum(grad_B, 0, out=grad_xbc[..., self.dim : self.dim + self.state])
+        torch.sum(grad_C, 0, out=grad_xbc[..., self.dim + self.state :])
+        return grad_xbc, grad_bias, grad_A, grad_D
+
     def backward(self, grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor) -> List[Tensor]:
         """Gradients of zxbcdt, and float32 ones of taps and bias of the convolution (10, D + 2 N), delta_bias, A_log,
         D and norm; of out_proj where there is one."""
-        out_proj, products = self.given.out_proj, []
-        through = grad if out_proj is None else torch.matmul(grad, out_proj)
         grad_zxbcdt = torch.empty(self.zxbcdt.shape, dtype=xbc.dtype, device=y.device)
         grad_z, grad_inside, grad_delta = self.split(grad_zxbcdt)
-        grad_y, grad_norm = self.gated_norm(y).backward(through, grad_z, again=out_proj is not None)
-        if out_proj is not None:
-            products = [torch.mm(grad.flatten(0, 1).t(), through.flatten(0, 1))]
-        ssd = self.ssd(xbc)
-        grad_xbc = torch.empty_like(xbc)
-        grad_x = grad_xbc[..., : self.dim].unflatten(-1, (self.heads, self.dim // self.heads))
-        grad_y = grad_y.unflatten(-1, (self.heads, self.dim // self.heads))
-        grad_B, grad_C, grad_A, grad_D, grad_bias = ssd.backward(grad_y, dt, s, grad_x, grad_delta)
-        torch.sum(grad_B, 0, out=grad_xbc[..., self.dim : self.dim + self.state])
-        torch.sum(grad_C, 0, out=grad_xbc[..., self.dim + self.state :])
+        grad_y, grad_norm, products = self.gate_gradients(grad, y, grad_z)
+        grad_xbc, *others = self.ssd_gradients(grad_y, xbc, dt, s, grad_delta)
+        del grad_y  # the step's peak of memory may be here
         conv = self.convolution()
         grad_before, taps = conv.before_silu(grad_xbc)
         conv.of_input(grad_before, grad_inside)
-        return [grad_zxbcdt, *self.sums(taps, grad_bias, grad_A, grad_D, grad_norm), *products]
+        return [grad_zxbcdt, *self.sums(taps, *others, grad_norm), *products]
 
 
 def run(*flat: Any) -> Tuple[Tensor, ...]:

@@ -20,11 +20,11 @@ def swiglu(AB, OUT, count, DIM: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
 
 @triton.jit(do_not_specialize=['count', 'span'])
 def swiglu_backward(
-    AB, GRAD, GRAD_AB, PART, count, span,
+    AB, GRAD, PART, count, span,
     DIM: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """GRAD (count, DIM) of the output, in whose place the output is put; GRAD_AB (count, 2 DIM), and its sums over the
-    rows of a program, PART (programs, 2 DIM)."""
+    """Gradients take the place of AB (count, 2 DIM), and the output that of its gradient, GRAD (count, DIM). PART
+    (programs, 2 DIM): sums of the former over a program's rows."""
     channels = tl.program_id(1) * BD + tl.arange(0, BD)
     first = tl.program_id(0) * span
     sums_a, sums_b = tl.zeros([BR, BD], tl.float32), tl.zeros([BR, BD], tl.float32)
@@ -41,8 +41,8 @@ def swiglu_backward(
         grad_b = grad * (a * gate)
         sums_a += grad_a
         sums_b += grad_b
-        tl.store(GRAD_AB + at_a, grad_a.to(GRAD_AB.dtype.element_ty), mask=mask)
-        tl.store(GRAD_AB + at_a + DIM, grad_b.to(GRAD_AB.dtype.element_ty), mask=mask)
+        tl.store(AB + at_a, grad_a.to(AB.dtype.element_ty), mask=mask)
+        tl.store(AB + at_a + DIM, grad_b.to(AB.dtype.element_ty), mask=mask)
         tl.store(GRAD + row + channels[None, :], (a * gate * b).to(GRAD.dtype.element_ty), mask=mask)
     part = PART + tl.program_id(0) * (2 * DIM) + channels
     tl.store(part, tl.sum(sums_a, 0), mask=channels < DIM)

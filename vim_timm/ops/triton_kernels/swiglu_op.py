@@ -1,7 +1,7 @@
 """A SwiGLU as one dispatcher op (opaque as in `scan_op`): torch's products, and a kernel for what is between them.
 
-The backward pass keeps the tokens and computes the first product again. Its kernel puts the hidden layer in the place
-of its gradient, for that of the second product's weight.
+The backward pass keeps the tokens and computes the first product again. Its kernel puts gradients in that product's
+place, and the hidden layer, for the gradient of the second product's weight, in the place of its own gradient.
 """
 
 import math
@@ -48,18 +48,16 @@ class Gate:
         self.kernels.swiglu[grid](self.ab, out, self.rows, **constants)
         return out
 
-    def backward(self, grad: Tensor, launch: Launch = BACKWARD) -> Tuple[Tensor, Tensor]:
-        """The gradient of [a, b], and its sum over the rows in float32; the output takes the place of its gradient."""
-        grad_ab = torch.empty(self.ab.shape, dtype=self.ab.dtype, device=self.ab.device)
+    def backward(self, grad: Tensor, launch: Launch = BACKWARD) -> Tensor:
+        """Puts the gradient of [a, b] in their place, and the output in that of its gradient; returns the former's sum
+        over the rows, float32."""
         constants = self.constants(launch)
         columns = math.ceil(self.dim / constants['BD'])
         programs = max(1, launch.programs * multiprocessors(self.ab.device) // columns)
         span = launch.rows * max(1, math.ceil(self.rows / (launch.rows * programs)))
         parts = torch.empty((math.ceil(self.rows / span), 2 * self.dim), dtype=torch.float32, device=self.ab.device)
-        self.kernels.swiglu_backward[len(parts), columns](
-            self.ab, grad, grad_ab, parts, self.rows, span, **constants
-        )  # fmt: skip
-        return grad_ab, parts.sum(0)
+        self.kernels.swiglu_backward[len(parts), columns](self.ab, grad, parts, self.rows, span, **constants)
+        return parts.sum(0)
 
 
 def gate_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Gate:
@@ -81,9 +79,8 @@ def run_backward(
     """Gradients of x, weight, bias (float32), out and out_bias."""
     rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     with torch.cuda.device_of(x), autocast_off(x):
-        gate = gate_of(rows, weight, bias)
-        hidden = torch.mm(grad, out)  # its gradient, until the kernel
-        grad_ab, grad_bias = gate.backward(hidden)
+        gate, hidden = gate_of(rows, weight, bias), torch.mm(grad, out)
+        grad_bias, grad_ab = gate.backward(hidden), gate.ab
         grad_x, grad_weight = torch.mm(grad_ab, weight).view(x.shape), torch.mm(grad_ab.t(), rows)
         return grad_x, grad_weight, grad_bias, torch.mm(grad.t(), hidden), grad.sum(0)
 
