@@ -1,9 +1,11 @@
 """Triton kernels of the depthwise 3x3 convolution on a grid of tokens, channels-last, with SiLU.
 
-A program walks down `span` rows of the grid over BW columns and BC channels. A row of tokens is loaded at three shifts
-(two of them from the cache) and meets three outputs, whose sums stay in registers, so no row is read twice from memory.
-Forward, four rows are loaded before the first is used.
+A program walks down `span` rows of the grids over BW columns and BC channels, and does so for every `programs`-th part
+of the work. The columns of all images are numbered through, so that few lanes idle at narrow grids. A row of tokens is
+loaded at three shifts (two of them from the cache) and meets three outputs, whose sums stay in registers, so no row is
+read twice from memory. Forward, four rows are loaded before the first is used.
 Tokens before the grid, `prefix` of them, are images of one pixel: the middle tap alone. All arithmetic is float32.
+Strides of images and rows come in units of ALIGN numbers, a power of two: loads are vectors as wide as that.
 """
 
 import triton
@@ -13,27 +15,21 @@ from .math import sigmoid
 
 
 @triton.jit
-def load_shifted(X, row, columns, channels, rows, width, stride, in_channels):
-    """Tokens (row, columns) of the grid, zeros outside."""
-    inside = (row >= 0) & (row < rows) & (columns >= 0) & (columns < width)
-    at = X + tl.cast(row * width + columns, tl.int64)[:, None] * stride + channels[None, :]
-    return tl.load(at, mask=inside[:, None] & in_channels[None, :], other=0.0)
-
-
-@triton.jit
-def load_row(X, row, columns, channels, rows, width, stride, in_channels):
-    """A row of tokens and its neighbours on the left and on the right: left, middle, right."""
+def load_row(at, row, rows, step, stride, left, middle, right):
+    """A row of tokens and its neighbours on the left and on the right, zeros outside: left, middle, right."""
+    at += row * step
+    inside = (row >= 0) & (row < rows)
     return (
-        load_shifted(X, row, columns - 1, channels, rows, width, stride, in_channels),
-        load_shifted(X, row, columns, channels, rows, width, stride, in_channels),
-        load_shifted(X, row, columns + 1, channels, rows, width, stride, in_channels),
+        tl.load(at - stride, mask=left & inside, other=0.0),
+        tl.load(at, mask=middle & inside, other=0.0),
+        tl.load(at + stride, mask=right & inside, other=0.0),
     )
 
 
 @triton.jit
-def along(tap_0, tap_1, tap_2, left, middle, right):
-    """One row of the kernel along a row of tokens."""
-    return tap_0 * left.to(tl.float32) + tap_1 * middle.to(tl.float32) + tap_2 * right.to(tl.float32)
+def along(y, tap_0, tap_1, tap_2, left, middle, right):
+    """y and one row of the kernel along a row of tokens, summed in a chain of fused multiplications and additions."""
+    return y + tap_0 * left.to(tl.float32) + tap_1 * middle.to(tl.float32) + tap_2 * right.to(tl.float32)
 
 
 @triton.jit
@@ -60,63 +56,72 @@ def silu(y, SILU: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def store_row(
-    Y, y, row, first, end, columns, channels, width, stride, in_channels, SILU: tl.constexpr, FAST: tl.constexpr
-):
-    """Stores a row of outputs if it is the program's."""
-    mask = (columns < width)[:, None] & in_channels[None, :] & (row >= first) & (row < end)
-    at = Y + tl.cast(row * width + columns, tl.int64)[:, None] * stride + channels[None, :]
-    tl.store(at, silu(y, SILU, FAST).to(Y.dtype.element_ty), mask=mask)
+def first_row(X, image, column, channels, prefix, X_sb, X_sl):
+    """Addresses of the tokens of the grids' first row."""
+    return X + (image * X_sb + (prefix + column) * X_sl)[:, None] + channels[None, :]
 
 
-@triton.jit(do_not_specialize=['prefix', 'rows', 'width', 'span'])
+@triton.jit
+def store_row(at, y, mask, SILU: tl.constexpr, FAST: tl.constexpr):
+    tl.store(at, silu(y, SILU, FAST).to(at.dtype.element_ty), mask=mask)
+
+
+SIZES = ['images', 'prefix', 'rows', 'width', 'span', 'spans', 'parts', 'X_sb', 'X_sl', 'Y_sb', 'Y_sl']
+
+
+@triton.jit(do_not_specialize=SIZES)
 def grid_conv(
-    X, weight, bias, Y, prefix, rows, width, span, X_sb, X_sl, Y_sb, Y_sl,
-    CHANNELS: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    X, weight, bias, Y, images, prefix, rows, width, span, spans, parts, X_sb, X_sl, Y_sb, Y_sl,
+    CHANNELS: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, FLIP: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Y (batch, L, CHANNELS) from X (batch, L, CHANNELS), of any row strides. FLIP turns the kernel by 180 degrees."""
+    """Y (images, L, CHANNELS) from X (images, L, CHANNELS). FLIP turns the kernel by 180 degrees."""
+    X_sb = tl.cast(X_sb, tl.int64) * ALIGN
+    X_sl = tl.cast(X_sl, tl.int64) * ALIGN
+    Y_sb = tl.cast(Y_sb, tl.int64) * ALIGN
+    Y_sl = tl.cast(Y_sl, tl.int64) * ALIGN
     channels = tl.program_id(0) * BC + tl.arange(0, BC)
     in_channels = channels < CHANNELS
-    blocks = tl.cdiv(width, BW)
-    first = (tl.program_id(1) // blocks) * span
-    columns = (tl.program_id(1) % blocks) * BW + tl.arange(0, BW)
-    entry = tl.program_id(2).to(tl.int64)
-    X += entry * X_sb
-    Y += entry * Y_sb
     a0, a1, a2 = load_taps(weight, channels, in_channels, 0, FLIP)
     b0, b1, b2 = load_taps(weight, channels, in_channels, 1, FLIP)
     c0, c1, c2 = load_taps(weight, channels, in_channels, 2, FLIP)
     offset = tl.zeros([1, BC], tl.float32)
     if HAS_BIAS:
         offset = tl.load(bias + channels, mask=in_channels, other=0.0).to(tl.float32)[None, :]
-    for start in range(0, tl.where(tl.program_id(1) == 0, prefix, 0), BP):
-        t = start + tl.arange(0, BP)
-        mask = (t < prefix)[:, None] & in_channels[None, :]
-        x = tl.load(X + t[:, None] * X_sl + channels[None, :], mask=mask, other=0.0).to(tl.float32)
-        y = silu(offset + b1 * x, SILU, FAST)
-        tl.store(Y + t[:, None] * Y_sl + channels[None, :], y.to(Y.dtype.element_ty), mask=mask)
-    X += prefix * X_sl
-    Y += prefix * Y_sl
-    end = tl.minimum(first + span, rows)
-    # sums of the row above the one that is loaded, and of its own
-    above = tl.zeros([BW, BC], tl.float32)
-    own = above + offset
-    for row in range(first - 1, end + 1, 4):
-        l0, m0, r0 = load_row(X, row, columns, channels, rows, width, X_sl, in_channels)
-        l1, m1, r1 = load_row(X, row + 1, columns, channels, rows, width, X_sl, in_channels)
-        l2, m2, r2 = load_row(X, row + 2, columns, channels, rows, width, X_sl, in_channels)
-        l3, m3, r3 = load_row(X, row + 3, columns, channels, rows, width, X_sl, in_channels)
-        y_0 = above + along(c0, c1, c2, l0, m0, r0)
-        y_1 = own + along(b0, b1, b2, l0, m0, r0) + along(c0, c1, c2, l1, m1, r1)
-        y_2 = offset + along(a0, a1, a2, l0, m0, r0) + along(b0, b1, b2, l1, m1, r1) + along(c0, c1, c2, l2, m2, r2)
-        y_3 = offset + along(a0, a1, a2, l1, m1, r1) + along(b0, b1, b2, l2, m2, r2) + along(c0, c1, c2, l3, m3, r3)
-        above = offset + along(a0, a1, a2, l2, m2, r2) + along(b0, b1, b2, l3, m3, r3)
-        own = offset + along(a0, a1, a2, l3, m3, r3)
-        store_row(Y, y_0, row - 1, first, end, columns, channels, width, Y_sl, in_channels, SILU, FAST)
-        store_row(Y, y_1, row, first, end, columns, channels, width, Y_sl, in_channels, SILU, FAST)
-        store_row(Y, y_2, row + 1, first, end, columns, channels, width, Y_sl, in_channels, SILU, FAST)
-        store_row(Y, y_3, row + 2, first, end, columns, channels, width, Y_sl, in_channels, SILU, FAST)
+    for part in range(tl.program_id(1), parts, tl.num_programs(1)):
+        columns = (part // spans) * BW + tl.arange(0, BW)
+        image = columns // width
+        column = columns % width
+        first = (part % spans) * span
+        end = tl.minimum(first + span, rows)
+        middle = (image < images)[:, None] & in_channels[None, :]
+        left = middle & (column > 0)[:, None]
+        right = middle & (column < width - 1)[:, None]
+        x_at = first_row(X, image, column, channels, prefix, X_sb, X_sl)
+        y_at = first_row(Y, image, column, channels, prefix, Y_sb, Y_sl)
+        alone = middle & (column == 0)[:, None] & (first == 0)
+        for t in range(-prefix, 0):
+            x = tl.load(x_at + t * X_sl, mask=alone, other=0.0).to(tl.float32)
+            tl.store(y_at + t * Y_sl, silu(offset + b1 * x, SILU, FAST).to(Y.dtype.element_ty), mask=alone)
+        X_step, Y_step = width * X_sl, width * Y_sl
+        # sums of the row above the one that is loaded, and of its own
+        above = tl.zeros([BW, BC], tl.float32)
+        own = above + offset
+        for row in range(first - 1, end + 1, 4):
+            l0, m0, r0 = load_row(x_at, row, rows, X_step, X_sl, left, middle, right)
+            l1, m1, r1 = load_row(x_at, row + 1, rows, X_step, X_sl, left, middle, right)
+            l2, m2, r2 = load_row(x_at, row + 2, rows, X_step, X_sl, left, middle, right)
+            l3, m3, r3 = load_row(x_at, row + 3, rows, X_step, X_sl, left, middle, right)
+            y_0 = along(above, c0, c1, c2, l0, m0, r0)
+            y_1 = along(along(own, b0, b1, b2, l0, m0, r0), c0, c1, c2, l1, m1, r1)
+            y_2 = along(along(along(offset, a0, a1, a2, l0, m0, r0), b0, b1, b2, l1, m1, r1), c0, c1, c2, l2, m2, r2)
+            y_3 = along(along(along(offset, a0, a1, a2, l1, m1, r1), b0, b1, b2, l2, m2, r2), c0, c1, c2, l3, m3, r3)
+            above = along(along(offset, a0, a1, a2, l2, m2, r2), b0, b1, b2, l3, m3, r3)
+            own = along(offset, a0, a1, a2, l3, m3, r3)
+            store_row(y_at + (row - 1) * Y_step, y_0, middle & (row > first), SILU, FAST)
+            store_row(y_at + row * Y_step, y_1, middle & (row >= first) & (row < end), SILU, FAST)
+            store_row(y_at + (row + 1) * Y_step, y_2, middle & (row + 1 < end), SILU, FAST)
+            store_row(y_at + (row + 2) * Y_step, y_3, middle & (row + 2 < end), SILU, FAST)
 
 
 @triton.jit
@@ -127,79 +132,89 @@ def through_silu(grad, y, FAST: tl.constexpr):
 
 
 @triton.jit
+def load_floats(at, row, rows, step, stride, left, middle, right):
+    l, m, r = load_row(at, row, rows, step, stride, left, middle, right)
+    return l.to(tl.float32), m.to(tl.float32), r.to(tl.float32)
+
+
+@triton.jit
+def weighed(grad, sum_0, sum_1, sum_2, left, middle, right):
+    """Sums of one row of taps and what a row of gradients adds."""
+    return sum_0 + grad * left, sum_1 + grad * middle, sum_2 + grad * right
+
+
+@triton.jit
 def store_sum(PART, tile, channels, in_channels, tap: tl.constexpr, CHANNELS: tl.constexpr):
     tl.store(PART + tap * CHANNELS + channels, tl.sum(tile, 0), mask=in_channels)
 
 
-@triton.jit(do_not_specialize=['prefix', 'rows', 'width', 'span'])
+@triton.jit(do_not_specialize=[*SIZES, 'G_sb', 'G_sl'])
 def grid_conv_gradients(
-    X, weight, bias, GRAD_Y, GRAD, PART, prefix, rows, width, span, X_sb, X_sl, Y_sb, Y_sl, G_sb, G_sl,
-    CHANNELS: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    X, weight, bias, GRAD_Y, GRAD, PART, images, prefix, rows, width, span, spans, parts,
+    X_sb, X_sl, Y_sb, Y_sl, G_sb, G_sl,
+    CHANNELS: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """GRAD (batch, L, CHANNELS), the gradient before the activation, and PART (batch, programs, 10, CHANNELS): sums for
-    each tap and the bias."""
+    """GRAD (images, L, CHANNELS), the gradient before the activation, and PART (programs, 10, CHANNELS): sums for each
+    tap and the bias."""
+    X_sb = tl.cast(X_sb, tl.int64) * ALIGN
+    X_sl = tl.cast(X_sl, tl.int64) * ALIGN
+    Y_sb = tl.cast(Y_sb, tl.int64) * ALIGN
+    Y_sl = tl.cast(Y_sl, tl.int64) * ALIGN
+    G_sb = tl.cast(G_sb, tl.int64) * ALIGN
+    G_sl = tl.cast(G_sl, tl.int64) * ALIGN
     channels = tl.program_id(0) * BC + tl.arange(0, BC)
     in_channels = channels < CHANNELS
-    blocks = tl.cdiv(width, BW)
-    first = (tl.program_id(1) // blocks) * span
-    columns = (tl.program_id(1) % blocks) * BW + tl.arange(0, BW)
-    entry = tl.program_id(2).to(tl.int64)
-    X += entry * X_sb
-    GRAD_Y += entry * Y_sb
-    GRAD += entry * G_sb
-    PART += (entry * tl.num_programs(1) + tl.program_id(1)) * (10 * CHANNELS)
     a0, a1, a2 = load_taps(weight, channels, in_channels, 0, False)
     b0, b1, b2 = load_taps(weight, channels, in_channels, 1, False)
     c0, c1, c2 = load_taps(weight, channels, in_channels, 2, False)
     offset = tl.zeros([1, BC], tl.float32)
     if HAS_BIAS:
         offset = tl.load(bias + channels, mask=in_channels, other=0.0).to(tl.float32)[None, :]
-    middle_tap = tl.zeros([1, BC], tl.float32)
-    bias_sum = tl.zeros([1, BC], tl.float32)
-    for start in range(0, tl.where(tl.program_id(1) == 0, prefix, 0), BP):
-        t = start + tl.arange(0, BP)
-        mask = (t < prefix)[:, None] & in_channels[None, :]
-        x = tl.load(X + t[:, None] * X_sl + channels[None, :], mask=mask, other=0.0).to(tl.float32)
-        grad = tl.load(GRAD_Y + t[:, None] * Y_sl + channels[None, :], mask=mask, other=0.0).to(tl.float32)
-        grad = through_silu(grad, offset + b1 * x, FAST)
-        tl.store(GRAD + t[:, None] * G_sl + channels[None, :], grad.to(GRAD.dtype.element_ty), mask=mask)
-        middle_tap += tl.sum(grad * x, 0)[None, :]
-        bias_sum += tl.sum(grad, 0)[None, :]
-    X += prefix * X_sl
-    GRAD_Y += prefix * Y_sl
-    GRAD += prefix * G_sl
-    end = tl.minimum(first + span, rows)
-    x0, x1, x2 = load_row(X, first - 1, columns, channels, rows, width, X_sl, in_channels)
-    y0, y1, y2 = load_row(X, first, columns, channels, rows, width, X_sl, in_channels)
     zero = tl.zeros([BW, BC], tl.float32)
     sa0, sa1, sa2, sb0, sb1, sb2, sc0, sc1, sc2, sums = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
-    mask = (columns < width)[:, None] & in_channels[None, :]
-    for row in range(first, end):
-        z0, z1, z2 = load_row(X, row + 1, columns, channels, rows, width, X_sl, in_channels)
-        token = tl.cast(row * width + columns, tl.int64)[:, None]
-        grad = tl.load(GRAD_Y + token * Y_sl + channels[None, :], mask=mask, other=0.0).to(tl.float32)
-        y = offset + a0 * x0 + a1 * x1 + a2 * x2 + b0 * y0 + b1 * y1 + b2 * y2 + c0 * z0 + c1 * z1 + c2 * z2
-        grad = through_silu(grad, y, FAST)
-        tl.store(GRAD + token * G_sl + channels[None, :], grad.to(GRAD.dtype.element_ty), mask=mask)
-        sums += grad
-        sa0 += grad * x0
-        sa1 += grad * x1
-        sa2 += grad * x2
-        sb0 += grad * y0
-        sb1 += grad * y1
-        sb2 += grad * y2
-        sc0 += grad * z0
-        sc1 += grad * z1
-        sc2 += grad * z2
-        x0, x1, x2, y0, y1, y2 = y0, y1, y2, z0, z1, z2
+    for part in range(tl.program_id(1), parts, tl.num_programs(1)):
+        columns = (part // spans) * BW + tl.arange(0, BW)
+        image = columns // width
+        column = columns % width
+        first = (part % spans) * span
+        end = tl.minimum(first + span, rows)
+        middle = (image < images)[:, None] & in_channels[None, :]
+        left = middle & (column > 0)[:, None]
+        right = middle & (column < width - 1)[:, None]
+        x_at = first_row(X, image, column, channels, prefix, X_sb, X_sl)
+        y_at = first_row(GRAD_Y, image, column, channels, prefix, Y_sb, Y_sl)
+        g_at = first_row(GRAD, image, column, channels, prefix, G_sb, G_sl)
+        alone = middle & (column == 0)[:, None] & (first == 0)
+        for t in range(-prefix, 0):
+            x = tl.load(x_at + t * X_sl, mask=alone, other=0.0).to(tl.float32)
+            grad = tl.load(y_at + t * Y_sl, mask=alone, other=0.0).to(tl.float32)
+            grad = through_silu(grad, offset + b1 * x, FAST)
+            tl.store(g_at + t * G_sl, grad.to(GRAD.dtype.element_ty), mask=alone)
+            sb1 += grad * x
+            sums += grad
+        X_step, Y_step, G_step = width * X_sl, width * Y_sl, width * G_sl
+        x0, x1, x2 = load_floats(x_at, first - 1, rows, X_step, X_sl, left, middle, right)
+        y0, y1, y2 = load_floats(x_at, first, rows, X_step, X_sl, left, middle, right)
+        for row in range(first, end):
+            z0, z1, z2 = load_floats(x_at, row + 1, rows, X_step, X_sl, left, middle, right)
+            grad = tl.load(y_at + row * Y_step, mask=middle, other=0.0).to(tl.float32)
+            y = along(along(along(offset, a0, a1, a2, x0, x1, x2), b0, b1, b2, y0, y1, y2), c0, c1, c2, z0, z1, z2)
+            grad = through_silu(grad, y, FAST)
+            tl.store(g_at + row * G_step, grad.to(GRAD.dtype.element_ty), mask=middle)
+            sums += grad
+            sa0, sa1, sa2 = weighed(grad, sa0, sa1, sa2, x0, x1, x2)
+            sb0, sb1, sb2 = weighed(grad, sb0, sb1, sb2, y0, y1, y2)
+            sc0, sc1, sc2 = weighed(grad, sc0, sc1, sc2, z0, z1, z2)
+            x0, x1, x2, y0, y1, y2 = y0, y1, y2, z0, z1, z2
+    PART += tl.program_id(1) * (10 * CHANNELS)
     store_sum(PART, sa0, channels, in_channels, 0, CHANNELS)
     store_sum(PART, sa1, channels, in_channels, 1, CHANNELS)
     store_sum(PART, sa2, channels, in_channels, 2, CHANNELS)
     store_sum(PART, sb0, channels, in_channels, 3, CHANNELS)
-    store_sum(PART, tl.where(tl.arange(0, BW)[:, None] == 0, sb1 + middle_tap, sb1), channels, in_channels, 4, CHANNELS)
+    store_sum(PART, sb1, channels, in_channels, 4, CHANNELS)
     store_sum(PART, sb2, channels, in_channels, 5, CHANNELS)
     store_sum(PART, sc0, channels, in_channels, 6, CHANNELS)
     store_sum(PART, sc1, channels, in_channels, 7, CHANNELS)
     store_sum(PART, sc2, channels, in_channels, 8, CHANNELS)
-    store_sum(PART, tl.where(tl.arange(0, BW)[:, None] == 0, sums + bias_sum, sums), channels, in_channels, 9, CHANNELS)
+    store_sum(PART, sums, channels, in_channels, 9, CHANNELS)

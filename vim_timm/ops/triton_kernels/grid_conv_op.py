@@ -1,7 +1,7 @@
 """The depthwise 3x3 convolution of a grid of tokens, with SiLU, as a dispatcher op (opaque as in `scan_op`)."""
 
 import math
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -9,22 +9,25 @@ from torch import Tensor
 from .. import operands
 from ..operands import schema
 from ..registration import Kernel, grid_conv_flops, in_dtypes_of, register
-from .launch import INTERPRET, or_else
+from .launch import INTERPRET, alignment, or_else
 from .ssd_launch import Grid
 
 
 class ConvLaunch(NamedTuple):
-    """Columns and channels of a program, its warps, and the rows of the grid that it walks down (0 for all)."""
+    """Columns and channels of a program, its warps, the rows of the grid that it walks down (0 for all), how many parts
+    of the work it takes one after the other, and at most how many registers a thread."""
 
     columns: int
     channels: int
     warps: int
     span: int
+    repeats: int
+    registers: Optional[int] = None
 
 
-CONV_FORWARD = ConvLaunch(16, 32, 4, 0)
-CONV_BACKWARD = ConvLaunch(16, 32, 4, 0)
-CONV_INPUT = ConvLaunch(16, 32, 4, 0)
+CONV_FORWARD = ConvLaunch(16, 32, 4, 0, 1)
+CONV_BACKWARD = ConvLaunch(16, 32, 4, 0, 2)
+CONV_INPUT = ConvLaunch(16, 32, 4, 0, 1)
 
 
 class Conv:
@@ -39,47 +42,51 @@ class Conv:
         if weight.shape != (self.channels, 9) or (bias is not None and bias.shape != (self.channels,)):
             raise ValueError(f'taps {list(weight.shape)} and their bias do not fit {self.channels} channels')
 
-    def cut(self, launch: ConvLaunch) -> Tuple[Tuple[int, int, int], int, dict]:
-        """The grid, the rows of a program, and constants."""
+    def launch(
+        self, kernel: Any, launch: ConvLaunch, tensors: Sequence[Tensor], rows: Sequence[Tensor], **constants: Any
+    ) -> None:
+        """Runs a kernel on tensors, of which `rows` have the strides of its arguments."""
+        span, grid = self.cut(launch)
+        spans, columns = math.ceil(self.height / span), math.ceil(self.batch * self.width / launch.columns)
+        align = math.gcd(*(alignment(t) // t.element_size() for t in rows))
+        kernel[grid](
+            *tensors, self.batch, self.prefix, self.height, self.width, span, spans, spans * columns,
+            *(stride // align for t in rows for stride in t.stride()[:2]),
+            CHANNELS=self.channels, BW=launch.columns, BC=launch.channels, ALIGN=align, FAST=not INTERPRET,
+            num_warps=launch.warps, maxnreg=launch.registers, **constants,
+        )  # fmt: skip
+
+    def cut(self, launch: ConvLaunch) -> Tuple[int, Tuple[int, int]]:
+        """The rows that a program walks down, and programs for channels and parts of the work."""
         span = launch.span or self.height
-        blocks = math.ceil(self.width / launch.columns) * math.ceil(self.height / span)
-        constants = {
-            'CHANNELS': self.channels,
-            'BW': launch.columns,
-            'BC': launch.channels,
-            'BP': 1,
-            'FAST': not INTERPRET,
-            'num_warps': launch.warps,
-        }
-        return (math.ceil(self.channels / launch.channels), blocks, self.batch), span, constants
+        parts = math.ceil(self.height / span) * math.ceil(self.batch * self.width / launch.columns)
+        return span, (math.ceil(self.channels / launch.channels), math.ceil(parts / launch.repeats))
 
     def forward(self, y: Tensor, launch: ConvLaunch = CONV_FORWARD) -> None:
         """Fills y (B, L, D), of any row stride."""
-        grid, span, constants = self.cut(launch)
-        self.kernels.grid_conv[grid](
-            self.x, self.weight, or_else(self.bias, self.weight), y, self.prefix, self.height, self.width, span,
-            *self.x.stride()[:2], *y.stride()[:2], HAS_BIAS=self.bias is not None, FLIP=False, SILU=True, **constants,
+        self.launch(
+            self.kernels.grid_conv, launch, (self.x, self.weight, or_else(self.bias, self.weight), y), (self.x, y),
+            HAS_BIAS=self.bias is not None, FLIP=False, SILU=True,
         )  # fmt: skip
 
     def before_silu(self, grad_y: Tensor, launch: ConvLaunch = CONV_BACKWARD) -> Tuple[Tensor, Tensor]:
         """The gradient before the activation (B, L, D), and float32 gradients of taps and bias (10, D), as parts to add
         over their first axis."""
-        grid, span, constants = self.cut(launch)
         grad = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
-        parts = torch.empty((grid[1] * grid[2], 10, self.channels), dtype=torch.float32, device=self.x.device)
-        self.kernels.grid_conv_gradients[grid](
-            self.x, self.weight, or_else(self.bias, self.weight), grad_y, grad, parts,
-            self.prefix, self.height, self.width, span,
-            *self.x.stride()[:2], *grad_y.stride()[:2], *grad.stride()[:2], HAS_BIAS=self.bias is not None, **constants,
+        programs = self.cut(launch)[1][1]
+        parts = torch.empty((programs, 10, self.channels), dtype=torch.float32, device=self.x.device)
+        self.launch(
+            self.kernels.grid_conv_gradients, launch,
+            (self.x, self.weight, or_else(self.bias, self.weight), grad_y, grad, parts), (self.x, grad_y, grad),
+            HAS_BIAS=self.bias is not None,
         )  # fmt: skip
         return grad, parts
 
     def of_input(self, grad: Tensor, grad_x: Tensor, launch: ConvLaunch = CONV_INPUT) -> None:
         """Fills grad_x (B, L, D), of any row stride, from the gradient before the activation."""
-        grid, span, constants = self.cut(launch)
-        self.kernels.grid_conv[grid](
-            grad, self.weight, self.weight, grad_x, self.prefix, self.height, self.width, span,
-            *grad.stride()[:2], *grad_x.stride()[:2], HAS_BIAS=False, FLIP=True, SILU=False, **constants,
+        self.launch(
+            self.kernels.grid_conv, launch, (grad, self.weight, self.weight, grad_x), (grad, grad_x),
+            HAS_BIAS=False, FLIP=True, SILU=False,
         )  # fmt: skip
 
 
