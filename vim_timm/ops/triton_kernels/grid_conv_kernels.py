@@ -133,8 +133,8 @@ def through_silu(grad, y, FAST: tl.constexpr):
 
 @triton.jit
 def load_floats(at, row, rows, step, stride, left, middle, right):
-    l, m, r = load_row(at, row, rows, step, stride, left, middle, right)
-    return l.to(tl.float32), m.to(tl.float32), r.to(tl.float32)
+    x_0, x_1, x_2 = load_row(at, row, rows, step, stride, left, middle, right)
+    return x_0.to(tl.float32), x_1.to(tl.float32), x_2.to(tl.float32)
 
 
 @triton.jit
