@@ -1,9 +1,9 @@
 """Triton kernels of the depthwise 3x3 convolution on a grid of tokens, channels-last, with SiLU.
 
-A program walks down `span` rows of the grids over BW columns and BC channels, and does so for every `programs`-th part
-of the work. The columns of all images are numbered through, so that few lanes idle at narrow grids. A row of tokens is
+A program walks down `span` rows of the grids over BW columns and BC channels, one part of the grids after
+another. The columns of all images are numbered through, so that no lanes idle at narrow grids. A row of tokens is
 loaded at three shifts (two of them from the cache) and meets three outputs, whose sums stay in registers, so no row is
-read twice from memory. Forward, four rows are loaded before the first is used.
+read twice from memory. Four rows, three of them in the gradients, are loaded before the first is used.
 Tokens before the grid, `prefix` of them, are images of one pixel: the middle tap alone. All arithmetic is float32.
 Strides of images and rows come in units of ALIGN numbers, a power of two: loads are vectors as wide as that.
 """
@@ -16,7 +16,7 @@ from .math import sigmoid
 
 @triton.jit
 def floats(x, FAST: tl.constexpr):
-    """x as float32, of bfloat16 in one instruction a number where the compiler takes two for every other."""
+    """x as float32: bfloat16 in one instruction a number, where the compiler takes two for every other."""
     if FAST and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             'shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;', '=r,=r,r', [x], dtype=tl.float32, is_pure=True, pack=2
@@ -201,17 +201,38 @@ def grid_conv_gradients(
         X_step, Y_step, G_step = width * X_sl, width * Y_sl, width * G_sl
         x0, x1, x2 = load_row(x_at, first - 1, rows, X_step, X_sl, left, middle, right, FAST)
         y0, y1, y2 = load_row(x_at, first, rows, X_step, X_sl, left, middle, right, FAST)
-        for row in range(first, end):
+        for row in range(first, end, 3):
             z0, z1, z2 = load_row(x_at, row + 1, rows, X_step, X_sl, left, middle, right, FAST)
-            grad = floats(tl.load(y_at + row * Y_step, mask=middle, other=0.0), FAST)
+            u0, u1, u2 = load_row(x_at, row + 2, rows, X_step, X_sl, left, middle, right, FAST)
+            v0, v1, v2 = load_row(x_at, row + 3, rows, X_step, X_sl, left, middle, right, FAST)
+            grad_y = floats(tl.load(y_at + row * Y_step, mask=middle, other=0.0), FAST)
+            grad_z = floats(tl.load(y_at + (row + 1) * Y_step, mask=middle & (row + 1 < end), other=0.0), FAST)
+            grad_u = floats(tl.load(y_at + (row + 2) * Y_step, mask=middle & (row + 2 < end), other=0.0), FAST)
+
             y = along(along(along(offset, a0, a1, a2, x0, x1, x2), b0, b1, b2, y0, y1, y2), c0, c1, c2, z0, z1, z2)
-            grad = through_silu(grad, y, FAST)
+            grad = through_silu(grad_y, y, FAST)
             tl.store(g_at + row * G_step, grad.to(GRAD.dtype.element_ty), mask=middle)
             sums += grad
             sa0, sa1, sa2 = weighed(grad, sa0, sa1, sa2, x0, x1, x2)
             sb0, sb1, sb2 = weighed(grad, sb0, sb1, sb2, y0, y1, y2)
             sc0, sc1, sc2 = weighed(grad, sc0, sc1, sc2, z0, z1, z2)
-            x0, x1, x2, y0, y1, y2 = y0, y1, y2, z0, z1, z2
+
+            y = along(along(along(offset, a0, a1, a2, y0, y1, y2), b0, b1, b2, z0, z1, z2), c0, c1, c2, u0, u1, u2)
+            grad = through_silu(grad_z, y, FAST)
+            tl.store(g_at + (row + 1) * G_step, grad.to(GRAD.dtype.element_ty), mask=middle & (row + 1 < end))
+            sums += grad
+            sa0, sa1, sa2 = weighed(grad, sa0, sa1, sa2, y0, y1, y2)
+            sb0, sb1, sb2 = weighed(grad, sb0, sb1, sb2, z0, z1, z2)
+            sc0, sc1, sc2 = weighed(grad, sc0, sc1, sc2, u0, u1, u2)
+
+            y = along(along(along(offset, a0, a1, a2, z0, z1, z2), b0, b1, b2, u0, u1, u2), c0, c1, c2, v0, v1, v2)
+            grad = through_silu(grad_u, y, FAST)
+            tl.store(g_at + (row + 2) * G_step, grad.to(GRAD.dtype.element_ty), mask=middle & (row + 2 < end))
+            sums += grad
+            sa0, sa1, sa2 = weighed(grad, sa0, sa1, sa2, z0, z1, z2)
+            sb0, sb1, sb2 = weighed(grad, sb0, sb1, sb2, u0, u1, u2)
+            sc0, sc1, sc2 = weighed(grad, sc0, sc1, sc2, v0, v1, v2)
+            x0, x1, x2, y0, y1, y2 = u0, u1, u2, v0, v1, v2
     PART += tl.program_id(1) * (10 * CHANNELS)
     store_sum(PART, sa0, channels, in_channels, 0, CHANNELS)
     store_sum(PART, sa1, channels, in_channels, 1, CHANNELS)

@@ -25,9 +25,9 @@ class ConvLaunch(NamedTuple):
     registers: Optional[int] = None
 
 
-CONV_FORWARD = ConvLaunch(16, 32, 4, 0, 1)
-CONV_BACKWARD = ConvLaunch(16, 32, 4, 0, 2)
-CONV_INPUT = ConvLaunch(16, 32, 4, 0, 1)
+CONV_FORWARD = ConvLaunch(16, 32, 4, 0, 1, 96)
+CONV_BACKWARD = ConvLaunch(16, 16, 4, 0, 2)
+CONV_INPUT = ConvLaunch(8, 128, 4, 0, 2)
 
 
 class Conv:
