@@ -45,7 +45,7 @@ class VisionMamba2(Trunk):
         d_state: int = 64,
         headdim: int = 64,
         expand: float = 2,
-        orders: Literal['row', 'column', 'both', 'alternate'] = 'both',
+        orders: Literal['row', 'column', 'both', 'alternate'] = 'alternate',
         conv: ConvType = '2d',
         bc_norm: bool = False,
         rope: bool = False,

@@ -1,6 +1,7 @@
-"""Which choices inside Vision Mamba 2 learn most in the same time: CIFAR-10, `vim2_tiny_patch4_32`.
+"""What learns most in the same time on CIFAR-10: choices inside `vim2_tiny_patch4_32`, or models beside each other.
 
-    python -m benchmarks.vim2_ablation --data-dir CIFAR10 [--budget 12] [--seeds 0 1 2] [--jobs 3] [--limit SECONDS]
+    python -m benchmarks.equal_time --data-dir CIFAR10 [--budget 12] [--seeds 0 1 2] [--jobs 3] [--limit SECONDS]
+    python -m benchmarks.equal_time --data-dir CIFAR10 --models
 
 `CIFAR10` is a folder of images, train/CLASS/*.jpg and validation/CLASS/*.jpg. A process for each variant trains with
 `vim_timm.train` in four stages:
@@ -11,7 +12,7 @@
     4. a training of so many passes for each seed, --jobs side by side: that changes its seconds, not its steps
 
 All variants with the first seed come first. No training begins that would end after --limit seconds of this program.
-Every training appends a line to ablation.jsonl in --output; failed variants are named and left out. The last lines are
+Every training appends a line to equal_time.jsonl in --output; failed variants are named and left out. The last lines are
 a table in Markdown: top-1 of the last step, which nobody chose, mean and standard deviation over seeds.
 
 Batch 512, AdamW 2e-3, weight decay 0.05, cosine with a tenth of warm-up, crop and flip, mixup 0.2, smoothing 0.1,
@@ -37,25 +38,39 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-MODEL = 'vim2_tiny_patch4_32'
-# name -> arguments; the defaults are two orders, 64 states, 12 mixers with a SwiGLU each, a 2-d convolution
-VARIANTS = {
+# name -> arguments of vim2_tiny_patch4_32; the defaults are alternating orders, 64 states, 12 mixers with a SwiGLU each
+ARGUMENTS = {
     'as registered': '',
+    'both orders': 'orders=both',
     'one order: rows': 'orders=row',
-    'orders alternate': 'orders=alternate',
-    'orders alternate, 32 states': 'orders=alternate d_state=32',
-    'orders alternate, expand 1, SwiGLU 3.5': 'orders=alternate expand=1 mlp_ratio=3.5',
-    'orders alternate, expand 1, SwiGLU 3.5, heads of 32': 'orders=alternate expand=1 mlp_ratio=3.5 headdim=32',
-    'orders alternate, expand 1, SwiGLU 4, 32 states': 'orders=alternate expand=1 mlp_ratio=4 d_state=32',
-    'orders alternate, expand 1.5, SwiGLU 3, heads of 32': 'orders=alternate expand=1.5 mlp_ratio=3 headdim=32',
-    'convolutional stem': 'stem=conv',
     '32 states': 'd_state=32',
     '128 states': 'd_state=128',
+    'expand 1, SwiGLU 3.5': 'expand=1 mlp_ratio=3.5',
+    'expand 1, SwiGLU 3.5, heads of 32': 'expand=1 mlp_ratio=3.5 headdim=32',
+    'expand 1, SwiGLU 4, 32 states': 'expand=1 mlp_ratio=4 d_state=32',
+    'expand 1.5, SwiGLU 3, heads of 32': 'expand=1.5 mlp_ratio=3 headdim=32',
+    'convolutional stem': 'stem=conv',
     'B and C normed': 'bc_norm=True',
     'B and C rotary': 'rope=True',
     'B and C normed and rotary': 'bc_norm=True rope=True',
     '24 mixers, no SwiGLU': 'depth=24 mlp_ratio=0',
     '1-d convolution of width 7': 'conv=1d',
+}
+# name -> options of the training
+MODELS = {
+    'vim_tiny_patch4_32': '--model vim_tiny_patch4_32',
+    'vim2_tiny_patch4_32': '--model vim2_tiny_patch4_32',
+    'vim2_tiny_patch4_32, 128 wide': '--model vim2_tiny_patch4_32 --model-kwargs embed_dim=128',
+    'vim_hybrid_tiny_patch4_32': '--model vim_hybrid_tiny_patch4_32',
+    'deit_tiny_patch16_224, patch 4': '--model deit_tiny_patch16_224 --img-size 32 --model-kwargs patch_size=4',
+    'efficientvim_m1': '--model efficientvim_m1 --img-size 32',
+}
+VARIANTS = {
+    **{
+        name: '--model vim2_tiny_patch4_32' + (f' --model-kwargs {words}' if words else '')
+        for name, words in ARGUMENTS.items()
+    },
+    **MODELS,
 }
 SPLITS = ('train', 'validation')
 RECIPE = """--dataset= --data-in-memory --num-classes 10 --opt adamw --lr 2e-3 --weight-decay 0.05 --clip-grad 1
@@ -111,7 +126,7 @@ class Trainings:
     """Trainings of one variant in this process."""
 
     def __init__(self, options: argparse.Namespace, name: str):
-        self.options, self.arguments = options, VARIANTS[name].split()
+        self.options, self.words = options, VARIANTS[name].split()
         self.folder = options.output / 'runs' / in_files(name)
         self.graph = options.device == 'cuda'
 
@@ -132,8 +147,7 @@ class Trainings:
         from vim_timm.engine import Hooks
 
         words = [*RECIPE.split(), '--data-dir', str(self.options.output), '--device', self.options.device]
-        words += ['--model', MODEL, *(['--model-kwargs', *self.arguments] if self.arguments else [])]
-        words += ['--batch-size', str(self.options.batch), '--workers', str(self.options.workers)]
+        words += [*self.words, '--batch-size', str(self.options.batch), '--workers', str(self.options.workers)]
         words += ['--epochs', str(epochs), '--epoch-repeats', str(passes), '--seed', str(seed)]
         words += ['--output', str(self.folder.parent), '--experiment', self.folder.name]
         words += ['--cuda-graph'] if self.graph else []
@@ -206,7 +220,7 @@ class Variant:
 
     def __init__(self, name: str, words: list[str]):
         self.name, self.facts = name, dict[str, Any]()
-        command = [sys.executable, '-m', 'benchmarks.vim2_ablation', *words, '--variant', name]
+        command = [sys.executable, '-m', 'benchmarks.equal_time', *words, '--variant', name]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding='utf-8')
 
     def tell(self, line: str) -> None:
@@ -270,7 +284,7 @@ def run(variants: list[Variant], options: argparse.Namespace, begun: float, imag
                 continue
             rows.append({**variant.facts, **result})
             longest = max(longest, result['seconds'])
-            with open(options.output / 'ablation.jsonl', 'a', encoding='utf-8') as file:
+            with open(options.output / 'equal_time.jsonl', 'a', encoding='utf-8') as file:
                 print(json.dumps(rows[-1]), file=file)
             print(f'{time.perf_counter() - begun:.0f} s: {result}', flush=True)
     return rows
@@ -296,12 +310,13 @@ def main() -> None:
     begun = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-dir', type=Path, required=True)
-    parser.add_argument('--output', type=Path, default=Path('output/ablation'))
+    parser.add_argument('--output', type=Path, default=Path('output/equal_time'))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--budget', type=float, default=12, help="seconds of training at the variant's rate")
     parser.add_argument('--limit', type=float, default=3600, help='seconds of this program')
     parser.add_argument('--jobs', type=int, default=3, help='trainings side by side')
-    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS), metavar='NAME')
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, metavar='NAME', help='only these')
+    parser.add_argument('--models', action='store_true', help='models instead of choices inside one')
     parser.add_argument('--batch', type=int, default=512)
     parser.add_argument('--workers', type=int, default=4, help='loading processes of a training')
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
@@ -312,14 +327,15 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     keep_images(options.data_dir, options.output)
     images = len(Kept(options.output / 'train.npz'))
-    variants = [Variant(name, sys.argv[1:]) for name in options.variants]
+    names = options.variants or list(MODELS if options.models else ARGUMENTS)
+    variants = [Variant(name, sys.argv[1:]) for name in names]
     try:
         rows = run(measure(variants, begun), options, begun, images)
     finally:
         for variant in variants:
             variant.process.kill()
     text = table(rows)
-    (options.output / 'ablation.md').write_text(text, encoding='utf-8')
+    (options.output / 'equal_time.md').write_text(text, encoding='utf-8')
     print(f'\n{text}', end='')
 
 
