@@ -154,7 +154,7 @@ MODELS = [
     ('vim2_nano_patch4_32', GRID),
     ('vim2_nano_patch4_32', dict(GRID, class_token='head', orders='row')),
     ('vim2_nano_patch4_32', dict(GRID, class_token='double', orders='alternate', conv='1d')),
-    ('vim2_nano_patch4_32', dict(GRID, depth=1, img_size=92, patch_size=4)),  # in chunks
+    ('vim2_nano_patch4_32', dict(GRID, depth=1, img_size=92, orders='both')),  # in chunks
     ('vim_hybrid_tiny_patch4_32', dict(SMALL, num_heads=2)),
 ]
 

@@ -22,8 +22,10 @@ TINY = {  # small versions of every kind of encoder
     'vim_nano_patch4_32': dict(depth=2, embed_dim=32),
     'mae_vim_small_patch16_224': dict(img_size=64, depth=2, embed_dim=32, decoder='vim', **DECODER),
     'vim_tiny_patch16_rope_ape_gap_224': dict(img_size=64, depth=2, embed_dim=32),
-    'mae_vim2_tiny_patch4_32': dict(depth=2, embed_dim=32, d_state=16, decoder='vim2', **DECODER),
-    'mae_vim2_tiny_patch16_224': dict(img_size=64, depth=2, embed_dim=32, d_state=16, class_token='middle', **DECODER),
+    'mae_vim2_tiny_patch4_32': dict(depth=2, embed_dim=32, expand=2, d_state=16, decoder='vim2', **DECODER),
+    'mae_vim2_tiny_patch16_224': dict(
+        img_size=64, depth=2, embed_dim=32, expand=2, d_state=16, class_token='middle', **DECODER
+    ),
     'mae_vim_hybrid_small_patch16_224': dict(img_size=64, depth=2, embed_dim=32, num_heads=2, **DECODER),
     'vim_hybrid_tiny_patch4_32': dict(depth=2, embed_dim=32, num_heads=2),
     'test_vit': dict(img_size=64),

@@ -29,7 +29,7 @@ def test_sizes():
     'arguments, sentence',
     [
         (
-            dict(embed_dim=48, headdim=64),
+            dict(embed_dim=48, headdim=64, expand=2),
             r'headdim 64 does not divide the 96 channels .* use one of \[8, 16, 32, 48, 96\]',
         ),
         (dict(orders='col'), "orders must be 'row', 'column', 'both' or 'alternate', not 'col'"),
@@ -52,7 +52,7 @@ def test_values_that_do_not_fit_are_refused(arguments, sentence):
     [
         dict(orders='row'),
         dict(orders='column', conv='1d'),
-        dict(orders='alternate', conv='none', mlp_ratio=0),
+        dict(orders='both', conv='none', mlp_ratio=0),
         dict(bc_norm=True, rope=True, class_token='middle', global_pool='token'),
         dict(class_token='double', stem='conv'),
     ],

@@ -42,14 +42,14 @@ class VisionMamba2(Trunk):
         class_token: ClassToken = 'none',
         pos_embed: bool = True,
         stem: Literal['patch', 'conv'] = 'patch',
-        d_state: int = 64,
+        d_state: int = 32,
         headdim: int = 64,
-        expand: float = 2,
+        expand: float = 1,
         orders: Literal['row', 'column', 'both', 'alternate'] = 'alternate',
         conv: ConvType = '2d',
         bc_norm: bool = False,
         rope: bool = False,
-        mlp_ratio: float = 2.5,
+        mlp_ratio: float = 4.0,
         norm_eps: float = 1e-5,
         residual_in_fp32: bool = True,
         init_values: Optional[float] = None,
@@ -211,21 +211,21 @@ def _create_vision_mamba2(variant: str, pretrained: bool = False, **kwargs: Any)
 
 @register_model
 def vim2_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba2:
-    """Vision Mamba 2, 6.7M parameters."""
+    """Vision Mamba 2, 7.2M parameters."""
     model_args: Dict[str, Any] = dict(embed_dim=192)
     return _create_vision_mamba2('vim2_tiny_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vim2_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba2:
-    """Vision Mamba 2, 25.7M parameters."""
+    """Vision Mamba 2, 27.7M parameters."""
     model_args: Dict[str, Any] = dict(embed_dim=384)
     return _create_vision_mamba2('vim2_small_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vim2_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba2:
-    """Vision Mamba 2, 98M parameters."""
+    """Vision Mamba 2, 109M parameters."""
     model_args: Dict[str, Any] = dict(embed_dim=768)
     return _create_vision_mamba2('vim2_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
@@ -233,7 +233,7 @@ def vim2_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamb
 @register_model
 def vim2_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionMamba2:
     """Vision Mamba 2 for images of 32 x 32, narrow."""
-    model_args = dict(img_size=32, patch_size=4, embed_dim=96)
+    model_args = dict(img_size=32, patch_size=4, embed_dim=96, expand=2, mlp_ratio=2.5)
     return _create_vision_mamba2('vim2_nano_patch4_32', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
@@ -261,7 +261,7 @@ def vim2_mnist(pretrained: bool = False, **kwargs: Any) -> VisionMamba2:
         embed_dim=128,
         depth=4,
         stem='conv',
-        d_state=32,
+        expand=2,
         mlp_ratio=0,
         head_hidden=64,
         drop_rate=0.1,
@@ -272,5 +272,5 @@ def vim2_mnist(pretrained: bool = False, **kwargs: Any) -> VisionMamba2:
 @register_model
 def test_vim2(pretrained: bool = False, **kwargs: Any) -> VisionMamba2:
     """A small model for timm's tests."""
-    model_args = dict(img_size=160, embed_dim=64, depth=4, dynamic_img_size=True)
+    model_args = dict(img_size=160, embed_dim=64, depth=4, expand=2, mlp_ratio=2.5, dynamic_img_size=True)
     return _create_vision_mamba2('test_vim2', pretrained=pretrained, **dict(model_args, **kwargs))
