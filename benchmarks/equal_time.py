@@ -12,8 +12,8 @@
     4. a training of so many passes for each seed, --jobs side by side: that changes its seconds, not its steps
 
 All variants with the first seed come first. No training begins that would end after --limit seconds of this program.
-Every training appends a line to equal_time.jsonl in --output; failed variants are named and left out. The last lines are
-a table in Markdown: top-1 of the last step, which nobody chose, mean and standard deviation over seeds.
+Every training appends a line to equal_time.jsonl in --output; failed variants are named and left out. The last lines
+are a table in Markdown: top-1 of the last step, which nobody chose, mean and standard deviation over seeds.
 
 Batch 512, AdamW 2e-3, weight decay 0.05, cosine with a tenth of warm-up, crop and flip, mixup 0.2, smoothing 0.1,
 clipping at 1, bfloat16, on a GPU `--cuda-graph`. Variants whose mixer no fused kernel computes (norms, rotary
