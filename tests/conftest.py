@@ -23,7 +23,8 @@ def pytest_configure():
 
 def pytest_collection_modifyitems(items):
     """The tests that take a minute come first: the last of a run on several workers would be waited for."""
-    items.sort(key=lambda item: item.name != 'test_all_of_this_in_the_interpreter')
+    long = 'test_all_of_this_in_the_interpreter', 'test_kernels_compile_within_the_shared_memory_of_every_gpu'
+    items.sort(key=lambda item: item.originalname not in long)
 
 
 @pytest.fixture(autouse=True)

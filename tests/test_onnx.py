@@ -14,7 +14,7 @@ onnxruntime = pytest.importorskip('onnxruntime')
 
 SMALL = dict(embed_dim=32, depth=1, num_classes=10)
 MODELS = {
-    'vim': ('vim_nano_patch4_32', dict(img_size=20)),
+    'vim': ('vim_nano_patch4_32', dict(img_size=28)),
     'one token': ('vim_nano_patch4_32', dict(img_size=4, class_token='none', global_pool='avg')),
     'two tokens': ('vim_nano_patch4_32', dict(img_size=4)),
     'shared': ('vim_nano_patch4_32', dict(img_size=8, scan='shared', norm_layer='layernorm')),

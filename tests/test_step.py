@@ -451,7 +451,7 @@ def cut(flags, path, monkeypatch):
         train.train(train.parse_args(flags))
 
 
-@pytest.mark.parametrize('accum, more', [('1', ''), ('2', ''), ('1', '--data-in-memory')])
+@pytest.mark.parametrize('accum, more', [('1', ''), ('2', '--data-in-memory')])
 def test_a_run_of_recorded_steps_resumes_bit_for_bit(accum, more, tmp_path, monkeypatch):
     """With data in memory the images that a recording sees are of 8 bits, and what becomes of them is a part of it."""
     monkeypatch.setattr(train, 'why_not', lambda *_: '')

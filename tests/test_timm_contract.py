@@ -3,7 +3,6 @@
 import weakref
 
 import families
-import numpy as np
 import pytest
 import timm
 import torch
@@ -80,12 +79,11 @@ def test_no_weight_decay_names_parameters_that_exist(kwargs):
     assert (state & listed) == (set() if kwargs.get('decay_state') else state)
 
 
-@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
 @pytest.mark.parametrize('kwargs', [
     {}, dict(scan='shared', class_token='head'), dict(rope=True, class_token='none', global_pool='avg'),
     dict(dynamic_img_size=True)], ids=str)  # fmt: skip
-def test_compiles_to_one_graph_forward_and_backward(kwargs, backend):
-    families.compiles_to_one_graph_forward_and_backward(families.builder('test_vim', **kwargs), backend)
+def test_compiles_to_one_graph_forward_and_backward(kwargs):
+    families.compiles_to_one_graph_forward_and_backward(families.builder('test_vim', **kwargs), 'aot_eager')
 
 
 @pytest.mark.parametrize('kwargs', [dict(scan='forward', class_token='double'), dict(rope=True)], ids=str)
@@ -122,22 +120,6 @@ def test_a_masked_image_has_its_class_token_in_the_middle_of_what_is_visible():
     assert torch.equal(x[:, [0, 1, 3, 4, 5]], torch.stack([patches[0, keep[0]], patches[1, keep[1]]]))
     with pytest.raises(ValueError, match='rotary'):
         tiny(rope=True).encode(patches, grid, keep)
-
-
-@pytest.mark.parametrize('size', [32, 56])
-def test_onnx_computes_the_same(size, tmp_path):
-    pytest.importorskip('onnxscript')
-    onnxruntime = pytest.importorskip('onnxruntime')
-    model = tiny(img_size=size, depth=2)
-    path = tmp_path / 'model.onnx'
-    torch.onnx.export(
-        model, (images(size),), path, dynamo=True, verbose=False, input_names=['image'],
-        dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=64)},))  # fmt: skip
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    for batch in (1, 3):
-        image = images(size, batch=batch)
-        (logits,) = session.run(None, {'image': image.numpy()})
-        np.testing.assert_allclose(logits, model(image).detach().numpy(), rtol=1e-3, atol=1e-5)
 
 
 def test_a_pool_that_needs_a_class_token_is_refused_without_one():

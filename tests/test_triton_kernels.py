@@ -290,7 +290,7 @@ def test_kernels_are_not_loaded_before_a_gpu_needs_them(tmp_path):
 
 
 @pytest.mark.skipif(INTERPRETER, reason='the interpreter compiles nothing')
-@pytest.mark.parametrize('target', compile_targets.SHARED_KIB)
+@pytest.mark.parametrize('target', [86, 90, 100, 120])  # 80 and 89: as 86, in no less memory
 def test_kernels_compile_within_the_shared_memory_of_every_gpu(target, monkeypatch, capsys):
     pytest.importorskip('triton')
     monkeypatch.setattr(sys, 'argv', ['compile_targets', '--targets', str(target), '--dims', '384'])

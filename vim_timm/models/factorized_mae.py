@@ -410,6 +410,7 @@ _CFG = dict(input_size=(13, 224, 224), first_conv=(), crop_pct=1.0, mean=(0.5,) 
 default_cfgs = generate_default_cfgs(
     {
         'favit_small_patch16_224.untrained': cfg(**_CFG),
+        'test_favit.untrained': cfg(**{**_CFG, 'input_size': (13, 64, 64)}),
         'mae_favit_small_patch16_224.mae': cfg(**_CFG, num_classes=0, classifier=None),
     }
 )
@@ -420,6 +421,13 @@ def favit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Factoriz
     """Factorized attention over 13 channels: 256 wide, 6 blocks, 8 heads."""
     model_args = dict(in_chans=13, embed_dim=256, depth=6, num_heads=8)
     return _create_factorized_vit('favit_small_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_favit(pretrained: bool = False, **kwargs: Any) -> FactorizedViT:
+    """A small model for tests."""
+    model_args = dict(img_size=64, in_chans=13, embed_dim=64, depth=4, num_heads=2)
+    return _create_factorized_vit('test_favit', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
