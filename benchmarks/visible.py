@@ -30,10 +30,12 @@ def encoders(name: str, args: argparse.Namespace, train: bool) -> list[Callable[
     def run(hide: bool) -> None:
         cuda = args.device.startswith('cuda')
         with torch.set_grad_enabled(train), torch.autocast('cuda', torch.bfloat16, enabled=cuda):
-            tokens, grid = model._embed(images)
-            count = grid[0] * grid[1]
-            keep = random_masking(torch.rand(args.batch, count, device=args.device), args.ratio)[0]
-            features = model._encode(tokens, grid, keep) if hide else encoder.forward_features(images)
+            if hide:
+                noise = torch.rand(args.batch, model.num_patches((224, 224)), device=args.device)
+                keep = random_masking(noise, args.ratio)[0]
+                features = model._encode(*model._embed(images, keep), keep)
+            else:
+                features = encoder.forward_features(images)
             if train:
                 encoder.zero_grad()
                 features.float().square().mean().backward()

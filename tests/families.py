@@ -336,8 +336,13 @@ def a_masked_image_is_encoded_where_its_patches_stand(build: Build) -> None:
     visible = torch.stack([every[0, 1::3], every[0, : every[0, 1::3].shape[0]]])
     some, outputs = model.encode(patches, grid, keep=visible, take=(1,))
     assert some.shape == outputs[0].shape == (2, model.num_prefix_tokens + visible.shape[1], model.embed_dim)
+    # nor need what is hidden be embedded
+    embedded, _ = model.embed(images, visible)
+    places = visible[..., None].expand(-1, -1, model.embed_dim)
+    torch.testing.assert_close(embedded, patches.gather(1, places), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.encode(embedded, grid, keep=visible)[0], some, rtol=1e-5, atol=1e-5)
     # what is hidden cannot matter
-    hidden = torch.ones_like(patches).scatter(1, visible[..., None].expand(-1, -1, model.embed_dim), 0.0)
+    hidden = torch.ones_like(patches).scatter(1, places, 0.0)
     assert torch.equal(model.encode(patches + 5 * hidden, grid, keep=visible)[0], some)
     model.train().encode(*model.embed(images), keep=visible)[0].square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.blocks.parameters())

@@ -1,11 +1,15 @@
 """The CPU kernel's inside of a Vision Mamba 2 mixer agrees with plain operators in float64, on every build."""
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels import assert_agrees, error, with_gradients
 from tests.test_ssd import composition, mixer_operands, operands_of, visits_of
-from vim_timm.ops import GridMixer, Ssd, cpu, fused_grid_mixer, symmetric_ssd
+from vim_timm.layers.bissd import BiSSD
+from vim_timm.ops import GridMixer, Ssd, cpu, fused_grid_mixer, symmetric_ssd, use_scan_backend
 from vim_timm.ops.cpu import library
 from vim_timm.ops.plain import ssd as plain
 
@@ -16,6 +20,19 @@ SUMS = ('A_log', 'D', 'delta_bias')  # gradients that are sums of what nearly ca
 # grid, prefix tokens, orders
 LAYOUTS = [((1, 1), 0, 'both'), ((1, 7), 0, 'row'), ((3, 5), 1, 'both'), ((6, 4), 2, 'column'), ((14, 14), 0, 'both')]
 LONG = [((25, 26), 1, 'both'), ((4, 150), 0, 'column')]
+# grid, kept patches, prefix tokens, orders
+MASKED = [
+    ((1, 1), 1, 0, 'both'),
+    ((1, 9), 3, 0, 'row'),
+    ((5, 7), 1, 0, 'column'),
+    ((3, 5), 1, 1, 'both'),
+    ((5, 7), 0, 2, 'both'),
+    ((3, 4), 12, 1, 'both'),
+    ((7, 5), 9, 2, 'column'),
+    ((14, 14), 49, 0, 'both'),
+    ((14, 14), 49, 0, 'column'),
+]
+LONG_MASKED = [((27, 25), 540, 1, 'both')]
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +84,113 @@ def test_the_inside_of_a_mixer_is_that_of_plain_operators(name, grid, prefix, or
     )
 
 
+def kept_of(grid, kept, batch):
+    """Random places (B, kept), ascending, of other patches in each image and at every call."""
+    return torch.rand(batch, grid[0] * grid[1]).argsort(1)[:, :kept].sort(1).values
+
+
+def masked_composition(operands, eps, state, rows, prefix, height, width, keep, law=plain.by_length):
+    """What the fused operator computes of masked images, of plain operators on whole ones, one after the other."""
+    zxbcdt, conv, conv_bias, delta_bias, A_log, D, norm = operands
+    dim, heads, outputs = norm.shape[0], A_log.shape[1], []
+    both = len(A_log) == 2
+    moves = (torch.arange(zxbcdt.shape[1]) >= prefix).float()
+    for row, places in zip(zxbcdt[..., : 2 * dim + 2 * state + heads], keep):
+        z, xbc, delta = row.split([dim, dim + 2 * state, heads], -1)
+        image = xbc.new_zeros(height * width, xbc.shape[1]).index_copy(0, places, xbc[prefix:])
+        image = image.t().reshape(1, -1, height, width)
+        image = F.conv2d(image, conv.view(-1, 1, 3, 3), conv_bias, padding=1, groups=len(conv))
+        alone = xbc[:prefix] * conv[:, 4] + conv_bias
+        xbc = F.silu(torch.cat([alone, image[0].flatten(1).t()[places]]))
+        x, B, C = (t[None] for t in xbc.split([dim, state, state], -1))
+        by_column = sorted(range(len(places)), key=lambda i: (int(places[i]) % width, int(places[i])))
+        columns = torch.tensor([[*range(prefix), *(prefix + i for i in by_column)]])
+        visits = rows, columns if both or not rows else None, moves
+        y = law(Ssd(x.unflatten(-1, (heads, -1)), delta[None], A_log, B, C, D, delta_bias, *visits))
+        outputs.append(F.rms_norm(y.flatten(2), (dim,), norm, eps) * F.silu(z))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize('name', BUILDS)
+@pytest.mark.parametrize('grid, kept, prefix, orders', MASKED + LONG_MASKED, ids=str)
+def test_the_inside_of_a_masked_images_mixer_is_that_of_plain_operators(name, grid, kept, prefix, orders, poison):
+    library.select(name)
+    length = kept + prefix
+    operands = mixer_operands(length, 2 if orders == 'both' else 1, torch.float32, heads=3, headdim=12, state=9)
+    settings = (1e-5, 9, orders != 'column', prefix, *grid)
+    keep = kept_of(grid, kept, 2)
+
+    def fused(*x):
+        return fused_grid_mixer(GridMixer(*x, *settings, keep=keep))
+
+    assert_agrees(
+        fused,
+        lambda *x: masked_composition(x, *settings, keep),
+        dict(zip(GridMixer._fields, operands)),
+        3e-6,
+        sums=SUMS,
+        rounded=lambda *x: masked_composition([t.float() for t in x], *settings, keep),
+        zero=('A_log',) if kept < 2 else (),
+    )
+    with torch.no_grad():  # another form of the sum
+        assert error(fused(*operands), masked_composition([x.double() for x in operands], *settings, keep)) < 1e-5
+
+
+def test_a_whole_image_that_is_masked_nowhere_has_the_same_bits():
+    operands = mixer_operands(16, 2, torch.float32)
+    every = torch.arange(15).expand(2, -1)
+    whole, masked = (cpu.grid_mixer(GridMixer(*operands, *SETTINGS, keep=keep)) for keep in (None, every))
+    assert torch.equal(whole, masked)
+
+
+@pytest.mark.parametrize(
+    'keep, message',
+    [
+        (torch.tensor([[0, 1, 15], [0, 1, 2]]), 'no places of their own on a grid of 3 x 5'),
+        (torch.tensor([[0, 1, 2], [-1, 1, 2]]), 'no places of their own on a grid of 3 x 5'),
+        (torch.tensor([[0, 1, 2], [4, 4, 5]]), 'no places of their own on a grid of 3 x 5'),
+        (torch.tensor([[0, 1, 2]]), r'places of 2 x 3 tokens on a grid are not torch.int64 \[1, 3\] on cpu'),
+        (torch.tensor([[0, 1], [0, 1]]), 'places of 2 x 3 tokens'),
+        (torch.tensor([[0, 1, 2], [0, 1, 2]]).int(), 'are not torch.int32'),
+    ],
+    ids=str,
+)
+def test_places_that_are_none_of_a_grid_are_refused(keep, message):
+    operands = mixer_operands(4, 2, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        cpu.grid_mixer(GridMixer(*operands, *SETTINGS, keep=keep))
+    grad, (x, taps) = torch.randn(2, 4, 5), (torch.randn(2, 4, 5), torch.randn(9, 5))
+    with pytest.raises(ValueError, match=message):
+        torch.ops.vim_timm.cpu_grid_conv_backward(grad, x, taps, None, 1, 3, 5, keep)
+
+
+@pytest.mark.parametrize('orders', ['both', 'alternate'])
+def test_a_masked_image_takes_the_fused_operator(orders, monkeypatch):
+    model = timm.create_model('vim2_tiny_patch4_32', depth=2, embed_dim=64, num_classes=0, orders=orders)
+    images, keep = torch.randn(2, 3, 32, 32), kept_of((8, 8), 16, 2)
+    monkeypatch.setattr(BiSSD, '_convolve', lambda *_: pytest.fail('the mixer is composed'))
+    fused = model.encode(*model.embed(images, keep), keep)[0]
+    fused.square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.blocks.named_parameters()}
+    monkeypatch.undo()
+    model.double().zero_grad()
+    with use_scan_backend('reference'):
+        composed = model.encode(*model.embed(images.double(), keep), keep)[0]
+    composed.square().mean().backward()
+    assert error(fused, composed) < 1e-5
+    assert all(error(gradients[name], p.grad) < 1e-3 for name, p in model.blocks.named_parameters())
+
+
+def test_a_masked_image_counts_as_the_whole_one_on_every_backend():
+    model = timm.create_model('vim2_tiny_patch4_32', depth=1, embed_dim=64, num_classes=0)
+    images, keep, found = torch.randn(2, 3, 32, 32), kept_of((8, 8), 16, 2), []
+    for backend in ('auto', 'reference'):
+        with use_scan_backend(backend), FlopCounterMode(display=False) as counter:
+            model.encode(*model.embed(images, keep), keep)[0].sum().backward()
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 0
+
+
 @pytest.mark.parametrize('learns', [False, True])
 def test_a_steep_step_leaves_the_smaller_ones_exact(learns):
     heads, headdim, state, grid = 2, 16, 16, (3, 11)
@@ -85,13 +209,15 @@ def test_a_steep_step_leaves_the_smaller_ones_exact(learns):
 SETTINGS = (1e-5, 16, True, 1, 3, 5)
 
 
-def test_threads_change_no_bit():
+@pytest.mark.parametrize('masked', [False, True])
+def test_threads_change_no_bit(masked):
+    keep = torch.arange(15).expand(3, -1) if masked else None
     given = dict(zip(GridMixer._fields, mixer_operands(16, 2, torch.float32, batch=3)))
     before, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(with_gradients(lambda *x: cpu.grid_mixer(GridMixer(*x, *SETTINGS)), given))
+            found.append(with_gradients(lambda *x: cpu.grid_mixer(GridMixer(*x, *SETTINGS, keep)), given))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one[name], found[0][name]) for one in found for name in one)
@@ -103,7 +229,7 @@ def test_two_byte_tensors_are_computed_in_float32(dtype):
     assert fused_grid_mixer(GridMixer(*given.values(), *SETTINGS)).dtype == dtype
     given['out_proj'] = torch.randn(7, 32).to(dtype) / 5
     assert_agrees(
-        lambda *x: fused_grid_mixer(GridMixer(*x[:-1], *SETTINGS, x[-1])),
+        lambda *x: fused_grid_mixer(GridMixer(*x[:-1], *SETTINGS, out_proj=x[-1])),
         lambda *x: torch.nn.functional.linear(composition(x[:-1], *SETTINGS), x[-1]),
         given,
         5e-3,
@@ -123,7 +249,7 @@ def test_gradients_of_another_shape_are_refused():
     x, taps, bias = torch.randn(2, 7, 5), torch.randn(9, 5), torch.randn(5)
     operators, short = torch.ops.vim_timm, torch.randn(2, 6, 5)
     for call in (
-        lambda: operators.cpu_grid_conv_backward(short, x, taps, bias, 1, 2, 3),
+        lambda: operators.cpu_grid_conv_backward(short, x, taps, bias, 1, 2, 3, None),
         lambda: operators.cpu_gated_norm_backward(short, x, bias, x, 1e-5),
         lambda: operators.cpu_rms_norm_backward(short, x, bias, 1e-5),
     ):
@@ -136,9 +262,13 @@ def test_operators_pass_opcheck():
     x, taps, bias, z = torch.randn(2, 7, 5), torch.randn(9, 5), torch.randn(5), torch.randn(2, 7, 5)
     s, dt, scores = torch.rand(2, 2, 3, 7), torch.rand(2, 3, 7), torch.randn(2, 7, 7)
     for name, operands in (
-        ('cpu_grid_conv', (x, taps, bias, 1, 2, 3)),
+        ('cpu_grid_conv', (x, taps, bias, 1, 2, 3, None)),
+        ('cpu_grid_conv', (x, taps, bias, 3, 2, 3, torch.tensor([[0, 1, 3, 5], [1, 2, 3, 4]]))),
         ('cpu_decayed', (scores, s, dt)),
         ('cpu_gated_norm', (x, bias, z, 1e-5)),
     ):
-        leaves = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) else t for t in operands]
+        leaves = [t.clone() if isinstance(t, torch.Tensor) else t for t in operands]
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+                leaf.requires_grad_()
         torch.library.opcheck(getattr(torch.ops.vim_timm, name).default, tuple(leaves), test_utils=tests)

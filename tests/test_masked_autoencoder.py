@@ -87,13 +87,13 @@ def test_the_originals_predictions_loss_and_gradients(path):
 @pytest.mark.parametrize('path', WHOLE, ids=lambda path: path.stem)
 def test_the_originals_features_in_scan_order(path):
     model, arrays, _ = original(path)
-    tokens, grid = model._embed(torch.from_numpy(arrays['input']).double())
     noise = torch.from_numpy(arrays['noise'])
     keep, _ = random_masking(noise, model.mask_ratio)
     latent = torch.from_numpy(arrays['latent'])
     by_noise = noise.argsort(dim=1)[:, : keep.shape[1]]
     in_order = take_tokens(latent[:, 1:], by_noise.argsort(dim=1))
-    close(model._encode(tokens, grid, keep), torch.cat([latent[:, :1], in_order], dim=1).numpy())
+    visible = model._embed(torch.from_numpy(arrays['input']).double(), keep)
+    close(model._encode(*visible, keep), torch.cat([latent[:, :1], in_order], dim=1).numpy())
 
 
 @pytest.mark.parametrize('case', LOSSES)
@@ -174,9 +174,9 @@ def test_the_encoder_sees_visible_tokens_in_scan_order(monkeypatch):
 def test_all_tokens_visible_is_the_plain_encoder():
     model = make('mae_vim_tiny_patch4_32').double().eval()
     x = images(model).double()
-    patches, grid = model._embed(x)
     everything = torch.arange(64).expand(2, -1)
-    assert torch.allclose(model._encode(patches, grid, everything), model.forward_features(x), atol=1e-12)
+    visible = model._embed(x, everything)
+    assert torch.allclose(model._encode(*visible, everything), model.forward_features(x), atol=1e-12)
 
 
 def test_sizes_channels_and_learned_positions():

@@ -59,10 +59,12 @@ def operands_of(operator, dtype, length):
         return Ssd(x, steps, draw(1, 2), rows(16), rows(16), draw(2), draw(2))
     if operator == 'grid_conv':
         return GridConv(rows(32), draw(32, 9), draw(32), 1, length - 1, 1)
-    if operator == 'grid_mixer':
+    if operator in ('grid_mixer', 'masked_grid_mixer'):
         inside = 32 + 2 * 16  # two heads of 16 channels, d_state 16
         parameters = draw(inside, 9), draw(inside), draw(2), draw(1, 2), draw(2), draw(32)
-        return GridMixer(rows(2 * 32 + 2 * 16 + 2), *parameters, 1e-5, 16, True, 1, length - 1, 1)
+        keep = torch.arange(1, length).expand(2, -1) if operator == 'masked_grid_mixer' else None
+        height = length - 1 if keep is None else length
+        return GridMixer(rows(2 * 32 + 2 * 16 + 2), *parameters, 1e-5, 16, True, 1, height, 1, keep)
     if operator == 'swiglu':
         products = draw(6, channels, narrow=True), draw(6, narrow=True), draw(5, 3, narrow=True), draw(5, narrow=True)
         return SwiGlu(rows(channels), *products)
@@ -76,7 +78,8 @@ def results(operator, backend, operands):
     outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y is not None]
     flat = operands.flat() if hasattr(operands, 'flat') else operands
     weights = [torch.ones_like(y) for y in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, [x for x in flat if isinstance(x, torch.Tensor)], weights)]
+    learning = [x for x in flat if isinstance(x, torch.Tensor) and x.requires_grad]
+    return [*outputs, *torch.autograd.grad(outputs, learning, weights)]
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
@@ -107,7 +110,11 @@ def test_inference_mode_gives_the_same_bits(operator, backend):
         expected = output()
     with torch.inference_mode():
         assert torch.equal(output(), expected)
-    if backend == 'cpu' and operator in ('ssd', 'grid_mixer'):  # two forms of one sum, see `ops.cpu.ssd`
+    if backend == 'cpu' and operator in (
+        'ssd',
+        'grid_mixer',
+        'masked_grid_mixer',
+    ):  # two forms of one sum, see `ops.cpu.ssd`
         torch.testing.assert_close(learning, expected, rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(learning, expected)

@@ -314,7 +314,7 @@ def test_fused_kernels_project_as_torch_does(grid, prefix, orders, dtype, triton
     operands = mixer_operands(length, 2 if orders == 'both' else 1, dtype, batch=1)
     given = {**dict(zip(GridMixer._fields, operands)), 'out_proj': (draw(7, 32) / 5).to(dtype)}
     assert_agrees(
-        lambda *operands: fused_grid_mixer(GridMixer(*operands[:-1], *settings, operands[-1])),
+        lambda *operands: fused_grid_mixer(GridMixer(*operands[:-1], *settings, out_proj=operands[-1])),
         lambda *operands: F.linear(composition(operands[:-1], *settings), operands[-1]),
         given,
         2 * TOLERANCE[dtype],

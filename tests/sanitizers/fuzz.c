@@ -150,7 +150,9 @@ static void fuzz_gated_norm(void) {
 
 static void fuzz_grid_conv(void) {
     GridConvolution conv = {.batch = pick(1, 3), .prefix = pick(0, 2), .height = pick(1, 6), .width = pick(1, 6)};
-    int64_t length = conv.prefix + conv.height * conv.width, channels = pick(1, 70);
+    int64_t places = conv.height * conv.width, channels = pick(1, 70), keep[3 * 36];
+    conv.kept = pick(0, 1) ? -1 : pick(0, places);
+    int64_t length = conv.prefix + (conv.kept < 0 ? places : conv.kept);
     conv.channels = channels;
     conv.silu = pick(0, 1);
     conv.threads = pick(1, 3);
@@ -160,7 +162,15 @@ static void fuzz_grid_conv(void) {
     conv.taps = fresh(9 * channels);
     conv.bias = pick(0, 1) ? fresh(channels) : NULL;
     conv.grad_taps = fresh(10 * channels);
+    conv.keep = keep;
+    for (int64_t b = 0; b < conv.batch; b++)  /* kept of `places` in order, each as likely */
+        for (int64_t place = 0, k = 0; k < conv.kept; place++)
+            if (pick(1, places - place) <= conv.kept - k) keep[b * conv.kept + k++] = place;
     if (ENTRY(grid_conv_forward)(&conv) || ENTRY(grid_conv_backward)(&conv)) abort();
+    if (conv.kept > 0) {
+        keep[pick(0, conv.batch * conv.kept - 1)] = pick(0, 1) ? places : -1;
+        if (ENTRY(grid_conv_forward)(&conv) != 1 || ENTRY(grid_conv_backward)(&conv) != 1) abort();
+    }
     release();
 }
 

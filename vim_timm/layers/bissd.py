@@ -144,7 +144,7 @@ class BiSSD(StateSpaceMixer):
     def _fused(self, zxbcdt_BLE: torch.Tensor, layout: Layout) -> Optional[torch.Tensor]:
         """What `forward` makes of in_proj's output, in fused kernels; None where none can."""
         conv, first = self.conv2d, len(layout.prefix)
-        if conv is None or self.b_norm is not None or self.rope or layout.keep is not None:
+        if conv is None or self.b_norm is not None or self.rope:
             return None
         if layout.prefix != list(range(first)) or not is_plain_depthwise(conv, 1) or conv.kernel_size != (3, 3):
             return None
@@ -167,6 +167,7 @@ class BiSSD(StateSpaceMixer):
                 first,
                 layout.grid[0],
                 layout.grid[1],
+                layout.keep,
                 None if out_proj is None else out_proj.weight,
             )
         )

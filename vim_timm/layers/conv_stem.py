@@ -2,12 +2,13 @@
 
 import math
 from collections import OrderedDict
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
 from timm.layers import LayerNorm2d
 
+from vim_timm.layers.masking import take_tokens
 from vim_timm.layers.patch_embed import PatchEmbed, Size, as_tokens, check_channels, check_matches, check_tiled
 
 # they decide by a tensor or its size, which a tracer has not
@@ -56,11 +57,12 @@ class ConvStem(PatchEmbed):
     def _resample_patches(self, patch_size: Tuple[int, int]) -> None:
         raise ValueError(f"stem 'conv' has patches of {self.patch_size[0]}, which cannot be resampled to {patch_size}")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, keep: Optional[torch.Tensor] = None) -> torch.Tensor:
         check_channels(x, self.in_chans)
         if self.strict_img_size:
             check_matches(x.shape[2], x.shape[3], self.img_size)
         else:
             check_tiled(x.shape[2], self.patch_size[0], self.stride[0])
             check_tiled(x.shape[3], self.patch_size[1], self.stride[1])
-        return as_tokens(self.proj(self.convs(x)))
+        tokens = as_tokens(self.proj(self.convs(x)))
+        return tokens if keep is None else take_tokens(tokens, keep)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, resample_patch_embed, to_2tuple
 
 from vim_timm.layers.autocast import as_product_operand
+from vim_timm.layers.masking import take_tokens
 from vim_timm.layers.plain import is_plain
 
 Size = Union[int, Tuple[int, int]]
@@ -61,19 +62,26 @@ def as_tokens(x: torch.Tensor) -> torch.Tensor:
 
 
 @register_notrace_function
-def embed_patches(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """Disjoint patches (B, C, H, W) -> (B, M, D) by weight (D, C, P, Q): a convolution, on a GPU as a matrix product.
+def embed_patches(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], keep: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """Disjoint patches (B, C, H, W) -> (B, M, D) by weight (D, C, P, Q), or those at `keep` (B, K) alone.
 
-    cuDNN's convolution of this shape takes ten times as long as the product.
+    A convolution, but of some patches, and on a GPU, a matrix product: cuDNN's convolution of this shape takes ten
+    times as long.
     """
-    if x.device.type != 'cuda':
+    if x.device.type != 'cuda' and keep is None:
         return as_tokens(F.conv2d(x, weight, bias, stride=weight.shape[2:]))
     patch, chans = weight.shape[2:], x.shape[1]
     rows, columns = x.shape[2] // patch[0], x.shape[3] // patch[1]
     x = x[:, :, : rows * patch[0], : columns * patch[1]]
     x = x.reshape(-1, chans, rows, patch[0], columns, patch[1]).permute(0, 2, 4, 1, 3, 5)
+    count = rows * columns
+    if keep is not None:
+        images = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+        x, count = x[images, keep // columns, keep % columns], keep.shape[1]
     x = as_product_operand(x)  # one copy that permutes and casts
-    return F.linear(x.reshape(-1, rows * columns, chans * patch[0] * patch[1]), weight.flatten(1), bias)
+    return F.linear(x.reshape(-1, count, chans * patch[0] * patch[1]), weight.flatten(1), bias)
 
 
 class PatchEmbed(nn.Module):
@@ -190,7 +198,8 @@ class PatchEmbed(nn.Module):
         plain = is_plain(proj) and tuple(proj.stride) == proj.kernel_size == self.patch_size
         return plain and proj.padding == (0, 0) and proj.dilation == (1, 1) and proj.groups == 1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, keep: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Tokens of all patches, or of those at the row-major places `keep` (B, K) alone, (B, K, D)."""
         height, width = x.shape[2], x.shape[3]
         if self.strict_img_size:
             check_matches(height, width, self.img_size)
@@ -209,5 +218,6 @@ class PatchEmbed(nn.Module):
             )
         if not torch.jit.is_scripting():
             if self._is_patchwise():
-                return embed_patches(x, self.proj.weight, self.proj.bias)
-        return as_tokens(self.proj(x))
+                return embed_patches(x, self.proj.weight, self.proj.bias, keep)
+        tokens = as_tokens(self.proj(x))
+        return tokens if keep is None else take_tokens(tokens, keep)

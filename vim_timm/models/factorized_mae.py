@@ -83,7 +83,7 @@ class ChannelPatchEmbed(PatchEmbed):
         super().init_weights()
         nn.init.zeros_(self.pad_value)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         batch, channels, height, width = x.shape
         if self.strict_img_size:
             check_matches(height, width, self.img_size)
@@ -179,7 +179,7 @@ class FactorizedViT(Trunk):
         """The class tokens."""
         return {'cls_token'}
 
-    def embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, int]]:
+    def embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, int]]:  # type: ignore[override]
         """Images (B, C, H, W) -> patches (B, C, M, D) with their positions, and the grid of a channel's patches."""
         check_channels(x, self.in_chans)
         grid = self.patch_embed.grid_size

@@ -167,13 +167,13 @@ class MaskedAutoencoder(nn.Module):
             ValueError: no patch is visible, or x or noise has another size.
         """
         check_channels(x, self.in_chans)
-        patches, grid = self._embed(x)
-        count = grid[0] * grid[1]
+        count = self.num_patches((x.shape[2], x.shape[3]))
         noise = self.draw_noise(x, count) if noise is None else noise
         if tuple(noise.shape) != (x.shape[0], count):
             raise ValueError(f'noise is {tuple(noise.shape)}, not {(x.shape[0], count)}, a number for each patch')
         keep, mask = random_masking(noise, self.mask_ratio)
-        return self.decoder(self._encode(patches, grid, keep), keep, grid), mask
+        tokens, grid = self._embed(x, keep)
+        return self.decoder(self._encode(tokens, grid, keep), keep, grid), mask
 
     def num_patches(self, size: Tuple[int, int]) -> int:
         """Patches L of an image of size (H, W), each of which has a number of noise and a row of the prediction."""
@@ -190,23 +190,22 @@ class MaskedAutoencoder(nn.Module):
         generator = torch.Generator('cpu').manual_seed(EVAL_SEED)
         return torch.rand(x.shape[0], count, generator=generator, dtype=torch.float32, device='cpu').to(x.device)
 
-    def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, Grid]:
-        """Images -> tokens with positions, of timm's models with prefix tokens, and the grid of patches."""
+    def _embed(self, x: torch.Tensor, keep: torch.Tensor) -> Tuple[torch.Tensor, Grid]:
+        """Images -> kept tokens with positions, of timm's models behind prefix tokens, and the grid of all patches."""
         if self.has_trunk:
-            return self.encoder.embed(x)
+            return self.encoder.embed(x, keep)
         embed = self.encoder.patch_embed
         grid = embed.grid_size
         if self.encoder.dynamic_img_size:
             grid = embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        return self.encoder._pos_embed(embed(x)), grid
+        tokens, prefix = self.encoder._pos_embed(embed(x)), self.encoder.num_prefix_tokens
+        return torch.cat([tokens[:, :prefix], take_tokens(tokens[:, prefix:], keep)], dim=1), grid
 
     def _encode(self, tokens: torch.Tensor, grid: Grid, keep: torch.Tensor) -> torch.Tensor:
-        """The embedded tokens that are kept -> normalized features (B, prefix + K, D)."""
+        """What `_embed` returns -> normalized features (B, prefix + K, D)."""
         encoder = self.encoder
         if self.has_trunk:
             return encoder.norm(encoder.encode(tokens, grid, keep)[0])
-        prefix = encoder.num_prefix_tokens
-        tokens = torch.cat([tokens[:, :prefix], take_tokens(tokens[:, prefix:], keep)], dim=1)
         x = encoder.norm_pre(tokens)
         x = checkpoint_seq(encoder.blocks, x) if encoder.grad_checkpointing else encoder.blocks(x)
         return encoder.norm(x)

@@ -14,6 +14,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 
 from vim_timm.layers.block import Block
+from vim_timm.layers.masking import take_tokens
 from vim_timm.layers.norm import at_least_float32
 from vim_timm.layers.patch_embed import PatchEmbed, Size
 from vim_timm.layers.pos_embed import resample_pos_embed
@@ -273,12 +274,16 @@ class Trunk(nn.Module):
             info['reduction'] = self.patch_embed.feat_ratio()
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
-    def embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, int]]:
-        """Images (B, C, H, W) -> patches (B, M, D) with their position embedding, row-major, and their grid."""
+    def embed(self, x: torch.Tensor, keep: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, Tuple[int, int]]:
+        """Images (B, C, H, W) -> patches (B, M, D) with their position embedding, row-major, and the grid of all.
+
+        Args:
+            keep: Row-major indices (B, K) of the patches that are wanted, (B, K, D); None for all.
+        """
         grid = self.patch_embed.grid_size
         if self.dynamic_img_size:
             grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        x = self.patch_embed(x)
+        x = self.patch_embed(x) if keep is None else self.patch_embed(x, keep)
         pos_embed = self.pos_embed
         if pos_embed is not None:
             if self.dynamic_img_size:
@@ -288,7 +293,10 @@ class Trunk(nn.Module):
                     old_size=[self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]],
                     num_prefix_tokens=self.num_prefix_tokens,
                 )
-            x = x + pos_embed[:, self.num_prefix_tokens :]
+            positions = pos_embed[:, self.num_prefix_tokens :]
+            if keep is not None:
+                positions = take_tokens(positions.expand(x.shape[0], -1, -1), keep)
+            x = x + positions
         return x, grid
 
     def encode(
@@ -301,7 +309,7 @@ class Trunk(nn.Module):
         """Embedded patches through the blocks.
 
         Args:
-            patches: What `embed` returns, (B, M, D).
+            patches: What `embed` returns, (B, M, D), or of the patches in `keep` alone (B, K, D).
             grid: The grid of all patches.
             keep: Row-major indices (B, K), ascending, of the patches that a masked autoencoder leaves visible; None
                 for all. The class token then stands in the middle of what is visible.
@@ -338,8 +346,8 @@ class Trunk(nn.Module):
             x, grid = self.embed(x)
         else:
             grid = patch_grid
-        if keep is not None:
-            x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        if keep is not None and x.shape[1] != keep.shape[1]:
+            x = take_tokens(x, keep)
         layout = Layout(grid, prefix_places(self.class_token, x.shape[1]), keep)
         x = self._with_prefix(x)
         x = self.pos_drop(x)

@@ -132,7 +132,10 @@ class GridConv(NamedTuple):
 
 
 class GridMixer(NamedTuple):
-    """Operands of `ops.fused_grid_mixer`: the inside of a Vision Mamba 2 mixer, whose tokens are a whole grid."""
+    """Operands of `ops.fused_grid_mixer`: the inside of a Vision Mamba 2 mixer, whose tokens are a grid.
+
+    Row-major; of a masked image they are some of the grid's, and the convolution sees zeros elsewhere.
+    """
 
     zxbcdt: Tensor  # in_proj's output (B, L, 2 D + 2 N + H), and what pads a row
     conv: Tensor  # 3 x 3 taps (D + 2 N, 9)
@@ -147,6 +150,7 @@ class GridMixer(NamedTuple):
     prefix: int  # tokens before the grid
     height: int
     width: int
+    keep: Optional[Tensor] = None  # places (B, L - prefix) int64 of the tokens on the grid, ascending; None for all
     out_proj: Optional[Tensor] = None  # (C, D)
 
 

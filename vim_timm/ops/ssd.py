@@ -68,7 +68,8 @@ def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
     """RMSNorm(ssd) * SiLU(z), then out_proj if given; ssd is `symmetric_ssd` of SiLU(conv(x, B, C)) for zxbcdt =
     [z, x, B, C, delta].
 
-    The depthwise 3 x 3 convolution is on the grid; a token before the grid meets the middle tap alone.
+    The depthwise 3 x 3 convolution is on the grid; a token before the grid meets the middle tap alone. Of a masked
+    image it sees the patches that are there among zeros, and the orders visit them alone.
 
     Args:
         mixer: See `operands.GridMixer`; out_proj is cast to zxbcdt's dtype.
@@ -78,12 +79,13 @@ def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
         be composed of convolution, `symmetric_ssd` and norm.
 
     Raises:
-        ValueError: a backend computes it, and the tokens are no such grid.
+        ValueError: a backend computes it, and the tokens are no such grid, or places of them are twice or not on it.
         RuntimeError: a forced backend cannot run.
     """
     if mixer.out_proj is not None:
         mixer = mixer._replace(out_proj=mixer.out_proj.to(mixer.zxbcdt.dtype))
-    return _run_if_there('grid_mixer', mixer, mixer.zxbcdt)
+    operator = 'grid_mixer' if mixer.keep is None else 'masked_grid_mixer'
+    return _run_if_there(operator, mixer, mixer.zxbcdt)
 
 
 def _run_if_there(operator: str, operands: Any, x: Tensor) -> Optional[Tensor]:
