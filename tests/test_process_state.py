@@ -110,11 +110,8 @@ def test_inference_mode_gives_the_same_bits(operator, backend):
         expected = output()
     with torch.inference_mode():
         assert torch.equal(output(), expected)
-    if backend == 'cpu' and operator in (
-        'ssd',
-        'grid_mixer',
-        'masked_grid_mixer',
-    ):  # two forms of one sum, see `ops.cpu.ssd`
+    two_forms = ('ssd', 'grid_mixer', 'masked_grid_mixer')  # of one sum, see `ops.cpu.ssd`
+    if backend == 'cpu' and operator in two_forms:
         torch.testing.assert_close(learning, expected, rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(learning, expected)
