@@ -38,29 +38,28 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# name -> arguments of vim2_tiny_patch4_32; the defaults are alternating orders, 64 states, 12 mixers with a SwiGLU each
+# name -> arguments of vim2_tiny_patch4_32; the defaults are alternating orders, 32 states, 12 mixers as wide as the
+# tokens with a SwiGLU of four times their width each
 ARGUMENTS = {
     'as registered': '',
     'both orders': 'orders=both',
     'one order: rows': 'orders=row',
-    '32 states': 'd_state=32',
+    '64 states': 'd_state=64',
     '128 states': 'd_state=128',
-    'expand 1, SwiGLU 3.5': 'expand=1 mlp_ratio=3.5',
-    'expand 1, SwiGLU 3.5, heads of 32': 'expand=1 mlp_ratio=3.5 headdim=32',
-    'expand 1, SwiGLU 4, 32 states': 'expand=1 mlp_ratio=4 d_state=32',
+    'heads of 32': 'headdim=32',
+    'expand 2, SwiGLU 2.5, 64 states': 'expand=2 mlp_ratio=2.5 d_state=64',
     'expand 1.5, SwiGLU 3, heads of 32': 'expand=1.5 mlp_ratio=3 headdim=32',
     'convolutional stem': 'stem=conv',
     'B and C normed': 'bc_norm=True',
     'B and C rotary': 'rope=True',
     'B and C normed and rotary': 'bc_norm=True rope=True',
-    '24 mixers, no SwiGLU': 'depth=24 mlp_ratio=0',
+    '24 mixers, no SwiGLU': 'depth=24 expand=2 mlp_ratio=0',
     '1-d convolution of width 7': 'conv=1d',
 }
 # name -> options of the training
 MODELS = {
     'vim_tiny_patch4_32': '--model vim_tiny_patch4_32',
     'vim2_tiny_patch4_32': '--model vim2_tiny_patch4_32',
-    'vim2_tiny_patch4_32, 128 wide': '--model vim2_tiny_patch4_32 --model-kwargs embed_dim=128',
     'vim_hybrid_tiny_patch4_32': '--model vim_hybrid_tiny_patch4_32',
     'deit_tiny_patch16_224, patch 4': '--model deit_tiny_patch16_224 --img-size 32 --model-kwargs patch_size=4',
     'efficientvim_m1': '--model efficientvim_m1 --img-size 32',
