@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 import zipfile
 
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import Python, finish
 from timm.data import create_transform
 
 from vim_timm import data, train, validate
@@ -315,5 +315,4 @@ def main(words):
 
 sys.exit(run(main, 'x') != 2)
 """
-    result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
-    assert len(result.stderr.splitlines()) == 1
+    assert len(finish([Python(program, output=tmp_path / 'said')]).splitlines()) == 1

@@ -349,14 +349,12 @@ def test_a_stream_that_breaks_ends_the_run_in_a_sentence():
 
 def test_a_run_on_a_full_disk_ends_in_a_sentence(tmp_path):
     """A limit on the size of a file stands for the full disk: the checkpoint is over it, the logs are not."""
-    resource = pytest.importorskip('resource')
-    command = [sys.executable, '-m', 'vim_timm.train', *BASE.split(), '--output', str(tmp_path), '--experiment', 'a']
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=200,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
-    )  # fmt: skip
-    assert result.returncode == 3 and 'Traceback' not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].endswith(f'error: File too large: {tmp_path}/a/last.pth.tar')
+    pytest.importorskip('resource')
+    limited = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000));' + TRAIN
+    flags = [*BASE.split(), '--output', str(tmp_path), '--experiment', 'a']
+    status, output = Python(limited, *flags, output=tmp_path / 'said').wait()
+    assert status == 3 and 'Traceback' not in output
+    assert output.splitlines()[-1].endswith(f'error: File too large: {tmp_path}/a/last.pth.tar')
     assert sorted(os.listdir(tmp_path / 'a')) == ['args.yaml', 'summary.csv', 'summary.json']
 
 

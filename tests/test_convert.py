@@ -4,14 +4,13 @@ import argparse
 import math
 import os
 import pickle
-import subprocess
-import sys
 from inspect import signature
 
 import golden_data
 import pytest
 import timm
 import torch
+from processes import Python, finish
 from safetensors import safe_open
 
 import vim_timm  # noqa: F401  registers the models
@@ -281,12 +280,10 @@ class TestBadInput:
 
 def test_command_line(deit_file, tmp_path):
     path = tmp_path / 'out.safetensors'
-    run = subprocess.run(
-        [sys.executable, '-m', 'vim_timm.hub.convert', deit_file, path], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert '7,148,008 parameters' in run.stdout
-    assert os.listdir(tmp_path) == ['out.safetensors']
+    code = "import runpy; runpy.run_module('vim_timm.hub.convert', run_name='__main__')"
+    said = finish([Python(code, str(deit_file), str(path), output=tmp_path / 'said')])
+    assert '7,148,008 parameters' in said
+    assert sorted(os.listdir(tmp_path)) == ['out.safetensors', 'said']
 
 
 @pytest.mark.parametrize('patches', [16, 28 * 28])

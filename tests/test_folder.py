@@ -62,14 +62,10 @@ def test_numbers_of_classes_that_tie_in_natural_order_do_not_depend_on_the_hash_
         'import sys; from vim_timm.data.folder import Images;'
         f'print(list(Images({str(tmp_path)!r}, {{".png"}}).class_to_idx))'
     )
-    orders = {
-        subprocess.run(
-            [sys.executable, '-c', program], env={**os.environ, 'PYTHONHASHSEED': str(seed)}, capture_output=True,
-            check=True,
-        ).stdout
-        for seed in (0, 1)
-    }  # fmt: skip
-    assert orders == {f'{["001", "01", "1", "A", "a", "B9", "b10", "²", "Ä", "ä"]}\n'.encode()}
+    other = {**os.environ, 'PYTHONHASHSEED': '1' if os.environ.get('PYTHONHASHSEED') != '1' else '0'}  # than here
+    there = subprocess.run([sys.executable, '-c', program], env=other, capture_output=True, check=True).stdout
+    order = ['001', '01', '1', 'A', 'a', 'B9', 'b10', '²', 'Ä', 'ä']
+    assert list(Images(str(tmp_path), PNG).class_to_idx) == order and there == f'{order}\n'.encode()
 
 
 def test_files_that_tie_in_natural_order_have_one_order(tmp_path):

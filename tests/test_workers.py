@@ -5,12 +5,12 @@ import importlib
 import os
 import pickle
 import signal
-import subprocess
 import sys
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from processes import TRAIN, Python
 from torch.utils.data import DataLoader, IterableDataset
 
 from vim_timm import train
@@ -144,15 +144,13 @@ def test_batches_are_in_shared_memory_before_they_are_handed_over():
 
 
 def test_a_run_without_descriptors_ends_in_the_sentence_alone(tmp_path):
-    resource = pytest.importorskip('resource')
-    command = [sys.executable, '-m', 'vim_timm.train', *'--dataset digits --model test_vit --img-size 32'.split()]
-    command += [*'--in-chans 1 --workers 2 --batch-size 64 --epochs 2 --device cpu --output'.split(), str(tmp_path)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=200,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16)),
-    )  # fmt: skip
-    assert result.returncode == 3 and SENTENCE in result.stderr
-    assert 'Traceback' not in result.stderr and result.stderr.count('rror:') == 1
+    pytest.importorskip('resource')
+    limited = 'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16));' + TRAIN
+    flags = '--dataset digits --model test_vit --img-size 32 --in-chans 1 --workers 2 --batch-size 64 --epochs 2'
+    flags = [*flags.split(), '--device', 'cpu', '--output', str(tmp_path)]
+    status, output = Python(limited, *flags, output=tmp_path / 'said').wait()
+    assert status == 3 and SENTENCE in output
+    assert 'Traceback' not in output and output.count('rror:') == 1
 
 
 @pytest.mark.parametrize('samples, ranks, workers', [(10, 3, 1), (10, 2, 2), (3, 2, 1), (8, 2, 2), (1, 2, 1)])
