@@ -158,7 +158,8 @@ class TestTraining:
 
     @pytest.mark.parametrize(('model', 'decoder'), [('mae_vim_tiny', 'vim'), ('mae_vim2_tiny', 'vim2')])
     def test_a_named_autoencoder_implies_it(self, model, decoder, tmp_path):
-        named = [flag.replace('vim_nano', model) for flag in ADAM if flag != '--mae'] + ['--decoder', decoder]
+        wide = [flag.replace('vim_nano', model).replace('embed_dim=32', 'embed_dim=64') for flag in ADAM]
+        named = [flag for flag in wide if flag != '--mae'] + ['--decoder', decoder]
         folder = pretrain(tmp_path, 'a', '--epochs', '1', base=named)
         assert load(tmp_path, 'a')['args']['mae'] and (folder / 'reconstruction.png').exists()
         assert validate.main(['--checkpoint', str(folder / 'last.pth.tar'), '--workers', '0', '--device', 'cpu']) == 0
