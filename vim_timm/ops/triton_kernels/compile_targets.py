@@ -124,7 +124,7 @@ def compile_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: tor
     zxbcdt = torch.empty([2, side * side, width], dtype=dtype, device='meta')
     shapes = ([dim + 2 * state, 9], [dim + 2 * state], [heads], [2, heads], [heads], [dim])
     given: Any = [torch.empty(shape, device='meta') for shape in shapes]
-    given += [1e-5, state, True, 0, side, side, torch.empty([dim // 2, dim], dtype=dtype, device='meta')]
+    given += [1e-5, state, True, 0, side, side, None, torch.empty([dim // 2, dim], dtype=dtype, device='meta')]
     mixer: Any = GridMixer(operands.GridMixer(zxbcdt, *given))
     modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels, sum_kernels)
     mixer.kernels = {module.__name__.rsplit('.')[-1]: Recorder(module, capability, compiled) for module in modules}
