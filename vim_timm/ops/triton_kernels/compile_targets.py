@@ -116,7 +116,6 @@ def compile_conv(capability: int, compiled: Compiled, dim: int, dtype: torch.dty
 def compile_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype, side: int) -> None:
     """The inside of a Vision Mamba 2 mixer on a square grid, forward and backward."""
     from .. import operands
-    from . import decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels, sum_kernels
     from .grid_mixer_op import GridMixer
 
     state, heads = 64, dim // 64
@@ -126,8 +125,7 @@ def compile_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: tor
     given: Any = [torch.empty(shape, device='meta') for shape in shapes]
     given += [1e-5, state, True, 0, side, side, None, torch.empty([dim // 2, dim], dtype=dtype, device='meta')]
     mixer: Any = GridMixer(operands.GridMixer(zxbcdt, *given))
-    modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels, sum_kernels)
-    mixer.kernels = {module.__name__.rsplit('.')[-1]: Recorder(module, capability, compiled) for module in modules}
+    mixer.kernels = {name: Recorder(module, capability, compiled) for name, module in mixer.kernels.items()}
     out, *kept = mixer.forward()
     mixer.backward(out, *kept)
 

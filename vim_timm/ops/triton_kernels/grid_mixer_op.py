@@ -74,9 +74,25 @@ class GridMixer:
     """The operands as the kernels take them, and the launches of one call."""
 
     def __init__(self, given: operands.GridMixer) -> None:
-        from . import decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels, sum_kernels
+        from . import (
+            decay_kernels,
+            gated_norm_kernels,
+            grid_conv_kernels,
+            ssd_chunk_gradient_kernels,
+            ssd_chunk_kernels,
+            ssd_kernels,
+            sum_kernels,
+        )
 
-        modules = (decay_kernels, gated_norm_kernels, grid_conv_kernels, ssd_chunk_kernels, ssd_kernels, sum_kernels)
+        modules = (
+            decay_kernels,
+            gated_norm_kernels,
+            grid_conv_kernels,
+            ssd_chunk_gradient_kernels,
+            ssd_chunk_kernels,
+            ssd_kernels,
+            sum_kernels,
+        )
         self.kernels: Dict[str, Any] = {module.__name__.rsplit('.')[-1]: module for module in modules}
         self.given = given
         self.zxbcdt = given.zxbcdt if given.zxbcdt.stride(-1) == 1 else given.zxbcdt.contiguous()
@@ -97,8 +113,9 @@ class GridMixer:
         B, C = xbc[..., self.dim :].split(self.state, -1)
         delta, given = self.split(self.zxbcdt)[2][..., : self.heads], self.given
         ssd = ssd_of(operands.Ssd(x, delta, given.A_log, B, C, given.D, given.delta_bias, given.rows), self.grid)
-        ssd.kernels, ssd.chunk_kernels = self.kernels['ssd_kernels'], self.kernels['ssd_chunk_kernels']
-        ssd.decay_kernels = self.kernels['decay_kernels']
+        ssd.kernels, ssd.decay_kernels = self.kernels['ssd_kernels'], self.kernels['decay_kernels']
+        ssd.chunk_kernels = self.kernels['ssd_chunk_kernels']
+        ssd.chunk_gradient_kernels = self.kernels['ssd_chunk_gradient_kernels']
         return ssd
 
     def gated_norm(self, y: Tensor) -> GatedNorm:

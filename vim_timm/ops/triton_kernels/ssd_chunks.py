@@ -1,7 +1,7 @@
 """Launches of the symmetric state space dual's kernels for long sequences: chunks, and states between them."""
 
 import math
-from typing import Dict, NamedTuple, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -11,38 +11,40 @@ from .ssd_launch import Ssd
 
 
 class ChunkLaunch(NamedTuple):
-    """Warps and stages of a program."""
+    """Warps and stages of a program, and the most registers of a thread."""
 
     warps: int
     stages: int
+    registers: Optional[int] = None
 
     @property
-    def constants(self) -> Dict[str, int]:
-        return {'num_warps': self.warps, 'num_stages': self.stages}
+    def constants(self) -> Dict[str, Optional[int]]:
+        return {'num_warps': self.warps, 'num_stages': self.stages, 'maxnreg': self.registers}
 
 
-CHUNK = 64  # tokens
+TILE = 64  # tokens of a program, and of a chunk in the backward pass
 STEPS = 128  # tokens of a program of `step_gradients`
 SIZE = 512  # elements of a state of a program of `chunk_states`
 SUMS = ChunkLaunch(4, 1)
+SUMS_GROUP = 1  # heads of a program of `chunk_sums`
 STATES = ChunkLaunch(4, 1)
-FORWARD = ChunkLaunch(4, 1)
+FORWARD = ChunkLaunch(4, 2, 168)
+LARGE_FORWARD = ChunkLaunch(4, 1)  # of float32 products and large states, which fit into shared memory once
 BACKWARD_VALUES = ChunkLaunch(4, 1)
 BACKWARD_MATRICES = ChunkLaunch(4, 1)
-PROGRAMS = 2  # on each multiprocessor, below which the heads of a token are spread over several
+PROGRAMS = 4  # on each multiprocessor, below which the heads of a token are spread over several
 
 
 class ChunkedSsd(Ssd):
     """`Ssd` for any length."""
 
-    span = CHUNK
+    span = TILE
 
     def cut(self) -> Dict[str, int]:
-        return {'ORDERS': self.orders, 'BT': CHUNK}
+        return {'ORDERS': self.orders, 'BT': TILE}
 
-    @property
-    def chunks(self) -> int:
-        return math.ceil(self.length / CHUNK)
+    def chunks(self, tiles: int) -> int:
+        return math.ceil(self.length / (tiles * TILE))
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -55,19 +57,22 @@ class ChunkedSsd(Ssd):
         constants = {'BY_COLUMNS': bool(by_columns), 'TABLE': self.columns is not None}
         return (*self.grid, order), self.decay_strides()[2], constants
 
-    def states(self, rows: Tensor, values: Tensor, dt: Tensor, s: Tensor, order: int, weighted: bool) -> Tensor:
-        """States (B, H, chunks, 2, N, P) of one order with which chunks are entered from both ends."""
-        shape = (self.batch, self.heads, self.chunks, 2, self.state, self.headdim)
+    def states(
+        self, rows: Tensor, values: Tensor, dt: Tensor, s: Tensor, order: int, weighted: bool, tiles: int
+    ) -> Tensor:
+        """States (B, H, chunks, 2, N, P) of one order with which chunks of some tiles are entered from both ends."""
+        chunks = self.chunks(tiles)
+        shape = (self.batch, self.heads, chunks, 2, self.state, self.headdim)
         states, visits = self.empty(*shape, dtype=self.product_dtype), or_else(self.columns, self.x)
         at, stride, constants = self.visits(order)
-        self.chunk_kernels.chunk_sums[self.chunks, self.heads, self.batch](
-            rows, values, dt, s, visits, states, self.length, self.heads, *at,
-            *rows.stride()[:2], *values.stride()[:2], stride, WEIGHTED=weighted,
+        self.chunk_kernels.chunk_sums[chunks, math.ceil(self.heads / SUMS_GROUP), self.batch](
+            rows, values, dt, s, visits, states, self.length, self.heads, SUMS_GROUP, *at,
+            *rows.stride()[:2], *values.stride()[:2], stride, WEIGHTED=weighted, TILES=tiles,
             **constants, **self.constants, **SUMS.constants,
         )  # fmt: skip
         size = min(SIZE, self.state * self.headdim)
         self.chunk_kernels.chunk_states[self.state * self.headdim // size, 2 * self.heads, self.batch](
-            s, visits, states, self.length, self.heads, self.chunks, *at, stride, SIZE=size,
+            s, visits, states, self.length, self.heads, chunks, *at, stride, SIZE=size, TILES=tiles,
             **constants, **self.constants, **STATES.constants,
         )  # fmt: skip
         return states
@@ -75,26 +80,30 @@ class ChunkedSsd(Ssd):
     def forward(self, dt: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         y = self.empty(*self.x.shape, dtype=dtype)
         part = self.empty(*self.x.shape, dtype=self.product_dtype) if self.orders == 2 else None
-        groups = min(self.heads, math.ceil(PROGRAMS * multiprocessors(self.x.device) / (self.chunks * self.batch)))
+        tiles = 2 if self.state * self.headdim <= TILE * TILE else 1
+        launch = FORWARD if tiles == 2 and self.product_dtype == torch.bfloat16 else LARGE_FORWARD
+        blocks = self.chunks(1)
+        groups = min(self.heads, math.ceil(PROGRAMS * multiprocessors(self.x.device) / (blocks * self.batch)))
         group = math.ceil(self.heads / groups)
         for order in range(self.orders - 1, -1, -1):
             last = order == 0
             to = y if last else or_else(part, y)
             has_part, has_D = last and part is not None, last and self.D is not None
-            states = self.states(self.B, self.x, dt, s, order, True)
+            states = self.states(self.B, self.x, dt, s, order, True, tiles)
             at, stride, constants = self.visits(order)
-            self.chunk_kernels.chunk_forward[self.chunks, math.ceil(self.heads / group), self.batch](
+            self.chunk_kernels.chunk_forward[blocks, math.ceil(self.heads / group), self.batch](
                 self.x, self.B, self.C, dt, s, or_else(self.D, self.x), or_else(self.columns, self.x), states,
                 or_else(part, y), to, self.length, self.heads, group, *at,
                 *self.x.stride()[:2], *self.B.stride()[:2], *to.stride()[:2], stride,
-                HAS_D=has_D, HAS_PART=has_part,
-                **constants, **self.constants, **FORWARD.constants,
+                HAS_D=has_D, HAS_PART=has_part, TILES=tiles,
+                **constants, **self.constants, **launch.constants,
             )  # fmt: skip
         return y
 
     def gradients(self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor) -> Tuple[Tensor, ...]:
+        chunks = self.chunks(1)
         grad_dt, grad_l = torch.empty_like(dt), torch.empty_like(s)
-        grad_D = self.empty(self.batch * self.chunks, self.heads)
+        grad_D = self.empty(self.batch * chunks, self.heads)
         grad_B = self.empty(self.orders, self.batch, self.length, self.state)
         grad_C = torch.empty_like(grad_B)
         part = self.empty(*self.x.shape, dtype=self.product_dtype) if self.orders == 2 else None
@@ -102,18 +111,18 @@ class ChunkedSsd(Ssd):
             last = order == 0
             to = grad_x if last else or_else(part, grad_x)
             has_part, has_D = last and part is not None, last and self.D is not None
-            states = self.states(self.B, self.x, dt, s, order, True)
-            grad_states = self.states(self.C, grad, dt, s, order, False)
+            states = self.states(self.B, self.x, dt, s, order, True, 1)
+            grad_states = self.states(self.C, grad, dt, s, order, False, 1)
             at, stride, constants = self.visits(order)
             visits = or_else(self.columns, self.x)
             inputs = (*self.x.stride()[:2], *self.B.stride()[:2], *grad.stride()[:2])
-            self.chunk_kernels.chunk_backward_values[self.chunks, self.batch](
+            self.chunk_gradient_kernels.chunk_backward_values[chunks, self.batch](
                 self.x, self.B, self.C, dt, s, or_else(self.D, self.x), visits, states, grad_states, grad,
                 or_else(part, grad_x), to, grad_dt, grad_l, grad_D, self.length, self.heads, *at, *inputs,
                 *to.stride()[:2], stride, HAS_D=has_D, HAS_PART=has_part,
                 **constants, **self.constants, **BACKWARD_VALUES.constants,
             )  # fmt: skip
-            self.chunk_kernels.chunk_backward_matrices[self.chunks, self.batch](
+            self.chunk_gradient_kernels.chunk_backward_matrices[chunks, self.batch](
                 self.x, self.B, self.C, dt, s, visits, states, grad_states, grad, grad_B, grad_C,
                 self.length, self.heads, *at, *inputs, stride,
                 **constants, **self.constants, **BACKWARD_MATRICES.constants,

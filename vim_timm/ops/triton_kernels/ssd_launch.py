@@ -84,13 +84,14 @@ class Ssd:
     span = MAX_LENGTH  # tokens over which s is cumulated
 
     def __init__(self, given: operands.Ssd, grid: Optional[Grid] = None) -> None:
-        from . import decay_kernels, ssd_chunk_kernels, ssd_kernels
+        from . import decay_kernels, ssd_chunk_gradient_kernels, ssd_chunk_kernels, ssd_kernels
 
         x, delta, A_log, B, C, D, delta_bias, rows, columns, moves = given
         self.D, self.delta_bias, self.columns, self.moves = (
             None if vector is None else vector.contiguous() for vector in (D, delta_bias, columns, moves)
         )
-        self.decay_kernels, self.kernels, self.chunk_kernels = decay_kernels, ssd_kernels, ssd_chunk_kernels
+        self.decay_kernels, self.kernels = decay_kernels, ssd_kernels
+        self.chunk_kernels, self.chunk_gradient_kernels = ssd_chunk_kernels, ssd_chunk_gradient_kernels
         self.x = x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
         self.delta = delta if delta.stride(-1) == 1 else delta.contiguous()
         self.A_log = A_log.contiguous()
