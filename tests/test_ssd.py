@@ -16,6 +16,7 @@ from vim_timm.layers import BiSSD, Layout
 from vim_timm.ops import GridConv, GridMixer, Ssd, cpu, fused_grid_mixer, grid_conv, symmetric_ssd, use_scan_backend
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.triton_kernels import ssd_op
+from vim_timm.ops.triton_kernels.ssd_launch import Grid
 
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
 GPU = torch.cuda.is_available() and not INTERPRETER
@@ -120,18 +121,18 @@ def test_large_decays_give_finite_gradients(form):
     assert all(torch.isfinite(x).all() for x in results(lambda x, v: form(Ssd(*x, *v)), operands, visits))
 
 
-def steep_operands(**sizes):
-    """Steps of 2e-4 around one of 1e4, and a head that decays at once."""
-    operands = [x.float() for x in operands_of(33, 'both', **sizes)]
+def steep_operands(grid=(11, 3), **sizes):
+    """Steps of 2e-4 around ones of 1e4, and a head that decays at once."""
+    operands = [x.float() for x in operands_of(grid[0] * grid[1], 'both', **sizes)]
     operands[1] -= 9
-    operands[1][:, 8] = 1e4
+    operands[1][:, 8::100] = 1e4
     operands[2][:] = torch.tensor([5.0, float('inf')], device=DEVICE)
     operands[6] = torch.zeros_like(operands[6])
     return operands
 
 
-def assert_steep_agrees(function, operands):
-    visits = visits_of((11, 3), 0, 'both')
+def assert_steep_agrees(function, operands, grid=(11, 3)):
+    visits = visits_of(grid, 0, 'both')
     assert_agrees(
         lambda *x: function(Ssd(*x, *visits)),
         lambda *x: plain.reference(Ssd(*x, *visits)),
@@ -207,6 +208,8 @@ SHAPES = [
     ((13, 20), 0, 'both', torch.float32),
     ((16, 17), 1, 'both', torch.bfloat16),
     ((20, 13), 2, 'column', torch.float16),
+    ((19, 27), 0, 'column', torch.float32),
+    ((1, 300), 1, 'row', torch.bfloat16),
 ]
 if GPU:  # long for the interpreter
     GRIDS = [
@@ -243,6 +246,23 @@ def test_kernels_equal_the_law(grid, prefix, orders, dtype, triton):
     )
 
 
+@kernels
+@pytest.mark.parametrize('orders', ['column', 'both'])
+def test_kernels_visit_a_grid_as_they_visit_a_table_of_it(orders, triton):
+    prefix, height, width = 1, 13, 23
+    length = prefix + height * width
+    operands = [x.float() for x in operands_of(length, orders, batch=1, heads=2, headdim=16, state=16)]
+    rows, columns, moves = visits_of((height, width), prefix, orders)
+    found = []
+    for given, grid in (
+        (Ssd(*operands, rows), Grid(prefix, height, width)),
+        (Ssd(*operands, rows, columns, moves), None),
+    ):
+        ssd = ssd_op.ssd_of(given, grid)
+        found.append(ssd.forward(*ssd.decays(), torch.float32))
+    assert torch.equal(*found)
+
+
 def composition(operands, eps, state, rows, prefix, height, width, law=plain.reference):
     """What the fused operator computes, of plain operators."""
     zxbcdt, conv, conv_bias, delta_bias, A_log, D, norm = operands
@@ -277,6 +297,12 @@ FUSED = SHAPES if GPU else [shape for shape in SHAPES if shape[0][0] * shape[0][
 def test_kernels_keep_small_steps_behind_a_steep_one_exact(most, triton, monkeypatch):
     monkeypatch.setattr(ssd_op, 'MAX_LENGTH', most)
     assert_steep_agrees(symmetric_ssd, steep_operands(heads=2, headdim=16, state=16))
+
+
+@kernels
+def test_kernels_keep_small_steps_behind_a_steep_one_exact_over_several_chunks(triton):
+    grid = (11, 27)
+    assert_steep_agrees(symmetric_ssd, steep_operands(grid, batch=1, heads=2, headdim=16, state=16), grid)
 
 
 @kernels
