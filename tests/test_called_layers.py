@@ -63,6 +63,18 @@ def test_being_called_changes_no_number(block, x, name, backend):
     assert_close(output_and_gradients(block, x), wanted)
 
 
+@every_layer
+def test_weights_that_are_no_parameters_are_read_as_they_are(block, x, name, backend):
+    """As in a replica of torch.nn.DataParallel, or where FSDP shows views of its flat parameter."""
+    wanted, layer = block(x), block.get_submodule(name)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
+    assert torch.equal(block(x), wanted)
+    layer.weight = 2 * weight
+    assert not torch.equal(block(x), wanted)
+
+
 def replacement(layer):
     """A plain layer of the same sizes with a bias where there was none, and without one where there was."""
     bias = layer.bias is None

@@ -5,14 +5,14 @@ Shape suffixes: B batch, L tokens, C width (embed_dim), D channels (expand * C),
 """
 
 import math
-from typing import Final, Literal, Optional, Tuple, Union
+from typing import Any, Final, Literal, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
-from vim_timm.layers.plain import is_plain, is_plain_depthwise, is_plain_projection
+from vim_timm.layers.plain import is_plain, is_plain_depthwise, is_plain_projection, weights
 from vim_timm.layers.state_space import StateSpaceMixer, draw_out_proj, draw_step_bias
 from vim_timm.ops import bidirectional_conv, bidirectional_scan, causal_conv, fused_mixer, probe_backends
 from vim_timm.ops.operands import Direction, Mixer, Taps, Weights
@@ -198,22 +198,21 @@ class BiMamba(StateSpaceMixer):
         """What `forward` makes of in_proj's output, in one kernel; None where none can."""
         if not self.bidirectional:
             return None
-        conv, conv_b = self.conv1d, self.conv1d_b
-        x_proj, x_proj_b, dt_proj, dt_proj_b = self.x_proj, self.x_proj_b, self.dt_proj, self.dt_proj_b
+        layers: Any = self._modules  # each as an attribute costs the host several times as much
+        conv, x_proj, dt_proj = layers['conv1d'], layers['x_proj'], layers['dt_proj']
+        conv_b, x_proj_b, dt_proj_b = layers['conv1d_b'], layers['x_proj_b'], layers['dt_proj_b']
         if not (is_plain_depthwise(conv, 0) and is_plain_depthwise(conv_b, 0)):
             return None
         if not (is_plain_projection(x_proj) and is_plain_projection(x_proj_b)):  # a kernel has no place for its bias
             return None
         if not (is_plain(dt_proj) and is_plain(dt_proj_b)):
             return None
-        taps, taps_b = conv.weight.squeeze(1), conv_b.weight.squeeze(1)
-        forward = Weights(taps, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D)
-        backward = Weights(
-            taps_b, conv_b.bias, x_proj_b.weight, dt_proj_b.weight, dt_proj_b.bias, self.A_b_log, self.D_b
-        )
-        out_proj = self.out_proj
+        (taps, bias), (taps_b, bias_b) = weights(conv), weights(conv_b)
+        forward = Weights(taps.squeeze(1), bias, weights(x_proj)[0], *weights(dt_proj), self.A_log, self.D)
+        backward = Weights(taps_b.squeeze(1), bias_b, weights(x_proj_b)[0], *weights(dt_proj_b), self.A_b_log, self.D_b)
+        out_proj = layers['out_proj']
         if is_plain(out_proj):
-            return fused_mixer(Mixer(xz_BLE, forward, backward, self.scale, out_proj.weight, out_proj.bias))
+            return fused_mixer(Mixer(xz_BLE, forward, backward, self.scale, *weights(out_proj)))
         y_BLD = fused_mixer(Mixer(xz_BLE, forward, backward, self.scale))
         return None if y_BLD is None else out_proj(y_BLD)
 

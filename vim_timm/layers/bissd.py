@@ -4,7 +4,7 @@ Source: the state space dual of Mamba-2, arXiv 2405.21060, in its symmetric form
 Shape suffixes: B batch, L tokens, C width (embed_dim), D channels (expand * C), N state (d_state), H heads.
 """
 
-from typing import Final, Literal, Optional, Tuple
+from typing import Any, Final, Literal, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from vim_timm.layers.norm import RmsNorm
-from vim_timm.layers.plain import is_its_class, is_plain, is_plain_depthwise, is_plain_projection
+from vim_timm.layers.plain import is_its_class, is_plain, is_plain_depthwise, is_plain_projection, weights
 from vim_timm.layers.rope import rope_tables, rotate
 from vim_timm.layers.state_space import StateSpaceMixer, draw_out_proj, draw_step_bias
 from vim_timm.layers.token_order import Layout, column_places, patch_moves, patch_places
@@ -143,20 +143,22 @@ class BiSSD(StateSpaceMixer):
 
     def _fused(self, zxbcdt_BLE: torch.Tensor, layout: Layout) -> Optional[torch.Tensor]:
         """What `forward` makes of in_proj's output, in fused kernels; None where none can."""
-        conv, first = self.conv2d, len(layout.prefix)
+        layers: Any = self._modules  # each as an attribute costs the host several times as much
+        conv, norm, out_proj = layers.get('conv2d'), layers['norm'], layers['out_proj']
+        first = len(layout.prefix)
         if conv is None or self.b_norm is not None or self.rope:
             return None
         if layout.prefix != list(range(first)) or not is_plain_depthwise(conv, 1) or conv.kernel_size != (3, 3):
             return None
-        norm = self.norm
         if type(norm) is not RmsNorm or not is_its_class(norm) or norm.eps is None:
             return None
-        out_proj = self.out_proj if is_plain_projection(self.out_proj) else None
+        taps, bias = weights(conv)
+        inside = is_plain_projection(out_proj)
         y = fused_grid_mixer(
             GridMixer(
                 zxbcdt_BLE,
-                conv.weight.flatten(1),
-                conv.bias,
+                taps.flatten(1),
+                bias,
                 self.dt_bias,
                 self.A_log,
                 self.D,
@@ -168,10 +170,10 @@ class BiSSD(StateSpaceMixer):
                 layout.grid[0],
                 layout.grid[1],
                 layout.keep,
-                None if out_proj is None else out_proj.weight,
+                weights(out_proj)[0] if inside else None,
             )
         )
-        return y if y is None or out_proj is not None else self.out_proj(y)
+        return y if y is None or inside else out_proj(y)
 
     def _on_image(self, x_BLX: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """SiLU of the 2-d convolution of an image, all of whose patches are there."""

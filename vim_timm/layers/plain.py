@@ -1,5 +1,7 @@
 """Whether a module's weights say all that it computes."""
 
+from typing import Any, Optional, Tuple
+
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -7,24 +9,22 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as modules
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
-_HOOKS_OF_ALL = (
-    modules._global_backward_pre_hooks,
-    modules._global_backward_hooks,
-    modules._global_forward_pre_hooks,
-    modules._global_forward_hooks,
-)
 _TENSORS = (nn.Parameter, torch.Tensor, FakeTensor, FunctionalTensor)  # the last two while a graph is traced
 
 
 def is_its_class(module: nn.Module) -> bool:
     """Whether a module computes what its class says: neither hooked (as pruning and weight_norm do), nor with a forward
     of its own, nor quantized by tensors of another class."""
-    own = callable(module.forward) and 'forward' not in module.__dict__  # the former makes torch.compile guard it
-    if not own or any(_HOOKS_OF_ALL):
+    own = module.__dict__  # asked directly: a module's attributes cost the host several times as much
+    if 'forward' in own or not callable(module.forward):  # the latter makes torch.compile guard it
         return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
         return False
-    for weight in module._parameters.values():
+    if modules._global_backward_hooks or modules._global_backward_pre_hooks:
+        return False
+    if own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks']:
+        return False
+    for weight in own['_parameters'].values():
         if weight is not None and type(weight) not in _TENSORS:
             return False
     return True
@@ -41,7 +41,15 @@ def is_plain(module: nn.Module) -> bool:
 
 def is_plain_projection(linear: nn.Module) -> bool:
     """Whether a Linear's weight alone says what it computes."""
-    return is_plain(linear) and linear.bias is None
+    return is_plain(linear) and weights(linear)[1] is None
+
+
+def weights(layer: nn.Module) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Weight and bias of a Linear or convolution; as attributes they cost the host several times as much."""
+    own: Any = layer._parameters
+    if 'weight' in own and 'bias' in own:
+        return own['weight'], own['bias']
+    return layer.weight, layer.bias  # type: ignore[return-value]  # plain tensors in a replica or shard of a model
 
 
 def is_plain_depthwise(conv: nn.Module, padding: int) -> bool:

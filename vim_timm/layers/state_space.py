@@ -37,5 +37,5 @@ class StateSpaceMixer(nn.Module):
     @torch.jit.ignore
     def casts_operand(self) -> bool:
         """Whether in_proj is plain; one that is wrapped or quantized may want float32."""
-        in_proj: Any = self.in_proj
-        return is_plain(in_proj)
+        layers: Any = self._modules
+        return is_plain(layers['in_proj'])

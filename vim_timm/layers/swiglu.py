@@ -1,12 +1,12 @@
 """timm's SwiGLU, whose products and gate are one operator where there is one."""
 
-from typing import Optional, Tuple, Union
+from typing import Any, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.layers import GluMlp
 
-from vim_timm.layers.plain import is_its_class, is_plain
+from vim_timm.layers.plain import is_its_class, is_plain, weights
 from vim_timm.ops import SwiGlu, swiglu
 
 
@@ -26,15 +26,17 @@ class SwiGluMlp(GluMlp):
 
     def _fused(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """fc2's output in one operator; None where none can."""
-        if isinstance(x, torch.fx.Proxy) or not (is_plain(self.fc1) and is_plain(self.fc2)):
+        layers: Any = self._modules  # each as an attribute costs the host several times as much
+        fc1, act, drop1, norm, fc2 = layers['fc1'], layers['act'], layers['drop1'], layers['norm'], layers['fc2']
+        if isinstance(x, torch.fx.Proxy) or not (is_plain(fc1) and is_plain(fc2)):
             return None
-        if type(self.act) is not nn.SiLU or type(self.norm) is not nn.Identity:
+        if type(act) is not nn.SiLU or type(norm) is not nn.Identity:
             return None
-        if not all(is_its_class(module) for module in (self.act, self.drop1, self.norm)):
+        if not (is_its_class(act) and is_its_class(drop1) and is_its_class(norm)):
             return None
-        if self.training and self.drop1.p > 0:
+        if self.training and drop1.p > 0:
             return None
-        return swiglu(SwiGlu(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias))
+        return swiglu(SwiGlu(x, *weights(fc1), *weights(fc2)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():

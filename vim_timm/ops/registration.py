@@ -7,7 +7,7 @@ convolutions and products. A backward pass counts twice its forward pass; what a
 
 import contextlib
 import math
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch.autograd import forward_ad
@@ -128,6 +128,15 @@ def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
     pass
 
 
+def wants_gradient(inputs: Iterable[Any]) -> bool:
+    """Whether autograd has to keep what a gradient of any of the inputs takes."""
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                return True
+    return False
+
+
 def _differentiable(
     operator: torch._ops.OpOverload, save: Callable[..., None], differentiate: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -147,7 +156,7 @@ def _differentiable(
     def call(*inputs: Any) -> Any:
         if transformed():
             raise RuntimeError(REFUSAL)
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        if wants_gradient(inputs):
             output = function.apply(*inputs)
             return list(output) if several else output
         with torch._C._AutoDispatchBelowAutograd():

@@ -16,9 +16,9 @@ from torch import Tensor
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
 from vim_timm.ops.cpu.scan import new_states, states_shape
-from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, present, rows, threads
+from vim_timm.ops.cpu.tensors import address, checked, gradient, halves, limit, new, parameter, present, rows, threads
 from vim_timm.ops.operands import Weights, schema
-from vim_timm.ops.registration import Kernel, mixer_flops, register
+from vim_timm.ops.registration import Kernel, mixer_flops, register, wants_gradient
 
 # The C structure Mixer: two directions of sixteen pointers, five Rows, seven integers, one double.
 _STRUCT = struct.Struct('@54qd')
@@ -58,11 +58,8 @@ class _Mixer:
     ) -> None:
         """Run the kernel; `kept` holds each direction's projections and states, `gradients` those of its weights."""
         pointers = [address(x) for own in zip(self.directions, kept, gradients) for group in own for x in group]
-        halves = [*self.xz.split(self.channels, 2)]
-        grad_x, grad_z = (None, None) if grad_xz is None else grad_xz.split(self.channels, 2)
-        tensors = (*halves, out, grad_x, grad_z)
         packed = _STRUCT.pack(
-            *pointers, *(field for x in tensors for field in rows(x)),
+            *pointers, *halves(self.xz), *rows(out), *halves(grad_xz),
             self.batch, self.length, self.channels, self.state, self.rank, self.width,
             threads(out.numel() * self.state), self.scale,
         )  # fmt: skip
@@ -159,6 +156,5 @@ def mixer(given: operands.Mixer) -> Tensor:
     """
     xz, forward, backward, scale, out_proj, out_bias = given
     tensors = (xz, *forward, *backward)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    y = torch.ops.vim_timm.cpu_mixer.default(*tensors, scale, keep)[0]
+    y = torch.ops.vim_timm.cpu_mixer.default(*tensors, scale, wants_gradient(tensors))[0]
     return y if out_proj is None else F.linear(y, out_proj, out_bias)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vim_timm.ops.cpu import library
 from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, present, rows, threads
 from vim_timm.ops.operands import Direction, Scan, schema
-from vim_timm.ops.registration import Kernel, register, scan_flops
+from vim_timm.ops.registration import Kernel, register, scan_flops, wants_gradient
 
 _CHUNK = 64  # tokens between two kept states
 _PADDING = 16  # the kept states' channels are padded to a multiple of it
@@ -167,5 +167,4 @@ def scan_limit(scan: Scan) -> str:
 def scan(given: Scan) -> Tensor:
     """`reference.scan` on the kernel."""
     flat = given.flat()
-    keep = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat)
-    return torch.ops.vim_timm.cpu_scan.default(*flat, keep)[0]
+    return torch.ops.vim_timm.cpu_scan.default(*flat, wants_gradient(flat))[0]

@@ -25,6 +25,7 @@ from vim_timm.ops.registration import (
     register_inference,
     ssd_flops,
     uncounted,
+    wants_gradient,
 )
 
 # C structures: pointers, Rows of three numbers, integers
@@ -194,7 +195,7 @@ def ssd(given: operands.Ssd) -> Tensor:
     growth = plain.decays(dt, A_log, moves).transpose(0, 1)
     visits = [plain.visited(given, o) if o < orders else None for o in range(2)]
     tensors = x, dt / orders, growth, B, C, D
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    learns = wants_gradient(tensors)
     run = _composition if learns else torch.ops.vim_timm.cpu_dual.default
     return run(*tensors, *visits).to(x.dtype)
 

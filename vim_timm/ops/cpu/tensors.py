@@ -60,6 +60,14 @@ def rows(x: Optional[Tensor]) -> tuple[int, int, int]:
     return ABSENT if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
 
 
+def halves(x: Optional[Tensor]) -> tuple[int, ...]:
+    """`rows` of both halves (B, L, D) of a float32 tensor (B, L, 2 D)."""
+    if x is None:
+        return ABSENT + ABSENT
+    start, batch, token = rows(x)
+    return start, batch, token, start + 4 * (x.shape[2] // 2), batch, token  # an address counts bytes
+
+
 def address(x: Optional[Tensor]) -> int:
     return 0 if x is None else x.data_ptr()
 
