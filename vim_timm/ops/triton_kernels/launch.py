@@ -19,6 +19,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
 
 
+@functools.lru_cache(maxsize=None)
+def major_capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == 'cuda' else 9
+
+
 def common_rows(*tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
     """The tensors with one dtype, the same strides and a last stride of one, copied only where they differ."""
     first = tensors[0]

@@ -6,7 +6,7 @@ from typing import Dict, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .launch import multiprocessors, or_else
+from .launch import major_capability, multiprocessors, or_else
 from .ssd_launch import Ssd
 
 
@@ -29,7 +29,8 @@ SUMS = ChunkLaunch(4, 1)
 SUMS_GROUP = 1  # heads of a program of `chunk_sums`
 STATES = ChunkLaunch(4, 1)
 FORWARD = ChunkLaunch(4, 2, 168)
-LARGE_FORWARD = ChunkLaunch(4, 1)  # of float32 products and large states, which fit into shared memory once
+WARPGROUPS = (9, 10)  # capabilities whose products read shared memory; others spill a kilobyte with FORWARD's registers
+OTHER_FORWARD = ChunkLaunch(4, 1)  # also of float32 products and large states, which fit into shared memory once
 BACKWARD_VALUES = ChunkLaunch(4, 1)
 BACKWARD_MATRICES = ChunkLaunch(4, 1)
 PROGRAMS = 4  # on each multiprocessor, below which the heads of a token are spread over several
@@ -81,7 +82,8 @@ class ChunkedSsd(Ssd):
         y = self.empty(*self.x.shape, dtype=dtype)
         part = self.empty(*self.x.shape, dtype=self.product_dtype) if self.orders == 2 else None
         tiles = 2 if self.state * self.headdim <= TILE * TILE else 1
-        launch = FORWARD if tiles == 2 and self.product_dtype == torch.bfloat16 else LARGE_FORWARD
+        small = tiles == 2 and self.product_dtype == torch.bfloat16
+        launch = FORWARD if small and major_capability(self.x.device) in WARPGROUPS else OTHER_FORWARD
         blocks = self.chunks(1)
         groups = min(self.heads, math.ceil(PROGRAMS * multiprocessors(self.x.device) / (blocks * self.batch)))
         group = math.ceil(self.heads / groups)
