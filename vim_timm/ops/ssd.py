@@ -1,6 +1,6 @@
 """The symmetric state space dual: both directions of a Mamba-2 head as one masked product."""
 
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor
@@ -83,7 +83,9 @@ def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
         RuntimeError: a forced backend cannot run.
     """
     if mixer.out_proj is not None:
-        mixer = mixer._replace(out_proj=mixer.out_proj.to(mixer.zxbcdt.dtype))
+        fields: List[Any] = list(mixer)  # torch 2.6 compiles no `_replace`
+        fields[-1] = mixer.out_proj.to(mixer.zxbcdt.dtype)
+        mixer = GridMixer(*fields)
     operator = 'grid_mixer' if mixer.keep is None else 'masked_grid_mixer'
     return _run_if_there(operator, mixer, mixer.zxbcdt)
 
