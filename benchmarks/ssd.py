@@ -3,7 +3,7 @@
     python -m benchmarks.ssd
     python -m benchmarks.ssd --sweep      other launches beside those that are used
 
-Sizes are those of vim2_tiny: 6 heads of 64, a state of 64, both orders.
+Sizes are those of vim2_tiny without other arguments: 3 heads of 64, 32 states, one order by rows.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from benchmarks.gpu import captured_ms
 from vim_timm.ops import operands
 from vim_timm.ops.triton_kernels import ssd_chunks, ssd_launch, ssd_op
 
-HEADS, HEADDIM, STATE = 6, 64, 64
+HEADDIM = 64
 # images and patches along a side: 224 px, 512 px, 1248 px
 SHAPES = ((128, 14), (32, 32), (8, 78), (1, 78))
 
@@ -24,13 +24,13 @@ SHAPES = ((128, 14), (32, 32), (8, 78), (1, 78))
 class Call:
     """One call's operands and gradients, and its parts as functions without arguments."""
 
-    def __init__(self, batch: int, side: int):
-        length, channels = side * side, HEADS * HEADDIM
-        xbc = torch.randn(batch, length, channels + 2 * STATE, device='cuda', dtype=torch.bfloat16)
-        B, C = xbc[..., channels:].split(STATE, -1)
-        steps = torch.randn(batch, length, HEADS, device='cuda', dtype=torch.bfloat16) - 3
-        rates, skip = torch.randn(2, HEADS, device='cuda'), torch.randn(HEADS, device='cuda')
-        x = xbc[..., :channels].unflatten(-1, (HEADS, HEADDIM))
+    def __init__(self, batch: int, side: int, heads: int, state: int, orders: int):
+        length, channels = side * side, heads * HEADDIM
+        xbc = torch.randn(batch, length, channels + 2 * state, device='cuda', dtype=torch.bfloat16)
+        B, C = xbc[..., channels:].split(state, -1)
+        steps = torch.randn(batch, length, heads, device='cuda', dtype=torch.bfloat16) - 3
+        rates, skip = torch.randn(orders, heads, device='cuda'), torch.randn(heads, device='cuda')
+        x = xbc[..., :channels].unflatten(-1, (heads, HEADDIM))
         self.ssd = ssd_op.ssd_of(operands.Ssd(x, steps, rates, B, C, skip, None), ssd_launch.Grid(0, side, side))
         self.dt, self.s = self.ssd.decays()
         self.grad = torch.randn_like(self.forward())
@@ -74,9 +74,12 @@ def launches(call: Call) -> Iterator[tuple[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sweep', action='store_true', help='time other launches too')
+    parser.add_argument('--heads', type=int, default=3)
+    parser.add_argument('--state', type=int, default=32)
+    parser.add_argument('--orders', type=int, default=1, choices=(1, 2), help='rows, or rows and columns')
     options = parser.parse_args()
     for batch, side in SHAPES:
-        call = Call(batch, side)
+        call = Call(batch, side, options.heads, options.state, options.orders)
         print(f'{batch} images of {side} x {side} patches, microseconds')
         parts = [call.ssd.decays, call.forward, call.backward]
         if not isinstance(call.ssd, ssd_chunks.ChunkedSsd):
