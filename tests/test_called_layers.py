@@ -130,6 +130,17 @@ def test_a_replaced_layer_of_a_grid_mixer_counts_whole_on_every_backend(ssd, lay
         assert_close(output_and_gradients(ssd, x, GRID), [w.float() for w in law(ssd, x, GRID)])
 
 
+def test_what_comes_in_float32_is_projected_in_the_dtype_of_autocast(ssd, backend):
+    class InFloat32(nn.Linear):
+        def forward(self, x):
+            with torch.autocast('cpu', enabled=False):
+                return super().forward(x)
+
+    ssd.in_proj = InFloat32(16, ssd.in_proj.out_features)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert ssd(torch.randn(1, 12, 16), GRID).dtype == torch.bfloat16
+
+
 def test_hooks_on_all_modules_see_every_layer(block, x, backend):
     wanted, seen = block(x), []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))

@@ -146,9 +146,10 @@ def test_a_whole_image_that_is_masked_nowhere_has_the_same_bits():
 @pytest.mark.parametrize(
     'keep, message',
     [
-        (torch.tensor([[0, 1, 15], [0, 1, 2]]), 'no places of their own on a grid of 3 x 5'),
-        (torch.tensor([[0, 1, 2], [-1, 1, 2]]), 'no places of their own on a grid of 3 x 5'),
-        (torch.tensor([[0, 1, 2], [4, 4, 5]]), 'no places of their own on a grid of 3 x 5'),
+        (torch.tensor([[0, 1, 15], [0, 1, 2]]), 'do not ascend, or leave a grid of 3 x 5'),
+        (torch.tensor([[0, 1, 2], [-1, 1, 2]]), 'do not ascend, or leave a grid of 3 x 5'),
+        (torch.tensor([[0, 1, 2], [4, 3, 5]]), 'do not ascend, or leave a grid of 3 x 5'),
+        (torch.tensor([[0, 1, 2], [4, 4, 5]]), 'do not ascend, or leave a grid of 3 x 5'),
         (torch.tensor([[0, 1, 2]]), r'places of 2 x 3 tokens on a grid are not torch.int64 \[1, 3\] on cpu'),
         (torch.tensor([[0, 1], [0, 1]]), 'places of 2 x 3 tokens'),
         (torch.tensor([[0, 1, 2], [0, 1, 2]]).int(), 'are not torch.int32'),

@@ -191,8 +191,17 @@ def test_what_is_hooked_or_replaced_is_called():
     torch.testing.assert_close(ours(x), timms(x))
 
 
+def test_a_replaced_dropout_is_called():
+    (ours, timms), x = both(), torch.randn(2, 5, 6)
+    for mlp in (ours, timms):
+        mlp.drop1 = nn.Tanh()
+    torch.testing.assert_close(ours(x), timms(x))
+
+
 def test_dropout_of_the_hidden_layer_acts_in_training():
     torch.manual_seed(0)
     mlp, x = SwiGluMlp(6, 10, drop=(1.0, 0.0)), torch.randn(2, 5, 6)
     torch.testing.assert_close(mlp(x), mlp.fc2.bias.expand(2, 5, 6))
     assert not torch.allclose(mlp.eval()(x), mlp.fc2.bias)
+    mlp.drop1.train()  # Monte-Carlo dropout
+    torch.testing.assert_close(mlp(x), mlp.fc2.bias.expand(2, 5, 6))

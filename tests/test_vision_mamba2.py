@@ -71,6 +71,17 @@ def test_every_option_trains_scripts_and_takes_masked_images(arguments):
     assert not missing or all(name.startswith(('norm', 'head', 'fc_norm')) for name in missing)
 
 
+def test_patches_are_all_of_the_grid_or_those_that_are_kept():
+    model = build().eval()
+    patches, grid = model.embed(torch.randn(1, 3, 16, 16))
+    keep = torch.arange(5)[None]
+    with pytest.raises(ValueError, match='8 patches are neither all of the grid nor the 5 of keep'):
+        model.encode(patches[:, :8], grid, keep=keep)
+    torch.testing.assert_close(
+        model.encode(patches, grid, keep=keep)[0], model.encode(patches[:, :5], grid, keep=keep)[0]
+    )
+
+
 def test_columns_of_an_image_are_the_rows_of_its_transpose():
     torch.manual_seed(0)
     row, column = (BiSSD(16, d_state=8, headdim=8, orders=o, conv='none') for o in ('row', 'column'))

@@ -4,13 +4,20 @@ import torch
 from timm.layers import register_notrace_function
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype to which autocast casts a float32 x for a product; of any other x, or without autocast, its own."""
+    if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 @register_notrace_function
 def as_product_operand(x: torch.Tensor) -> torch.Tensor:
-    """A float32 x as autocast would cast it for a product, by one contiguous copy; any other x, or without autocast, x.
+    """x in its `product_dtype`, if that is another by one contiguous copy.
 
     A linear layer casts too, but then its caller still holds x.
     """
     if not torch.jit.is_scripting():
-        if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            return x.to(torch.get_autocast_dtype(x.device.type), memory_format=torch.contiguous_format)
+        if product_dtype(x) != x.dtype:
+            return x.to(product_dtype(x), memory_format=torch.contiguous_format)
     return x

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
+from vim_timm.layers.autocast import product_dtype
 from vim_timm.layers.norm import RmsNorm
 from vim_timm.layers.plain import is_its_class, is_plain, is_plain_depthwise, is_plain_projection, weights
 from vim_timm.layers.rope import rope_tables, rotate
@@ -153,7 +154,8 @@ class BiSSD(StateSpaceMixer):
         if type(norm) is not RmsNorm or not is_its_class(norm) or norm.eps is None:
             return None
         taps, bias = weights(conv)
-        inside = is_plain_projection(out_proj)
+        # autocast may multiply what a wrapped in_proj made in float32 in another dtype
+        inside = is_plain_projection(out_proj) and product_dtype(zxbcdt_BLE) == zxbcdt_BLE.dtype
         y = fused_grid_mixer(
             GridMixer(
                 zxbcdt_BLE,

@@ -60,7 +60,9 @@ class DecoderBlocks(NamedTuple):
         ]
 
     def _make_vim2(self, **dd: Any) -> Block:
-        mixer = BiSSD(self.dim, headdim=math.gcd(64, 2 * self.dim), **dd)  # 64 as in vim2_*, where it divides
+        # wider than the mixers of vim2_*, in both orders: a decoder has few blocks
+        sizes: Any = dict(d_state=64, headdim=math.gcd(64, 2 * self.dim), expand=2, orders='both')
+        mixer = BiSSD(self.dim, **sizes, **dd)
         return Block(self.dim, mixer, SwiGluMlp(self.dim, int(2.5 * self.dim), **dd), RmsNorm, **dd)
 
 

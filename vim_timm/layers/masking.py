@@ -53,6 +53,19 @@ def take_tokens(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def kept_patches(x: torch.Tensor, keep: torch.Tensor, patches: int) -> torch.Tensor:
+    """The kept patches (B, K, D) of x: of all `patches` of a grid, or of those that are kept already.
+
+    Raises:
+        ValueError: x has another number of them.
+    """
+    if x.shape[1] == patches:
+        return take_tokens(x, keep)
+    if x.shape[1] != keep.shape[1]:
+        raise ValueError(f'{x.shape[1]} patches are neither all of the grid nor the {keep.shape[1]} of keep')
+    return x
+
+
 def sample_noise(seed: int, keys: torch.Tensor, count: int) -> torch.Tensor:
     """Uniform noise that depends on the seed and a sample's own numbers alone: splitmix64, seeded by their hash.
 

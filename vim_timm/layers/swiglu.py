@@ -30,11 +30,11 @@ class SwiGluMlp(GluMlp):
         fc1, act, drop1, norm, fc2 = layers['fc1'], layers['act'], layers['drop1'], layers['norm'], layers['fc2']
         if isinstance(x, torch.fx.Proxy) or not (is_plain(fc1) and is_plain(fc2)):
             return None
-        if type(act) is not nn.SiLU or type(norm) is not nn.Identity:
+        if type(act) is not nn.SiLU or type(norm) is not nn.Identity or type(drop1) is not nn.Dropout:
             return None
         if not (is_its_class(act) and is_its_class(drop1) and is_its_class(norm)):
             return None
-        if self.training and drop1.p > 0:
+        if drop1.training and drop1.p > 0:
             return None
         return swiglu(SwiGlu(x, *weights(fc1), *weights(fc2)))
 

@@ -14,7 +14,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 
 from vim_timm.layers.block import Block
-from vim_timm.layers.masking import take_tokens
+from vim_timm.layers.masking import kept_patches, take_tokens
 from vim_timm.layers.norm import at_least_float32
 from vim_timm.layers.patch_embed import PatchEmbed, Size
 from vim_timm.layers.pos_embed import resample_pos_embed
@@ -346,8 +346,8 @@ class Trunk(nn.Module):
             x, grid = self.embed(x)
         else:
             grid = patch_grid
-        if keep is not None and x.shape[1] != keep.shape[1]:
-            x = take_tokens(x, keep)
+        if keep is not None:
+            x = kept_patches(x, keep, grid[0] * grid[1])
         layout = Layout(grid, prefix_places(self.class_token, x.shape[1]), keep)
         x = self._with_prefix(x)
         x = self.pos_drop(x)

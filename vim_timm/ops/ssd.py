@@ -82,12 +82,16 @@ def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
         ValueError: a backend computes it, and the tokens are no such grid, or places of them are twice or not on it.
         RuntimeError: a forced backend cannot run.
     """
+    operator = 'grid_mixer' if mixer.keep is None else 'masked_grid_mixer'
+    run = find(operator, mixer, mixer.zxbcdt)
+    if run is None:
+        return None
     if mixer.out_proj is not None:
         fields: List[Any] = list(mixer)  # torch 2.6 compiles no `_replace`
         fields[-1] = mixer.out_proj.to(mixer.zxbcdt.dtype)
         mixer = GridMixer(*fields)
-    operator = 'grid_mixer' if mixer.keep is None else 'masked_grid_mixer'
-    return _run_if_there(operator, mixer, mixer.zxbcdt)
+    with autocast_off(mixer.zxbcdt):
+        return run(mixer)
 
 
 def _run_if_there(operator: str, operands: Any, x: Tensor) -> Optional[Tensor]:

@@ -120,7 +120,8 @@ static int find_tokens(GridConvolutionPlan *plan, int64_t *tokens) {
     for (int64_t i = 0; i < conv->batch * places; i++) tokens[i] = -1;
     for (int64_t i = 0; i < conv->batch * conv->kept; i++) {
         const int64_t place = conv->keep[i];
-        if (place < 0 || place >= places || tokens[i / conv->kept * places + place] >= 0) return 1;
+        const int64_t before = i % conv->kept ? conv->keep[i - 1] : -1;
+        if (place <= before || place >= places) return 1;
         tokens[i / conv->kept * places + place] = conv->prefix + i % conv->kept;
     }
     return 0;

@@ -48,7 +48,7 @@ def _convolution(function: str, given: Any, y: Tensor, grad: Optional[Tensor], g
             address(keep), kept, batch, prefix, height, width, channels, silu, threads(9 * x.numel()),
         )  # fmt: skip
         if library.call(function, packed):
-            raise ValueError(f'tokens have no places of their own on a grid of {height} x {width}')
+            raise ValueError(f'places of tokens do not ascend, or leave a grid of {height} x {width}')
 
 
 def _run_conv(x, taps, bias, *grid):

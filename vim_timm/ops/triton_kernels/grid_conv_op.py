@@ -60,7 +60,8 @@ class Conv:
         """The rows that a program walks down, and programs for channels and parts of the work."""
         span = launch.span or self.height
         parts = math.ceil(self.height / span) * math.ceil(self.batch * self.width / launch.columns)
-        return span, (math.ceil(self.channels / launch.channels), math.ceil(parts / launch.repeats))
+        programs = min(65535, math.ceil(parts / launch.repeats))  # the most of a second axis; each walks over its parts
+        return span, (math.ceil(self.channels / launch.channels), programs)
 
     def forward(self, y: Tensor, launch: ConvLaunch = CONV_FORWARD) -> None:
         """Fills y (B, L, D), of any row stride."""

@@ -214,9 +214,8 @@ def fake_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *
 
 
 def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
-    *operands, out_proj = inputs
-    ctx.save_for_backward(*output[1:], *operands[:7], out_proj)
-    ctx.settings = operands[7:]
+    ctx.save_for_backward(*output[1:], *inputs[:7], inputs[-1])
+    ctx.settings = inputs[7:-1]
     ctx.mark_non_differentiable(*output[1:])
 
 

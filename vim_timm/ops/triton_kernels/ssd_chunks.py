@@ -85,7 +85,7 @@ class ChunkedSsd(Ssd):
         small = tiles == 2 and self.product_dtype == torch.bfloat16
         launch = FORWARD if small and major_capability(self.x.device) in WARPGROUPS else OTHER_FORWARD
         blocks = self.chunks(1)
-        groups = min(self.heads, math.ceil(PROGRAMS * multiprocessors(self.x.device) / (blocks * self.batch)))
+        groups = min(self.heads, math.ceil(PROGRAMS * multiprocessors(self.x.device) / max(1, blocks * self.batch)))
         group = math.ceil(self.heads / groups)
         for order in range(self.orders - 1, -1, -1):
             last = order == 0
