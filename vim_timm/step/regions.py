@@ -47,7 +47,14 @@ def _unify(blocks: list[nn.Module]) -> None:
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    return type(module), *((name, tensor.shape) for name, tensor in module.state_dict().items())
+    """What decides how often torch compiles a function of such modules: class, weights, switches but drop paths'."""
+    switches = (
+        (name, key, value)
+        for name, inner in module.named_modules()
+        for key, value in vars(inner).items()
+        if isinstance(value, bool) and key != 'training' and type(inner) not in (DropPath, _DropPath)
+    )
+    return type(module), *((name, tensor.shape) for name, tensor in module.state_dict().items()), *switches
 
 
 def regions(model: nn.Module) -> list[nn.Module]:
