@@ -41,3 +41,14 @@ def poison(monkeypatch):
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, 'empty', lambda *a, **k: empty(*a, **k).fill_(float('nan')))
     monkeypatch.setattr(torch, 'empty_like', lambda *a, **k: empty_like(*a, **k).fill_(float('nan')))
+
+
+@pytest.fixture
+def triton():
+    """Triton's kernels on any device, with NaN in memory that nothing has written."""
+    from vim_timm.ops import use_scan_backend
+
+    torch.use_deterministic_algorithms(True)
+    with use_scan_backend('triton'):
+        yield
+    torch.use_deterministic_algorithms(False)

@@ -188,15 +188,6 @@ def test_all_of_this_in_the_interpreter():
     assert ran.returncode == 0, ran.stdout[-3000:]
 
 
-@pytest.fixture
-def triton():
-    """The kernels on any device, with NaN in memory that nothing has written."""
-    torch.use_deterministic_algorithms(True)
-    with use_scan_backend('triton'):
-        yield
-    torch.use_deterministic_algorithms(False)
-
-
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 SHAPES = [
     ((1, 1), 0, 'both', torch.float32),

@@ -93,15 +93,6 @@ if GPU:  # long for the interpreter
     SIZES += [((128, 197), 480, True), ((3, 785), 1920, True), ((1025,), 960, False)]
 
 
-@pytest.fixture
-def triton():
-    """The kernels on any device, with NaN in memory that nothing has written."""
-    torch.use_deterministic_algorithms(True)
-    with use_scan_backend('triton'):
-        yield
-    torch.use_deterministic_algorithms(False)
-
-
 def whole(*tensors):
     return swiglu(SwiGlu(*tensors))
 

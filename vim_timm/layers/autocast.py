@@ -18,6 +18,7 @@ def as_product_operand(x: torch.Tensor) -> torch.Tensor:
     A linear layer casts too, but then its caller still holds x.
     """
     if not torch.jit.is_scripting():
-        if product_dtype(x) != x.dtype:
-            return x.to(product_dtype(x), memory_format=torch.contiguous_format)
+        dtype = product_dtype(x)
+        if dtype != x.dtype:
+            return x.to(dtype, memory_format=torch.contiguous_format)
     return x

@@ -46,22 +46,23 @@ class Conv:
         self, kernel: Any, launch: ConvLaunch, tensors: Sequence[Tensor], rows: Sequence[Tensor], **constants: Any
     ) -> None:
         """Runs a kernel on tensors, of which `rows` have the strides of its arguments."""
-        span, grid = self.cut(launch)
-        spans, columns = math.ceil(self.height / span), math.ceil(self.batch * self.width / launch.columns)
+        cut, grid = self.cut(launch)
         align = math.gcd(*(alignment(t) // t.element_size() for t in rows))
         kernel[grid](
-            *tensors, self.batch, self.prefix, self.height, self.width, span, spans, spans * columns,
+            *tensors, self.batch, self.prefix, self.height, self.width, *cut,
             *(stride // align for t in rows for stride in t.stride()[:2]),
             CHANNELS=self.channels, BW=launch.columns, BC=launch.channels, ALIGN=align, FAST=not INTERPRET,
             num_warps=launch.warps, maxnreg=launch.registers, **constants,
         )  # fmt: skip
 
-    def cut(self, launch: ConvLaunch) -> Tuple[int, Tuple[int, int]]:
-        """The rows that a program walks down, and programs for channels and parts of the work."""
+    def cut(self, launch: ConvLaunch) -> Tuple[Tuple[int, int, int], Tuple[int, int]]:
+        """The rows that a program walks down, how often they go into a grid, and all parts of the work; programs for
+        channels and for parts."""
         span = launch.span or self.height
-        parts = math.ceil(self.height / span) * math.ceil(self.batch * self.width / launch.columns)
+        spans = math.ceil(self.height / span)
+        parts = spans * math.ceil(self.batch * self.width / launch.columns)
         programs = min(65535, math.ceil(parts / launch.repeats))  # the most of a second axis; each walks over its parts
-        return span, (math.ceil(self.channels / launch.channels), programs)
+        return (span, spans, parts), (math.ceil(self.channels / launch.channels), programs)
 
     def forward(self, y: Tensor, launch: ConvLaunch = CONV_FORWARD) -> None:
         """Fills y (B, L, D), of any row stride."""

@@ -6,6 +6,8 @@ norm; it writes the gradient of in_proj's output in place, so that nothing is pa
 norm, for the gradient of out_proj's weight, in the place of its own gradient.
 """
 
+import functools
+import importlib
 import math
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -70,30 +72,28 @@ class GatedNorm:
         return grad_y, parts
 
 
+KERNELS = (
+    'decay_kernels',
+    'gated_norm_kernels',
+    'grid_conv_kernels',
+    'ssd_chunk_gradient_kernels',
+    'ssd_chunk_kernels',
+    'ssd_kernels',
+    'sum_kernels',
+)
+
+
+@functools.lru_cache(maxsize=None)
+def kernel_modules() -> Dict[str, Any]:
+    """The modules of a mixer's kernels by their names; they import Triton."""
+    return {name: importlib.import_module(f'.{name}', __package__) for name in KERNELS}
+
+
 class GridMixer:
     """The operands as the kernels take them, and the launches of one call."""
 
     def __init__(self, given: operands.GridMixer) -> None:
-        from . import (
-            decay_kernels,
-            gated_norm_kernels,
-            grid_conv_kernels,
-            ssd_chunk_gradient_kernels,
-            ssd_chunk_kernels,
-            ssd_kernels,
-            sum_kernels,
-        )
-
-        modules = (
-            decay_kernels,
-            gated_norm_kernels,
-            grid_conv_kernels,
-            ssd_chunk_gradient_kernels,
-            ssd_chunk_kernels,
-            ssd_kernels,
-            sum_kernels,
-        )
-        self.kernels: Dict[str, Any] = {module.__name__.rsplit('.')[-1]: module for module in modules}
+        self.kernels: Dict[str, Any] = kernel_modules()
         self.given = given
         self.zxbcdt = given.zxbcdt if given.zxbcdt.stride(-1) == 1 else given.zxbcdt.contiguous()
         self.dim, self.state, self.heads = given.norm.shape[0], given.state, given.A_log.shape[1]
