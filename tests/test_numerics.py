@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import vim_timm  # noqa: F401  registers the models
 
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')]
 SMALL = {
     'vim_nano_patch4_32': dict(),
     'vim2_nano_patch4_32': dict(headdim=16, d_state=16),
@@ -16,26 +17,47 @@ SMALL = {
 }
 
 
+DEVICES = ['cpu', pytest.param('cuda', marks=GPU)]
+
+
 def build(name):
     torch.manual_seed(0)
     return timm.create_model(name, img_size=16, embed_dim=32, depth=2, num_classes=5, **SMALL[name])
 
 
-@pytest.mark.parametrize('name', [name for name in SMALL if name != 'vim_nano_patch4_32'])
-def test_300_steps_in_bfloat16_without_a_gradient_that_is_not_finite(name):
-    model = build(name).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    images, targets = torch.randn(4, 3, 16, 16), torch.arange(4)
+def train_300_steps(model, device, dtype, lr):
+    """Losses of AMP steps on four noisy images, none of whose gradients is infinite or no number."""
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    size = model.pretrained_cfg['input_size'][-1] if device == 'cuda' else 16
+    images, targets = torch.randn(4, 3, size, size, device=device), torch.arange(4, device=device)
+    scale = 1024 if dtype == torch.float16 else 1  # small gradients would vanish
     losses = []
     for _ in range(300):
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(device, dtype):
             loss = F.cross_entropy(model(images + 0.1 * torch.randn_like(images)), targets)
         optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
-        assert norm.isfinite(), f'step {len(losses)}'
+        (scale * loss).backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        assert torch.nn.utils.get_total_norm(gradients).isfinite(), f'step {len(losses)}'
+        torch._foreach_div_(gradients, scale)
         optimizer.step()
         losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize('name', [name for name in SMALL if name != 'vim_nano_patch4_32'])
+def test_300_steps_in_bfloat16_without_a_gradient_that_is_not_finite(name):
+    losses = train_300_steps(build(name), 'cpu', torch.bfloat16, 3e-3)
+    assert losses[-1] < 0.1 < 1 < losses[0]
+
+
+@pytest.mark.parametrize('device', [pytest.param('cuda', marks=GPU)])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('name', ['vim_tiny_patch16_224', 'vim2_tiny_patch16_224', 'vim_hybrid_tiny_patch4_32'])
+def test_300_steps_of_registered_models_on_a_gpu(name, dtype, device):
+    torch.manual_seed(0)
+    losses = train_300_steps(timm.create_model(name, num_classes=5), device, dtype, 3e-4)
     assert losses[-1] < 0.1 < 1 < losses[0]
 
 
@@ -53,10 +75,11 @@ def largest_activation(model, images):
     return max(largest), features
 
 
+@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('part', ['images', 'weights', 'both'])
 @pytest.mark.parametrize('name', SMALL)
-def test_activations_of_ten_thousand_stay_within_a_hundredth_of_float64(name, part):
-    model, images = build(name).eval(), torch.randn(2, 3, 16, 16)
+def test_activations_of_ten_thousand_stay_within_a_hundredth_of_float64(name, part, device):
+    model, images = build(name).to(device).eval(), torch.randn(2, 3, 16, 16).to(device)
     reached = 0.0
     with torch.no_grad():
         while reached < 1e4:
