@@ -8,7 +8,8 @@
     finetune   --epochs-finetune from it and from scratch, and from scratch for as long as both took together
     few        the same with a tenth of the labels, --epochs-few
     probe      a linear classifier on its features and on random ones, --epochs-probe
-    ablate     short pretraining (30 epochs) and tuning (15) with mask ratios, patch sizes, orders of tokens, decoders
+    ablate     pretraining of --epochs-ablate and tuning of half as many, with mask ratios, patch sizes, orders of
+               tokens, decays, decoders; --cases names some
     bands      mae_favit on 13 bands made from the images, and its report with missing bands
 
 Every command is printed, and its seconds. The last lines are a table in Markdown: a row a run, top-1 after the last
@@ -44,7 +45,11 @@ ABLATIONS = {
     'decoder of Vim blocks': (['--decoder', 'vim'], []),
     'decoder of Vision Mamba 2 blocks': (['--decoder', 'vim2'], []),
 }
-SHUFFLED = {'shuffled tokens': (['--model-kwargs', 'random_token_order=True'], [])}  # of the models that have it
+# of the models that have it
+OF_FAMILY = {
+    'vim': {'shuffled tokens': (['--model-kwargs', 'random_token_order=True'], [])},
+    'vim2': {'decay over gaps': (['--model-kwargs', 'gap_decay=True'], [])},
+}
 
 BANDS = """--model mae_favit_small_patch16_224 --img-size 32 --model-kwargs patch_size=4 --dataset arrays
 --channel-drop 0.25 --batch-size 128 --epochs 40 --warmup-epochs 4 --opt adamw --lr 5e-4 --weight-decay 0.05
@@ -69,11 +74,10 @@ class Runs:
         """Options that start from the encoder of a pretraining."""
         return ['--pretrained', '--pretrained-path', str(self.path(name) / 'last.pth.tar')]
 
-    def start(self, name: str, recipe: str, *options: str, data: Path | None = None, autoencoder: bool = False):
+    def start(self, name: str, recipe: str, *options: str, data: Path | None = None):
         """Train in the background; the result says whether that succeeded."""
-        model = f'{"mae_" if autoencoder else ""}{self.args.model}'
         words = ['train.py', '--recipe', recipe, '--dataset', '', '--data-dir', str(data or self.args.data_dir)]
-        words += ['--model', model, *options, '--seed', str(self.args.seed), *self.more]
+        words += ['--model', self.args.model, *options, '--seed', str(self.args.seed), *self.more]
         return self.pool.submit(self.run, words, self.path(name))
 
     def run(self, words: list[str], folder: Path) -> bool:
@@ -120,7 +124,7 @@ def length(epochs: int) -> list[str]:
 
 def pretrain(runs: Runs) -> list[str]:
     options = [*length(runs.args.epochs_pretrain), '--gallery-interval', '20']
-    if runs.start('mae', 'cifar10_tiny_mae', *options, autoencoder=True).result():
+    if runs.start('mae', 'cifar10_tiny_mae', *options).result():
         report(runs, 'mae')
     return ['mae']
 
@@ -183,20 +187,21 @@ def probe(runs: Runs) -> list[str]:
 
 
 def ablate(runs: Runs) -> list[str]:
-    cases = {**ABLATIONS, **(SHUFFLED if runs.args.model.startswith('vim_') else {})}
-    short = ['--epochs', '30', '--warmup-epochs', '3']
+    cases = {**ABLATIONS, **OF_FAMILY.get(runs.args.model.split('_')[0], {})}
+    cases = {name: case for name, case in cases.items() if not runs.args.cases or name in runs.args.cases}
+    short = length(runs.args.epochs_ablate)
     pretraining = {
-        name: runs.start(f'mae, {name}', 'cifar10_tiny_mae', *short, *own, *both, autoencoder=True)
-        for name, (own, both) in cases.items()
+        name: runs.start(f'mae, {name}', 'cifar10_tiny_mae', *short, *own, *both) for name, (own, both) in cases.items()
     }
-    names, tuning = [f'scratch, {case}' for case in ('ratio 0.6', 'patch 2, ratio 0.6')], []
-    settings = ['cifar10_tiny_finetune', '--epochs', '15', '--warmup-epochs', '2']
+    names = [f'scratch, {case}' for case in ('ratio 0.6', 'patch 2, ratio 0.6') if case in cases]
+    tuning = []
+    settings = ['cifar10_tiny_finetune', *length(runs.args.epochs_ablate // 2)]
     for name, (_, both) in cases.items():
         if not pretraining[name].result():
             continue
         names.append(f'tuned, {name}')
         tuning.append(runs.start(names[-1], *settings, *both, *runs.encoder(f'mae, {name}')))
-    for name in names[:2]:
+    for name in [name for name in names if name.startswith('scratch')]:
         both = cases[name.removeprefix('scratch, ')][1]
         tuning.append(runs.start(name, *settings, '--layer-decay', '1', *both))
     for run in tuning:
@@ -226,8 +231,9 @@ def main() -> None:
     parser.add_argument('--model', default='vim_tiny_patch4_32')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--jobs', type=int, default=1)
-    for stage, epochs in (('pretrain', 60), ('finetune', 30), ('few', 150), ('probe', 20)):
+    for stage, epochs in (('pretrain', 60), ('finetune', 30), ('few', 150), ('probe', 20), ('ablate', 30)):
         parser.add_argument(f'--epochs-{stage}', type=int, default=epochs)
+    parser.add_argument('--cases', nargs='+', choices=[*ABLATIONS, *(c for own in OF_FAMILY.values() for c in own)])
     words = sys.argv[1:]
     split = words.index('--') if '--' in words else len(words)
     runs = Runs(parser.parse_args(words[:split]), words[split + 1 :])

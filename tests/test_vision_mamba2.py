@@ -3,9 +3,11 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm.layers import BiSSD, Layout
+from vim_timm.layers.token_order import hidden_before
 
 
 def parameters(name):
@@ -101,6 +103,41 @@ def test_a_hidden_patch_is_a_hole_in_the_convolution():
     whole = mixer._on_grid(image, Layout((3, 3), [], None))
     some = mixer._on_grid(x, Layout((3, 3), [], keep))
     torch.testing.assert_close(some, whole.gather(1, keep[..., None].expand_as(x)))
+
+
+@pytest.mark.parametrize('order', ['row', 'column'])
+def test_states_decay_over_hidden_patches_as_over_visible_ones(order):
+    """A pair of patches meets the steps of all on the way, and those of each hidden one once more."""
+    torch.manual_seed(0)
+    mixer = BiSSD(8, d_state=4, headdim=4, expand=1, orders=order, conv='none', gap_decay=True).double()
+    keep = torch.tensor([[0, 1, 4, 8], [2, 3, 5, 7]])
+    x = torch.randn(2, 4, 8, dtype=torch.double)
+    z, u, B, C, delta = mixer.in_proj(x).split([8, 8, 4, 4, 2], -1)
+    u, B, C, dt = F.silu(u).unflatten(-1, (2, 4)), F.silu(B), F.silu(C), F.softplus(delta + mixer.dt_bias)
+    places = keep if order == 'row' else keep % 3 * 3 + keep // 3
+    steps = torch.zeros(2, 9, 2, dtype=torch.double)  # of every place of the grid in the order of the visit
+    for image, visit in enumerate(places.tolist()):
+        for token, place in enumerate(visit):
+            before = max((other for other in visit if other < place), default=-1)
+            steps[image, before + 1 : place + 1] = (dt * mixer.A_log.exp())[image, token]
+    s = steps.cumsum(1).gather(1, places[..., None].expand(-1, -1, 2))
+    decays = torch.exp(-(s[:, :, None] - s[:, None]).abs())
+    y = torch.einsum('bin,bjn,bijh,bjh,bjhp->bihp', C, B, decays, dt, u) + mixer.D[:, None] * u
+    wanted = mixer.out_proj(mixer.norm(y.flatten(2)) * F.silu(z))
+    torch.testing.assert_close(mixer(x, Layout((3, 3), [], keep)), wanted)
+    every, whole = torch.arange(9)[None], torch.randn(1, 9, 8, dtype=torch.double)
+    torch.testing.assert_close(mixer(whole, Layout((3, 3), [], every)), mixer(whole, Layout((3, 3), [], None)))
+
+
+def test_hidden_patches_are_counted_between_patches_alone():
+    layout = Layout((3, 3), [2], torch.tensor([[0, 1, 4, 8], [2, 3, 5, 7]]))
+    assert hidden_before(layout, False).tolist() == [[0, 0, 0, 2, 3], [0, 0, 0, 1, 1]]
+    assert hidden_before(layout, True).tolist() == [[0, 2, 0, 0, 3], [0, 0, 0, 0, 3]]
+
+
+def test_decay_over_gaps_needs_one_order():
+    with pytest.raises(ValueError, match="gap_decay needs one order, 'row' or 'column'"):
+        timm.create_model('test_vim2', orders='both', gap_decay=True)
 
 
 @pytest.mark.parametrize('name', ['in_proj', 'conv2d', 'norm', 'out_proj'])

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from vim_timm.layers.autocast import product_dtype
-from vim_timm.layers.norm import RmsNorm
+from vim_timm.layers.norm import RmsNorm, at_least_float32
 from vim_timm.layers.plain import is_its_class, is_plain, is_plain_depthwise, is_plain_projection, weights
 from vim_timm.layers.rope import rope_tables, rotate
 from vim_timm.layers.state_space import StateSpaceMixer, draw_out_proj, draw_step_bias
-from vim_timm.layers.token_order import Layout, column_places, patch_moves, patch_places
+from vim_timm.layers.token_order import Layout, column_places, hidden_before, patch_moves, patch_places
 from vim_timm.ops import GridConv, GridMixer, Ssd, fused_grid_mixer, grid_conv, probe_backends, symmetric_ssd
 from vim_timm.ops.registration import count_depthwise
 
@@ -48,6 +48,7 @@ class BiSSD(StateSpaceMixer):
     rows: Final[bool]
     columns: Final[bool]
     rope: Final[bool]
+    gap_decay: Final[bool]
     conv_type: Final[str]
 
     def __init__(
@@ -60,6 +61,7 @@ class BiSSD(StateSpaceMixer):
         conv: ConvType = '2d',
         bc_norm: bool = False,
         rope: bool = False,
+        gap_decay: bool = False,
         proj_drop: float = 0.0,
         norm_eps: float = 1e-5,
         device=None,
@@ -75,6 +77,8 @@ class BiSSD(StateSpaceMixer):
             conv: Depthwise convolution of x, B and C: '2d' 3 x 3 on the grid of patches, '1d' over 7 tokens, 'none'.
             bc_norm: Normalize B and C.
             rope: Turn B and C by their patches' rows and columns.
+            gap_decay: Of a masked image, decay at a patch once more for each hidden one between it and the one visited
+                before, as if these had its step size and no content.
             proj_drop: Dropout of the output.
             norm_eps: Epsilon of every norm.
 
@@ -96,10 +100,12 @@ class BiSSD(StateSpaceMixer):
             )
         if rope and d_state % 4:
             raise ValueError(f'rope needs a d_state divisible by 4, not {d_state}: use {d_state + -d_state % 4}')
+        if gap_decay and orders == 'both':
+            raise ValueError("gap_decay needs one order, 'row' or 'column': patches have other gaps in the other")
         probe_backends()
         self.d_inner, self.d_state, self.headdim, self.num_heads = d_inner, d_state, headdim, d_inner // headdim
         self.rows, self.columns = orders != 'column', orders != 'row'
-        self.rope = rope
+        self.rope, self.gap_decay = rope, gap_decay
         self.rope_grid = _ROPE_GRID  # side to which positions are scaled
         self.conv_type = conv
         channels = d_inner + 2 * d_state
@@ -147,7 +153,7 @@ class BiSSD(StateSpaceMixer):
         layers: Any = self._modules  # each as an attribute costs the host several times as much
         conv, norm, out_proj = layers.get('conv2d'), layers['norm'], layers['out_proj']
         first = len(layout.prefix)
-        if conv is None or self.b_norm is not None or self.rope:
+        if conv is None or self.b_norm is not None or self.rope or (self.gap_decay and layout.keep is not None):
             return None
         if layout.prefix != list(range(first)) or not is_plain_depthwise(conv, 1) or conv.kernel_size != (3, 3):
             return None
@@ -237,6 +243,16 @@ class BiSSD(StateSpaceMixer):
             tables = torch.cat([tables[:, :, :place], none, tables[:, :, place:]], dim=2)
         return rotate(B_BLN, tables[0], tables[1]), rotate(C_BLN, tables[0], tables[1])
 
+    def _decay_over_gaps(
+        self, delta_BLH: torch.Tensor, B_BLN: torch.Tensor, layout: Layout
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Step sizes multiplied by 1 + the hidden patches before them, and B divided by it: what is added stays."""
+        times_BL1 = 1 + hidden_before(layout, self.columns).unsqueeze(-1)
+        bias_H = at_least_float32(self.dt_bias)
+        dt_BLH = times_BL1 * F.softplus(delta_BLH + bias_H).clamp(min=1e-20)
+        longer_BLH = dt_BLH + torch.log(-torch.expm1(-dt_BLH)) - bias_H  # softplus undone
+        return longer_BLH.to(delta_BLH.dtype), (B_BLN / times_BL1).to(B_BLN.dtype)
+
     def forward(self, x_BLC: torch.Tensor, layout: Layout) -> torch.Tensor:
         zxbcdt_BLE = self._project(x_BLC)
         if not torch.jit.is_scripting():
@@ -253,6 +269,8 @@ class BiSSD(StateSpaceMixer):
             B_BLN, C_BLN = self.b_norm(B_BLN).to(x_BLD.dtype), self.c_norm(C_BLN).to(x_BLD.dtype)
         if self.rope:
             B_BLN, C_BLN = self._turn(B_BLN, C_BLN, layout)
+        if self.gap_decay and layout.keep is not None:
+            delta_BLH, B_BLN = self._decay_over_gaps(delta_BLH, B_BLN, layout)
         columns: Optional[torch.Tensor] = None
         moves: Optional[torch.Tensor] = None
         if self.columns:

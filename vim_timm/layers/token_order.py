@@ -63,6 +63,24 @@ def column_places(layout: Layout, device: torch.device) -> torch.Tensor:
     return order
 
 
+def hidden_before(layout: Layout, column: bool) -> torch.Tensor:
+    """How many hidden patches of a masked image lie between a patch and the one visited before it, float32 (B, L).
+
+    The visit is by rows or by columns. None lie before the first patch, nor before class tokens.
+    """
+    height, width = layout.grid
+    keep = layout.keep
+    assert keep is not None
+    places = keep % width * height + keep // width if column else keep
+    visit = torch.argsort(places, dim=1)
+    places = places.gather(1, visit)
+    between = places[:, 1:] - places[:, :-1] - 1
+    hidden = torch.zeros_like(places).scatter(1, visit[:, 1:], between).to(torch.float32)
+    for place in layout.prefix:
+        hidden = torch.cat([hidden[:, :place], torch.zeros_like(hidden[:, :1]), hidden[:, place:]], dim=1)
+    return hidden
+
+
 def patch_moves(layout: Layout, num_tokens: int, device: torch.device) -> torch.Tensor:
     """1 for patches, 0 for class tokens, (L,) float32."""
     moves = torch.zeros(num_tokens, device=device)

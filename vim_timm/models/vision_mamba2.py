@@ -49,6 +49,7 @@ class VisionMamba2(Trunk):
         conv: ConvType = '2d',
         bc_norm: bool = False,
         rope: bool = False,
+        gap_decay: bool = False,
         mlp_ratio: float = 4.0,
         norm_eps: float = 1e-5,
         residual_in_fp32: bool = True,
@@ -86,6 +87,7 @@ class VisionMamba2(Trunk):
             conv: The mixer's depthwise convolution: '2d' 3 x 3 on the grid, '1d' over 7 tokens, 'none'.
             bc_norm: Normalize the mixer's B and C.
             rope: Turn the mixer's B and C by rows and columns.
+            gap_decay: States of masked images decay over hidden patches too; not with orders 'both'.
             mlp_ratio: Hidden width of the SwiGLU as a multiple of embed_dim, 0 for blocks without one.
             norm_eps: Epsilon of every norm.
             residual_in_fp32: Keep the residual stream in float32 when tokens are bfloat16 or float16.
@@ -135,6 +137,7 @@ class VisionMamba2(Trunk):
                 conv=conv,
                 bc_norm=bc_norm,
                 rope=rope,
+                gap_decay=gap_decay,
                 proj_drop=proj_drop_rate,
                 norm_eps=norm_eps,
                 **dd,
