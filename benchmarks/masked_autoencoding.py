@@ -38,12 +38,12 @@ ABLATIONS = {
     'ratio 0.5': (['--mask-ratio', '0.5'], []),
     'ratio 0.6': ([], []),
     'ratio 0.75': (['--mask-ratio', '0.75'], []),
-    'patch 2, ratio 0.6': ([], ['--model-kwargs', 'patch_size=2']),
-    'patch 2, ratio 0.75': (['--mask-ratio', '0.75'], ['--model-kwargs', 'patch_size=2']),
     'decoder depth 1': (['--decoder-depth', '1'], []),
     'decoder depth 8': (['--decoder-depth', '8'], []),
     'decoder of Vim blocks': (['--decoder', 'vim'], []),
     'decoder of Vision Mamba 2 blocks': (['--decoder', 'vim2'], []),
+    'patch 2, ratio 0.6': ([], ['--model-kwargs', 'patch_size=2']),
+    'patch 2, ratio 0.75': (['--mask-ratio', '0.75'], ['--model-kwargs', 'patch_size=2']),
 }
 # of the models that have it
 OF_FAMILY = {
@@ -74,11 +74,15 @@ class Runs:
         """Options that start from the encoder of a pretraining."""
         return ['--pretrained', '--pretrained-path', str(self.path(name) / 'last.pth.tar')]
 
-    def start(self, name: str, recipe: str, *options: str, data: Path | None = None):
-        """Train in the background; the result says whether that succeeded."""
+    def start(self, *words: str, data: Path | None = None):
+        """`train` in the background; the result says whether that succeeded."""
+        return self.pool.submit(self.train, *words, data=data)
+
+    def train(self, name: str, recipe: str, *options: str, data: Path | None = None) -> bool:
+        """Train by a recipe unless that was done, and say whether it succeeded."""
         words = ['train.py', '--recipe', recipe, '--dataset', '', '--data-dir', str(data or self.args.data_dir)]
         words += ['--model', self.args.model, *options, '--seed', str(self.args.seed), *self.more]
-        return self.pool.submit(self.run, words, self.path(name))
+        return self.run(words, self.path(name))
 
     def run(self, words: list[str], folder: Path) -> bool:
         """Run a command line unless its folder has a result, and say whether there is one."""
@@ -189,24 +193,22 @@ def probe(runs: Runs) -> list[str]:
 def ablate(runs: Runs) -> list[str]:
     cases = {**ABLATIONS, **OF_FAMILY.get(runs.args.model.split('_')[0], {})}
     cases = {name: case for name, case in cases.items() if not runs.args.cases or name in runs.args.cases}
-    short = length(runs.args.epochs_ablate)
-    pretraining = {
-        name: runs.start(f'mae, {name}', 'cifar10_tiny_mae', *short, *own, *both) for name, (own, both) in cases.items()
-    }
-    names = [f'scratch, {case}' for case in ('ratio 0.6', 'patch 2, ratio 0.6') if case in cases]
-    tuning = []
-    settings = ['cifar10_tiny_finetune', *length(runs.args.epochs_ablate // 2)]
-    for name, (_, both) in cases.items():
-        if not pretraining[name].result():
-            continue
-        names.append(f'tuned, {name}')
-        tuning.append(runs.start(names[-1], *settings, *both, *runs.encoder(f'mae, {name}')))
-    for name in [name for name in names if name.startswith('scratch')]:
-        both = cases[name.removeprefix('scratch, ')][1]
-        tuning.append(runs.start(name, *settings, '--layer-decay', '1', *both))
-    for run in tuning:
+    short, tuning = length(runs.args.epochs_ablate), length(runs.args.epochs_ablate // 2)
+
+    def tuned(name: str) -> None:
+        own, both = cases[name]
+        if runs.train(f'mae, {name}', 'cifar10_tiny_mae', *short, *own, *both):
+            encoder = runs.encoder(f'mae, {name}')
+            runs.train(f'tuned, {name}', 'cifar10_tiny_finetune', *tuning, *both, *encoder)
+
+    baselines = [case for case in ('ratio 0.6', 'patch 2, ratio 0.6') if case in cases]
+    started = [runs.pool.submit(tuned, name) for name in cases]
+    for name in baselines:
+        both = cases[name][1]
+        started.append(runs.start(f'scratch, {name}', 'cifar10_tiny_finetune', *tuning, '--layer-decay', '1', *both))
+    for run in started:
         run.result()
-    return names
+    return [*(f'tuned, {name}' for name in cases), *(f'scratch, {name}' for name in baselines)]
 
 
 def bands(runs: Runs) -> list[str]:
