@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels import assert_agrees, error, with_gradients
+from tests.test_masked_kernels import MASKED, kept_of, masked_composition
 from tests.test_ssd import composition, mixer_operands, operands_of, visits_of
 from vim_timm.layers.bissd import BiSSD
 from vim_timm.ops import GridMixer, Ssd, cpu, fused_grid_mixer, symmetric_ssd, use_scan_backend
@@ -20,18 +20,6 @@ SUMS = ('A_log', 'D', 'delta_bias')  # gradients that are sums of what nearly ca
 # grid, prefix tokens, orders
 LAYOUTS = [((1, 1), 0, 'both'), ((1, 7), 0, 'row'), ((3, 5), 1, 'both'), ((6, 4), 2, 'column'), ((14, 14), 0, 'both')]
 LONG = [((25, 26), 1, 'both'), ((4, 150), 0, 'column')]
-# grid, kept patches, prefix tokens, orders
-MASKED = [
-    ((1, 1), 1, 0, 'both'),
-    ((1, 9), 3, 0, 'row'),
-    ((5, 7), 1, 0, 'column'),
-    ((3, 5), 1, 1, 'both'),
-    ((5, 7), 0, 2, 'both'),
-    ((3, 4), 12, 1, 'both'),
-    ((7, 5), 9, 2, 'column'),
-    ((14, 14), 49, 0, 'both'),
-    ((14, 14), 49, 0, 'column'),
-]
 LONG_MASKED = [((27, 25), 540, 1, 'both')]
 
 
@@ -82,33 +70,6 @@ def test_the_inside_of_a_mixer_is_that_of_plain_operators(name, grid, prefix, or
         rounded=lambda *x: composition([t.float() for t in x], *settings, law=plain.by_length),
         zero=('A_log',) if length == 1 else (),
     )
-
-
-def kept_of(grid, kept, batch):
-    """Random places (B, kept), ascending, of other patches in each image and at every call."""
-    return torch.rand(batch, grid[0] * grid[1]).argsort(1)[:, :kept].sort(1).values
-
-
-def masked_composition(operands, eps, state, rows, prefix, height, width, keep, law=plain.by_length):
-    """What the fused operator computes of masked images, of plain operators on whole ones, one after the other."""
-    zxbcdt, conv, conv_bias, delta_bias, A_log, D, norm = operands
-    dim, heads, outputs = norm.shape[0], A_log.shape[1], []
-    both = len(A_log) == 2
-    moves = (torch.arange(zxbcdt.shape[1]) >= prefix).float()
-    for row, places in zip(zxbcdt[..., : 2 * dim + 2 * state + heads], keep):
-        z, xbc, delta = row.split([dim, dim + 2 * state, heads], -1)
-        image = xbc.new_zeros(height * width, xbc.shape[1]).index_copy(0, places, xbc[prefix:])
-        image = image.t().reshape(1, -1, height, width)
-        image = F.conv2d(image, conv.view(-1, 1, 3, 3), conv_bias, padding=1, groups=len(conv))
-        alone = xbc[:prefix] * conv[:, 4] + conv_bias
-        xbc = F.silu(torch.cat([alone, image[0].flatten(1).t()[places]]))
-        x, B, C = (t[None] for t in xbc.split([dim, state, state], -1))
-        by_column = sorted(range(len(places)), key=lambda i: (int(places[i]) % width, int(places[i])))
-        columns = torch.tensor([[*range(prefix), *(prefix + i for i in by_column)]])
-        visits = rows, columns if both or not rows else None, moves
-        y = law(Ssd(x.unflatten(-1, (heads, -1)), delta[None], A_log, B, C, D, delta_bias, *visits))
-        outputs.append(F.rms_norm(y.flatten(2), (dim,), norm, eps) * F.silu(z))
-    return torch.cat(outputs)
 
 
 @pytest.mark.parametrize('name', BUILDS)

@@ -296,7 +296,7 @@ def test_kernels_compile_within_the_shared_memory_of_every_gpu(target, monkeypat
     monkeypatch.setattr(sys, 'argv', ['compile_targets', '--targets', str(target), '--dims', '384'])
     compile_targets.main()  # ends the program where one does not fit
     report = capsys.readouterr().out
-    for name in ('scan_backward', 'conv_backward', 'chunk_backward_matrices'):
+    for name in ('scan_backward', 'conv_backward', 'chunk_backward_matrices', 'masked_conv_gradients'):
         assert re.search(rf'sm_{target} .* {name} ', report), name
 
 

@@ -84,6 +84,7 @@ TABLE: Dict[str, Dict[str, Cell]] = {
     },
     'masked_grid_mixer': {
         'cpu': Cell(cpu.grid_mixer, cpu.grid_mixer_limit),
+        'triton': Cell(triton_kernels.masked_grid_mixer, triton_kernels.grid_mixer_limit),
     },
     'rms_norm': {
         'cpu': Cell(cpu.rms_norm, cpu.rms_norm_limit),
@@ -107,7 +108,7 @@ KERNELS: Dict[str, Dict[str, str]] = {
     'ssd': {'cuda': 'triton', 'cpu': 'cpu'},
     'grid_conv': {'cuda': 'triton'},
     'grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
-    'masked_grid_mixer': {'cpu': 'cpu'},
+    'masked_grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
     'rms_norm': {'cpu': 'cpu'},
     'swiglu': {'cuda': 'triton', 'cpu': 'cpu'},
 }

@@ -249,6 +249,15 @@ def grid_mixer_flops(shapes: Shapes) -> int:
     return batch * length * (taps + product) + ssd_flops({'x': x, 'B': B, 'A_log': A_log})
 
 
+def masked_grid_mixer_flops(shapes: Shapes) -> int:
+    """FLOPs of `operands.GridMixer` where patches are hidden, whose convolution counts as the whole image's: backends
+    without this operator compute that."""
+    batch, length, _ = _shape(shapes, 'zxbcdt')
+    given: Any = shapes  # numbers as they are
+    hidden = given['prefix'] + given['height'] * given['width'] - length
+    return grid_mixer_flops(shapes) + 18 * batch * hidden * _shape(shapes, 'conv')[0]
+
+
 def swiglu_flops(shapes: Shapes) -> int:
     """FLOPs of `operands.SwiGlu`: both products."""
     rows = math.prod(_shape(shapes, 'x')[:-1])

@@ -79,7 +79,8 @@ def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
         be composed of convolution, `symmetric_ssd` and norm.
 
     Raises:
-        ValueError: a backend computes it, and the tokens are no such grid, or places of them are twice or not on it.
+        ValueError: a backend computes it, and the tokens are no such grid, or places of them are twice or not on it; on
+            a GPU, which would be waited for, such an image is NaN instead.
         RuntimeError: a forced backend cannot run.
     """
     operator = 'grid_mixer' if mixer.keep is None else 'masked_grid_mixer'

@@ -1,8 +1,8 @@
 """Fused GPU kernels in Triton: bidirectional selective scan and causal convolution, symmetric state space dual.
 
 `scan` and `conv` compute what `ops.plain.reference` defines, `ssd` what `ops.plain.ssd` does, `grid_conv` a convolution
-on a grid, `grid_mixer` the inside of a mixer around both, and `swiglu` a gated MLP, on NVIDIA GPUs; Triton is imported
-at the first call.
+on a grid, `grid_mixer` the inside of a mixer around both, `masked_grid_mixer` that of visible patches, and `swiglu` a
+gated MLP, on NVIDIA GPUs; Triton is imported at the first call.
 The kernels were measured on compute capability 9.0 only; they compile for 8.0 to 12.0 (`compile_targets`).
 """
 
@@ -16,7 +16,15 @@ from torch import Tensor
 from .. import operands
 from ..plain import reference
 from ..registration import as_product_operands
-from . import grid_conv_op, grid_mixer_op, scan_op, ssd_launch, ssd_op, swiglu_op  # noqa: F401  define the operators
+from . import (  # noqa: F401  define the operators
+    grid_conv_op,
+    grid_mixer_op,
+    masked_grid_mixer_op,
+    scan_op,
+    ssd_launch,
+    ssd_op,
+    swiglu_op,
+)
 from .conv_op import MAX_WIDTH
 from .launch import INTERPRET, MAX_STATE
 
@@ -27,6 +35,7 @@ __all__ = [
     'grid_conv_limit',
     'grid_mixer',
     'grid_mixer_limit',
+    'masked_grid_mixer',
     'scan',
     'scan_limit',
     'ssd',
@@ -190,6 +199,11 @@ def grid_mixer(given: operands.GridMixer) -> Tensor:
     """The gated norm of the state space dual of convolved tokens, in zxbcdt's dtype: (B, L, D), or (B, L, C) with
     out_proj."""
     return torch.ops.vim_timm.triton_grid_mixer.default(*given)[0]
+
+
+def masked_grid_mixer(given: operands.GridMixer) -> Tensor:
+    """`grid_mixer` of a masked image's visible patches."""
+    return torch.ops.vim_timm.triton_masked_grid_mixer.default(*given)[0]
 
 
 def swiglu(given: operands.SwiGlu) -> Tensor:

@@ -22,6 +22,7 @@ from .launch import Plan
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a block; CUDA C++ Programming Guide
 TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
+POINTERS = {**TYPES, torch.int32: '*i32', torch.int64: '*i64'}
 Compiled = Dict[Tuple[Any, ...], Any]
 
 
@@ -60,7 +61,7 @@ class Launcher:
                 signature[parameter.name], constexprs[(i,)] = 'constexpr', value
                 continue
             if isinstance(value, torch.Tensor):
-                signature[parameter.name] = TYPES[value.dtype]
+                signature[parameter.name] = POINTERS[value.dtype]
                 aligned = value.storage_offset() * value.element_size() % 16 == 0
             else:
                 signature[parameter.name] = 'fp32' if isinstance(value, float) else 'i32'
@@ -114,23 +115,45 @@ def compile_conv(capability: int, compiled: Compiled, dim: int, dtype: torch.dty
     conv.backward(y, y_b)
 
 
-def compile_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype, side: int) -> None:
-    """The inside of a Vision Mamba 2 mixer on a square grid, forward and backward."""
-    from .. import operands
-    from . import ssd_chunks
-    from .grid_mixer_op import GridMixer
-
+def mixer_of(dim: int, dtype: torch.dtype, length: int, side: int, keep: Optional[torch.Tensor]) -> operands.GridMixer:
+    """Operands of a Vision Mamba 2 mixer of two orders, of `length` tokens on a square grid."""
     state, heads = 64, dim // 64
     width = 2 * dim + 2 * state + 8 * math.ceil(heads / 8)
-    zxbcdt = torch.empty([2, side * side, width], dtype=dtype, device='meta')
+    zxbcdt = torch.empty([2, length, width], dtype=dtype, device='meta')
     shapes = ([dim + 2 * state, 9], [dim + 2 * state], [heads], [2, heads], [heads], [dim])
     given: Any = [torch.empty(shape, device='meta') for shape in shapes]
-    given += [1e-5, state, True, 0, side, side, None, torch.empty([dim // 2, dim], dtype=dtype, device='meta')]
-    mixer: Any = GridMixer(operands.GridMixer(zxbcdt, *given))
+    out_proj: Any = torch.empty([dim // 2, dim], dtype=dtype, device='meta')
+    given += [1e-5, state, True, 0, side, side, keep, out_proj]
+    return operands.GridMixer(zxbcdt, *given)
+
+
+def compile_mixer(mixer: Any, capability: int, compiled: Compiled) -> None:
+    """The inside of a Vision Mamba 2 mixer, forward and backward."""
+    from . import ssd_chunks
+
     mixer.kernels = {name: Recorder(module, capability, compiled) for name, module in mixer.kernels.items()}
     with mock.patch.object(ssd_chunks, 'major_capability', lambda device: capability // 10):
         out, *kept = mixer.forward()
         mixer.backward(out, *kept)
+
+
+def compile_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype, side: int) -> None:
+    from .grid_mixer_op import GridMixer
+
+    compile_mixer(GridMixer(mixer_of(dim, dtype, side * side, side, None)), capability, compiled)
+
+
+def compile_masked_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
+    """Kernels of an image whose patches are hidden but for a quarter."""
+    from . import masked_conv_kernels
+    from .masked_conv_launch import find_places
+    from .masked_grid_mixer_op import MaskedGridMixer
+    from .ssd_launch import Grid
+
+    keep = torch.empty([2, 49], dtype=torch.int64, device='meta')
+    places = find_places(Recorder(masked_conv_kernels, capability, compiled), keep, Grid(0, 14, 14))
+    mixer = MaskedGridMixer(mixer_of(dim, dtype, keep.shape[1], 14, keep), places)
+    compile_mixer(mixer, capability, compiled)
 
 
 def compile_swiglu(capability: int, compiled: Compiled, hidden: int, dtype: torch.dtype) -> None:
@@ -164,6 +187,7 @@ def check(capability: int, dim: int, state: int, dtype: torch.dtype) -> bool:
     compile_conv(capability, compiled, dim, dtype)
     for side in (14, 32):  # the latter in chunks
         compile_grid_mixer(capability, compiled, dim, dtype, side)
+    compile_masked_grid_mixer(capability, compiled, dim, dtype)
     compile_swiglu(capability, compiled, 2 * dim, dtype)  # 768 at D 384, as vim2_tiny has
     fits = True
     for key, kernel in compiled.items():

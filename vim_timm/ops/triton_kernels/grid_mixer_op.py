@@ -76,6 +76,7 @@ KERNELS = (
     'decay_kernels',
     'gated_norm_kernels',
     'grid_conv_kernels',
+    'masked_conv_kernels',
     'ssd_chunk_gradient_kernels',
     'ssd_chunk_kernels',
     'ssd_kernels',
@@ -98,13 +99,15 @@ class GridMixer:
         self.zxbcdt = given.zxbcdt if given.zxbcdt.stride(-1) == 1 else given.zxbcdt.contiguous()
         self.dim, self.state, self.heads = given.norm.shape[0], given.state, given.A_log.shape[1]
         self.grid = Grid(given.prefix, given.height, given.width)
+        self.columns: Optional[Tensor] = None  # the tokens by columns, where the grid does not say it
 
     def split(self, zxbcdt: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """z, the convolution's channels and the step sizes, with a row's padding, of in_proj's output or gradient."""
         inner = 2 * self.dim + 2 * self.state
         return zxbcdt[..., : self.dim], zxbcdt[..., self.dim : inner], zxbcdt[..., inner:]
 
-    def convolution(self) -> Conv:
+    def convolution(self) -> Any:
+        """See `grid_conv_op.Conv`."""
         x = self.split(self.zxbcdt)[1]
         return Conv(self.kernels['grid_conv_kernels'], x, self.given.conv, self.given.conv_bias, self.grid)
 
@@ -112,7 +115,8 @@ class GridMixer:
         x = xbc[..., : self.dim].unflatten(-1, (self.heads, self.dim // self.heads))
         B, C = xbc[..., self.dim :].split(self.state, -1)
         delta, given = self.split(self.zxbcdt)[2][..., : self.heads], self.given
-        ssd = ssd_of(operands.Ssd(x, delta, given.A_log, B, C, given.D, given.delta_bias, given.rows), self.grid)
+        weights = (given.D, given.delta_bias, given.rows, self.columns)
+        ssd = ssd_of(operands.Ssd(x, delta, given.A_log, B, C, *weights), self.grid)
         ssd.kernels, ssd.decay_kernels = self.kernels['ssd_kernels'], self.kernels['decay_kernels']
         ssd.chunk_kernels = self.kernels['ssd_chunk_kernels']
         ssd.chunk_gradient_kernels = self.kernels['ssd_chunk_gradient_kernels']
@@ -196,12 +200,15 @@ def fake(*flat: Any) -> Tuple[Tensor, ...]:
     )
 
 
-def run_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> List[Tensor]:
+def gradients(mixer: GridMixer, grad: Tensor, *kept: Tensor) -> List[Tensor]:
     """`GridMixer.backward`, the convolution's taps as in its weight and its bias apart."""
-    mixer = GridMixer(operands.GridMixer(*flat))
     with torch.cuda.device_of(mixer.zxbcdt), autocast_off(mixer.zxbcdt):
-        grad_zxbcdt, taps, *others = mixer.backward(grad.contiguous(), xbc, dt, s, y)
+        grad_zxbcdt, taps, *others = mixer.backward(grad.contiguous(), *kept)
         return [grad_zxbcdt, *weight_and_bias(taps), *others]
+
+
+def run_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> List[Tensor]:
+    return gradients(GridMixer(operands.GridMixer(*flat)), grad, xbc, dt, s, y)
 
 
 def fake_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> List[Tensor]:
@@ -215,15 +222,21 @@ def fake_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *
 
 def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:], *inputs[:7], inputs[-1])
-    ctx.settings = inputs[7:-1]
+    ctx.settings = inputs[7:-2]
     ctx.mark_non_differentiable(*output[1:])
 
 
-def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
-    kept, tensors, out_proj = ctx.saved_tensors[:4], ctx.saved_tensors[4:-1], ctx.saved_tensors[-1]
-    grads = torch.ops.vim_timm.triton_grid_mixer_backward.default(grad, *kept, *tensors, *ctx.settings, out_proj)
+def differentiate_by(operator: torch._ops.OpOverload, ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    """Gradients of a mixer's operands by its backward operator, which needs no `keep`."""
+    saved: Tuple[Tensor, ...] = ctx.saved_tensors
+    kept, tensors, out_proj = saved[:-8], saved[-8:-1], saved[-1]
+    grads = operator(grad, *kept, *tensors, *ctx.settings, None, out_proj)
     *others, of_out_proj = in_dtypes_of((*tensors, out_proj), (*grads, None) if out_proj is None else grads)
-    return (*others, *[None] * len(ctx.settings), of_out_proj)
+    return (*others, *[None] * (len(ctx.settings) + 1), of_out_proj)
+
+
+def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
+    return differentiate_by(torch.ops.vim_timm.triton_grid_mixer_backward.default, ctx, grad)
 
 
 register(

@@ -1,0 +1,115 @@
+"""Launches of the convolution at the visible patches of masked images, and of what it has to know of their places."""
+
+import math
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .launch import INTERPRET, alignment, or_else
+from .ssd_launch import Grid
+
+
+class PlacesLaunch(NamedTuple):
+    """Tokens of a program, tokens with which it compares them at once, and its warps."""
+
+    tokens: int
+    others: int
+    warps: int
+
+
+class MaskedConvLaunch(NamedTuple):
+    """Tokens and channels of a program, its warps, how many blocks of tokens it takes one after the other, and at most
+    how many registers a thread."""
+
+    tokens: int
+    channels: int
+    warps: int
+    repeats: int
+    registers: Optional[int] = None
+
+
+PLACES = PlacesLaunch(64, 64, 4)
+CONV_FORWARD = MaskedConvLaunch(16, 64, 4, 1)
+CONV_BACKWARD = MaskedConvLaunch(16, 32, 4, 2)
+CONV_INPUT = MaskedConvLaunch(16, 64, 4, 1)
+
+
+class Places(NamedTuple):
+    """What kernels know of where tokens (B, L) stand on a grid; int32."""
+
+    neighbours: Tensor  # tokens that meet each of the nine taps (B, 9, L), -1 for none
+    columns: Tensor  # the tokens by columns of their image (B, L)
+
+
+def empty_places(like: Tensor, batch: int, length: int) -> Places:
+    shapes = (batch, 9, length), (batch, length)
+    return Places(*(like.new_empty(shape, dtype=torch.int32) for shape in shapes))
+
+
+def find_places(kernels: Any, keep: Tensor, grid: Grid, launch: PlacesLaunch = PLACES) -> Places:
+    """Places of tokens, `grid.prefix` of them before the grid and the others (B, K) on it in cells `keep`.
+
+    What `keep` holds is not looked at here, as the device would be waited for: an image that has a cell outside the
+    grid, or one twice, becomes NaN.
+    """
+    batch, length = keep.shape[0], grid.prefix + keep.shape[1]
+    places = empty_places(keep, batch, length)
+    kernels.masked_places[math.ceil(length / launch.tokens), 10, batch](
+        keep, *places, length, *grid, *keep.stride(), BT=launch.tokens, BU=launch.others, num_warps=launch.warps
+    )
+    return places
+
+
+class MaskedConv:
+    """The convolution at visible patches, with SiLU: launches of one call, as of `grid_conv_op.Conv`."""
+
+    def __init__(self, kernels: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], neighbours: Tensor) -> None:
+        self.kernels, self.neighbours = kernels, neighbours
+        self.x, self.weight, self.bias = x, weight.contiguous(), None if bias is None else bias.contiguous()
+        self.batch, self.length, self.channels = x.shape
+        if weight.shape != (self.channels, 9) or (bias is not None and bias.shape != (self.channels,)):
+            raise ValueError(f'taps {list(weight.shape)} and their bias do not fit {self.channels} channels')
+
+    def launch(
+        self, kernel: Any, launch: MaskedConvLaunch, tensors: Sequence[Tensor], rows: Sequence[Tensor], **constants: Any
+    ) -> None:
+        """Runs a kernel on tensors, of which `rows` have the strides of its arguments."""
+        align = math.gcd(*(alignment(t) // t.element_size() for t in rows))
+        kernel[self.programs(launch), math.ceil(self.channels / launch.channels)](
+            *tensors, self.batch * self.length, self.length,
+            *(stride // align for t in rows for stride in t.stride()[:2]),
+            CHANNELS=self.channels, BT=launch.tokens, BC=launch.channels, ALIGN=align, FAST=not INTERPRET,
+            num_warps=launch.warps, maxnreg=launch.registers, **constants,
+        )  # fmt: skip
+
+    def programs(self, launch: MaskedConvLaunch) -> int:
+        """Programs over which the tokens are spread."""
+        return math.ceil(math.ceil(self.batch * self.length / launch.tokens) / launch.repeats)
+
+    def forward(self, y: Tensor, launch: MaskedConvLaunch = CONV_FORWARD) -> None:
+        """Fills y (B, L, D), of any row stride."""
+        self.launch(
+            self.kernels.masked_conv, launch,
+            (self.x, self.weight, or_else(self.bias, self.weight), self.neighbours, y), (self.x, y),
+            HAS_BIAS=self.bias is not None, FLIP=False, SILU=True,
+        )  # fmt: skip
+
+    def before_silu(self, grad_y: Tensor, launch: MaskedConvLaunch = CONV_BACKWARD) -> Tuple[Tensor, Tensor]:
+        """The gradient before the activation (B, L, D), and float32 gradients of taps and bias (10, D), as parts to add
+        over their first axis."""
+        grad = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
+        parts = torch.empty((self.programs(launch), 10, self.channels), dtype=torch.float32, device=self.x.device)
+        self.launch(
+            self.kernels.masked_conv_gradients, launch,
+            (self.x, self.weight, or_else(self.bias, self.weight), self.neighbours, grad_y, grad, parts),
+            (self.x, grad_y, grad), HAS_BIAS=self.bias is not None,
+        )  # fmt: skip
+        return grad, parts
+
+    def of_input(self, grad: Tensor, grad_x: Tensor, launch: MaskedConvLaunch = CONV_INPUT) -> None:
+        """Fills grad_x (B, L, D), of any row stride, from the gradient before the activation."""
+        self.launch(
+            self.kernels.masked_conv, launch, (grad, self.weight, self.weight, self.neighbours, grad_x), (grad, grad_x),
+            HAS_BIAS=False, FLIP=True, SILU=False,
+        )  # fmt: skip
