@@ -35,18 +35,19 @@ class Call:
         self.dt, self.s = self.ssd.decays()
         self.grad = torch.randn_like(self.forward())
         self.grad_x, self.grad_delta = torch.empty_like(self.grad), torch.empty_like(self.ssd.delta)
+        self.grad_matrices = torch.empty_like(xbc)[..., channels:].split(state, -1)
 
     def forward(self) -> torch.Tensor:
         return self.ssd.forward(self.dt, self.s, torch.bfloat16)
 
     def backward(self) -> None:
-        self.ssd.backward(self.grad, self.dt, self.s, self.grad_x, self.grad_delta)
+        self.ssd.backward(self.grad, self.dt, self.s, self.grad_x, self.grad_delta, *self.grad_matrices)
 
     def values(self) -> None:
         self.ssd.value_gradients(self.grad, self.dt, self.s, self.grad_x)
 
     def matrices(self) -> None:
-        self.ssd.matrix_gradients(self.grad, self.dt, self.s)
+        self.ssd.matrix_gradients(self.grad, self.dt, self.s, *self.grad_matrices)
 
 
 def launches(call: Call) -> Iterator[tuple[str, float]]:

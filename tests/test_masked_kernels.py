@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vim_timm  # noqa: F401  registers the models
@@ -265,6 +266,28 @@ def test_kernels_follow_autocast_and_keep_little_of_places(triton):
         bytes_of_image = kept_bytes(lambda: run(3)) - kept_bytes(lambda: run(2))
     row = 104 if GPU else 2 * 32 + 2 * 16 + 2  # padded there
     assert bytes_of_image == 5 * (2 * (16 + row + 64 + 32) + 4 * 2 * (1 + 2) + 4 * 10)
+
+
+class Zeros(TorchDispatchMode):
+    """How often memory is filled with zeros."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 'zero' in function.name()
+        return function(*args, **(kwargs or {}))
+
+
+@kernels
+@pytest.mark.parametrize('masked', [False, True])
+def test_no_gradient_is_filled_for_what_kernels_keep(masked, triton):
+    operands, keep = mixer_operands(9, 2, torch.float32), kept_of((4, 4), 9, 2, DEVICE) if masked else None
+    operands[0].requires_grad_()
+    grid = (4, 4) if masked else (3, 3)
+    y = fused_grid_mixer(GridMixer(*operands, 1e-5, 16, True, 0, *grid, keep)).sum()
+    with Zeros() as zeros:
+        y.backward()
+    assert zeros.count == 0
 
 
 @kernels

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import operands
 from ..operands import schema
 from ..registration import Kernel, autocast_off, grid_mixer_flops, in_dtypes_of, register
-from .grid_conv_op import Conv, weight_and_bias
+from .grid_conv_op import Conv
 from .launch import INTERPRET, multiprocessors
 from .ssd_launch import Grid, Ssd, sum_dtype
 from .ssd_op import ssd_of
@@ -34,7 +34,7 @@ class NormLaunch(NamedTuple):
 
 NORM_FORWARD = NormLaunch(1, 2, 0)
 NORM_BACKWARD = NormLaunch(1, 1, 16)
-SUM_ROWS, SUM_COLUMNS = 512, 16  # of a step of a program of `five_sums`
+SUM_ROWS, SUM_COLUMNS = 512, 16  # of a step of a program of `mixer_sums`
 
 
 class GatedNorm:
@@ -126,14 +126,18 @@ class GridMixer:
         z = self.split(self.zxbcdt)[0]
         return GatedNorm(self.kernels['gated_norm_kernels'], y, z, self.given.norm, self.given.eps)
 
-    def sums(self, *parts: Tensor) -> List[Tensor]:
-        """Sums of five contiguous float32 tensors over their first axes."""
-        totals = [torch.empty(part.shape[1:], dtype=torch.float32, device=part.device) for part in parts]
-        columns = [total.numel() for total in totals]
-        grid = (math.ceil(max(columns) / SUM_COLUMNS), len(parts))
-        self.kernels['sum_kernels'].five_sums[grid](
-            *parts, *totals, *(len(part) for part in parts), *columns, BR=SUM_ROWS, BC=SUM_COLUMNS
-        )
+    def sums(self, taps: Tensor, *parts: Tensor) -> List[Tensor]:
+        """Sums over their first axes of five contiguous float32 tensors: those of taps and bias (10, D), as weight
+        (D, 9) and bias, and four others."""
+        channels = taps.shape[-1]
+        shapes = [(channels, 9), (channels,), *(part.shape[1:] for part in parts)]
+        totals = [torch.empty(shape, dtype=torch.float32, device=taps.device) for shape in shapes]
+        columns = [total.numel() for total in totals[2:]]
+        grid = (math.ceil(max(10 * channels, *columns) / SUM_COLUMNS), 1 + len(parts))
+        self.kernels['sum_kernels'].mixer_sums[grid](
+            taps, *parts, *totals, len(taps), *(len(part) for part in parts), channels, *columns,
+            BR=SUM_ROWS, BC=SUM_COLUMNS,
+        )  # fmt: skip
         return totals
 
     def forward(self) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -161,14 +165,14 @@ class GridMixer:
         """Fills grad_delta; returns the gradient of xbc, and those of delta_bias, A_log and D in parts."""
         grad_xbc = torch.empty_like(xbc)
         grad_x, grad_y = (t.unflatten(-1, (self.heads, -1)) for t in (grad_xbc[..., : self.dim], grad_y))
-        grad_B, grad_C, grad_A, grad_D, grad_bias = self.ssd(xbc).backward(grad_y, dt, s, grad_x, grad_delta)
-        torch.sum(grad_B, 0, out=grad_xbc[..., self.dim : self.dim + self.state])
-        torch.sum(grad_C, 0, out=grad_xbc[..., self.dim + self.state :])
+        grad_B, grad_C = grad_xbc[..., self.dim :].split(self.state, -1)
+        backward = self.ssd(xbc).backward
+        grad_A, grad_D, grad_bias = backward(grad_y, dt, s, grad_x, grad_delta, grad_B, grad_C)
         return grad_xbc, grad_bias, grad_A, grad_D
 
     def backward(self, grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor) -> List[Tensor]:
-        """Gradients of zxbcdt, and float32 ones of taps and bias of the convolution (10, D + 2 N), delta_bias, A_log,
-        D and norm; of out_proj where there is one."""
+        """Gradients of zxbcdt, and float32 ones of the convolution's weight (D + 2 N, 9) and bias, delta_bias, A_log, D
+        and norm; of out_proj where there is one."""
         grad_zxbcdt = torch.empty(self.zxbcdt.shape, dtype=xbc.dtype, device=y.device)
         grad_z, grad_inside, grad_delta = self.split(grad_zxbcdt)
         grad_y, grad_norm, products = self.gate_gradients(grad, y, grad_z)
@@ -201,10 +205,8 @@ def fake(*flat: Any) -> Tuple[Tensor, ...]:
 
 
 def gradients(mixer: GridMixer, grad: Tensor, *kept: Tensor) -> List[Tensor]:
-    """`GridMixer.backward`, the convolution's taps as in its weight and its bias apart."""
     with torch.cuda.device_of(mixer.zxbcdt), autocast_off(mixer.zxbcdt):
-        grad_zxbcdt, taps, *others = mixer.backward(grad.contiguous(), *kept)
-        return [grad_zxbcdt, *weight_and_bias(taps), *others]
+        return mixer.backward(grad.contiguous(), *kept)
 
 
 def run_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> List[Tensor]:
@@ -224,6 +226,7 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...])
     ctx.save_for_backward(*output[1:], *inputs[:7], inputs[-1])
     ctx.settings = inputs[7:-2]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for what is kept would be filled
 
 
 def differentiate_by(operator: torch._ops.OpOverload, ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:

@@ -225,6 +225,7 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tenso
     ctx.save_for_backward(H, S, *tensors)
     ctx.flags = (scale, delta_softplus, A_is_log)
     ctx.mark_non_differentiable(H, S)
+    ctx.set_materialize_grads(False)  # zeros for what is kept would be filled
 
 
 def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:

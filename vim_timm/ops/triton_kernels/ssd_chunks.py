@@ -102,12 +102,14 @@ class ChunkedSsd(Ssd):
             )  # fmt: skip
         return y
 
-    def gradients(self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor) -> Tuple[Tensor, ...]:
+    def gradients(
+        self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor, grad_B: Tensor, grad_C: Tensor
+    ) -> Tuple[Tensor, ...]:
         chunks = self.chunks(1)
         grad_dt, grad_l = torch.empty_like(dt), torch.empty_like(s)
         grad_D = self.empty(self.batch * chunks, self.heads)
-        grad_B = self.empty(self.orders, self.batch, self.length, self.state)
-        grad_C = torch.empty_like(grad_B)
+        parts_B = self.empty(self.orders, self.batch, self.length, self.state)
+        parts_C = torch.empty_like(parts_B)
         part = self.empty(*self.x.shape, dtype=self.product_dtype) if self.orders == 2 else None
         for order in range(self.orders - 1, -1, -1):
             last = order == 0
@@ -125,11 +127,13 @@ class ChunkedSsd(Ssd):
                 **constants, **self.constants, **BACKWARD_VALUES.constants,
             )  # fmt: skip
             self.chunk_gradient_kernels.chunk_backward_matrices[chunks, self.batch](
-                self.x, self.B, self.C, dt, s, visits, states, grad_states, grad, grad_B, grad_C,
+                self.x, self.B, self.C, dt, s, visits, states, grad_states, grad, parts_B, parts_C,
                 self.length, self.heads, *at, *inputs, stride,
                 **constants, **self.constants, **BACKWARD_MATRICES.constants,
             )  # fmt: skip
-        return grad_D, grad_B, grad_C, grad_dt, grad_l
+        torch.sum(parts_B, 0, out=grad_B)
+        torch.sum(parts_C, 0, out=grad_C)
+        return grad_D, grad_dt, grad_l
 
     def decay_gradients(self, dt: Tensor, grad_delta: Tensor, *of_steps: Tensor) -> Tuple[Tensor, Tensor]:
         """Results as of `Ssd.decay_gradients`, from gradients of dt and of what tokens add to s."""

@@ -235,26 +235,26 @@ def score_gradients(
 
 @triton.jit
 def store_matrix_gradients(
-    grad_scores, b, grad_b, C, GRAD_C, first, length, stride, N: tl.constexpr, SIZE: tl.constexpr,
+    grad_scores, b, grad_b, C, GRAD_C, first, length, stride, grad_stride, N: tl.constexpr, SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to the gradient of B, and writes that of C at one piece's tokens."""
     others = first + tl.arange(0, SIZE)
     grad_b += product(grad_scores, load_tokens(C, others, length, stride, N), PRECISION)
     grad_c = product(tl.trans(grad_scores), b, PRECISION)
-    at = GRAD_C + others[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(at, grad_c, mask=others[:, None] < length)
+    at = GRAD_C + others[:, None] * grad_stride + tl.arange(0, N)[None, :]
+    tl.store(at, grad_c.to(GRAD_C.dtype.element_ty), mask=others[:, None] < length)
     return grad_b
 
 
 @triton.jit(do_not_specialize=['length', 'heads', 'group'])
 def ssd_backward_scores(
     X, B, C, DT, S, GRAD_Y, GRAD_B, GRAD_C, length, heads, group, X_sb, X_sl, B_sb, B_sl, Y_sb, Y_sl,
-    TWO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
+    GB_sb, GB_sl, GC_sb, GC_sl, TWO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Float32 parts GRAD_B (groups, batch, L, N) and GRAD_C (groups, blocks, batch, L, N)."""
+    """Parts GRAD_B (groups, batch, L, N) and GRAD_C (groups, blocks, batch, L, N), of any row stride if one."""
     HALF: tl.constexpr = 0.5 if TWO else 1.0
     block, blocks = tl.program_id(0), tl.num_programs(0)
     tokens = block * BM + tl.arange(0, BM)
@@ -266,8 +266,9 @@ def ssd_backward_scores(
     GRAD_Y += entry * Y_sb
     DT += entry * heads * length
     S += entry * (2 if TWO else 1) * heads * length
-    GRAD_B += (tl.program_id(1) * entries + entry) * length * N
-    GRAD_C += ((tl.program_id(1) * blocks + block) * entries + entry) * length * N
+    part = tl.cast(entries, tl.int64) * length * N
+    GRAD_B += tl.program_id(1) * part + entry * GB_sb
+    GRAD_C += (tl.program_id(1) * blocks + block) * part + entry * GC_sb
     grad_0 = tl.zeros([BM, N0], tl.float32)
     grad_1, grad_2, grad_3 = grad_0, grad_0, grad_0
     if N1 > 0:
@@ -302,13 +303,16 @@ def ssd_backward_scores(
             )
     b = load_tokens(B + entry * B_sb, tokens, length, B_sl, N)
     grad_b = tl.zeros([BM, N], tl.float32)
-    grad_b = store_matrix_gradients(grad_0 * HALF, b, grad_b, C, GRAD_C, 0, length, B_sl, N, N0, PRECISION)
+    grad_b = store_matrix_gradients(grad_0 * HALF, b, grad_b, C, GRAD_C, 0, length, B_sl, GC_sl, N, N0, PRECISION)
     if N1 > 0:
-        grad_b = store_matrix_gradients(grad_1 * HALF, b, grad_b, C, GRAD_C, N0, length, B_sl, N, N1, PRECISION)
+        grad_b = store_matrix_gradients(grad_1 * HALF, b, grad_b, C, GRAD_C, N0, length, B_sl, GC_sl, N, N1, PRECISION)
     if N2 > 0:
-        grad_b = store_matrix_gradients(grad_2 * HALF, b, grad_b, C, GRAD_C, N0 + N1, length, B_sl, N, N2, PRECISION)
+        grad_b = store_matrix_gradients(
+            grad_2 * HALF, b, grad_b, C, GRAD_C, N0 + N1, length, B_sl, GC_sl, N, N2, PRECISION
+        )
     if N3 > 0:
         grad_b = store_matrix_gradients(
-            grad_3 * HALF, b, grad_b, C, GRAD_C, N0 + N1 + N2, length, B_sl, N, N3, PRECISION
+            grad_3 * HALF, b, grad_b, C, GRAD_C, N0 + N1 + N2, length, B_sl, GC_sl, N, N3, PRECISION
         )
-    tl.store(GRAD_B + tokens[:, None] * N + tl.arange(0, N)[None, :], grad_b, mask=inside[:, None])
+    to = GRAD_B + tokens[:, None] * GB_sl + tl.arange(0, N)[None, :]
+    tl.store(to, grad_b.to(GRAD_B.dtype.element_ty), mask=inside[:, None])

@@ -185,35 +185,44 @@ class Ssd:
         return grad_dt, edges, rows, grad_D
 
     def matrix_gradients(
-        self, grad: Tensor, dt: Tensor, s: Tensor, launch: Launch = BACKWARD_SCORES
-    ) -> Tuple[Tensor, Tensor]:
-        """Float32 gradients of B and C, as parts to add over their first axis."""
+        self, grad: Tensor, dt: Tensor, s: Tensor, grad_B: Tensor, grad_C: Tensor, launch: Launch = BACKWARD_SCORES
+    ) -> None:
+        """Fills grad_B and grad_C (batch, L, N), of any row stride."""
         blocks, groups, batch = self.programs(launch)
-        grad_B = self.empty(groups, batch, self.length, self.state)
-        grad_C = self.empty(groups * blocks, batch, self.length, self.state)
+        parts_B, parts_C = self.parts(groups, grad_B), self.parts(groups * blocks, grad_C)
         self.kernels.ssd_backward_scores[blocks, groups, batch](
-            self.x, self.B, self.C, dt, s, grad, grad_B, grad_C,
+            self.x, self.B, self.C, dt, s, grad, parts_B, parts_C,
             self.length, self.heads, math.ceil(self.heads / groups), *self.x.stride()[:2], *self.B.stride()[:2],
-            *grad.stride()[:2], **self.constants, **launch.constants,
+            *grad.stride()[:2], *parts_B.stride()[-3:-1], *parts_C.stride()[-3:-1],
+            **self.constants, **launch.constants,
         )  # fmt: skip
-        return grad_B, grad_C
+        for parts, total in ((parts_B, grad_B), (parts_C, grad_C)):
+            if parts is not total:
+                torch.sum(parts, 0, out=total)
 
-    def gradients(self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor) -> Tuple[Tensor, ...]:
-        """Fills grad_x; returns parts of the gradients of D, B and C, and what `decay_gradients` takes."""
+    def parts(self, count: int, total: Tensor) -> Tensor:
+        """Float32 parts of a gradient, to add over their first axis; the gradient itself where it is the only one."""
+        return total if count == 1 else self.empty(count, *total.shape)
+
+    def gradients(
+        self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor, grad_B: Tensor, grad_C: Tensor
+    ) -> Tuple[Tensor, ...]:
+        """Fills grad_x, grad_B and grad_C; returns parts of the gradient of D, and what `decay_gradients` takes."""
         *of_steps, grad_D = self.value_gradients(grad, dt, s, grad_x)
-        return grad_D, *self.matrix_gradients(grad, dt, s), *of_steps
+        self.matrix_gradients(grad, dt, s, grad_B, grad_C)
+        return grad_D, *of_steps
 
     def backward(
-        self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor, grad_delta: Tensor
-    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Fills grad_x and grad_delta, of any row stride, the latter with zeros behind its heads.
+        self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor, grad_delta: Tensor, grad_B: Tensor, grad_C: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """Fills the last four, of any row stride, grad_delta with zeros behind its heads.
 
         Returns:
-            Float32 gradients of B, C, A_log, D and delta_bias, as parts to add over their first axis.
+            Float32 gradients of A_log, D and delta_bias, as parts to add over their first axis.
         """
-        grad_D, grad_B, grad_C, *of_steps = self.gradients(grad, dt, s, grad_x)
+        grad_D, *of_steps = self.gradients(grad, dt, s, grad_x, grad_B, grad_C)
         grad_A, grad_bias = self.decay_gradients(dt, grad_delta, *of_steps)
-        return grad_B, grad_C, grad_A, grad_D, grad_bias
+        return grad_A, grad_D, grad_bias
 
     def decay_gradients(self, dt: Tensor, grad_delta: Tensor, *of_steps: Tensor) -> Tuple[Tensor, Tensor]:
         """Fills grad_delta from gradients of dt and the two parts of those of s; returns parts of those of A_log and

@@ -38,8 +38,9 @@ def run_backward(grad: Tensor, dt: Tensor, s: Tensor, *flat: Any) -> Tuple[Tenso
     with torch.cuda.device_of(ssd.x):
         grad_x = ssd.empty(*ssd.x.shape, dtype=ssd.x.dtype)
         grad_delta = ssd.empty(*ssd.delta.shape, dtype=ssd.delta.dtype)
-        parts = ssd.backward(grad.contiguous(), dt, s, grad_x, grad_delta)
-        grad_B, grad_C, grad_A, grad_D, grad_bias = (part.sum(0) for part in parts)
+        grad_B, grad_C = ssd.empty(*ssd.B.shape), ssd.empty(*ssd.C.shape)
+        parts = ssd.backward(grad.contiguous(), dt, s, grad_x, grad_delta, grad_B, grad_C)
+        grad_A, grad_D, grad_bias = (part.sum(0) for part in parts)
         return grad_x, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias
 
 
@@ -58,6 +59,7 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tenso
     *tensors, ctx.rows, columns, moves = inputs
     ctx.save_for_backward(*output[1:], *tensors, columns, moves)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for what is kept would be filled
 
 
 def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
