@@ -82,7 +82,7 @@ def test_crop_and_resize_are_pillows(cubic, size):
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None].repeat(20, 1, 1, 1)
     augmentation = Augmentation(size, (0.1, 1.0), (0.5, 2.0), 0.5, 0.5, 0.0, 'bicubic' if cubic else 'bilinear')
     uniform = torch.rand(20, DRAWS, generator=torch.Generator().manual_seed(0))
-    result = augmentation(images, uniform)
+    result = augmentation(images, augmentation.numbers(uniform, 30, 26))
     assert result.shape == (20, 3, *size) and set(result.unique().tolist()) <= set(range(256))
     boxes = torch.stack(random_boxes(uniform, 30, 26, (0.1, 1.0), (0.5, 2.0)), 1).int().tolist()
     seen = set()
@@ -100,7 +100,7 @@ def test_crop_and_resize_are_pillows(cubic, size):
 def test_a_crop_of_everything_changes_nothing():
     images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
     same = Augmentation((28, 28), (1.0, 1.0), (1.0, 1.0), 0.0, 0.0, 0.0, 'random')
-    assert torch.equal(same(images, torch.rand(4, DRAWS)), images.float())
+    assert torch.equal(same(images, same.numbers(torch.rand(4, DRAWS), 28, 28)), images.float())
 
 
 @pytest.mark.parametrize(
@@ -110,14 +110,14 @@ def test_a_crop_of_everything_changes_nothing():
 def test_a_crop_has_a_pixel_at_least(size, scale, ratio):
     images = torch.randint(256, (16, 3, *size), dtype=torch.uint8)
     augmentation = Augmentation((5, 9), scale, ratio, 0.5, 0.5, 0.0, 'random')
-    result = augmentation(images, torch.rand(16, DRAWS))
+    result = augmentation(images, augmentation.numbers(torch.rand(16, DRAWS), *size))
     low, high = (part[..., None, None].float() for part in (images.flatten(2).amin(2), images.flatten(2).amax(2)))
     assert ((result >= low) & (result <= high)).all()
 
 
 def test_weights_do_not_look_outside_the_crop():
-    start, length, yes, no = (torch.tensor([value]) for value in (3.0, 5.0, True, False))
-    weights = resampling(start, length, length / 8, 20, 8, yes, no)
+    start, end, step = (torch.tensor([value]) for value in (3.0, 8.0, 5 / 8))
+    weights = resampling(start, end, start, step, 20, 8, torch.tensor([True]))
     assert (weights[..., :3] == 0).all() and (weights[..., 8:] == 0).all()
     assert torch.allclose(weights.sum(2), torch.ones(1, 8))
 

@@ -19,8 +19,7 @@ class Batch(NamedTuple):
             data set, which is -1 for a sample of an evaluation that could not be read. A stream has no index: there
             the place is the position.
         complete: whether the host knows that every sample could be read.
-        draws: numbers (B, any) in [0, 1) by which `Loader.finish` is still to augment the images; None where they are
-            done.
+        draws: numbers (B, any) by which `Loader.finish` is still to augment the images; None where they are done.
         size: height and width of the images when they are done.
         mixing: numbers by which the task is still to mix the images.
     """

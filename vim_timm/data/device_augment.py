@@ -12,14 +12,16 @@ import torch
 ATTEMPTS = 10  # how often a random crop may miss the image before the centre is taken, as in timm
 
 # Places in the row of uniform numbers that an image's augmentation is a function of.
-AREA, ASPECT, TOP, LEFT, FILTER, HFLIP, VFLIP, ORDER = (
-    0,
-    ATTEMPTS,
-    2 * ATTEMPTS,
-    *(2 * ATTEMPTS + i for i in range(1, 6)),
-)
-FACTORS = slice(2 * ATTEMPTS + 6, 2 * ATTEMPTS + 9)
-DRAWS = 2 * ATTEMPTS + 9
+AREA, ASPECT, TOP, LEFT = 0, ATTEMPTS, 2 * ATTEMPTS, 2 * ATTEMPTS + 1
+REST = LEFT + 1
+HFLIP, VFLIP = REST + 1, REST + 2
+DRAWS = REST + 7
+
+# Places in the row of numbers that `Augmentation.numbers` makes of it: where the crop's lines and columns are, and the
+# rest of the uniform ones.
+LINES = 8
+FILTER, ORDER, FACTORS = LINES, LINES + 3, slice(LINES + 4, LINES + 7)
+NUMBERS = LINES + DRAWS - REST
 
 
 def random_sides(
@@ -66,27 +68,26 @@ def random_boxes(
 
 
 def resampling(
-    start: torch.Tensor, length: torch.Tensor, scale: torch.Tensor, size: int, out: int, cubic: torch.Tensor,
-    flip: torch.Tensor,
+    start: torch.Tensor, end: torch.Tensor, origin: torch.Tensor, step: torch.Tensor, size: int, out: int,
+    cubic: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Weights (B, out, size) of Pillow's antialiased resize of the pixels [start, start + length) of a line.
+    """Weights (B, out, size) of Pillow's antialiased resize of the pixels [start, end) of a line.
 
     Args:
-        start, length: (B,) whole numbers as float32.
-        scale: (B,) pixels of the line for one of the result.
-        cubic: (B,) bool; bicubic (Keys, a = -0.5) or else bilinear.
-        flip: (B,) bool; the result goes backwards.
+        start, end: (B,) whole numbers as float32.
+        origin: (B,) where the result begins: at `start`, or at `end` if it goes backwards.
+        step: (B,) pixels of the line for one of the result, negative if that goes backwards.
+        cubic: (B,) bool; bicubic (Keys, a = -0.5) or else bilinear. None: all are bilinear.
     """
     pixel, place = (torch.arange(0.5, count, device=start.device) for count in (size, out))
-    origin, step = torch.where(flip, start + length, start), torch.where(flip, -scale, scale)
     centre = torch.addcmul(origin[:, None], place, step[:, None])
-    x = (pixel - centre[:, :, None]).abs_() / scale.clamp(min=1)[:, None, None]
-    near, far = (1 - x).clamp_(min=0), (2 - x).clamp_(min=0)
-    # Keys' kernel in powers of what is left of the distances 1 and 2
-    keys = torch.addcmul(near * near * torch.rsub(near, 1, alpha=2), far * far, far - 1, value=0.5)
-    weights = torch.where(cubic[:, None, None], keys, near)
-    ahead = pixel - start[:, None]
-    weights *= ((ahead > 0) & (ahead < length[:, None]))[:, None]
+    x = (pixel - centre[:, :, None]).abs_() / step.abs().clamp_(min=1)[:, None, None]
+    weights = (1 - x).clamp_(min=0)
+    if cubic is not None:  # Keys' kernel in powers of what is left of the distances 1 and 2
+        near, far = weights, (2 - x).clamp_(min=0)
+        keys = torch.addcmul(near * near * torch.rsub(near, 1, alpha=2), far * far, far - 1, value=0.5)
+        weights = torch.where(cubic[:, None, None], keys, near)
+    weights *= ((pixel > start[:, None]) & (pixel < end[:, None]))[:, None]
     return weights / weights.sum(2, keepdim=True)
 
 
@@ -121,12 +122,16 @@ def jitter(images: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> 
 
 
 class Augmentation:
-    """`augmentation(images, uniform)`: every image's result depends on its own row of uniform numbers alone.
+    """`augmentation(images, numbers)`: every image's result depends on its own row of numbers alone.
 
     Args:
         size: height and width of the result.
         interpolation: bilinear, bicubic, or random (one of the two for each image).
         policy: what is done after crop, flips and colour jitter, by `policy.draws` more numbers.
+
+    Attributes:
+        draws: how many uniform numbers an image takes.
+        columns: how many numbers `numbers` makes of them.
     """
 
     def __init__(
@@ -135,39 +140,55 @@ class Augmentation:
     ):  # fmt: skip
         self.size, self.scale, self.ratio, self.hflip, self.vflip = size, scale, ratio, hflip, vflip
         self.color_jitter, self.policy = color_jitter, policy
-        self.draws = DRAWS + (policy.draws if policy else 0)
+        more = policy.draws if policy else 0
+        self.draws, self.columns = DRAWS + more, NUMBERS + more
         self.cubic_share = {'bilinear': 0.0, 'bicubic': 1.0, 'random': 0.5}[interpolation]
 
-    def __call__(self, images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    def numbers(self, uniform: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """What the augmentation of images of a size follows, for all images of an epoch at once.
+
+        Args:
+            uniform: (n, draws) float32 in [0, 1).
+
+        Returns:
+            (n, columns) float32.
+        """
+        top, left, h, w = random_boxes(uniform, height, width, self.scale, self.ratio)
+        start, length = torch.stack([top, left], 1), torch.stack([h, w], 1)
+        end = start + length
+        step = torch.stack([h / self.size[0], w / self.size[1]], 1)
+        flip = torch.stack([uniform[:, VFLIP] < self.vflip, uniform[:, HFLIP] < self.hflip], 1)
+        origin, step = torch.where(flip, end, start), torch.where(flip, -step, step)
+        return torch.cat([start, end, origin, step, uniform[:, REST:]], 1)
+
+    def __call__(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Augment.
 
         Args:
             images: (B, C, H, W) uint8.
-            uniform: (B, draws) float32 in [0, 1).
+            numbers: (B, columns) float32.
 
         Returns:
             (B, C, *size) float32 with whole numbers of 0..255.
         """
-        result = self.cropped(images, uniform)
+        result = self.cropped(images, numbers)
         if self.color_jitter:
-            first = (uniform[:, ORDER] * 6).long()  # of six orders
+            first = (numbers[:, ORDER] * 6).long()  # of six orders
             one, two = first // 2, (first // 2 + first % 2 + 1) % 3
             low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
             order = torch.stack([one, two, 3 - one - two], 1)
-            result = jitter(result, uniform[:, FACTORS] * (high - low) + low, order)
-        return self.policy(result, uniform[:, DRAWS:]) if self.policy else result
+            result = jitter(result, numbers[:, FACTORS] * (high - low) + low, order)
+        return self.policy(result, numbers[:, NUMBERS:]) if self.policy else result
 
-    def cropped(self, images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    def cropped(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Random resized crop and flips, which take and return the same."""
         height, width = images.shape[2:]
-        top, left, h, w = random_boxes(uniform, height, width, self.scale, self.ratio)
         # both lines at once, the shorter one as a part of the longer
-        scale = torch.cat([h / self.size[0], w / self.size[1]])
-        cubic = (uniform[:, FILTER] < self.cubic_share).repeat(2)
-        flip = torch.cat([uniform[:, VFLIP] < self.vflip, uniform[:, HFLIP] < self.hflip])
-        starts, lengths = torch.cat([top, left]), torch.cat([h, w])
-        rows, columns = resampling(starts, lengths, scale, max(height, width), max(self.size), cubic, flip).chunk(2)
+        lines = numbers[:, :LINES].unflatten(1, (-1, 2)).permute(1, 2, 0).flatten(1)
+        cubic = (numbers[:, FILTER] < self.cubic_share).repeat(2) if self.cubic_share else None
+        weights = resampling(*lines.unbind(), max(height, width), max(self.size), cubic)
+        rows, columns = weights.chunk(2)
         # Pillow rounds and clips between its two passes as well, in an order that depends on its version
-        lines = images.flatten(1, 2).float() @ columns[:, : self.size[1], :width].mT
-        result = rows[:, None, : self.size[0], :height] @ lines.unflatten(1, (-1, height))
+        across = images.flatten(1, 2).float() @ columns[:, : self.size[1], :width].mT
+        result = rows[:, None, : self.size[0], :height] @ across.unflatten(1, (-1, height))
         return result.round_().clamp_(0, 255)

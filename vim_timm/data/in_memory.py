@@ -107,6 +107,7 @@ class InMemory:
         )
         self.erasing = Erasing(erasing, args.remode, args.recount) if erasing > 0 else None
         self.draws = [part.draws if part else 0 for part in (augment, self.erasing)]
+        self.columns = [augment.columns if augment else 0, self.draws[1]]
         self.images, self.labels = self._decode(samples, usual_workers(args))
         places = self.labels.keys[:, 2]  # others stand where a sample could not be read
         self.replaced = not torch.equal(places, torch.arange(len(places), device=self.device))
@@ -134,18 +135,26 @@ class InMemory:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Labels]]:
         sampler = self.sampler
         keys = sampler.keys().to(self.device)
+        _, positions, places = keys.unbind(1)
         if any(self.draws):
             seed_everything(sampler.seed, sampler.epoch)
         uniform = torch.rand(len(sampler) * sampler.batch_size * sampler.world, sum(self.draws)).to(self.device)
-        for rows in keys.split(sampler.batch_size):
-            _, positions, places = rows.unbind(1)
-            keys = torch.cat([rows[:, :2], self.labels.keys[places, 2:]], 1) if self.replaced else rows
-            labels = Labels(self.labels.targets[places], keys, self.labels.complete, uniform[positions])
-            yield self.images[places], labels
+        if self.replaced:
+            keys = torch.cat([keys[:, :2], self.labels.keys[places, 2:]], 1)
+        # by steps they would be a dozen small operations in each
+        of_epoch = places, self.labels.targets[places], keys, self._numbers(uniform[positions])
+        for places, targets, keys, numbers in zip(*(part.split(sampler.batch_size) for part in of_epoch)):
+            yield self.images[places], Labels(targets, keys, self.labels.complete, numbers)
 
-    def finish(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    def _numbers(self, uniform: torch.Tensor) -> torch.Tensor:
+        for_augment, for_erasing = uniform.split(self.draws, 1)
+        if self.augment:
+            for_augment = self.augment.numbers(for_augment, *self.images.shape[2:])
+        return torch.cat([for_augment, for_erasing], 1)
+
+    def finish(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Images of a batch (B, C, H, W), augmented and normalized: work of the device alone."""
-        for_augment, for_erasing = draws.split(self.draws, 1)
+        for_augment, for_erasing = numbers.split(self.columns, 1)
         if self.augment:
             images = self.augment(images, for_augment)
         images = images.to(self.dtype).sub_(self.mean).div_(self.std)

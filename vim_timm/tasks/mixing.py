@@ -21,16 +21,17 @@ def draw(mixup: Mixup, count: int, size: tuple[int, int]) -> np.ndarray:
     share, cuts = share.astype(np.float64), cuts & (share != 1)
     height, width = size
     result = np.zeros((len(share), LINES + height + width), np.float32)
-    top, bottom, left, right = _boxes(mixup, share, size)
-    for first, last, line in ((top, bottom, slice(LINES, LINES + height)), (left, right, slice(LINES + height, None))):
-        place = np.arange(result[:, line].shape[1])
-        result[:, line] = cuts[:, None] & (place >= first[:, None]) & (place < last[:, None])
-    if mixup.correct_lam or mixup.cutmix_minmax is not None:
-        kept = 1 - (bottom - top) * (right - left) / (height * width)
-        result[:, TARGETS] = np.where(cuts, kept, share)
-    else:
-        result[:, TARGETS] = share
-    result[:, PIXELS] = np.where(cuts, 1, share)
+    result[:, PIXELS] = result[:, TARGETS] = share
+    if cuts.any():
+        top, bottom, left, right = _boxes(mixup, share, size)
+        for first, last, line in (
+            (top, bottom, slice(LINES, LINES + height)), (left, right, slice(LINES + height, None))
+        ):  # fmt: skip
+            place = np.arange(result[:, line].shape[1])
+            result[:, line] = cuts[:, None] & (place >= first[:, None]) & (place < last[:, None])
+        result[cuts, PIXELS] = 1
+        if mixup.correct_lam or mixup.cutmix_minmax is not None:
+            result[cuts, TARGETS] = (1 - (bottom - top) * (right - left) / (height * width))[cuts]
     return np.concatenate([result, result[::-1]]) if mixup.mode == 'pair' else result
 
 
