@@ -20,6 +20,7 @@ exit status is 1 then. Finished runs are not repeated. Options after `--` go to 
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -176,9 +177,8 @@ def tenth(runs: Runs) -> Path:
             folder = target / split / source.name
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(source.iterdir())[::step]:
-                link = folder / file.name
-                if not link.exists():
-                    link.symlink_to(file.resolve())
+                with contextlib.suppress(FileExistsError):  # of an earlier run, or of another at the same time
+                    (folder / file.name).symlink_to(file.resolve())
     return target
 
 

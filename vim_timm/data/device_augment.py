@@ -186,7 +186,8 @@ class Augmentation:
         # both lines at once, the shorter one as a part of the longer
         lines = numbers[:, :LINES].unflatten(1, (-1, 2)).permute(1, 2, 0).flatten(1)
         cubic = (numbers[:, FILTER] < self.cubic_share).repeat(2) if self.cubic_share else None
-        weights = resampling(*lines.unbind(), max(height, width), max(self.size), cubic)
+        start, end, origin, step = lines.unbind()
+        weights = resampling(start, end, origin, step, max(height, width), max(self.size), cubic)
         rows, columns = weights.chunk(2)
         # Pillow rounds and clips between its two passes as well, in an order that depends on its version
         across = images.flatten(1, 2).float() @ columns[:, : self.size[1], :width].mT

@@ -32,8 +32,6 @@ DIRECTION = len(operands.Weights._fields)
 
 def aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as dtype, contiguous and at an address that 16 divides: the kernels read 16 bytes at once."""
-    if x.dtype == dtype and x.is_contiguous() and x.data_ptr() % 16 == 0:
-        return x  # the common case in few calls: a block has 15 parameters
     x = x.to(dtype).contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
@@ -103,9 +101,14 @@ class Mixer:
     def __init__(self, given: operands.Mixer) -> None:
         xz, forward, backward, self.scale, self.out_proj, self.out_bias = given
         self.xz = aligned(xz, xz.dtype)
-        # Copies among them have to live as long as their addresses.
-        self.parameters = [None if p is None else aligned(p, torch.float32) for p in (*forward, *backward)]
-        addresses = [0 if p is None else p.data_ptr() for p in self.parameters]
+        addresses: List[int] = []
+        self.copies: List[Tensor] = []  # have to live as long as their addresses
+        for p in (*forward, *backward):
+            address = 0 if p is None else p.data_ptr()
+            if p is not None and (address % 16 or p.dtype != torch.float32 or not p.is_contiguous()):
+                self.copies.append(aligned(p, torch.float32))
+                address = self.copies[-1].data_ptr()
+            addresses.append(address)
         self.at = Addresses(*zip(addresses[:DIRECTION], addresses[DIRECTION:]))
         self.batch, self.length, _ = xz.shape
         self.dim, self.width = forward.conv.shape
