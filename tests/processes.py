@@ -1,7 +1,7 @@
-"""Processes that start in a fraction of the time: a server that has imported torch and torchvision forks them.
+"""Processes that start in a fraction of the time: a server that has imported what timm and reports build on forks them.
 
 How a program starts from nothing is not seen by them; tests of command lines and of torchrun start programs so. What
-torch reads from the environment when it is imported is the server's.
+these libraries read from the environment when they are imported is the server's.
 """
 
 import multiprocessing
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['torchvision'])
+SERVER.set_forkserver_preload(['torchvision', 'huggingface_hub.hf_api', 'safetensors.torch', 'matplotlib.figure'])
 TRAIN = 'import sys; from vim_timm import train; sys.exit(train.main(sys.argv[1:]))'
 VALIDATE = TRAIN.replace('train', 'validate')
 

@@ -55,13 +55,13 @@ def start(folder, name, *flags):
     return Python(TRAIN, *words(folder, name, *flags), output=folder / f'{name}.txt')
 
 
-def launch(folder, name, *flags, **options):
-    """Train in two processes of torchrun, from the command line."""
-    command = [sys.executable, *torchrun(2), '-m', 'vim_timm.train', *words(folder, name, *flags)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, **options,
-    )  # fmt: skip
+TORCHRUN = 'import sys; from torch.distributed.run import main; main(sys.argv[1:])'
+
+
+def launch(folder, name, *flags):
+    """Train in two processes of torchrun, which starts them from the command line."""
+    arguments = ['--standalone', '--nproc-per-node', '2', '-m', 'vim_timm.train', *words(folder, name, *flags)]
+    return Python(TORCHRUN, *arguments, output=folder / f'{name}.txt')
 
 
 def wait_for(path, process):
@@ -69,10 +69,6 @@ def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None, 'it has ended'
         time.sleep(0.05)
-
-
-def torchrun(ranks):
-    return ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks))
 
 
 def load(folder, name, file='last'):
@@ -219,7 +215,7 @@ def test_signal_to_torchrun_saves_once(tmp_path):
     process = launch(tmp_path, 'cut', *flags)
     wait_for(tmp_path / 'cut' / 'last.pth.tar', process)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.wait(timeout=60)[1]
     assert 'saved' in output
     assert sum(name.startswith('recovery') for name in os.listdir(tmp_path / 'cut')) == 1
 
@@ -327,10 +323,9 @@ def test_evaluation_counts_every_image_once(tmp_path):
 
 def test_dead_rank_ends_the_run(tmp_path):
     flags = [*EASY.split(), '--workers', '1', '--epochs', '200', '--batch-size', '32', '--dist-timeout', '20']
-    process = launch(tmp_path, 'a', *flags, start_new_session=True)
+    process = launch(tmp_path, 'a', *flags)
     wait_for(tmp_path / 'a' / 'last.pth.tar', process)
     ranks = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.wait(timeout=60)[0] != 0
     load(tmp_path, 'a')  # whole
