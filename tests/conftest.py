@@ -54,6 +54,16 @@ def drawn_once():
 
 
 @pytest.fixture
+def few(monkeypatch):
+    """Every fourth of the embedded digits, for runs that need not learn."""
+    from vim_timm.data import Digits
+
+    length, get = Digits.__len__, Digits.__getitem__
+    monkeypatch.setattr(Digits, '__len__', lambda digits: length(digits) // 4)
+    monkeypatch.setattr(Digits, '__getitem__', lambda digits, index: get(digits, 4 * index))
+
+
+@pytest.fixture
 def poison(monkeypatch):
     """Whatever a kernel leaves unwritten is NaN."""
     empty, empty_like = torch.empty, torch.empty_like

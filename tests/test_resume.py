@@ -221,14 +221,14 @@ def test_signal_to_torchrun_saves_once(tmp_path):
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])
-def test_workers_do_not_change_the_run(workers, tmp_path):
+def test_workers_do_not_change_the_run(workers, few, tmp_path):
     flags = [*BASE.split(), *HARD.split(), '--epochs', '1', '--output', str(tmp_path)]
     assert train.main([*flags, '--workers', '1', '--experiment', 'one']) == 0
     assert train.main([*flags, '--workers', workers, '--experiment', 'other']) == 0
     assert_same_run(tmp_path, 'one', 'other')
 
 
-def test_log_is_cut_back_to_the_checkpoint(tmp_path):
+def test_log_is_cut_back_to_the_checkpoint(few, tmp_path):
     flags = [*BASE.split(), *EASY.split(), '--output', str(tmp_path), '--experiment', 'a', '--epochs', '3']
     assert train.main(flags) == 0
     whole = log_of(tmp_path / 'a')
@@ -237,7 +237,7 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     assert log_of(tmp_path / 'a') == whole
 
 
-def test_epochs_that_come_again_are_once_in_the_log(tmp_path):
+def test_epochs_that_come_again_are_once_in_the_log(few, tmp_path):
     flags = [*BASE.split(), *EASY.split(), '--output', str(tmp_path), '--experiment', 'a', '--epochs', '4']
     assert train.main(flags) == 0
     before = load(tmp_path, 'a')['history']
@@ -248,7 +248,7 @@ def test_epochs_that_come_again_are_once_in_the_log(tmp_path):
     assert load(tmp_path, 'a', 'model_best')['epoch'] == best
 
 
-def test_plateau_schedule_and_early_stop_survive_a_resume(tmp_path):
+def test_plateau_schedule_and_early_stop_survive_a_resume(few, tmp_path):
     flags = [
         *BASE.split(),
         *EASY.split(),
@@ -270,7 +270,7 @@ def test_plateau_schedule_and_early_stop_survive_a_resume(tmp_path):
     assert settled(first) == settled(second) and len(first) == 4  # one evaluation, and three without a better one
 
 
-def test_finished_run_resumes_to_nothing(tmp_path, capsys):
+def test_finished_run_resumes_to_nothing(few, tmp_path, capsys):
     flags = [*BASE.split(), *EASY.split(), '--output', str(tmp_path), '--experiment', 'a', '--epochs', '1']
     assert train.main([*flags, '--resume', 'auto']) == 0  # nothing there yet: a fresh run
     before = (tmp_path / 'a' / 'last.pth.tar').read_bytes()
@@ -280,7 +280,7 @@ def test_finished_run_resumes_to_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('which', ['auto', 'last'])
-def test_each_checkpoint_is_read_once(which, tmp_path, monkeypatch):
+def test_each_checkpoint_is_read_once(which, few, tmp_path, monkeypatch):
     flags = [*BASE.split(), *EASY.split(), '--output', str(tmp_path), '--experiment', 'a']
     assert train.main([*flags, '--epochs', '1']) == 0
     folder, read, load = tmp_path / 'a', [], torch.load

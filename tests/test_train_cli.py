@@ -43,14 +43,6 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """Every fourth digit, where a run need not learn."""
-    length, get = Digits.__len__, Digits.__getitem__
-    monkeypatch.setattr(Digits, '__len__', lambda digits: length(digits) // 4)
-    monkeypatch.setattr(Digits, '__getitem__', lambda digits, index: get(digits, 4 * index))
-
-
-@pytest.fixture
 def evaluate(tmp_path):
     """Evaluate and return the result row."""
 
