@@ -18,8 +18,10 @@ from vim_timm.engine import Hooks
 from vim_timm.engine.lock import NAME, FolderLock
 from vim_timm.settings import programs
 
-BASE = '--dataset digits --model test_vit --img-size 16 --in-chans 1 --device cpu --workers 0 --batch-size 718'
+BASE = '--dataset digits --model test_vit --img-size 16 --in-chans 1 --device cpu --workers 0 --batch-size 179'
 FLAGS = f'{BASE} --opt adamw --lr 1e-3 --warmup-epochs 0'.split()
+
+pytestmark = pytest.mark.usefixtures('few')
 
 
 @pytest.fixture
@@ -161,7 +163,7 @@ class TestResumedSettings:
 
         module = torch.nn.Module()
         module.forward = loss
-        flags = ['--batch-size', 359, '--recovery-interval', 2, '--grad-accum-steps', 2, '--epochs', 1]
+        flags = ['--batch-size', 89, '--recovery-interval', 2, '--grad-accum-steps', 2, '--epochs', 1]
         with pytest.raises(Stop):
             start('a', *flags, hooks=Hooks(loss=module))
         (path,) = tmp_path.glob('a/recovery-*')
