@@ -21,10 +21,19 @@ def pytest_configure():
         torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))
 
 
+LONG = (
+    'test_all_of_this_in_the_interpreter',
+    'test_kernels_compile_within_the_shared_memory_of_every_gpu',
+    'test_killed_and_resumed_run_is_the_run_never_killed',
+    'test_signal_to_torchrun_saves_once',
+    'test_dead_rank_ends_the_run',
+    'test_ctrl_c_saves_and_prints_the_line_that_goes_on',
+)
+
+
 def pytest_collection_modifyitems(items):
-    """The tests that take a minute come first: the last of a run on several workers would be waited for."""
-    long = 'test_all_of_this_in_the_interpreter', 'test_kernels_compile_within_the_shared_memory_of_every_gpu'
-    items.sort(key=lambda item: item.originalname not in long)
+    """The tests that take ten seconds and more come first: the last of a run on several workers would be waited for."""
+    items.sort(key=lambda item: item.originalname not in LONG)
 
 
 @pytest.fixture(autouse=True)
