@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 from timm.layers import SwiGLUPacked
 
-from tests.kernels import assert_agrees, kept_bytes, with_gradients
+from tests.kernels import assert_agrees, error, kept_bytes, with_gradients
 from vim_timm.layers.swiglu import SwiGluMlp
-from vim_timm.ops import SwiGlu, cpu, swiglu, use_scan_backend
+from vim_timm.ops import SwiGlu, backends, cpu, swiglu, use_scan_backend
 from vim_timm.ops.cpu import library
 
 only_native = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable())
@@ -142,6 +142,68 @@ def test_the_triton_operator_passes_opcheck_and_has_no_second_derivative(triton)
     (gradient,) = torch.autograd.grad(whole(*leaves).square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match='kernels have a first derivative'):
         gradient.sum().backward()
+
+
+WIDTHS = [(1, 32, 40), (127, 64, 100), (129, 96, 64), (1000, 192, 130), (33, 256, 96), (5, 20, 7)]
+if GPU:  # vim2_tiny, small and base
+    WIDTHS += [(25_088, 192, 768), (25_088, 384, 1536), (5_000, 768, 3072)]
+
+
+def drawn(rows, channels, hidden, bias, dtype):
+    """x and the layers' weights, whose outputs are about one."""
+    shapes = (rows, channels), (2 * hidden, channels), (2 * hidden,), (channels, hidden), (channels,)
+    x, weight, offset, out, out_bias = (torch.randn(shape, device=DEVICE) for shape in shapes)
+    tensors = x, weight / channels**0.5, offset if bias else None, out / hidden**0.5, out_bias if bias else None
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def in_float64(tensors):
+    return law(*(None if tensor is None else tensor.double() for tensor in tensors))
+
+
+@only_triton
+@pytest.mark.parametrize('rows, channels, hidden', WIDTHS)
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 6e-3), (torch.float16, 8e-4)], ids=str)
+def test_tritons_product_with_the_gate_is_the_law(rows, channels, hidden, bias, dtype, bound, poison, triton):
+    given = drawn(rows, channels, hidden, bias, dtype)
+    assert error(whole(*given), in_float64(given)) < bound
+
+
+@only_triton
+@pytest.mark.parametrize('dtype, learns, taken', [('bf16', False, True), ('bf16', True, False), ('f32', False, False)])
+def test_compiled_inference_takes_tritons_product_with_the_gate(dtype, learns, taken, triton):
+    mlp, x, calls = SwiGluMlp(6, 10).to(DEVICE), torch.randn(2, 5, 6, device=DEVICE), []
+
+    def look(graph, inputs):
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.set_grad_enabled(learns), torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == 'bf16'):
+        compiled = torch.compile(mlp, backend=look, fullgraph=True, dynamic=True)
+        found, wanted = compiled(x), mlp(x)
+    assert any('triton_swiglu' in call for call in calls) == taken
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    assert found.dtype == wanted.dtype
+
+
+@only_triton
+def test_an_exported_swiglu_is_made_of_atens_operators(monkeypatch):
+    """Where torch.compile would take the kernel."""
+    monkeypatch.setitem(backends.KERNELS['swiglu'], DEVICE, 'triton')
+    mlp, x = SwiGluMlp(6, 10).to(DEVICE, torch.bfloat16), torch.randn(2, 5, 6, device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        graph = torch.export.export(mlp, (x,)).graph
+    assert not any('vim_timm' in str(node.target) for node in graph.nodes)
+
+
+@only_triton
+@pytest.mark.parametrize('place, shape', [(1, (8, 5)), (2, (6,))])
+def test_weights_of_other_shapes_are_refused_in_two_byte_types(place, shape, triton):
+    given = [torch.randn(size, device=DEVICE).bfloat16() for size in ((3, 6), (8, 6), (8,), (5, 4), (5,))]
+    given[place] = given[place].new_zeros(shape)
+    with pytest.raises(RuntimeError):
+        whole(*given)
 
 
 def both():

@@ -111,10 +111,16 @@ def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager:
 def as_product_operands(*tensors: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
     """The tensors, of which the first is none of the absent ones, in the dtype in which autocast multiplies them."""
     assert tensors[0] is not None
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = product_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    return tuple(None if x is None else x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    return tuple(None if x is None else x.to(dtype) for x in tensors)
+
+
+def product_dtype(x: torch.Tensor) -> Optional[torch.dtype]:
+    """The dtype in which autocast multiplies tensors on x's device, None without autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def in_dtypes_of(

@@ -5,8 +5,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from vim_timm.ops.backends import find
+from vim_timm.ops import triton_kernels
+from vim_timm.ops.backends import choose, find
 from vim_timm.ops.operands import SwiGlu
+from vim_timm.ops.registration import wants_gradient
 
 
 def swiglu(given: SwiGlu) -> Optional[Tensor]:
@@ -21,7 +23,15 @@ def swiglu(given: SwiGlu) -> Optional[Tensor]:
     Raises:
         RuntimeError: a forced backend cannot run.
     """
-    if torch.compiler.is_compiling():  # torch.compile fuses what follows the product
+    if torch.compiler.is_compiling() and not _beats_the_compiler(given):
         return None
     run = find('swiglu', given, given.x)
     return None if run is None else run(given)
+
+
+def _beats_the_compiler(given: SwiGlu) -> bool:
+    """Whether a kernel does more than torch.compile, which fuses what follows a product but not with it. In training
+    the operator would multiply again what a compiled model keeps."""
+    if wants_gradient(given) or choose('swiglu', given, given.x) != 'triton':
+        return False
+    return triton_kernels.gates_product(given)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import operands
 from ..plain import reference
-from ..registration import as_product_operands
+from ..registration import as_product_operands, product_dtype
 from . import (  # noqa: F401  define the operators
     grid_conv_op,
     grid_mixer_op,
@@ -31,6 +31,7 @@ from .launch import INTERPRET, MAX_STATE
 __all__ = [
     'conv',
     'conv_limit',
+    'gates_product',
     'grid_conv',
     'grid_conv_limit',
     'grid_mixer',
@@ -111,6 +112,11 @@ def grid_mixer_limit(given: operands.GridMixer) -> str:
 
 def swiglu_limit(given: operands.SwiGlu) -> str:
     return limit(given.x)
+
+
+def gates_product(given: operands.SwiGlu) -> bool:
+    """Whether the first product of a SwiGLU and its gate are one kernel."""
+    return (product_dtype(given.x) or given.x.dtype) in swiglu_op.GATED_DTYPES
 
 
 def _absent(*tensors: Optional[Tensor]) -> Tuple[bool, ...]:

@@ -1,7 +1,8 @@
 """A SwiGLU as one dispatcher op (opaque as in `scan_op`): torch's products, and a kernel for what is between them.
 
-The backward pass keeps the tokens and computes the first product again. Its kernel puts gradients in that product's
-place, and the hidden layer, for the gradient of the second product's weight, in the place of its own gradient.
+In two-byte types the first product has its gate in its own kernel, so that [a, b] is not in memory. The backward pass
+keeps the tokens and computes that product again. Its kernel puts gradients in the product's place, and the hidden
+layer, for the gradient of the second product's weight, in the place of its own gradient.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 from .. import operands
 from ..operands import schema
 from ..registration import Kernel, autocast_off, in_dtypes_of, register, swiglu_flops
-from .launch import INTERPRET, multiprocessors
+from .launch import INTERPRET, multiprocessors, or_else
 
 
 class Launch(NamedTuple):
@@ -28,6 +29,42 @@ class Launch(NamedTuple):
 
 FORWARD = Launch(4, 512, 4, 0)
 BACKWARD = Launch(4, 512, 4, 4)
+GATED_DTYPES = (torch.bfloat16, torch.float16)  # of products that have their gate in one kernel
+
+
+class Tile(NamedTuple):
+    """Rows and hidden units of a program of `gated_product`, channels of a step, tiles of rows side by side."""
+
+    rows: int
+    hidden: int
+    channels: int
+    group: int
+    warps: int
+    stages: int
+
+
+PRODUCT = Tile(128, 64, 64, 8, 8, 3)
+
+
+class GatedProduct:
+    """SiLU(a) b for [a, b] = x weight^T + bias in one launch, of rows x in a two-byte type."""
+
+    def __init__(self, kernels: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:
+        self.kernels, self.x, self.weight = kernels, x.contiguous(), weight.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+
+    def forward(self, tile: Tile = PRODUCT) -> Tensor:
+        (rows, channels), hidden = self.x.shape, self.weight.shape[0] // 2
+        out = torch.empty((rows, hidden), dtype=self.x.dtype, device=self.x.device)
+        step = min(tile.channels, max(16, 1 << (channels - 1).bit_length()))
+        grid = (math.ceil(rows / tile.rows) * math.ceil(hidden / tile.hidden),)
+        self.kernels.gated_product[grid](
+            self.x, self.weight, or_else(self.bias, self.x), out, rows,
+            C=channels, H=hidden, BM=tile.rows, BH=tile.hidden, BC=step, GROUP=tile.group,
+            HAS_BIAS=self.bias is not None, EXACT=channels % step == 0 and hidden % tile.hidden == 0,
+            FAST=not INTERPRET, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return out
 
 
 class Gate:
@@ -67,9 +104,19 @@ def gate_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Gate:
     return Gate(swiglu_kernels, F.linear(x, weight, bias))
 
 
+def hidden_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """SiLU(a) b of rows x."""
+    fits = weight.shape[1:] == x.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    if x.dtype not in GATED_DTYPES or weight.dtype != x.dtype or not fits:  # torch's product says what does not fit
+        return gate_of(x, weight, bias).forward()
+    from . import gated_product_kernels
+
+    return GatedProduct(gated_product_kernels, x, weight, bias).forward()
+
+
 def run(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias: Optional[Tensor]) -> Tensor:
     with torch.cuda.device_of(x), autocast_off(x):
-        hidden = gate_of(x.reshape(-1, x.shape[-1]), weight, bias).forward()
+        hidden = hidden_of(x.reshape(-1, x.shape[-1]), weight, bias)
         return F.linear(hidden, out, out_bias).view(*x.shape[:-1], out.shape[0])
 
 
