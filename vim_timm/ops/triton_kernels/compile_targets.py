@@ -155,13 +155,17 @@ def compile_masked_grid_mixer(capability: int, compiled: Compiled, dim: int, dty
 def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
     """A SwiGLU of dim channels and four times as many hidden units, forward and backward."""
     from . import gated_product_kernels, swiglu_kernels
-    from .swiglu_op import GATED_DTYPES, Gate, GatedProduct
+    from .swiglu_op import GATED_DTYPES, WHOLE, WHOLE_CHANNELS, Gate, GatedProduct, WholeSwiGlu
 
     hidden = 4 * dim
     x, weight = (torch.empty([rows, dim], dtype=dtype, device='meta') for rows in (2 * 196, 2 * hidden))
     if dtype in GATED_DTYPES:
         recorder = Recorder(gated_product_kernels, capability, compiled)
         GatedProduct(recorder, x, weight, weight.new_empty(2 * hidden)).forward()
+        given = operands.SwiGlu(x, weight, x.new_empty(2 * hidden), x.new_empty(dim, hidden), x.new_empty(dim))
+        if capability == 90 and dim in WHOLE_CHANNELS:
+            for tile in WHOLE:
+                WholeSwiGlu(recorder, given).forward(tile)
     ab = torch.empty([2 * 196, 2 * hidden], dtype=dtype, device='meta')
     gate = Gate(Recorder(swiglu_kernels, capability, compiled), ab)
     gate.backward(gate.forward())

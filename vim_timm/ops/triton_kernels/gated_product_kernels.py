@@ -1,4 +1,4 @@
-"""Triton kernels of a SwiGLU's products that keep what is between them out of memory. Sums and gate are float32.
+"""Triton kernels of a SwiGLU's products that keep what is between them in registers. Sums and gate are float32.
 
 A tile of weights has rows of a and the same rows of b one behind the other, so that a product makes both at once and a
 thread has each a with its b.
@@ -39,6 +39,15 @@ def gate(ab, BIAS, both, inside, BM: tl.constexpr, BH: tl.constexpr, HAS_BIAS: t
     return a * sigmoid(a, FAST) * b
 
 
+@triton.jit
+def store_rows(OUT, BIAS, y, rows, count, columns, N: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Columns of OUT (count, N): y with their bias."""
+    if HAS_BIAS:
+        y += tl.load(BIAS + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    mask = (rows < count)[:, None] & (columns < N)[None, :]
+    tl.store(OUT + rows[:, None] * N + columns[None, :], y.to(OUT.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=['count'])
 def gated_product(
     X, WEIGHT, BIAS, OUT, count,
@@ -66,3 +75,37 @@ def gated_product(
     hidden = start + tl.arange(0, BH)
     out = gate(ab, BIAS, both, inside, BM, BH, HAS_BIAS, FAST).to(OUT.dtype.element_ty)
     tl.store(OUT + rows[:, None] * H + hidden[None, :], out, mask=(rows < count)[:, None] & (hidden < H)[None, :])
+
+
+@triton.jit(do_not_specialize=['count'])
+def whole_swiglu(
+    X, WEIGHT, BIAS, OUT_WEIGHT, OUT_BIAS, OUT, count,
+    C: tl.constexpr, H: tl.constexpr, N: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, N0: tl.constexpr,
+    N1: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT_BIAS: tl.constexpr,
+    EXACT: tl.constexpr, EXACT_OUT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """OUT (count, N) = h OUT_WEIGHT (N, H)^T + OUT_BIAS for h = SiLU(a) b, [a, b] = X (count, C) WEIGHT (2 H, C)^T +
+    BIAS. Channels of X and OUT come in two pieces of powers of two each, the second of which may be 0."""
+    rows = tl.cast(tl.program_id(0) * BM + tl.arange(0, BM), tl.int64)
+    c0, c1 = tl.arange(0, C0), C0 + tl.arange(0, C1 if C1 > 0 else 1)
+    n0, n1 = tl.arange(0, N0), N0 + tl.arange(0, N1 if N1 > 0 else 1)
+    x0 = load_tile(X, rows, rows < count, c0, C, False)
+    x1 = x0
+    if C1 > 0:
+        x1 = load_tile(X, rows, rows < count, c1, C, False)
+    y0, y1 = tl.zeros([BM, N0], tl.float32), tl.zeros([BM, N1 if N1 > 0 else 1], tl.float32)
+    half = tl.arange(0, 2 * BH) % BH
+    for start in range(0, H, BH):
+        both, inside = start + half + tl.arange(0, 2 * BH) // BH * H, start + half < H
+        ab = tl.zeros([BM, 2 * BH], tl.float32)
+        ab = product(x0, tl.trans(load_tile(WEIGHT, both, inside, c0, C, EXACT)), ab, FAST)
+        if C1 > 0:
+            ab = product(x1, tl.trans(load_tile(WEIGHT, both, inside, c1, C, EXACT)), ab, FAST)
+        h = gate(ab, BIAS, both, inside, BM, BH, HAS_BIAS, FAST).to(X.dtype.element_ty)
+        hidden = start + tl.arange(0, BH)
+        y0 = product(h, tl.trans(load_tile(OUT_WEIGHT, n0, n0 < N, hidden, H, EXACT_OUT)), y0, FAST)
+        if N1 > 0:
+            y1 = product(h, tl.trans(load_tile(OUT_WEIGHT, n1, n1 < N, hidden, H, EXACT_OUT)), y1, FAST)
+    store_rows(OUT, OUT_BIAS, y0, rows, count, n0, N, HAS_OUT_BIAS)
+    if N1 > 0:
+        store_rows(OUT, OUT_BIAS, y1, rows, count, n1, N, HAS_OUT_BIAS)

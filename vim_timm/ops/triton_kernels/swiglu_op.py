@@ -1,8 +1,9 @@
 """A SwiGLU as one dispatcher op (opaque as in `scan_op`): torch's products, and a kernel for what is between them.
 
-In two-byte types the first product has its gate in its own kernel, so that [a, b] is not in memory. The backward pass
-keeps the tokens and computes that product again. Its kernel puts gradients in the product's place, and the hidden
-layer, for the gradient of the second product's weight, in the place of its own gradient.
+In two-byte types the first product has its gate in its own kernel, so that [a, b] is not in memory, or the forward pass
+is one kernel. The backward pass keeps the tokens and computes the first product again. Its kernel puts gradients in
+that product's place, and the hidden layer, for the gradient of the second product's weight, in the place of its own
+gradient.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch import Tensor
 from .. import operands
 from ..operands import schema
 from ..registration import Kernel, autocast_off, in_dtypes_of, register, swiglu_flops
-from .launch import INTERPRET, multiprocessors, or_else
+from .launch import INTERPRET, major_capability, multiprocessors, or_else
 
 
 class Launch(NamedTuple):
@@ -67,6 +68,63 @@ class GatedProduct:
         return out
 
 
+class WholeTile(NamedTuple):
+    """Rows of a program of `whole_swiglu`, hidden units of a step, and its launch; programs that a multiprocessor runs
+    side by side, and the rows that two products (`PRODUCT` and the second) take in the same time."""
+
+    rows: int
+    hidden: int
+    warps: int
+    stages: int
+    registers: Optional[int]
+    programs: int
+    cost: int
+
+
+WHOLE = (WholeTile(128, 32, 8, 3, None, 1, 103), WholeTile(64, 16, 4, 2, 168, 3, 162))
+WHOLE_CHANNELS = range(144, 193, 16)  # of x and of the output: two pieces, the sums of which fit into registers
+
+
+def whole_tile(rows: int, device: torch.device) -> Optional[WholeTile]:
+    """The fastest tile by whole waves of programs on an H200 (C 192, 768 hidden units); None where two products are."""
+
+    def cost(tile: WholeTile) -> int:
+        return tile.cost * math.ceil(rows / (tile.rows * tile.programs * multiprocessors(device)))
+
+    best = min(WHOLE, key=cost)
+    return best if cost(best) * multiprocessors(device) < rows else None
+
+
+def pieces(channels: int) -> Tuple[int, int]:
+    """Two powers of two, from 16, that cover a number of channels; the second may be 0."""
+    first = max(16, 1 << (channels.bit_length() - 1))
+    rest = channels - first
+    return first, max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
+
+
+class WholeSwiGlu:
+    """A SwiGLU of rows x in one launch, whose hidden layer stays in registers."""
+
+    def __init__(self, kernels: Any, given: operands.SwiGlu) -> None:
+        self.kernels = kernels
+        self.x, self.weight, self.out = given.x.contiguous(), given.weight.contiguous(), given.out.contiguous()
+        self.biases = [None if bias is None else bias.contiguous() for bias in (given.bias, given.out_bias)]
+
+    def forward(self, tile: WholeTile) -> Tensor:
+        x, out_weight, (bias, out_bias) = self.x, self.out, self.biases
+        (rows, channels), (outputs, hidden) = x.shape, out_weight.shape
+        out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+        (C0, C1), (N0, N1), even = pieces(channels), pieces(outputs), hidden % tile.hidden == 0
+        self.kernels.whole_swiglu[math.ceil(rows / tile.rows),](
+            x, self.weight, or_else(bias, x), out_weight, or_else(out_bias, x), out, rows,
+            C=channels, H=hidden, N=outputs, C0=C0, C1=C1, N0=N0, N1=N1, BM=tile.rows, BH=tile.hidden,
+            HAS_BIAS=bias is not None, HAS_OUT_BIAS=out_bias is not None, EXACT=C0 + C1 == channels and even,
+            EXACT_OUT=N0 + N1 == outputs and even, FAST=not INTERPRET,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        )  # fmt: skip
+        return out
+
+
 class Gate:
     """SiLU(a) b for rows [a, b]: launches of one call."""
 
@@ -114,9 +172,29 @@ def hidden_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     return GatedProduct(gated_product_kernels, x, weight, bias).forward()
 
 
+def whole_of(given: operands.SwiGlu) -> Optional[Tensor]:
+    """The SwiGLU of rows x in one kernel, where that is the fastest."""
+    x, weight, bias, out, out_bias = given
+    if x.dtype not in GATED_DTYPES or x.shape[1] not in WHOLE_CHANNELS or out.shape[0] not in WHOLE_CHANNELS:
+        return None
+    wanted = (2 * out.shape[1], x.shape[1]), (2 * out.shape[1],), tuple(out.shape), (out.shape[0],)
+    if any(tensor is not None and tensor.shape != shape for tensor, shape in zip(given[1:], wanted)):
+        return None
+    tile = whole_tile(x.shape[0], x.device) if major_capability(x.device) == 9 else None
+    if tile is None or not x.dtype == weight.dtype == out.dtype:
+        return None
+    from . import gated_product_kernels
+
+    return WholeSwiGlu(gated_product_kernels, given).forward(tile)
+
+
 def run(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias: Optional[Tensor]) -> Tensor:
     with torch.cuda.device_of(x), autocast_off(x):
-        hidden = hidden_of(x.reshape(-1, x.shape[-1]), weight, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        whole = whole_of(operands.SwiGlu(rows, weight, bias, out, out_bias))
+        if whole is not None:
+            return whole.view(*x.shape[:-1], out.shape[0])
+        hidden = hidden_of(rows, weight, bias)
         return F.linear(hidden, out, out_bias).view(*x.shape[:-1], out.shape[0])
 
 
