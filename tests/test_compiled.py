@@ -7,9 +7,11 @@ import torch
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import ops
 
+PRODUCTS = {'cpu_linear', 'cpu_gated_linear', 'cpu_swiglu'}  # torch's on some machines
+
 
 def operators_of(model, images, learns=False):
-    """Names of this package's operators in the graph that Dynamo makes of a model, and the compiled result."""
+    """Names of this package's operators, but products, in the graph that Dynamo makes of a model, and its result."""
     found = set()
 
     def look(graph, inputs):
@@ -20,7 +22,7 @@ def operators_of(model, images, learns=False):
 
     with torch.set_grad_enabled(learns):
         result = torch.compile(model, backend=look, fullgraph=True)(images)
-    return {name.partition('::')[2] for name in found if name.startswith('vim_timm::')}, result
+    return {name.partition('::')[2] for name in found if name.startswith('vim_timm::')} - PRODUCTS, result
 
 
 @pytest.mark.skipif(bool(ops.cpu.unavailable()), reason='the native kernel is not built')

@@ -12,7 +12,7 @@ from process_state import STATES
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import ops
-from vim_timm.ops import Direction, GridConv, GridMixer, Mixer, Ssd, SwiGlu, Taps, Weights, backends
+from vim_timm.ops import Direction, GridConv, GridMixer, Linear, Mixer, Ssd, SwiGlu, Taps, Weights, backends
 from vim_timm.ops.operands import Conv, Norm, Scan
 
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
@@ -65,6 +65,8 @@ def operands_of(operator, dtype, length):
         keep = torch.arange(1, length).expand(2, -1) if operator == 'masked_grid_mixer' else None
         height = length - 1 if keep is None else length
         return GridMixer(rows(2 * 32 + 2 * 16 + 2), *parameters, 1e-5, 16, True, 1, height, 1, keep)
+    if operator == 'linear':
+        return Linear(rows(channels), draw(6, channels, narrow=True), draw(6, narrow=True))
     if operator == 'swiglu':
         products = draw(6, channels, narrow=True), draw(6, narrow=True), draw(5, 3, narrow=True), draw(5, narrow=True)
         return SwiGlu(rows(channels), *products)

@@ -231,6 +231,32 @@ static void fuzz_swiglu(void) {
     release();
 }
 
+static void fuzz_linear(void) {
+    int64_t count = pick(1, pick(0, 1) ? 900 : 30), depth = pick(1, 70), columns = pick(1, 70), width = pick(1, 70);
+    Linear linear = {.x = fresh(count * depth), .weight = fresh(columns * depth), .y = fresh(count * columns), .rows = count};
+    linear.depth = depth;
+    linear.columns = columns;
+    linear.bias = pick(0, 1) ? fresh(columns) : NULL;
+    linear.threads = pick(1, 3);
+    if (ENTRY(linear_forward)(&linear)) abort();
+    LinearBackward back = {.grad = linear.y, .x = linear.x, .weight = linear.weight, .rows = count, .depth = depth};
+    back.columns = columns;
+    back.grad_x = pick(0, 1) ? fresh(count * depth) : NULL;
+    back.grad_weight = pick(0, 1) ? fresh(columns * depth) : NULL;
+    back.threads = pick(1, 3);
+    if (ENTRY(linear_backward)(&back)) abort();
+    GatedLinear gated = {.x = linear.x, .weight = fresh(2 * width * depth), .out = fresh(columns * width), .y = linear.y};
+    gated.bias = pick(0, 1) ? fresh(2 * width) : NULL;
+    gated.out_bias = linear.bias;
+    gated.rows = count;
+    gated.depth = depth;
+    gated.width = width;
+    gated.columns = columns;
+    gated.threads = pick(1, 3);
+    if (ENTRY(gated_linear_forward)(&gated)) abort();
+    release();
+}
+
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 200;
     for (int i = 0; i < rounds; i++) {
@@ -243,6 +269,7 @@ int main(int count, char **arguments) {
         fuzz_decayed();
         fuzz_dual();
         fuzz_swiglu();
+        fuzz_linear();
     }
     printf("%d rounds of " NAME(ISA) " without a finding\n", rounds);
     return 0;

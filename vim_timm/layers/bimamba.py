@@ -217,7 +217,7 @@ class BiMamba(StateSpaceMixer):
         return None if y_BLD is None else out_proj(y_BLD)
 
     def forward(self, x_BLC: torch.Tensor) -> torch.Tensor:
-        xz_BLE = self.in_proj(x_BLC)
+        xz_BLE = self.project(x_BLC)
         if not torch.jit.is_scripting():
             traced = isinstance(xz_BLE, torch.fx.Proxy)
             fused_BLC = None if traced else self._fused(xz_BLE)

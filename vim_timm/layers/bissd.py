@@ -146,7 +146,7 @@ class BiSSD(StateSpaceMixer):
             if pad and _pads_rows(x_BLC) and is_plain(self.in_proj):
                 weight, bias = self.in_proj.weight, self.in_proj.bias
                 return F.linear(x_BLC, F.pad(weight, [0, 0, 0, pad]), None if bias is None else F.pad(bias, [0, pad]))
-        return self.in_proj(x_BLC)
+        return self.project(x_BLC)
 
     def _fused(self, zxbcdt_BLE: torch.Tensor, layout: Layout) -> Optional[torch.Tensor]:
         """What `forward` makes of in_proj's output, in fused kernels; None where none can."""

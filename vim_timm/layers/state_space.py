@@ -6,7 +6,8 @@ from typing import Any, Set
 import torch
 import torch.nn as nn
 
-from vim_timm.layers.plain import is_plain
+from vim_timm.layers.plain import is_plain, weights
+from vim_timm.ops import Linear, linear
 
 # range of the initial step size softplus(bias), and its floor (Mamba, arXiv 2312.00752, section 3.6)
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -28,6 +29,18 @@ def draw_out_proj(weight: torch.Tensor, branches: int) -> None:
 
 class StateSpaceMixer(nn.Module):
     """A mixer that begins with `in_proj`, and whose own parameters are those of its state space."""
+
+    in_proj: nn.Linear
+
+    def project(self, x_BLC: torch.Tensor) -> torch.Tensor:
+        """in_proj's output (B, L, E)."""
+        if not torch.jit.is_scripting():
+            in_proj: Any = self._modules['in_proj']
+            if not isinstance(x_BLC, torch.fx.Proxy) and x_BLC.is_cpu and is_plain(in_proj):
+                y_BLE = linear(Linear(x_BLC, *weights(in_proj)))
+                if y_BLE is not None:
+                    return y_BLE
+        return self.in_proj(x_BLC)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:

@@ -13,10 +13,11 @@ from vim_timm.ops.backends import (
     wants_any_derivative,
 )
 from vim_timm.ops.conv import bidirectional_conv, causal_conv
+from vim_timm.ops.linear import linear
 from vim_timm.ops.mamba_compat import causal_conv1d, selective_scan
 from vim_timm.ops.mixer import fused_mixer
 from vim_timm.ops.norm import rms_norm
-from vim_timm.ops.operands import Direction, GridConv, GridMixer, Mixer, Ssd, SwiGlu, Taps, Weights
+from vim_timm.ops.operands import Direction, GridConv, GridMixer, Linear, Mixer, Ssd, SwiGlu, Taps, Weights
 from vim_timm.ops.scan import bidirectional_scan
 from vim_timm.ops.ssd import fused_grid_mixer, grid_conv, symmetric_ssd
 from vim_timm.ops.swiglu import swiglu
@@ -28,6 +29,7 @@ __all__ = [
     'Direction',
     'GridConv',
     'GridMixer',
+    'Linear',
     'Mixer',
     'Ssd',
     'SwiGlu',
@@ -43,6 +45,7 @@ __all__ = [
     'fused_mixer',
     'get_scan_backend',
     'grid_conv',
+    'linear',
     'probe_backends',
     'rms_norm',
     'selective_scan',

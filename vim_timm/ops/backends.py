@@ -89,6 +89,9 @@ TABLE: Dict[str, Dict[str, Cell]] = {
     'rms_norm': {
         'cpu': Cell(cpu.rms_norm, cpu.rms_norm_limit),
     },
+    'linear': {
+        'cpu': Cell(cpu.linear, cpu.linear_limit),
+    },
     'swiglu': {
         'cpu': Cell(cpu.swiglu, cpu.swiglu_limit),
         'triton': Cell(triton_kernels.swiglu, triton_kernels.swiglu_limit),
@@ -110,6 +113,7 @@ KERNELS: Dict[str, Dict[str, str]] = {
     'grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
     'masked_grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
     'rms_norm': {'cpu': 'cpu'},
+    'linear': {'cpu': 'cpu'},
     'swiglu': {'cuda': 'triton', 'cpu': 'cpu'},
 }
 

@@ -162,6 +162,14 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Linear(NamedTuple):
+    """Operands of `ops.linear`."""
+
+    x: Tensor  # (..., C)
+    weight: Tensor  # (D, C)
+    bias: Optional[Tensor]  # (D)
+
+
 class SwiGlu(NamedTuple):
     """Operands of `ops.swiglu`."""
 

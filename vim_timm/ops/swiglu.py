@@ -31,7 +31,8 @@ def swiglu(given: SwiGlu) -> Optional[Tensor]:
 
 def _beats_the_compiler(given: SwiGlu) -> bool:
     """Whether a kernel does more than torch.compile, which fuses what follows a product but not with it. In training
-    the operator would multiply again what a compiled model keeps."""
-    if wants_gradient(given) or choose('swiglu', given, given.x) != 'triton':
-        return False
-    return triton_kernels.gates_product(given)
+    Triton's operator would multiply again what a compiled model keeps."""
+    chosen = choose('swiglu', given, given.x)
+    if chosen == 'triton':
+        return not wants_gradient(given) and triton_kernels.gates_product(given)
+    return chosen == 'cpu'  # its products are faster

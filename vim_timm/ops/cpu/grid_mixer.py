@@ -9,11 +9,11 @@ import struct
 from typing import Any, Dict, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
+from vim_timm.ops.cpu.linear import linear
 from vim_timm.ops.cpu.ssd import ssd
 from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, present, rows, threads
 from vim_timm.ops.registration import Kernel, register, uncounted
@@ -186,4 +186,4 @@ def grid_mixer(given: operands.GridMixer) -> Tensor:
     y = ssd(operands.Ssd(x, delta, given.A_log, B, C, given.D, given.delta_bias, given.rows, columns, moves))
     out = torch.ops.vim_timm.cpu_gated_norm.default(y.flatten(2), given.norm.float(), z, given.eps)
     out = out.to(given.zxbcdt.dtype)
-    return out if given.out_proj is None else F.linear(out, given.out_proj)
+    return out if given.out_proj is None else linear(operands.Linear(out, given.out_proj, None))

@@ -15,6 +15,7 @@
 #include "decayed.h"
 #include "dual.h"
 #include "grid_convolution.h"
+#include "linear.h"
 #include "mixer.h"
 #include "norm.h"
 #include "scan.h"
@@ -37,6 +38,9 @@ EXPORT const Number ENTRY(numbers)[] = {
     {"Decayed", sizeof(Decayed)},
     {"Dual", sizeof(Dual)},
     {"SwiGlu", sizeof(SwiGlu)},
+    {"Linear", sizeof(Linear)},
+    {"LinearBackward", sizeof(LinearBackward)},
+    {"GatedLinear", sizeof(GatedLinear)},
     {"CHUNK", CHUNK},
     {"PADDING", PADDING},
     {NULL, 0},

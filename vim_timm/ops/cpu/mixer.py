@@ -10,11 +10,11 @@ import struct
 from typing import Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
+from vim_timm.ops.cpu.linear import linear
 from vim_timm.ops.cpu.scan import new_states, states_shape
 from vim_timm.ops.cpu.tensors import address, checked, gradient, halves, limit, new, parameter, present, rows, threads
 from vim_timm.ops.operands import Weights, schema
@@ -157,4 +157,4 @@ def mixer(given: operands.Mixer) -> Tensor:
     xz, forward, backward, scale, out_proj, out_bias = given
     tensors = (xz, *forward, *backward)
     y = torch.ops.vim_timm.cpu_mixer.default(*tensors, scale, wants_gradient(tensors))[0]
-    return y if out_proj is None else F.linear(y, out_proj, out_bias)
+    return y if out_proj is None else linear(operands.Linear(y, out_proj, out_bias))

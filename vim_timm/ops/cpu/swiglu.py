@@ -1,24 +1,31 @@
-"""What is between the products of a SwiGLU as a torch operator, `vim_timm::cpu_swiglu`: bias, SiLU and product in one
-pass over memory where aten takes four.
+"""SwiGLU on the CPU kernel.
 
-Shapes: x (..., 2 H), bias (2 H).
+For inference it is one operator, `vim_timm::cpu_gated_linear`, whose hidden layer stays in the cache. Where gradients
+are wanted its products are `vim_timm::cpu_linear`, and between them `vim_timm::cpu_swiglu` takes bias, SiLU and product
+in one pass over memory where aten takes four: x (..., 2 H), bias (2 H).
 """
 
 import struct
 from typing import Any, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vim_timm.ops import operands
 from vim_timm.ops.cpu import library
+from vim_timm.ops.cpu.linear import linear, multiplies
 from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, threads
-from vim_timm.ops.registration import Kernel, register, uncounted
+from vim_timm.ops.operands import Linear, schema
+from vim_timm.ops.registration import Kernel, register, register_inference, swiglu_flops, uncounted, wants_gradient
 
-# The C structure SwiGlu: five pointers, three integers.
+# C structures: pointers, integers
 _STRUCT = struct.Struct('@8q')
+_WHOLE = struct.Struct('@11q')
 library.expect('SwiGlu', _STRUCT.size)
+library.expect('GatedLinear', _WHOLE.size)
+
+
+# --- the gate, which autograd differentiates
 
 
 def _call(
@@ -77,11 +84,42 @@ register(
 )
 
 
+# --- as one operator, which keeps nothing for a backward pass
+
+
+def _run_whole(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias: Optional[Tensor]) -> Tensor:
+    """`ops.swiglu`."""
+    depth, (columns, width) = x.shape[-1], out.shape
+    y, dtype = new((*x.shape[:-1], columns)), x.dtype
+    x = checked('x', x.contiguous(), x.shape)
+    shapes = {'weight': (2 * width, depth), 'bias': (2 * width,), 'out': (columns, width), 'out_bias': (columns,)}
+    weights = [parameter(name, t, shapes[name]) for name, t in zip(shapes, (weight, bias, out, out_bias))]
+    if y.numel():
+        rows = y.numel() // columns
+        sizes = rows, depth, width, columns, threads(rows * width * (2 * depth + columns))
+        library.call('gated_linear_forward', _WHOLE.pack(*map(address, (x, *weights, y)), *sizes))
+    return y.to(dtype)
+
+
+register_inference(
+    'cpu_gated_linear',
+    f'({schema(operands.SwiGlu)}) -> Tensor',
+    _run_whole,
+    lambda x, weight, bias, out, out_bias: x.new_empty((*x.shape[:-1], out.shape[0])),
+    swiglu_flops,
+)
+
+
+# --- what is chosen
+
+
 def swiglu_limit(given: operands.SwiGlu) -> str:
     return limit(given.x, given.weight)
 
 
 def swiglu(given: operands.SwiGlu) -> Tensor:
     """The SwiGLU (..., C) in the products' dtype; between them it is float32."""
-    hidden = torch.ops.vim_timm.cpu_swiglu.default(F.linear(given.x, given.weight), given.bias)
-    return F.linear(hidden, given.out, given.out_bias)
+    if multiplies(*given) and not wants_gradient(given):
+        return torch.ops.vim_timm.cpu_gated_linear.default(*given)
+    hidden = torch.ops.vim_timm.cpu_swiglu.default(linear(Linear(given.x, given.weight, None)), given.bias)
+    return linear(Linear(hidden, given.out, given.out_bias))
