@@ -20,8 +20,7 @@ from tests.test_ssd import DEVICE, GPU, INTERPRETER, TOLERANCE, kernels, mixer_o
 from vim_timm.layers import BiSSD, Layout
 from vim_timm.ops import GridMixer, Ssd, fused_grid_mixer, use_scan_backend
 from vim_timm.ops.plain import ssd as plain
-from vim_timm.ops.triton_kernels import ssd_op
-from vim_timm.ops.triton_kernels.masked_places_launch import Places, PlacesLaunch, find_places
+from vim_timm.ops.triton_kernels import masked_conv_launch, ssd_op
 from vim_timm.ops.triton_kernels.ssd_launch import Grid
 
 SUMS = ('A_log', 'D', 'delta_bias', 'conv', 'conv_bias')  # gradients that are sums of what nearly cancels
@@ -158,12 +157,10 @@ def test_kernels_give_a_whole_image_that_is_masked_nowhere_the_same_bits(orders,
 
 
 def places_of(keep, prefix, height, width):
-    from vim_timm.ops.triton_kernels import masked_places_kernels
+    from vim_timm.ops.triton_kernels import masked_conv_kernels
 
-    places = Places.empty(keep, len(keep), prefix + keep.shape[1], True)
-    launch = PlacesLaunch(16, 16, 1)  # several of each in the sizes below
-    find_places(masked_places_kernels, keep, Grid(prefix, height, width), places, None, launch)
-    return places
+    launch = masked_conv_launch.PlacesLaunch(16, 16, 1)  # several of each in the sizes below
+    return masked_conv_launch.find_places(masked_conv_kernels, keep, Grid(prefix, height, width), launch)
 
 
 @kernels

@@ -145,11 +145,15 @@ def compile_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: tor
 
 def compile_masked_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
     """Kernels of an image whose patches are hidden but for a quarter."""
-    from .masked_grid_mixer_op import MaskedGridMixer, empty_places
+    from . import masked_conv_kernels
+    from .masked_conv_launch import find_places
+    from .masked_grid_mixer_op import MaskedGridMixer
+    from .ssd_launch import Grid
 
     keep = torch.empty([2, 49], dtype=torch.int64, device='meta')
-    given = mixer_of(dim, dtype, keep.shape[1], 14, keep)
-    compile_mixer(MaskedGridMixer(given, empty_places(given)), capability, compiled)
+    places = find_places(Recorder(masked_conv_kernels, capability, compiled), keep, Grid(0, 14, 14))
+    mixer = MaskedGridMixer(mixer_of(dim, dtype, keep.shape[1], 14, keep), places)
+    compile_mixer(mixer, capability, compiled)
 
 
 def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:

@@ -36,21 +36,31 @@ def load_rate(A_LOG, h, in_heads, FAST: tl.constexpr):
     return exp2(tl.where(A_log > 60.0, 60.0, A_log) * LOG2E, FAST)
 
 
-@triton.jit
-def cumulate(
-    RAW, BIAS, A_LOG, VISITS, MOVES, DT, S, order, first, end, length, heads, prefix, height, width, RAW_sl,
+@triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'span'])
+def decay_forward(
+    RAW, BIAS, A_LOG, VISITS, MOVES, DT, S, length, heads, prefix, height, width, span, RAW_sb, RAW_sl, VISITS_sb,
     HAS_BIAS: tl.constexpr, TABLE: tl.constexpr, HAS_MOVES: tl.constexpr, FIRST_COLUMNS: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One image's S (H, L) of one order, of tokens visited from `first` on, and DT (H, L) if the order is the first."""
+    """DT (batch, H, L) and S (batch, orders, H, L), times log2(e), from RAW (batch, L, H) of any row stride.
+
+    A program takes `span` tokens, with which s begins anew.
+    """
+    order, orders = tl.program_id(0), tl.num_programs(0)
+    entry = tl.program_id(1).to(tl.int64)
     h = tl.arange(0, BH)[None, :]
+    RAW += entry * RAW_sb
+    VISITS += entry * VISITS_sb
+    DT += entry * heads * length
+    S += (entry * orders + order) * heads * length
     in_heads = h < heads
     rate = load_rate(A_LOG + order * heads, h, in_heads, FAST)
     bias = tl.zeros([1, BH], tl.float32)
     if HAS_BIAS:
         bias = tl.load(BIAS + h, mask=in_heads, other=0.0).to(tl.float32)
     before = tl.zeros([BH], tl.float32)
-    for start in range(first, end, BT):
+    first = tl.program_id(2) * span
+    for start in range(first, tl.minimum(first + span, length), BT):
         t = start + tl.arange(0, BT)
         by_columns = (order > 0) | FIRST_COLUMNS
         token = visited(VISITS, t, length, by_columns, prefix, height, width, TABLE)[:, None]
@@ -64,26 +74,6 @@ def cumulate(
         before += tl.sum(growth, 0)
         tl.store(S + h * length + token, s, mask=mask)
         tl.store(DT + h * length + token, dt, mask=mask & (order == 0))
-
-
-@triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'span'])
-def decay_forward(
-    RAW, BIAS, A_LOG, VISITS, MOVES, DT, S, length, heads, prefix, height, width, span, RAW_sb, RAW_sl, VISITS_sb,
-    HAS_BIAS: tl.constexpr, TABLE: tl.constexpr, HAS_MOVES: tl.constexpr, FIRST_COLUMNS: tl.constexpr,
-    BT: tl.constexpr, BH: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """DT (batch, H, L) and S (batch, orders, H, L), times log2(e), from RAW (batch, L, H) of any row stride.
-
-    A program takes `span` tokens, with which s begins anew.
-    """
-    order, orders = tl.program_id(0), tl.num_programs(0)
-    entry = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(2) * span
-    cumulate(
-        RAW + entry * RAW_sb, BIAS, A_LOG, VISITS + entry * VISITS_sb, MOVES, DT + entry * heads * length,
-        S + (entry * orders + order) * heads * length, order, first, tl.minimum(first + span, length),
-        length, heads, prefix, height, width, RAW_sl, HAS_BIAS, TABLE, HAS_MOVES, FIRST_COLUMNS, BT, BH, FAST,
-    )  # fmt: skip
 
 
 @triton.jit

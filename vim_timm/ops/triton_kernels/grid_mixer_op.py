@@ -77,7 +77,6 @@ KERNELS = (
     'gated_norm_kernels',
     'grid_conv_kernels',
     'masked_conv_kernels',
-    'masked_places_kernels',
     'ssd_chunk_gradient_kernels',
     'ssd_chunk_kernels',
     'ssd_kernels',
@@ -123,10 +122,6 @@ class GridMixer:
         ssd.chunk_gradient_kernels = self.kernels['ssd_chunk_gradient_kernels']
         return ssd
 
-    def decays(self, ssd: Ssd) -> Tuple[Tensor, Tensor]:
-        """See `Ssd.decays`; before what the convolution fills is there."""
-        return ssd.decays()
-
     def gated_norm(self, y: Tensor) -> GatedNorm:
         z = self.split(self.zxbcdt)[0]
         return GatedNorm(self.kernels['gated_norm_kernels'], y, z, self.given.norm, self.given.eps)
@@ -148,9 +143,9 @@ class GridMixer:
     def forward(self) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         inside = self.split(self.zxbcdt)[1]
         xbc = torch.empty(inside.shape, dtype=inside.dtype, device=inside.device)
-        ssd = self.ssd(xbc)
-        dt, s = self.decays(ssd)
         self.convolution().forward(xbc)
+        ssd = self.ssd(xbc)
+        dt, s = ssd.decays()
         y = ssd.forward(dt, s, sum_dtype(xbc.dtype)).flatten(2)
         gated, out_proj = self.gated_norm(y).forward(), self.given.out_proj
         return gated if out_proj is None else F.linear(gated, out_proj), xbc, dt, s, y

@@ -1,14 +1,65 @@
 """Triton kernels of the depthwise 3x3 convolution at the visible patches of masked images, with SiLU.
 
-A table (`masked_places_kernels`) says of each token which other, if any, a tap of the kernel meets, so that time goes
-with the visible patches and no image of zeros exists. Tokens of all images are numbered through. All arithmetic is
-float32. Strides of images and rows come in units of ALIGN numbers, as in `grid_conv_kernels`.
+Tokens stand before the grid or on it; a table says of each which token, if any, every tap of the kernel meets, so that
+time goes with the visible patches and no image of zeros exists. Tokens of all images are numbered through. All
+arithmetic is float32. Strides of images and rows come in units of ALIGN numbers, as in `grid_conv_kernels`.
 """
 
 import triton
 import triton.language as tl
 
 from .grid_conv_kernels import along, floats, load_taps, silu, store_sum, through_silu, weighed
+
+ORDER = tl.constexpr(9)  # the program behind those of the taps
+
+
+@triton.jit
+def load_places(KEEP, i, kept, stride, cells):
+    """Cells of the grid of visible patches i, -1 for none and for what is outside the grid."""
+    place = tl.load(KEEP + i * stride, mask=(i >= 0) & (i < kept), other=-1)
+    return tl.where((place >= 0) & (place < cells), place, -1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=['length', 'prefix', 'height', 'width', 'KEEP_sb'])
+def masked_places(
+    KEEP, NEIGHBOURS, COLUMNS, length, prefix, height, width, KEEP_sb, KEEP_sl, BT: tl.constexpr, BU: tl.constexpr
+):
+    """NEIGHBOURS (batch, 9, L) int32, the tokens that taps meet or -1, and COLUMNS (batch, L) int32, the tokens by
+    columns of their image, from KEEP (batch, L - prefix): cells of the tokens behind `prefix` others, which meet the
+    middle tap alone and keep their place.
+
+    Of tokens in one cell the last is met, and a token that is not its own neighbour is a mistake; COLUMNS is a
+    permutation whatever KEEP holds.
+    """
+    job = tl.program_id(1)
+    entry = tl.program_id(2).to(tl.int64)
+    KEEP += entry * KEEP_sb
+    cells, kept = height * width, length - prefix
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    place = load_places(KEEP, t - prefix, kept, KEEP_sl, cells)
+    row, column = place // width, place % width
+    if job == ORDER:
+        key = tl.where(place < 0, cells, column * height + row)
+        rank = tl.zeros([BT], tl.int32)
+        for first in range(0, kept, BU):
+            u = first + tl.arange(0, BU)
+            other = load_places(KEEP, u, kept, KEEP_sl, cells)
+            other_key = tl.where(other < 0, cells, other % width * height + other // width)[None, :]
+            tie = (other_key == key[:, None]) & (u[None, :] < (t - prefix)[:, None])
+            earlier = ((other_key < key[:, None]) | tie) & (u < kept)[None, :]
+            rank += tl.sum(earlier.to(tl.int32), 1)
+        tl.store(COLUMNS + entry * length + tl.where(t < prefix, t, prefix + rank), t, mask=t < length)
+    else:
+        row += job // 3 - 1
+        column += job % 3 - 1
+        inside = (place >= 0) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        wanted = tl.where(inside, row * width + column, -2)
+        found = tl.where((t < prefix) & (job == 4), t, -1)
+        for first in range(0, kept, BU):
+            u = first + tl.arange(0, BU)
+            same = load_places(KEEP, u, kept, KEEP_sl, cells)[None, :] == wanted[:, None]
+            found = tl.maximum(found, tl.max(tl.where(same, (prefix + u)[None, :], -1), 1))
+        tl.store(NEIGHBOURS + (entry * 9 + job) * length + t, found, mask=t < length)
 
 
 @triton.jit

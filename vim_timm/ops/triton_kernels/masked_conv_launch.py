@@ -1,4 +1,4 @@
-"""Launches of the convolution at the visible patches of masked images."""
+"""Launches of the convolution at the visible patches of masked images, and of what it has to know of their places."""
 
 import math
 from typing import Any, NamedTuple, Optional, Sequence, Tuple
@@ -7,6 +7,15 @@ import torch
 from torch import Tensor
 
 from .launch import INTERPRET, alignment, or_else
+from .ssd_launch import Grid
+
+
+class PlacesLaunch(NamedTuple):
+    """Tokens of a program, tokens with which it compares them at once, and its warps."""
+
+    tokens: int
+    others: int
+    warps: int
 
 
 class MaskedConvLaunch(NamedTuple):
@@ -20,9 +29,36 @@ class MaskedConvLaunch(NamedTuple):
     registers: Optional[int] = None
 
 
+PLACES = PlacesLaunch(64, 64, 4)
 CONV_FORWARD = MaskedConvLaunch(16, 64, 4, 1)
 CONV_BACKWARD = MaskedConvLaunch(16, 32, 4, 2)
 CONV_INPUT = MaskedConvLaunch(16, 64, 4, 1)
+
+
+class Places(NamedTuple):
+    """What kernels know of where tokens (B, L) stand on a grid; int32."""
+
+    neighbours: Tensor  # tokens that meet each of the nine taps (B, 9, L), -1 for none
+    columns: Tensor  # the tokens by columns of their image (B, L)
+
+
+def empty_places(like: Tensor, batch: int, length: int) -> Places:
+    shapes = (batch, 9, length), (batch, length)
+    return Places(*(like.new_empty(shape, dtype=torch.int32) for shape in shapes))
+
+
+def find_places(kernels: Any, keep: Tensor, grid: Grid, launch: PlacesLaunch = PLACES) -> Places:
+    """Places of tokens, `grid.prefix` of them before the grid and the others (B, K) on it in cells `keep`.
+
+    What `keep` holds is not looked at here, as the device would be waited for: an image that has a cell outside the
+    grid, or one twice, becomes NaN.
+    """
+    batch, length = keep.shape[0], grid.prefix + keep.shape[1]
+    places = empty_places(keep, batch, length)
+    kernels.masked_places[math.ceil(length / launch.tokens), 10, batch](
+        keep, *places, length, *grid, *keep.stride(), BT=launch.tokens, BU=launch.others, num_warps=launch.warps
+    )
+    return places
 
 
 class MaskedConv:

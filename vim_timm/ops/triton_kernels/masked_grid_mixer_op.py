@@ -1,7 +1,7 @@
 """The inside of a Vision Mamba 2 mixer of masked images, whose tokens are visible patches alone, as one dispatcher op.
 
-The kernels of `grid_mixer_op`, but for the convolution, and for that of decays, which finds which tokens are neighbours
-and how they follow by columns; the state space dual sees the places of tokens in its sums of decays alone.
+The kernels of `grid_mixer_op`, but for the convolution, and one before them that finds which tokens are neighbours and
+how they follow by columns; the state space dual sees the places of tokens in its sums of decays alone.
 """
 
 from typing import Any, List, Tuple
@@ -14,9 +14,8 @@ from ..operands import schema
 from ..registration import Kernel, masked_grid_mixer_flops, register
 from . import grid_mixer_op
 from .grid_mixer_op import GridMixer, differentiate_by, gradients, save_operands
-from .masked_conv_launch import MaskedConv
-from .masked_places_launch import Decays, Places, find_places
-from .ssd_launch import Grid, Ssd
+from .masked_conv_launch import MaskedConv, Places, empty_places, find_places
+from .ssd_launch import Grid
 
 
 def check_keep(given: operands.GridMixer) -> Tensor:
@@ -30,46 +29,31 @@ def check_keep(given: operands.GridMixer) -> Tensor:
     return keep
 
 
-def empty_places(given: operands.GridMixer) -> Places:
-    batch, length, _ = given.zxbcdt.shape
-    return Places.empty(given.zxbcdt, batch, length, not given.rows or given.A_log.shape[0] == 2)
-
-
 class MaskedGridMixer(GridMixer):
-    """`GridMixer` of visible patches; `forward` fills `places`, which `backward` wants filled."""
-
     def __init__(self, given: operands.GridMixer, places: Places) -> None:
         super().__init__(given)
         self.grid = Grid(given.prefix, 1, given.zxbcdt.shape[1] - given.prefix)  # of what `columns` does not say
-        self.places = places
-        self.columns = places.columns if places.columns.shape[1] else None
-
-    def decays(self, ssd: Ssd) -> Tuple[Tensor, Tensor]:
-        kernels, keep = self.kernels['masked_places_kernels'], check_keep(self.given)
-        grid = Grid(self.given.prefix, self.given.height, self.given.width)
-        if ssd.length > ssd.span:
-            find_places(kernels, keep, grid, self.places, None)
-            return ssd.decays()
-        dt, s = ssd.empty_decays()
-        find_places(kernels, keep, grid, self.places, Decays(ssd, dt, s))
-        return dt, s
+        self.neighbours = places.neighbours
+        self.columns = None if given.rows and given.A_log.shape[0] == 1 else places.columns
 
     def convolution(self) -> Any:
         x = self.split(self.zxbcdt)[1]
         kernels = self.kernels['masked_conv_kernels']
-        return MaskedConv(kernels, x, self.given.conv, self.given.conv_bias, self.places.neighbours)
+        return MaskedConv(kernels, x, self.given.conv, self.given.conv_bias, self.neighbours)
 
 
 def run(*flat: Any) -> Tuple[Tensor, ...]:
     """The output, and for the backward pass the convolution's, dt, s, the sum before the norm, and `Places`."""
     given = operands.GridMixer(*flat)
-    places = empty_places(given)
-    with torch.cuda.device_of(given.zxbcdt):
+    keep, grid = check_keep(given), Grid(given.prefix, given.height, given.width)
+    with torch.cuda.device_of(keep):
+        places = find_places(grid_mixer_op.kernel_modules()['masked_conv_kernels'], keep, grid)
         return *MaskedGridMixer(given, places).forward(), *places
 
 
 def fake(*flat: Any) -> Tuple[Tensor, ...]:
-    return *grid_mixer_op.fake(*flat), *empty_places(operands.GridMixer(*flat))
+    x = flat[0]
+    return *grid_mixer_op.fake(*flat), *empty_places(x, *x.shape[:2])
 
 
 def run_backward(

@@ -148,14 +148,10 @@ class Ssd:
         columns, (batch, row, _) = self.columns, self.delta.stride()
         return batch, row, 0 if columns is None or columns.shape[0] == 1 else columns.stride(0)
 
-    def empty_decays(self) -> Tuple[Tensor, Tensor]:
-        """What `decays` fills."""
-        dt = self.empty(self.batch, self.heads, self.length)
-        return dt, self.empty(self.batch, self.orders, self.heads, self.length)
-
     def decays(self) -> Tuple[Tensor, Tensor]:
         """dt (B, H, L) and s (B, O, H, L), times log2(e), which begins anew every `span` tokens."""
-        dt, s = self.empty_decays()
+        dt = self.empty(self.batch, self.heads, self.length)
+        s = self.empty(self.batch, self.orders, self.heads, self.length)
         self.decay_kernels.decay_forward[self.orders, self.batch, math.ceil(self.length / self.span)](
             *self.decay_operands(), dt, s, self.length, self.heads, *self.grid, self.span, *self.decay_strides(),
             **self.decay_constants,
