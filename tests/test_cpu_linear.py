@@ -18,7 +18,14 @@ pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable(
 BUILDS = [] if cpu.unavailable() else library.instruction_sets()
 every_build = pytest.mark.parametrize('build', BUILDS)
 product, gated = torch.ops.vim_timm.cpu_linear.default, torch.ops.vim_timm.cpu_gated_linear.default
-WIDE = BUILDS[:1] in (['avx512'], ['avx2'])
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """The processor is as one that is not Intel's and has AVX-512."""
+    if BUILDS[:1] != ['avx512']:
+        pytest.skip("products of narrow registers are torch's")
+    monkeypatch.setattr(library, '_intel', False)
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +129,7 @@ def operators_of(function):
     return {event.key for event in profile.key_averages() if event.key.startswith('vim_timm::')}
 
 
-@pytest.mark.skipif(not WIDE, reason='torch has the products of narrow registers')
-def test_layers_take_the_products_of_float32():
+def test_layers_take_the_products_of_float32(wide, monkeypatch):
     mixer, mlp, x = BiSSD(64, d_state=16, expand=1), SwiGluMlp(64, 96), torch.randn(2, 6, 64)
     layout = Layout((2, 3), [], None)
     assert 'vim_timm::cpu_linear' in operators_of(lambda: mixer(x, layout))
@@ -136,13 +142,15 @@ def test_layers_take_the_products_of_float32():
         mixer.bfloat16(), mlp.bfloat16()
         assert operators_of(lambda: mlp(x.bfloat16())) == {'vim_timm::cpu_swiglu'}
         assert 'vim_timm::cpu_linear' not in operators_of(lambda: mixer(x.bfloat16(), layout))
-        library.select('baseline')
         mlp.float()
+        library.select('avx2')
+        assert operators_of(lambda: mlp(x)) == {'vim_timm::cpu_swiglu'}
+        library.select('avx512')
+        monkeypatch.setattr(library, '_intel', True)
         assert operators_of(lambda: mlp(x)) == {'vim_timm::cpu_swiglu'}
 
 
-@pytest.mark.skipif(not WIDE, reason='torch has the products of narrow registers')
-def test_compiled_layers_take_them_too():
+def test_compiled_layers_take_them_too(wide):
     mlp, x = SwiGluMlp(6, 10), torch.randn(2, 5, 6)
     compiled = torch.compile(mlp, backend='aot_eager', fullgraph=True)
     with torch.no_grad():

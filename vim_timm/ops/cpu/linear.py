@@ -26,8 +26,8 @@ library.expect('LinearBackward', _BACKWARD.size)
 
 
 def multiplies(*tensors: Optional[Tensor]) -> bool:
-    """Whether products of these are the kernel's: torch's are as fast without wide registers, and in two-byte types."""
-    if library.instruction_set() not in ('avx512', 'avx2') or torch.is_autocast_enabled('cpu'):
+    """Whether products of these are the kernel's: torch has those of two-byte types, and where they are as fast."""
+    if not library.outruns_torch() or torch.is_autocast_enabled('cpu'):
         return False
     return all(x is None or x.dtype == torch.float32 for x in tensors)
 

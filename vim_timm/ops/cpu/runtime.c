@@ -34,6 +34,16 @@ EXPORT const char *vim_timm_instruction_sets(void) {
 #endif
 }
 
+/* Whether the processor is Intel's. */
+EXPORT int vim_timm_is_intel(void) {
+#if defined(HAVE_AVX512) && defined(HAVE_AVX2)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") != 0;
+#else
+    return 0;
+#endif
+}
+
 void *vim_timm_allocate(size_t bytes) {
     size_t size = (bytes + ALIGNMENT) / ALIGNMENT * ALIGNMENT;
 #if defined(_WIN32)
