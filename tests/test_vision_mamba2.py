@@ -133,6 +133,8 @@ def test_hidden_patches_are_counted_between_patches_alone():
     layout = Layout((3, 3), [2], torch.tensor([[0, 1, 4, 8], [2, 3, 5, 7]]))
     assert hidden_before(layout, False).tolist() == [[0, 0, 0, 2, 3], [0, 0, 0, 1, 1]]
     assert hidden_before(layout, True).tolist() == [[0, 2, 0, 0, 3], [0, 0, 0, 0, 3]]
+    for kept in (0, 1):
+        assert hidden_before(Layout((3, 3), [0, 1], layout.keep[:, :kept]), True).tolist() == 2 * [[0] * (2 + kept)]
 
 
 def test_decay_over_gaps_needs_one_order():

@@ -77,7 +77,7 @@ def hidden_before(layout: Layout, column: bool) -> torch.Tensor:
     between = places[:, 1:] - places[:, :-1] - 1
     hidden = torch.zeros_like(places).scatter(1, visit[:, 1:], between).to(torch.float32)
     for place in layout.prefix:
-        hidden = torch.cat([hidden[:, :place], torch.zeros_like(hidden[:, :1]), hidden[:, place:]], dim=1)
+        hidden = torch.cat([hidden[:, :place], hidden.new_zeros([hidden.shape[0], 1]), hidden[:, place:]], dim=1)
     return hidden
 
 

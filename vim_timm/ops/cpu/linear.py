@@ -76,7 +76,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     x, weight, bias = ctx.saved_tensors
     of_x, of_weight, of_bias = ctx.needs_input_grad
     grad_x, grad_weight = torch.ops.vim_timm.cpu_linear_backward.default(grad, x, weight, of_x, of_weight)
-    grad_bias = grad.flatten(0, -2).sum(0).to(bias.dtype) if of_bias else None
+    grad_bias = grad.sum_to_size(bias.shape).to(bias.dtype) if of_bias else None
     return grad_x if of_x else None, grad_weight if of_weight else None, grad_bias
 
 
