@@ -21,7 +21,7 @@ from vim_timm.layers import BiSSD, Layout
 from vim_timm.ops import GridMixer, Ssd, fused_grid_mixer, use_scan_backend
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.triton_kernels import masked_conv_launch, ssd_op
-from vim_timm.ops.triton_kernels.ssd_launch import Grid
+from vim_timm.ops.triton_kernels.ssd_launch import Grid, precision
 
 SUMS = ('A_log', 'D', 'delta_bias', 'conv', 'conv_bias')  # gradients that are sums of what nearly cancels
 # grid, kept patches, prefix tokens, orders
@@ -89,6 +89,19 @@ def test_all_of_this_in_the_interpreter():
     environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+@pytest.fixture
+def after_training():
+    """What a run of training on a GPU leaves behind in its process."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@kernels
+def test_kernels_are_tested_with_exact_products_whatever_ran_before(after_training, triton):
+    assert precision(torch.float32) == 'tf32x3'
 
 
 @kernels
