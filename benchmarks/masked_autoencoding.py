@@ -192,6 +192,8 @@ def probe(runs: Runs) -> list[str]:
 
 def ablate(runs: Runs) -> list[str]:
     cases = {**ABLATIONS, **OF_FAMILY.get(runs.args.model.split('_')[0], {})}
+    if absent := set(runs.args.cases or ()) - cases.keys():
+        sys.exit(f'{runs.args.model} has no {", no ".join(sorted(absent))}')
     cases = {name: case for name, case in cases.items() if not runs.args.cases or name in runs.args.cases}
     short, tuning = length(runs.args.epochs_ablate), length(runs.args.epochs_ablate // 2)
 
