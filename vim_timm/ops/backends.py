@@ -224,9 +224,11 @@ def choose(operator: str, operands: Any, x: torch.Tensor) -> str:
         if limit:
             raise RuntimeError(f"scan backend '{_forced}' cannot run this call: {limit}")
         return _if_there(_forced, operator)
+    kernel = KERNELS[operator].get(x.device.type)
+    if kernel is None and 'torch' not in cells:  # nor `export`: nothing below could find one
+        return ''
     if x.is_meta or _is_exporting() or transformed():
         return _if_there('export', operator)
-    kernel = KERNELS[operator].get(x.device.type)
     if kernel is not None and not _unavailable(kernel) and not cells[kernel].limit(operands):
         return kernel
     return _if_there('export' if torch.compiler.is_compiling() else 'torch', operator)

@@ -176,11 +176,13 @@ class Mixer:
         bounds: Optional[Tensor] = None,
     ) -> None:  # fmt: skip
         local = S is not None
-        flags = dict(LOCAL=local, CARRY=H is not None and not local, KEEP=bounds is not None, GRAD=grad is not None)
         z = self.xz.data_ptr() + self.dim * self.xz.element_size()
         blocks, sms = self.dim // CHANNELS * self.cut.chunks * self.batch, multiprocessors(self.xz.device)
         held = self.cut.blocks if grad is None else gradient_blocks(blocks, self.rank, sms)
-        module = self.module('scan.cuh', 'forward.cu', BLOCKS=held, **{name: int(flag) for name, flag in flags.items()})
+        module = self.module(
+            'scan.cuh', 'forward.cu', BLOCKS=held, LOCAL=int(local), CARRY=int(H is not None and not local),
+            KEEP=int(bounds is not None), GRAD=int(grad is not None),
+        )  # fmt: skip
         # Fewer blocks would crowd on the multiprocessors that the last kernel leaves first.
         early = blocks > (held - 1) * sms
         module.launch(

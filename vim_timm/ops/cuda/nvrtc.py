@@ -143,9 +143,9 @@ def packed(arguments: Sequence[Argument]) -> int:
 
     A tensor passes as its address, None as a null pointer, an integer as itself, a float in 4 bytes.
     """
+    exact: Sequence[Any] = arguments  # asked by exact types, faster than isinstance
     buffer.words[: len(arguments)] = [
-        x if isinstance(x, int) else bits(x) if isinstance(x, float) else 0 if x is None else x.data_ptr()
-        for x in arguments
+        x if type(x) is int else bits(x) if type(x) is float else 0 if x is None else x.data_ptr() for x in exact
     ]  # one expression: a call for each of a block's hundred arguments would cost the host more than the launches
     return buffer.first
 
