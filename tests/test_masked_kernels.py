@@ -342,6 +342,7 @@ def test_a_recorded_encoder_follows_other_masks_without_waiting_for_the_device(t
             return model.encode(*model.embed(images, keep), keep)[0]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         encode()
         torch.cuda.set_sync_debug_mode('error')

@@ -233,7 +233,7 @@ def grid_conv_gradients(
             sb0, sb1, sb2 = weighed(grad, sb0, sb1, sb2, u0, u1, u2)
             sc0, sc1, sc2 = weighed(grad, sc0, sc1, sc2, v0, v1, v2)
             x0, x1, x2, y0, y1, y2 = u0, u1, u2, v0, v1, v2
-    PART += tl.program_id(1) * (10 * CHANNELS)
+    PART += tl.program_id(1).to(tl.int64) * (10 * CHANNELS)
     store_sum(PART, sa0, channels, in_channels, 0, CHANNELS)
     store_sum(PART, sa1, channels, in_channels, 1, CHANNELS)
     store_sum(PART, sa2, channels, in_channels, 2, CHANNELS)

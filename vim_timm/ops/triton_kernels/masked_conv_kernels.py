@@ -163,7 +163,7 @@ def masked_conv_gradients(
         sa0, sa1, sa2 = weighed(grad, sa0, sa1, sa2, x0, x1, x2)
         sb0, sb1, sb2 = weighed(grad, sb0, sb1, sb2, y0, y1, y2)
         sc0, sc1, sc2 = weighed(grad, sc0, sc1, sc2, z0, z1, z2)
-    PART += tl.program_id(0) * (10 * CHANNELS)
+    PART += tl.program_id(0).to(tl.int64) * (10 * CHANNELS)
     store_sum(PART, sa0, channels, in_channels, 0, CHANNELS)
     store_sum(PART, sa1, channels, in_channels, 1, CHANNELS)
     store_sum(PART, sa2, channels, in_channels, 2, CHANNELS)
