@@ -153,6 +153,24 @@ def store_sum(PART, tile, channels, in_channels, tap: tl.constexpr, CHANNELS: tl
     tl.store(PART + tap * CHANNELS + channels, tl.sum(tile, 0), mask=in_channels)
 
 
+@triton.jit
+def store_sums(
+    PART, a0, a1, a2, b0, b1, b2, c0, c1, c2, sums, program, channels, in_channels, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """One program's PART (10, CHANNELS) of the sums for each tap and the bias."""
+    PART += program.to(tl.int64) * (10 * CHANNELS)
+    store_sum(PART, a0, channels, in_channels, 0, CHANNELS)
+    store_sum(PART, a1, channels, in_channels, 1, CHANNELS)
+    store_sum(PART, a2, channels, in_channels, 2, CHANNELS)
+    store_sum(PART, b0, channels, in_channels, 3, CHANNELS)
+    store_sum(PART, b1, channels, in_channels, 4, CHANNELS)
+    store_sum(PART, b2, channels, in_channels, 5, CHANNELS)
+    store_sum(PART, c0, channels, in_channels, 6, CHANNELS)
+    store_sum(PART, c1, channels, in_channels, 7, CHANNELS)
+    store_sum(PART, c2, channels, in_channels, 8, CHANNELS)
+    store_sum(PART, sums, channels, in_channels, 9, CHANNELS)
+
+
 @triton.jit(do_not_specialize=[*SIZES, 'G_sb', 'G_sl'])
 def grid_conv_gradients(
     X, weight, bias, GRAD_Y, GRAD, PART, images, prefix, rows, width, span, spans, parts,
@@ -233,14 +251,6 @@ def grid_conv_gradients(
             sb0, sb1, sb2 = weighed(grad, sb0, sb1, sb2, u0, u1, u2)
             sc0, sc1, sc2 = weighed(grad, sc0, sc1, sc2, v0, v1, v2)
             x0, x1, x2, y0, y1, y2 = u0, u1, u2, v0, v1, v2
-    PART += tl.program_id(1).to(tl.int64) * (10 * CHANNELS)
-    store_sum(PART, sa0, channels, in_channels, 0, CHANNELS)
-    store_sum(PART, sa1, channels, in_channels, 1, CHANNELS)
-    store_sum(PART, sa2, channels, in_channels, 2, CHANNELS)
-    store_sum(PART, sb0, channels, in_channels, 3, CHANNELS)
-    store_sum(PART, sb1, channels, in_channels, 4, CHANNELS)
-    store_sum(PART, sb2, channels, in_channels, 5, CHANNELS)
-    store_sum(PART, sc0, channels, in_channels, 6, CHANNELS)
-    store_sum(PART, sc1, channels, in_channels, 7, CHANNELS)
-    store_sum(PART, sc2, channels, in_channels, 8, CHANNELS)
-    store_sum(PART, sums, channels, in_channels, 9, CHANNELS)
+    store_sums(
+        PART, sa0, sa1, sa2, sb0, sb1, sb2, sc0, sc1, sc2, sums, tl.program_id(1), channels, in_channels, CHANNELS
+    )
