@@ -3,11 +3,13 @@
 import torch
 from timm.layers import register_notrace_function
 
+from vim_timm.ops.registration import autocast_dtype
+
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype to which autocast casts a float32 x for a product; of any other x, or without autocast, its own."""
-    if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    if x.dtype == torch.float32 and not x.is_meta:
+        return autocast_dtype(x) or x.dtype
     return x.dtype
 
 

@@ -111,13 +111,13 @@ def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager:
 def as_product_operands(*tensors: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
     """The tensors, of which the first is none of the absent ones, in the dtype in which autocast multiplies them."""
     assert tensors[0] is not None
-    dtype = product_dtype(tensors[0])
+    dtype = autocast_dtype(tensors[0])
     if dtype is None:
         return tensors
     return tuple(None if x is None else x.to(dtype) for x in tensors)
 
 
-def product_dtype(x: torch.Tensor) -> Optional[torch.dtype]:
+def autocast_dtype(x: torch.Tensor) -> Optional[torch.dtype]:
     """The dtype in which autocast multiplies tensors on x's device, None without autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -128,6 +128,12 @@ def in_dtypes_of(
 ) -> Tuple[Optional[torch.Tensor], ...]:
     """Gradients as autograd takes them: in their tensors' dtypes, None for what is absent."""
     return tuple(None if x is None or g is None else g.to(x.dtype) for x, g in zip(tensors, gradients))
+
+
+def keep_outputs(ctx: Any, *outputs: torch.Tensor) -> None:
+    """Outputs that are there for the backward pass alone: they have no gradient, and no zeros are filled for one."""
+    ctx.mark_non_differentiable(*outputs)
+    ctx.set_materialize_grads(False)
 
 
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:

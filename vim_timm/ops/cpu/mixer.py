@@ -18,7 +18,7 @@ from vim_timm.ops.cpu.linear import linear
 from vim_timm.ops.cpu.scan import new_states, states_shape
 from vim_timm.ops.cpu.tensors import address, checked, gradient, halves, limit, new, parameter, present, rows, threads
 from vim_timm.ops.operands import Weights, schema
-from vim_timm.ops.registration import Kernel, mixer_flops, register, wants_gradient
+from vim_timm.ops.registration import Kernel, keep_outputs, mixer_flops, register, wants_gradient
 
 # The C structure Mixer: two directions of sixteen pointers, five Rows, seven integers, one double.
 _STRUCT = struct.Struct('@54qd')
@@ -119,8 +119,7 @@ def _save(ctx, inputs, output) -> None:
     *tensors, ctx.scale, _ = inputs
     _, x, states = output
     ctx.save_for_backward(*tensors, x, states)
-    ctx.mark_non_differentiable(x, states)
-    ctx.set_materialize_grads(False)
+    keep_outputs(ctx, x, states)
 
 
 def _differentiate(ctx, grad, *others):

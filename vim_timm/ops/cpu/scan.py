@@ -12,7 +12,7 @@ from torch import Tensor
 from vim_timm.ops.cpu import library
 from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, present, rows, threads
 from vim_timm.ops.operands import Direction, Scan, schema
-from vim_timm.ops.registration import Kernel, register, scan_flops, wants_gradient
+from vim_timm.ops.registration import Kernel, keep_outputs, register, scan_flops, wants_gradient
 
 _CHUNK = 64  # tokens between two kept states
 _PADDING = 16  # the kept states' channels are padded to a multiple of it
@@ -139,8 +139,7 @@ def _save(ctx, inputs, output) -> None:
     _, states, states_b = output
     ctx.save_for_backward(*tensors, states, states_b)
     ctx.flags = (scale, softplus, log_A)
-    ctx.mark_non_differentiable(states, states_b)
-    ctx.set_materialize_grads(False)
+    keep_outputs(ctx, states, states_b)
 
 
 def _differentiate(ctx, grad, *states_grads):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import operands
 from ..plain import reference
-from ..registration import as_product_operands, product_dtype
+from ..registration import as_product_operands, autocast_dtype
 from . import (  # noqa: F401  define the operators
     grid_conv_op,
     grid_mixer_op,
@@ -116,7 +116,7 @@ def swiglu_limit(given: operands.SwiGlu) -> str:
 
 def gates_product(given: operands.SwiGlu) -> bool:
     """Whether the first product of a SwiGLU and its gate are one kernel."""
-    return (product_dtype(given.x) or given.x.dtype) in swiglu_op.GATED_DTYPES
+    return (autocast_dtype(given.x) or given.x.dtype) in swiglu_op.GATED_DTYPES
 
 
 def _absent(*tensors: Optional[Tensor]) -> Tuple[bool, ...]:

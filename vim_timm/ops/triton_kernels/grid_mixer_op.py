@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import operands
 from ..operands import schema
-from ..registration import Kernel, autocast_off, grid_mixer_flops, in_dtypes_of, register
+from ..registration import Kernel, autocast_off, grid_mixer_flops, in_dtypes_of, keep_outputs, register
 from .grid_conv_op import Conv
 from .launch import INTERPRET, multiprocessors
 from .ssd_launch import Grid, Ssd, sum_dtype
@@ -225,8 +225,7 @@ def fake_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *
 def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:], *inputs[:7], inputs[-1])
     ctx.settings = inputs[7:-2]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros for what is kept would be filled
+    keep_outputs(ctx, *output[1:])
 
 
 def differentiate_by(operator: torch._ops.OpOverload, ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:

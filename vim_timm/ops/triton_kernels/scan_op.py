@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import operands
 from ..operands import schema
-from ..registration import Kernel, in_dtypes_of, register, scan_flops
+from ..registration import Kernel, in_dtypes_of, keep_outputs, register, scan_flops
 from .launch import GROUP, INTERPRET, Plan, alignment, common_rows, multiprocessors, or_else, plan
 
 
@@ -224,8 +224,7 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tenso
     _, H, S = output
     ctx.save_for_backward(H, S, *tensors)
     ctx.flags = (scale, delta_softplus, A_is_log)
-    ctx.mark_non_differentiable(H, S)
-    ctx.set_materialize_grads(False)  # zeros for what is kept would be filled
+    keep_outputs(ctx, H, S)
 
 
 def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:

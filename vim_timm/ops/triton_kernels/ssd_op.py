@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import operands
 from ..operands import schema
-from ..registration import Kernel, in_dtypes_of, register, ssd_flops
+from ..registration import Kernel, in_dtypes_of, keep_outputs, register, ssd_flops
 from .ssd_chunks import ChunkedSsd
 from .ssd_launch import MAX_LENGTH, Grid, Ssd
 
@@ -58,8 +58,7 @@ def fake_backward(grad: Tensor, dt: Tensor, s: Tensor, *flat: Any) -> Tuple[Tens
 def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.rows, columns, moves = inputs
     ctx.save_for_backward(*output[1:], *tensors, columns, moves)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros for what is kept would be filled
+    keep_outputs(ctx, *output[1:])
 
 
 def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
