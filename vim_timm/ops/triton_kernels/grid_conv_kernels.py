@@ -154,7 +154,7 @@ def store_sum(PART, tile, channels, in_channels, tap: tl.constexpr, CHANNELS: tl
 
 
 @triton.jit
-def store_sums(
+def store_tap_sums(
     PART, a0, a1, a2, b0, b1, b2, c0, c1, c2, sums, program, channels, in_channels, CHANNELS: tl.constexpr
 ):  # fmt: skip
     """One program's PART (10, CHANNELS) of the sums for each tap and the bias."""
@@ -251,6 +251,6 @@ def grid_conv_gradients(
             sb0, sb1, sb2 = weighed(grad, sb0, sb1, sb2, u0, u1, u2)
             sc0, sc1, sc2 = weighed(grad, sc0, sc1, sc2, v0, v1, v2)
             x0, x1, x2, y0, y1, y2 = u0, u1, u2, v0, v1, v2
-    store_sums(
+    store_tap_sums(
         PART, sa0, sa1, sa2, sb0, sb1, sb2, sc0, sc1, sc2, sums, tl.program_id(1), channels, in_channels, CHANNELS
     )

@@ -30,17 +30,22 @@ CONV_BACKWARD = ConvLaunch(16, 16, 4, 0, 2)
 CONV_INPUT = ConvLaunch(8, 128, 4, 0, 2)
 
 
+def fitting(channels: int, weight: Tensor, bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+    """Taps (D, 9) and bias (D), contiguous; raises ValueError where they are not of so many channels."""
+    if weight.shape != (channels, 9) or (bias is not None and bias.shape != (channels,)):
+        raise ValueError(f'taps {list(weight.shape)} and their bias do not fit {channels} channels')
+    return weight.contiguous(), None if bias is None else bias.contiguous()
+
+
 class Conv:
     """The convolution of a grid behind prefix tokens, with SiLU: launches of one call."""
 
     def __init__(self, kernels: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], grid: Grid) -> None:
-        self.kernels = kernels
-        self.x, self.weight, self.bias = x, weight.contiguous(), None if bias is None else bias.contiguous()
+        self.kernels, self.x = kernels, x
         self.batch, length, self.channels = x.shape
         self.prefix, self.height, self.width = grid
         grid.check(length)
-        if weight.shape != (self.channels, 9) or (bias is not None and bias.shape != (self.channels,)):
-            raise ValueError(f'taps {list(weight.shape)} and their bias do not fit {self.channels} channels')
+        self.weight, self.bias = fitting(self.channels, weight, bias)
 
     def launch(
         self, kernel: Any, launch: ConvLaunch, tensors: Sequence[Tensor], rows: Sequence[Tensor], **constants: Any

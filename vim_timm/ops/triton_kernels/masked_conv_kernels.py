@@ -8,7 +8,7 @@ arithmetic is float32. Strides of images and rows come in units of ALIGN numbers
 import triton
 import triton.language as tl
 
-from .grid_conv_kernels import along, floats, load_taps, silu, store_sums, through_silu, weighed
+from .grid_conv_kernels import along, floats, load_taps, silu, store_tap_sums, through_silu, weighed
 
 ORDER = tl.constexpr(9)  # the program behind those of the taps
 
@@ -163,6 +163,6 @@ def masked_conv_gradients(
         sa0, sa1, sa2 = weighed(grad, sa0, sa1, sa2, x0, x1, x2)
         sb0, sb1, sb2 = weighed(grad, sb0, sb1, sb2, y0, y1, y2)
         sc0, sc1, sc2 = weighed(grad, sc0, sc1, sc2, z0, z1, z2)
-    store_sums(
+    store_tap_sums(
         PART, sa0, sa1, sa2, sb0, sb1, sb2, sc0, sc1, sc2, sums, tl.program_id(0), channels, in_channels, CHANNELS
     )

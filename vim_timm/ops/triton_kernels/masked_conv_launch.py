@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from .grid_conv_op import fitting
 from .launch import INTERPRET, alignment, or_else
 from .ssd_launch import Grid
 
@@ -65,11 +66,9 @@ class MaskedConv:
     """The convolution at visible patches, with SiLU: launches of one call, as of `grid_conv_op.Conv`."""
 
     def __init__(self, kernels: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor], neighbours: Tensor) -> None:
-        self.kernels, self.neighbours = kernels, neighbours
-        self.x, self.weight, self.bias = x, weight.contiguous(), None if bias is None else bias.contiguous()
+        self.kernels, self.x, self.neighbours = kernels, x, neighbours
         self.batch, self.length, self.channels = x.shape
-        if weight.shape != (self.channels, 9) or (bias is not None and bias.shape != (self.channels,)):
-            raise ValueError(f'taps {list(weight.shape)} and their bias do not fit {self.channels} channels')
+        self.weight, self.bias = fitting(self.channels, weight, bias)
 
     def launch(
         self, kernel: Any, launch: MaskedConvLaunch, tensors: Sequence[Tensor], rows: Sequence[Tensor], **constants: Any

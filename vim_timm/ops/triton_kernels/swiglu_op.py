@@ -162,40 +162,40 @@ def gate_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Gate:
     return Gate(swiglu_kernels, F.linear(x, weight, bias))
 
 
-def hidden_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """SiLU(a) b of rows x."""
-    fits = weight.shape[1:] == x.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
-    if x.dtype not in GATED_DTYPES or weight.dtype != x.dtype or not fits:  # torch's product says what does not fit
-        return gate_of(x, weight, bias).forward()
-    from . import gated_product_kernels
-
-    return GatedProduct(gated_product_kernels, x, weight, bias).forward()
-
-
-def whole_of(given: operands.SwiGlu) -> Optional[Tensor]:
-    """The SwiGLU of rows x in one kernel, where that is the fastest."""
+def takes_product(given: operands.SwiGlu) -> bool:
+    """Whether a kernel may make the first product of rows x: torch's says what does not fit."""
     x, weight, bias, out, out_bias = given
-    if x.dtype not in GATED_DTYPES or x.shape[1] not in WHOLE_CHANNELS or out.shape[0] not in WHOLE_CHANNELS:
-        return None
+    if x.dtype not in GATED_DTYPES or not x.dtype == weight.dtype == out.dtype:
+        return False
     wanted = (2 * out.shape[1], x.shape[1]), (2 * out.shape[1],), tuple(out.shape), (out.shape[0],)
-    if any(tensor is not None and tensor.shape != shape for tensor, shape in zip(given[1:], wanted)):
+    return all(tensor is None or tensor.shape == shape for tensor, shape in zip(given[1:], wanted))
+
+
+def tile_of(given: operands.SwiGlu) -> Optional[WholeTile]:
+    """The tile of rows x with which the SwiGLU is one kernel; None where that is not the fastest."""
+    x, out = given.x, given.out
+    if x.shape[1] not in WHOLE_CHANNELS or out.shape[0] not in WHOLE_CHANNELS or major_capability(x.device) != 9:
         return None
-    tile = whole_tile(x.shape[0], x.device) if major_capability(x.device) == 9 else None
-    if tile is None or not x.dtype == weight.dtype == out.dtype:
-        return None
+    return whole_tile(x.shape[0], x.device)
+
+
+def rows_of(given: operands.SwiGlu) -> Tensor:
+    """The SwiGLU of rows x, in the fewest kernels."""
+    x, weight, bias, out, out_bias = given
+    if not takes_product(given):
+        return F.linear(gate_of(x, weight, bias).forward(), out, out_bias)
     from . import gated_product_kernels
 
-    return WholeSwiGlu(gated_product_kernels, given).forward(tile)
+    tile = tile_of(given)
+    if tile is not None:
+        return WholeSwiGlu(gated_product_kernels, given).forward(tile)
+    return F.linear(GatedProduct(gated_product_kernels, x, weight, bias).forward(), out, out_bias)
 
 
 def run(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias: Optional[Tensor]) -> Tensor:
     with torch.cuda.device_of(x), autocast_off(x):
-        rows = x.reshape(-1, x.shape[-1])
-        whole = whole_of(operands.SwiGlu(rows, weight, bias, out, out_bias))
-        if whole is not None:
-            return whole.view(*x.shape[:-1], out.shape[0])
-        hidden = hidden_of(rows, weight, bias)
-        return F.linear(hidden, out, out_bias).view(*x.shape[:-1], out.shape[0])
+        y = rows_of(operands.SwiGlu(x.reshape(-1, x.shape[-1]), weight, bias, out, out_bias))
+        return y.view(*x.shape[:-1], out.shape[0])
 
 
 def run_backward(
