@@ -1,5 +1,10 @@
-"""Kernels as functions of flat operands, the form in which tests draw operands and take gradients; and whether a kernel
-agrees with the law."""
+"""Kernels as functions of flat operands, the form in which tests draw operands and take gradients; whether a kernel
+agrees with the law; and Triton's in its interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -93,3 +98,12 @@ def conv(backend):
 def mixer(backend):
     """`backend.mixer` of the fields of `operands.Mixer`."""
     return lambda *flat: backend.mixer(operands.Mixer.of(*flat))
+
+
+def pass_in_the_interpreter(files, selected):
+    """Tests of files, selected as by pytest's -k, pass with Triton's interpreter, which is chosen before its import."""
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-k', selected, *files]
+    environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+    folder = Path(__file__).parents[1]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]

@@ -3,10 +3,6 @@
 The interpreter must be chosen before Triton is imported: a run without a GPU starts one with TRITON_INTERPRET=1.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
@@ -15,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vim_timm  # noqa: F401  registers the models
-from tests.kernels import assert_agrees, error, kept_bytes, with_gradients
+from tests.kernels import assert_agrees, error, kept_bytes, pass_in_the_interpreter, with_gradients
 from tests.test_ssd import DEVICE, GPU, INTERPRETER, TOLERANCE, kernels, mixer_operands
 from vim_timm.layers import BiSSD, Layout
 from vim_timm.ops import GridMixer, Ssd, fused_grid_mixer, use_scan_backend
@@ -85,10 +81,7 @@ def masked_composition(operands, eps, state, rows, prefix, height, width, keep, 
 
 @pytest.mark.skipif(GPU or INTERPRETER, reason='this run has the kernels itself')
 def test_all_of_this_in_the_interpreter():
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__, '-k', 'kernel']
-    environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout[-3000:]
+    pass_in_the_interpreter([__file__], 'kernel')
 
 
 @pytest.fixture

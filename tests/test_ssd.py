@@ -4,14 +4,12 @@ The interpreter must be chosen before Triton is imported: a run without a GPU st
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels import assert_agrees, kept_bytes, with_gradients
+from tests.kernels import assert_agrees, kept_bytes, pass_in_the_interpreter, with_gradients
 from vim_timm.layers import BiSSD, Layout
 from vim_timm.ops import GridConv, GridMixer, Ssd, cpu, fused_grid_mixer, grid_conv, symmetric_ssd, use_scan_backend
 from vim_timm.ops.plain import ssd as plain
@@ -182,10 +180,7 @@ def test_the_operator_scripts_and_exports():
 
 @pytest.mark.skipif(GPU or INTERPRETER, reason='this run has the kernels itself')
 def test_all_of_this_in_the_interpreter():
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__, '-k', 'kernel']
-    environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout[-3000:]
+    pass_in_the_interpreter([__file__], 'kernel')
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

@@ -5,9 +5,7 @@ The interpreter must be chosen before Triton is imported: a run without a GPU st
 
 import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -17,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vim_timm  # noqa: F401  registers the models
 from tests.golden_data import cases, load
-from tests.kernels import assert_agrees, conv, error, fields, scan, with_gradients
+from tests.kernels import assert_agrees, conv, error, fields, pass_in_the_interpreter, scan, with_gradients
 from vim_timm.ops import Direction, mamba_ssm_adapter, triton_kernels
 from vim_timm.ops.operands import Conv, Scan
 from vim_timm.ops.plain import reference
@@ -73,26 +71,8 @@ def assert_close_to_reference(operator, operands, flags, tolerance):
 @pytest.mark.skipif(GPU or INTERPRETER, reason='this run has the kernels itself')
 def test_all_of_this_in_the_interpreter():
     pytest.importorskip('triton')
-    environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
-    tests = Path(__file__).parent
-    files = [
-        __file__,
-        *(tests / f'test_{name}.py' for name in ('backends', 'called_layers', 'process_state', 'swiglu')),
-    ]
-    command = [
-        sys.executable,
-        '-m',
-        'pytest',
-        '-q',
-        '-x',
-        '-p',
-        'no:cacheprovider',
-        '-k',
-        'triton or convention',
-        *files,
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tests.parent)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    others = [f'tests/test_{name}.py' for name in ('backends', 'called_layers', 'process_state', 'swiglu')]
+    pass_in_the_interpreter([__file__, *others], 'triton or convention')
 
 
 SMALL_SCANS = [
