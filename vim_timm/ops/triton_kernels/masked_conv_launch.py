@@ -31,9 +31,9 @@ class MaskedConvLaunch(NamedTuple):
 
 
 PLACES = PlacesLaunch(64, 64, 4)
-CONV_FORWARD = MaskedConvLaunch(16, 64, 4, 1)
-CONV_BACKWARD = MaskedConvLaunch(16, 32, 4, 2)
-CONV_INPUT = MaskedConvLaunch(16, 64, 4, 1)
+CONV_FORWARD = MaskedConvLaunch(8, 128, 4, 1)
+CONV_BACKWARD = MaskedConvLaunch(8, 32, 2, 4)
+CONV_INPUT = MaskedConvLaunch(16, 32, 2, 1)
 
 
 class Places(NamedTuple):
