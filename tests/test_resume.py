@@ -86,23 +86,39 @@ def assert_same_run(folder, one, other):
     assert names[0] == names[1]
 
 
-@pytest.mark.timeout(300 + 90 * KILLS)
-def test_killed_and_resumed_run_is_the_run_never_killed(tmp_path):
-    flags = [*HARD.split(), '--workers', '2', '--epochs', str(3 + KILLS // 3)]
-    flags += ['--checkpoint-hist', '2', '--checkpoint-every', '2']
-    finish([Python('', output=tmp_path / 'first.txt')])  # whatever starts first takes longer
+def run_killed_and_resumed(folder, *flags):
+    """Train 'whole' once, and 'cut' with KILLS kills at any moment of its start or its first epochs."""
+    finish([Python('', output=folder / 'first.txt')])  # whatever starts first takes longer
     started = time.time()
-    whole = start(tmp_path, 'whole', *flags)
-    wait_for(tmp_path / 'whole' / 'last.pth.tar', whole)
+    whole = start(folder, 'whole', *flags)
+    wait_for(folder / 'whole' / 'last.pth.tar', whole)
     an_epoch = time.time() - started  # most of it is starting up
     assert whole.wait()[0] == 0
     dice = random.Random(0)
     for _ in range(KILLS):
-        process = start(tmp_path, 'cut', *flags, '--resume', 'auto')
+        process = start(folder, 'cut', *flags, '--resume', 'auto')
         time.sleep(dice.uniform(0.6, 1.2) * an_epoch)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    here(tmp_path, 'cut', *flags, '--resume', 'auto')
+    finish([start(folder, 'cut', *flags, '--resume', 'auto')])
+
+
+@pytest.mark.timeout(300 + 90 * KILLS)
+def test_killed_and_resumed_run_is_the_run_never_killed(tmp_path):
+    flags = [*HARD.split(), '--workers', '2', '--epochs', str(3 + KILLS // 3)]
+    flags += ['--checkpoint-hist', '2', '--checkpoint-every', '2']
+    run_killed_and_resumed(tmp_path, *flags)
+    assert_same_run(tmp_path, 'whole', 'cut')
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+@pytest.mark.timeout(300 + 90 * KILLS)
+def test_killed_and_resumed_recorded_run_is_the_run_never_killed(tmp_path):
+    flags = [*HARD.split(), '--model', 'vim_nano_patch4_32', '--img-size', '32', '--device', 'cuda', '--cuda-graph']
+    flags += ['--amp', '--amp-dtype', 'bfloat16', '--data-in-memory', '--workers', '0']
+    flags += ['--epoch-repeats', '4', '--epochs', str(3 + KILLS)]
+    run_killed_and_resumed(tmp_path, *flags)
     assert_same_run(tmp_path, 'whole', 'cut')
 
 
