@@ -173,7 +173,12 @@ def test_operators_pass_opcheck(out, emulator):
 def test_the_projection_in_one_kernel_agrees_as_plain_cpp(size, dtype, poison, emulator, monkeypatch):
     monkeypatch.setattr(mixer_op, 'multiprocessors', lambda device: 0)  # so that few tokens fill it
     xz, *parameters = operands(**size, device='cpu', dtype=dtype)
-    u, rows, packed, dt, _ = mixer_op.Mixer(given(xz, *parameters)).project()
+    launches = mixer_op.Mixer(given(xz, *parameters))
+    (buffer,) = launches.project().held
+    shapes = [(*xz.shape[:2], size['dim']), (launches.row, size['dim']), (size['dim'], launches.rank_pad)]
+    shapes = [(2, *shape) for shape in (*shapes, (*xz.shape[:2], launches.row))]
+    parts = buffer.split([math.prod(shape) for shape in shapes])
+    u, packed, dt, rows = (part.view(shape) for part, shape in zip(parts, shapes))
     for i, reverse in enumerate((False, True)):
         conv, bias, x_proj = parameters[7 * i : 7 * i + 3]
         x = xz[..., : size['dim']].double()

@@ -8,6 +8,7 @@ sizes, the ungated and the gated sum) is computed again there from in_proj's out
 
 import contextlib
 import functools
+import itertools
 import math
 from typing import Any, List, NamedTuple, Optional, Tuple
 
@@ -36,10 +37,9 @@ def aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def each(x: Tensor) -> Tuple[int, int]:
-    """The addresses of both directions' halves."""
-    first = x.data_ptr()
-    return first, first + x.numel() // 2 * x.element_size()
+def pair(buffer: Tensor, first: int, rows: int, columns: int) -> Tensor:
+    """Numbers of a flat buffer from `first` on, of both directions (2, rows, columns)."""
+    return buffer.as_strided((2, rows, columns), (rows * columns, columns, 1), first)
 
 
 class Addresses(NamedTuple):
@@ -60,14 +60,34 @@ def parameter_shapes(dim: int, width: int, rank: int) -> List[Tuple[int, ...]]:
 
 
 class Projected(NamedTuple):
-    """What a scan reads, u (2, B, L, D) and its projections dt, B and C (2, B, L, ROW), and weights in two bytes:
-    x_proj (2, ROW, D), dt (2, D, RANK_PAD), out_proj (C, D) or None."""
+    """Addresses of what a scan reads, u (2, B, L, D) and its projections dt, B and C (2, B, L, ROW), of each direction,
+    and of weights in two bytes, x_proj (2, ROW, D) and dt (2, D, RANK_PAD) of each direction."""
 
-    u: Tensor
-    x: Tensor
-    x_proj: Tensor
-    dt: Tensor
-    out_proj: Optional[Tensor]
+    u: Tuple[int, int]
+    x: Tuple[int, int]
+    x_proj: int
+    dt: Tuple[int, int]
+    out_proj: Optional[Tensor]  # (C, D) in two bytes
+    held: Tuple[Tensor, ...]  # what the addresses point into; the first begins with u, x_proj and dt
+
+
+class States(NamedTuple):
+    """Addresses of the states on entry of each chunk (2 B, chunks, 16, D) and of the chunks' sums of step sizes
+    (2 B, chunks, D), float32."""
+
+    entry: int
+    steps: int
+    held: Tensor  # what they point into
+
+
+class Gradients(NamedTuple):
+    """Addresses of the gradients of u and of the step sizes before softplus (2, B, L, D) and of the projections
+    (2, B, L, ROW), one after the other."""
+
+    u: int
+    delta: int
+    x: int
+    held: Tensor  # what they point into
 
 
 class Cut(NamedTuple):
@@ -134,9 +154,17 @@ class Mixer:
         has_bias = int(self.at.conv_bias[0] != 0)
         return self.module('taps.cuh', file, WIDTH=self.width, HAS_BIAS=has_bias, **flags)
 
-    def pack_weights(self, module: Module) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-        """Weights of x_proj, dt and out_proj as in `Projected`."""
-        x_proj, dt = self.empty(2, self.row, self.dim), self.empty(2, self.dim, self.rank_pad)
+    def buffers(self, *numbers: int, dtype: Optional[torch.dtype] = None) -> Tuple[Tensor, List[int]]:
+        """One allocation for buffers of so many numbers, and their addresses: one for each would cost the host more.
+
+        The kernels read 16 bytes at once, so all but the last number have to be multiples of 8.
+        """
+        whole = self.empty(sum(numbers), dtype=dtype)
+        address, size = whole.data_ptr(), whole.element_size()
+        return whole, [address + size * first for first in itertools.accumulate(numbers[:-1], initial=0)]
+
+    def pack_weights(self, module: Module, x_proj: int, dt: int) -> Optional[Tensor]:
+        """Puts the weights of x_proj and dt in two bytes at these addresses; returns out_proj's, as in `Projected`."""
         weight, out_proj, others = self.out_proj, None, 0
         if weight is not None:
             if weight.dtype == torch.float32:
@@ -149,7 +177,7 @@ class Mixer:
             'pack_weights', (blocks, 1, 1), FLAT_THREADS, *self.at.x_proj, *self.at.dt, weight, x_proj, dt, out_proj,
             self.dim, others,
         )  # fmt: skip
-        return x_proj, dt, out_proj
+        return out_proj
 
     def project(self) -> Projected:
         """One kernel where blocks of 64 tokens fill the device, else a convolution by parts of the channels and a
@@ -157,27 +185,33 @@ class Mixer:
         tokens = self.batch * self.length
         fused = tokens >= 64 * multiprocessors(self.xz.device)
         warps = 4 if fused else 1
-        u = self.empty(2, self.batch, self.length, self.dim)
+        of_u, of_x, of_dt = tokens * self.dim, tokens * self.row, self.dim * self.rank_pad
+        buffer, (u, x_proj, dt, x) = self.buffers(
+            2 * of_u, 2 * self.row * self.dim, 2 * of_dt, 2 * of_x if fused else 0
+        )
         shared = sizes.project_shared(self.rank, warps, fused)
         module = self.conv_module('project.cu', PROJECT=int(fused), WARPS=warps, SHARED_BYTES=shared)
-        x_proj, dt, out_proj = self.pack_weights(module)
-        x = self.empty(2, self.batch, self.length, self.row) if fused else None
+        out_proj = self.pack_weights(module, x_proj, dt)
         module.launch(
             'conv_project', (math.ceil(tokens / (TILE * warps)), 1 if fused else self.dim // CHANNELS, 1), 32 * warps,
-            self.xz, 2 * self.dim, *self.at.conv, *self.at.conv_bias, x_proj, *each(u), x, tokens, self.length,
+            self.xz, 2 * self.dim, *self.at.conv, *self.at.conv_bias, x_proj, u, u + 2 * of_u, x, tokens, self.length,
             self.dim, shared=shared, early=True,
         )  # fmt: skip
-        if x is None:
-            x = torch.bmm(u.view(2, -1, self.dim), x_proj.transpose(1, 2)).view(2, self.batch, self.length, self.row)
-        return Projected(u, x, x_proj, dt, out_proj)
+        held: Tuple[Tensor, ...] = (buffer,)
+        if not fused:
+            weights = pair(buffer, 2 * of_u, self.row, self.dim)
+            product = torch.bmm(pair(buffer, 0, tokens, self.dim), weights.transpose(1, 2))
+            x, held = product.data_ptr(), (buffer, product)
+        # numbers have two bytes
+        return Projected((u, u + 2 * of_u), (x, x + 2 * of_x), x_proj, (dt, dt + 2 * of_dt), out_proj, held)
 
     def scan(
-        self, p: Projected, out: Tensor, H: Optional[Tensor], S: Optional[Tensor] = None,
-        grad: Optional[Tensor] = None, grad_y: Optional[Tensor] = None, gated: Optional[Tensor] = None,
-        bounds: Optional[Tensor] = None,
+        self, p: Projected, out: Argument, H: Argument, S: Argument = None, grad: Optional[Tensor] = None,
+        grad_y: Argument = None, gated: Optional[Tensor] = None, bounds: Optional[Tensor] = None,
     ) -> None:  # fmt: skip
+        """out has rows of D numbers; as the gradient of z, like grad_y, rows of 2 D."""
         local = S is not None
-        z = self.xz.data_ptr() + self.dim * self.xz.element_size()
+        z = self.xz.data_ptr() + 2 * self.dim
         blocks, sms = self.dim // CHANNELS * self.cut.chunks * self.batch, multiprocessors(self.xz.device)
         held = self.cut.blocks if grad is None else gradient_blocks(blocks, self.rank, sms)
         module = self.module(
@@ -188,16 +222,16 @@ class Mixer:
         early = blocks > (held - 1) * sms
         module.launch(
             'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), sizes.SCAN_THREADS,
-            *each(p.u), *each(p.x), *each(p.dt), *self.at.dt_bias, *self.at.A_log, *self.at.skip,
-            z, 2 * self.dim, out, out.stride(1), grad, grad_y, gated, H, S, bounds, self.scale, self.batch, self.length,
-            self.dim, self.cut.chunk, early=early,
+            *p.u, *p.x, *p.dt, *self.at.dt_bias, *self.at.A_log, *self.at.skip,
+            z, 2 * self.dim, out, self.dim if grad is None else 2 * self.dim, grad, grad_y, gated, H, S, bounds,
+            self.scale, self.batch, self.length, self.dim, self.cut.chunk, early=early,
         )  # fmt: skip
 
     def scan_forward(self, p: Projected) -> Tensor:
         """The gated output (B, L, D)."""
-        H = self.first_states(p)[0] if self.cut.chunks > 1 else None
+        states = self.first_states(p)
         out = self.empty(self.batch, self.length, self.dim)
-        self.scan(p, out, H)
+        self.scan(p, out, states and states.entry)
         return out
 
     def gated(self) -> Tuple[Tensor, Optional[Tensor]]:
@@ -212,120 +246,121 @@ class Mixer:
             return out
         return F.linear(out, weight, None if self.out_bias is None else self.out_bias.to(out.dtype))
 
-    def carry(self, contributions: Tensor, S: Tensor, against: bool) -> Tensor:
-        states = torch.empty_like(contributions)
+    def carry(self, contributions: Tensor, states: Argument, steps: int, against: bool) -> None:
+        """Writes the states on entry, or against scan order their gradients, from what each chunk contributes."""
         flags = dict(BLOCKS=self.cut.blocks, LOCAL=1, CARRY=0, KEEP=0, GRAD=0)
         self.module('scan.cuh', 'forward.cu', **flags).launch(
             'carry', (math.ceil(STATE * self.dim / 128), 2 * self.batch, 1), 128, *self.at.A_log, contributions,
-            states, S, self.batch, self.dim, self.cut.chunks, int(against),
+            states, steps, self.batch, self.dim, self.cut.chunks, int(against),
         )  # fmt: skip
-        return states
 
-    def first_states(self, p: Projected) -> Tuple[Tensor, Tensor]:
-        """The state on entry of each chunk (2 B, chunks, 16, D) and the chunk's sum of step sizes (2 B, chunks, D)."""
-        cells = 2 * self.batch
-        ends = self.empty(cells, self.cut.chunks, STATE, self.dim, dtype=torch.float32)
-        S = self.empty(cells, self.cut.chunks, self.dim, dtype=torch.float32)
-        self.scan(p, p.u, ends, S)
-        return self.carry(ends, S, against=False), S
+    def first_states(self, p: Projected) -> Optional[States]:
+        """The states with which chunks begin; None for sequences that are whole."""
+        if self.cut.chunks == 1:
+            return None
+        numbers = 2 * self.batch * self.cut.chunks * self.dim
+        ends = self.empty(STATE * numbers, dtype=torch.float32)
+        buffer, (entry, steps) = self.buffers(STATE * numbers, numbers, dtype=torch.float32)
+        self.scan(p, None, ends, steps)
+        self.carry(ends, entry, steps, against=False)
+        return States(entry, steps, buffer)
 
-    def sum_rows(self, parts: Tensor, sums: Tensor, stride: int) -> None:
+    def sum_rows(self, parts: Argument, shape: Tuple[int, int, int], sums: Argument, stride: int) -> None:
         """Sums of parts (G, P, N), float32, N a multiple of SUM_COLUMNS: those of group g to sums[g * stride :]."""
-        groups, rows, columns = parts.shape
+        groups, rows, columns = shape
         self.module('sums.cu').launch(
             'sum_rows', (columns // SUM_COLUMNS, groups, 1), FLAT_THREADS, parts, sums, rows, columns, stride
         )  # fmt: skip
 
     def scan_backward(
-        self, p: Projected, grad_y: Tensor, bounds: Tensor, S: Optional[Tensor], weights: Tensor
-    ) -> Tuple[Tensor, Tensor, Tensor]:
-        """Gradients of u and of the step sizes before softplus (2, B, L, D), and of the projections (2, B * L, ROW),
-        with B's and C's columns filled; puts those of dt_bias, A_log and D in `weights`. grad_y has rows of 2 D."""
-        chunks = self.cut.chunks
+        self, p: Projected, grad_y: int, bounds: Tensor, states: Optional[States], weights: Tensor
+    ) -> Gradients:
+        """Gradients of u, of the step sizes before softplus and of the projections, B's and C's columns; puts those of
+        dt_bias, A_log and D in `weights`. grad_y has rows of 2 D."""
+        chunks, tokens = self.cut.chunks, self.batch * self.length
         grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
         sizes = (self.batch, self.length, self.dim, self.cut.chunk)
         module = self.module('scan.cuh', 'backward.cu', BLOCKS=BACKWARD_BLOCKS, CHUNKED=int(chunks > 1))
-        rows: List[Argument] = [*each(p.x), *each(p.dt), *self.at.dt_bias, *self.at.A_log]
+        rows: List[Argument] = [*p.x, *p.dt, *self.at.dt_bias, *self.at.A_log]
         Q = None
-        if S is not None:
+        if states is not None:
             local = self.empty(2 * self.batch, chunks, STATE, self.dim, dtype=torch.float32)
             module.launch('grad_states', grid, 32, *rows, grad_y, local, *sizes)
-            Q = self.carry(local, S, against=True)
-        grad_u, grad_delta = self.empty(*p.u.shape), self.empty(*p.u.shape)
-        part_x = self.empty(grid[0], 2, self.batch, self.length, 2 * STATE, dtype=torch.float32)
-        part_p = self.empty(2, self.batch * chunks, (STATE + 2) * self.dim, dtype=torch.float32)
+            Q = torch.empty_like(local)
+            self.carry(local, Q, states.steps, against=True)
+        numbers = 2 * tokens * self.dim
+        buffer, (grad_u, grad_delta, grad_x) = self.buffers(numbers, numbers, 2 * tokens * self.row)
+        shape = (2, self.batch * chunks, (STATE + 2) * self.dim)
+        parts, (part_x, part_p) = self.buffers(grid[0] * 2 * tokens * 2 * STATE, math.prod(shape), dtype=torch.float32)
         module.launch(
-            'scan_backward', grid, 32, *each(p.u), *rows, *self.at.skip, grad_y, bounds, Q, grad_u, grad_delta,
+            'scan_backward', grid, 32, *p.u, *rows, *self.at.skip, grad_y, bounds, Q, grad_u, grad_delta,
             part_x, part_p, *sizes,
         )  # fmt: skip
-        tokens = 2 * self.batch * self.length
-        grad_x = self.empty(2, tokens // 2, self.row)
         self.module('sums.cu').launch(
-            'sum_projections', (math.ceil(8 * tokens / FLAT_THREADS), 1, 1), FLAT_THREADS, part_x, grad_x, grid[0],
-            tokens,
+            'sum_projections', (math.ceil(16 * tokens / FLAT_THREADS), 1, 1), FLAT_THREADS, part_x, grad_x, grid[0],
+            2 * tokens,
         )  # fmt: skip
-        self.sum_rows(part_p, weights, self.direction_size)
-        return grad_u, grad_delta, grad_x
+        self.sum_rows(part_p, shape, weights, self.direction_size)
+        return Gradients(grad_u, grad_delta, grad_x, buffer)
 
-    def conv_backward(self, p: Projected, grad_u: Tensor, grad_x: Tensor, grad_xz: Tensor) -> Tensor:
-        """The gradient of x to the first half of grad_xz, from those of u by the scan and of its projections; returns
+    def conv_backward(self, p: Projected, g: Gradients, grad_xz: Tensor, taps: int) -> None:
+        """The gradient of x to the first half of grad_xz, from those of u by the scan and of its projections; to `taps`
         those of four taps and the bias (2, 5, D)."""
         groups = self.dim // CHANNELS
         wanted = CONV_BACKWARD_WARPS * multiprocessors(self.xz.device) // (groups * self.batch)
         span = sizes.CONV_GROUP * math.ceil(self.length / max(1, wanted) / sizes.CONV_GROUP)  # tokens of a warp
         spans = self.batch * math.ceil(self.length / span)
-        parts = self.empty(1, spans, 10 * self.dim, dtype=torch.float32)
+        parts = self.empty(spans, 10 * self.dim, dtype=torch.float32)
         self.conv_module('conv_backward.cu').launch(
             'conv_backward', (groups * math.ceil(spans / sizes.CONV_WARPS), 1, 1), 32 * sizes.CONV_WARPS,
-            self.xz, 2 * self.dim, *self.at.conv, *self.at.conv_bias, grad_u, grad_x, p.x_proj, grad_xz, parts,
+            self.xz, 2 * self.dim, *self.at.conv, *self.at.conv_bias, g.u, g.x, p.x_proj, grad_xz, parts,
             self.batch, self.length, self.dim, span,
         )  # fmt: skip
-        taps = self.empty(2, 5, self.dim, dtype=torch.float32)
-        self.sum_rows(parts, taps, taps.numel())
-        return taps
+        self.sum_rows(parts, (1, spans, 10 * self.dim), taps, 10 * self.dim)
 
     def gate_backward(
-        self, p: Projected, grad: Tensor, grad_y: Tensor, grad_z: Tensor
-    ) -> Tuple[Optional[Tensor], Tensor, Optional[Tensor]]:
-        """The gradient of out_proj's weight (C, D) or None, kept states, and the chunks' sums of step sizes; writes
-        those of y and z."""
-        H, S = self.first_states(p) if self.cut.chunks > 1 else (None, None)
+        self, p: Projected, grad: Tensor, grad_y: int, states: Optional[States]
+    ) -> Tuple[Optional[Tensor], Tensor]:
+        """The gradient of out_proj's weight (C, D) or None, and kept states; writes those of y and, beside it, z."""
+        H, grad_z = states and states.entry, grad_y + 2 * self.dim
         bounds = self.empty(2 * self.batch, math.ceil(self.length / KEPT), STATE, self.dim)
         if p.out_proj is None:
             self.scan(p, grad_z, H, grad=grad, grad_y=grad_y, bounds=bounds)
-            return None, bounds, S
+            return None, bounds
         grad = grad.view(-1, grad.shape[2])
         gated = through = torch.mm(grad, p.out_proj)  # the kernel puts the output where it has read its gradient
         self.scan(p, grad_z, H, grad=through, grad_y=grad_y, gated=gated, bounds=bounds)
-        return torch.mm(grad.t(), gated), bounds, S
+        return torch.mm(grad.t(), gated), bounds
 
     def scan_gradients(
         self, p: Projected, grad: Tensor, grad_xz: Tensor, weights: Tensor
-    ) -> Tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
+    ) -> Tuple[Gradients, Optional[Tensor]]:
         """Those of `scan_backward` and of out_proj's weight from the result's gradient.
 
         The gradient of z goes to the second half of grad_xz; the first half holds that of y until `conv_backward`.
         """
-        grad_y, grad_z = grad_xz.chunk(2, dim=-1)
-        grad_out_proj, bounds, S = self.gate_backward(p, grad, grad_y, grad_z)
-        return (*self.scan_backward(p, grad_y, bounds, S, weights), grad_out_proj)
+        grad_y, states = grad_xz.data_ptr(), self.first_states(p)
+        grad_out_proj, bounds = self.gate_backward(p, grad, grad_y, states)
+        return self.scan_backward(p, grad_y, bounds, states, weights), grad_out_proj
 
-    def projection_gradients(self, p: Projected, grad_delta: Tensor, grad_x: Tensor) -> Tensor:
-        """Those of the weights of dt and x_proj, side by side for each channel (2, D, RANK_PAD + ROW), float32; writes
-        grad_x's first columns."""
-        torch.bmm(grad_delta.view(2, -1, self.dim), p.dt, out=grad_x[..., : self.rank_pad])
+    def projection_gradients(self, p: Projected, g: Gradients, products: int) -> None:
+        """Those of the weights of dt and x_proj to `products`, side by side for each channel (2, D, RANK_PAD + ROW),
+        float32; writes the first columns of those of the projections."""
         tokens, columns = self.batch * self.length, self.rank_pad + self.row
+        numbers = 2 * tokens * self.dim
+        dt = pair(p.held[0], numbers + 2 * self.row * self.dim, self.dim, self.rank_pad)
+        grad_x = pair(g.held, 2 * numbers, tokens, self.row)
+        torch.bmm(pair(g.held, numbers, tokens, self.dim), dt, out=grad_x[..., : self.rank_pad])
         groups = self.dim // CHANNELS
         spans = max(1, PRODUCT_BLOCKS * multiprocessors(self.xz.device) // (2 * groups))
         span = sizes.PRODUCT_TOKENS * math.ceil(tokens / (sizes.PRODUCT_TOKENS * spans))
-        parts = self.empty(2, math.ceil(tokens / span), self.dim * columns, dtype=torch.float32)
+        shape = (2, math.ceil(tokens / span), self.dim * columns)
+        parts = self.empty(*shape, dtype=torch.float32)
         self.module('weights.cu').launch(
-            'sum_outer_products', (groups, parts.shape[1], 2), 2 * CHANNELS, grad_delta, p.u, p.x, grad_x, parts,
+            'sum_outer_products', (groups, shape[1], 2), 2 * CHANNELS, g.delta, p.u[0], p.x[0], g.x, parts,
             tokens, self.dim, span,
         )  # fmt: skip
-        products = self.empty(2, self.dim, columns, dtype=torch.float32)
-        self.sum_rows(parts, products, self.dim * columns)
-        return products
+        self.sum_rows(parts, shape, products, self.dim * columns)
 
     def backward(self, grad: Tensor) -> Tuple[Tensor, Tensor]:
         """Gradients of xz and of the parameters, float32: both directions as in `parameter_shapes`, then out_proj."""
@@ -333,9 +368,11 @@ class Mixer:
         grad_xz = self.empty(*self.xz.shape)  # not empty_like: axes of one token may have any stride
         others = 0 if self.out_proj is None else self.out_proj.numel()
         weights = self.empty(2 * self.direction_size + others, dtype=torch.float32)
-        grad_u, grad_delta, grad_x, out_proj = self.scan_gradients(p, aligned(grad, self.xz.dtype), grad_xz, weights)
-        products = self.projection_gradients(p, grad_delta, grad_x)
-        taps = self.conv_backward(p, grad_u, grad_x, grad_xz)
+        g, out_proj = self.scan_gradients(p, aligned(grad, self.xz.dtype), grad_xz, weights)
+        columns = self.rank_pad + self.row
+        _held, (taps, products) = self.buffers(10 * self.dim, 2 * self.dim * columns, dtype=torch.float32)
+        self.projection_gradients(p, g, products)
+        self.conv_backward(p, g, grad_xz, taps)
         threads = max((self.rank + 2 * STATE) * self.dim, others)
         self.module('weights.cu').launch(
             'place_gradients', (math.ceil(threads / FLAT_THREADS), 1, 1), FLAT_THREADS, taps, products, out_proj,
