@@ -13,9 +13,8 @@ from vim_timm.errors import UserError
 from vim_timm.settings import Settings, flags
 from vim_timm.settings.parse import parse
 
-NUMBERS = [
-    row for rows in flags.TRAIN.values() for row in rows if row[1] in (int, float, [int], [float], dict)
-]  # fmt: skip
+KINDS = (int, float, flags.batch_size, [int], [float], dict)
+NUMBERS = [row for rows in flags.TRAIN.values() for row in rows if row[1] in KINDS]
 
 
 def from_command_line(row, value, tmp_path):

@@ -7,6 +7,7 @@ if __name__ == '__main__':  # the command line is read before torch is imported
 
     sys.exit(commands.main('validate'))
 
+import functools
 import glob
 import itertools
 import json
@@ -25,6 +26,7 @@ from timm.utils import decay_batch_step, natural_key, reparameterize_model
 from . import data
 from .data.real_labels import read_real_labels, real_accuracy
 from .engine import build
+from .engine.eval_batch import fit_batch
 from .engine.evaluate import Metric, Predicted, Watch, evaluate
 from .engine.log import Progress, Speed
 from .engine.process import catch_signals, in_precision, start_process, usual_defaults
@@ -42,7 +44,7 @@ from .report.facts import facts
 from .report.metrics import measure
 from .report.names import is_wordnet_id, words
 from .settings import Process, Settings
-from .settings.flags import VALIDATE
+from .settings.flags import AUTO, VALIDATE
 from .settings.inherited import data_of, settings_of
 from .settings.masked import AUTOENCODER, is_autoencoder
 from .settings.parse import parse
@@ -51,6 +53,7 @@ from .settings.programs import check, validate_settings
 from .tasks import adopt, make_task
 from .train import input_channels, match_classes
 
+USUAL_BATCH = 256  # images; --batch-size, where it is auto and nothing has been chosen
 ENDINGS = ('.pth.tar', '.pth', '.safetensors')  # of checkpoints in a folder
 
 
@@ -92,7 +95,10 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     if not args.data_dir and not args.dataset:
         args = args.replace(dataset='digits')
     check(args)
-    return args.replace(val_num_samples=args.num_samples, validation_batch_size=None), content
+    args = args.replace(val_num_samples=args.num_samples, validation_batch_size=None)
+    if args.batch_size == AUTO:  # until it has been chosen
+        args = args.replace(batch_size=USUAL_BATCH, validation_batch_size=AUTO)
+    return args, content
 
 
 def _data_of(content: Mapping[str, Any], what: str, first: Settings) -> dict[str, Any]:
@@ -158,11 +164,11 @@ def validate(
     model, parameters, data_config = _ready_model(args, process, labels, content)
     loader = data.eval_loader(args, process, dataset, data_config)
     task = adopt(ClassificationTask(model, device=process.device, dtype=process.dtype, verbose=False))
-    progress, speed = (
-        Progress(process.primary, args.log_freq if 'log_freq' in args.chosen else None),
-        Speed(process, len(loader)),
-    )
+    progress = Progress(process.primary, args.log_freq if 'log_freq' in args.chosen else None)
     progress.say(data.describe(dataset, args.split, args))
+    if args.validation_batch_size == AUTO:
+        args = args.replace(batch_size=fit_batch(task, loader, process, progress))
+    speed = Speed(process, len(loader))
     outputs: list[Predicted] = []
     on_all = outputs.append if args.report or real else None
     with catch_signals() as signals, progress:
@@ -201,10 +207,8 @@ def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]
     model, parameters, data_config = _ready_model(args, process, None, content)
     loader = data.eval_loader(args, process, dataset, data_config)
     task: Any = make_task(args, process, model, data_config)
-    progress, own = (
-        Progress(process.primary, args.log_freq if 'log_freq' in args.chosen else None),
-        task.autoencoder().mask_ratio,
-    )
+    progress = Progress(process.primary, args.log_freq if 'log_freq' in args.chosen else None)
+    own = task.autoencoder().mask_ratio
     ratios = [own]
     if args.report:
         patches = task.autoencoder().num_patches(data_config['input_size'][1:])
@@ -213,8 +217,11 @@ def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]
         ratios = sorted({own, *_mask_ratios(args, patches)})
         if left_out := [f'{100 * ratio:g} %' for ratio in args.mask_ratios if ratio not in ratios]:
             progress.say(f'not compared: {", ".join(left_out)} hidden, which leaves no patch visible')
-    steps = len(loader) * len(ratios)
     progress.say(data.describe(dataset, args.split, args))
+    if args.validation_batch_size == AUTO:
+        compute = functools.partial(reconstruction.scores, task, process)
+        args = args.replace(batch_size=fit_batch(task, loader, process, progress, compute))
+    steps = len(loader) * len(ratios)
     with catch_signals() as signals, progress:
         watch = Watch(progress, Speed(process, steps), signals)
         scores = {ratio: reconstruction.measure(task, loader, process, ratio, watch=watch) for ratio in ratios}
@@ -389,11 +396,12 @@ def validate_with_retry(args: Settings, process: Process, content: Mapping[str, 
         try:
             return validate(args, process, content=content)
         except Exception as error:
-            smaller = decay_batch_step(args.batch_size)
+            auto = args.validation_batch_size == AUTO
+            size, smaller = (AUTO, USUAL_BATCH) if auto else (args.batch_size, decay_batch_step(args.batch_size))
             if not args.retry or not out_of_memory(error) or smaller < 1:
                 raise
-            print(f'batch size {args.batch_size} does not fit ({sentence(error)}); trying {smaller}', flush=True)
-            args = args.replace(batch_size=smaller)
+            print(f'batch size {size} does not fit ({sentence(error)}); trying {smaller}', flush=True)
+            args = args.replace(batch_size=smaller, validation_batch_size=None)
 
 
 def candidates(args: Settings) -> list[dict[str, Any]]:

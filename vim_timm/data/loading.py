@@ -1,5 +1,6 @@
 """Data sets and loaders from flags."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torchvision.transforms import PILToTensor
 
 from ..errors import UserError, explain
 from ..settings import Process
+from ..settings.flags import AUTO
 from .batch import Batch, Collate
 from .classes import class_names
 from .datasets import Pictures
@@ -82,7 +84,8 @@ class Loader:
         self.dataset: Dataset
         options: dict[str, Any] = {}
         self.seed, self.generator = args.seed, torch.Generator()  # of the workers' own seeds
-        size = args.batch_size if training else (args.validation_batch_size or args.batch_size)
+        chosen = None if training or args.validation_batch_size == AUTO else args.validation_batch_size
+        self.batch_size = size = chosen or args.batch_size
         if isinstance(dataset, IterableDataset):
             dataset.transform = _Prepared(mode, transform)  # type: ignore[attr-defined]
             if hasattr(dataset, 'set_loader_cfg'):
@@ -106,7 +109,8 @@ class Loader:
                 options['batch_sampler'] = RepeatedBatches(*common, repeats=args.aug_repeats)
             else:
                 options['batch_sampler'] = EpochBatches(*common, training, args.epoch_repeats if training else 0)
-        loader = DataLoader(
+        self._load = functools.partial(
+            DataLoader,
             self.dataset,
             num_workers=self.workers,
             # without it each step waits for its copy
@@ -116,8 +120,8 @@ class Loader:
             persistent_workers=self.workers > 0 and not isinstance(self.dataset, Stream),
             generator=self.generator,
             worker_init_fn=start_worker,
-            **options,
         )
+        loader = self._load(**options)
         self.sampler = options.get('batch_sampler')
         erasing = args.reprob if training and not args.no_aug else 0.0
         if args.data_in_memory:
@@ -161,6 +165,23 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    def rebatch(self, size: int) -> None:
+        """Read batches of another size from the next epoch on."""
+        self.batch_size = size
+        if self.sampler is not None:
+            self.sampler.batch_size = size
+            return
+        loader = self._load(batch_size=size, drop_last=self.training)
+        if self.prefetch:
+            self.loader.loader = loader
+        else:
+            self.loader = loader
+
+    @property
+    def readers(self) -> int:
+        """Processes that read batches, each of them whole ones; 0 where the images are in memory."""
+        return 0 if isinstance(self.loader, InMemory) else self.workers
 
     @property
     def awaited(self) -> str:

@@ -39,6 +39,13 @@ def readable(batch: Batch) -> Batch:
     return Batch(batch.images[known], batch.targets[known], batch.keys[known])
 
 
+def predict(task: Task, batch: Batch, process: Process, ema: bool = False) -> Any:
+    """What the task predicts for a batch; tensors in float32."""
+    with torch.inference_mode(), process.autocast():
+        output = task.predict(batch, ema)
+    return output.float() if isinstance(output, torch.Tensor) else output
+
+
 def predictions(task: Task, loader: Loader, process: Process, ema: bool = False) -> Iterator[tuple[Any, Batch]]:
     """What the task predicts for this rank's samples (float32, for tensors), and the batches, in order.
 
@@ -50,11 +57,8 @@ def predictions(task: Task, loader: Loader, process: Process, ema: bool = False)
     task.eval()
     for batch in loader.epoch(0):
         batch = readable(batch)
-        if not len(batch.keys):
-            continue
-        with torch.inference_mode(), process.autocast():
-            output = task.predict(batch, ema)
-        yield output.float() if isinstance(output, torch.Tensor) else output, batch
+        if len(batch.keys):
+            yield predict(task, batch, process, ema), batch
 
 
 def _gather(parts: Sequence[Predicted], world_size: int) -> Predicted:

@@ -18,14 +18,16 @@ from ..errors import Preempted, TrainingStopped, UserError, explain
 from ..models.adapt import check_fit
 from ..models.checkpoint import class_names_in, has_average, select_weights
 from ..settings import Process, Settings
+from ..settings.flags import AUTO
 from ..step import Arrivals, RecordedStep, Update
 from ..tasks import Task
 from . import checkpoint, log
 from .build import learning_rate
+from .eval_batch import fit_batch
 from .evaluate import Metric, Watch, evaluate
 from .process import catch_signals
 from .provenance import provenance
-from .record import history_of, progress_of, seconds_of
+from .record import eval_batch_of, history_of, progress_of, seconds_of
 
 
 @dataclasses.dataclass
@@ -90,6 +92,7 @@ class Trainer:
         self.stopping = False  # since a signal to any rank, which all ranks know
         self.trackers = log.Trackers(args) if self.primary else None
         self.provenance = provenance(process)
+        self.eval_batch = 0  # that --validation-batch-size auto has chosen
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.step, self.nonfinite, self.skipped = args.start_epoch or 0, 0, 0, 0
         self._reset_loss()
@@ -128,7 +131,7 @@ class Trainer:
             'progress': {
                 'epoch': self.epoch, 'step': self.step, 'loss': losses, 'nonfinite': self.nonfinite,
                 'skipped': self.skipped, 'batch': [self.args.batch_size, self.process.world_size],
-                'steps': self._steps, 'seconds': self.clock.seconds(),
+                'steps': self._steps, 'seconds': self.clock.seconds(), 'eval_batch': self.eval_batch,
             },
             'history': self.rows,
             'class_names': self.train_data.classes,
@@ -186,6 +189,9 @@ class Trainer:
             self._reset_loss(progress['loss'][self.process.rank])
         self.nonfinite, self.skipped = progress.get('nonfinite', 0), progress.get('skipped', 0)
         self.clock.before = seconds_of(content, path)
+        if self.args.validation_batch_size == AUTO and (size := eval_batch_of(content, path)):
+            self.eval_batch = size  # another one would round the sums otherwise
+            self.eval_data.rebatch(size)
         self.progress.say(f'resumed from {path}: epoch {self.epoch}, step {self.step}')
 
     def _update_number(self, ahead: int = 0) -> int:
@@ -386,6 +392,8 @@ class Trainer:
 
     def _evaluate(self, prefix: str) -> dict[str, Any]:
         """The columns of the log for the trained weights (eval) or their average (ema)."""
+        if self.args.validation_batch_size == AUTO and not self.eval_batch:
+            self.eval_batch = fit_batch(self.task, self.eval_data, self.process, self.progress)
         watch = Watch(self.progress, log.Speed(self.process, len(self.eval_data)), self.signals)
         result = evaluate(self.task, self.eval_data, self.process, prefix == 'ema', self.hooks.metrics, watch=watch)
         count = result.pop('count')

@@ -47,6 +47,15 @@ def seconds_of(checkpoint: Mapping[str, Any], path: str) -> float:
     return float(seconds)
 
 
+def eval_batch_of(checkpoint: Mapping[str, Any], path: str) -> int:
+    """The evaluation's batch that --validation-batch-size auto chose for the run; 0 where it has chosen none yet.
+
+    Raises:
+        UserError: it is no number of images.
+    """
+    return _counted(path, 'eval_batch', (checkpoint.get('progress') or {}).get('eval_batch', 0))
+
+
 def _counted(path: str, name: str, value: Any) -> int:
     if type(value) is not int or not 0 <= value <= 2**53:
         raise UserError(f'{path} is damaged: its {name} is {shown(repr(value))}')

@@ -130,11 +130,10 @@ def measure(
         Preempted: a signal came.
     """
     model = task.autoencoder(ema)
-    own, model.mask_ratio, by_channel = model.mask_ratio, ratio, hasattr(model, 'channel_drop')
+    own, model.mask_ratio = model.mask_ratio, ratio
     sums: dict[str, torch.Tensor] = {}
     for batch in _batches(loader, process, watch):
-        result = reconstruct(task, process, batch, ema)
-        for name, values in _scores(result, by_channel).items():
+        for name, values in scores(task, process, batch, ema).items():
             _add(sums, name, values)
     model.mask_ratio = own
     means, count = _means(sums, process)
@@ -226,24 +225,25 @@ def _means(sums: Mapping[str, torch.Tensor], process: Process) -> tuple[dict[str
     return dict(zip(sums, (totals / counts).tolist())), int(counts.max())
 
 
-def _scores(result: Reconstruction, by_channel: bool) -> dict[str, torch.Tensor]:
+def scores(task: MaskedImages, process: Process, batch: Batch, ema: bool = False) -> dict[str, torch.Tensor]:
     """Metrics of each image (B,)."""
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
+    result = reconstruct(task, process, batch, ema)
     errors = result.errors()
-    scores = {'mse': errors[:, 0], 'mae': errors[:, 1], 'mean_psnr': psnr(errors[:, 0]), 'loss': result.loss}
+    found = {'mse': errors[:, 0], 'mae': errors[:, 1], 'mean_psnr': psnr(errors[:, 0]), 'loss': result.loss}
     if min(result.images.shape[2:]) >= WINDOW:
         for name, images in (('ssim_composite', result.composite), ('ssim_output', result.output)):
-            scores[name] = torch.as_tensor(ssim(images, result.images, data_range=1.0, reduction='none')).reshape(-1)
+            found[name] = torch.as_tensor(ssim(images, result.images, data_range=1.0, reduction='none')).reshape(-1)
     visible = 1 - result.mask
     mean = (result.images * visible).sum(dim=(2, 3)) / visible.sum(dim=(2, 3)).clamp(min=1)
     baselines = {'visible_mean': mean[:, :, None, None].expand_as(result.images)}
-    if by_channel and result.images.shape[1] > 1:
+    if hasattr(task.autoencoder(ema), 'channel_drop') and result.images.shape[1] > 1:
         baselines['neighbour'] = torch.cat([result.images[:, 1:], result.images[:, -2:-1]], dim=1)
     for name, output in baselines.items():
         errors = result._replace(output=output).errors()
-        scores[f'mse_of_{name}'], scores[f'mae_of_{name}'] = errors.unbind(dim=1)
-    return scores
+        found[f'mse_of_{name}'], found[f'mae_of_{name}'] = errors.unbind(dim=1)
+    return found
 
 
 @dataclass

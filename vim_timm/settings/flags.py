@@ -2,7 +2,8 @@
 
 A row is `(names, kind, default, help)`, or `(names, kind, default, help, range)` where not any number will do. Kind is
 `bool` (a switch), `int`, `float` or `str`, a one-element list of those (one or more values), a tuple of strings
-(choices), `dict` (`key=value` pairs), or `refused`: a flag of timm's that cannot be honoured here, whose help says why.
+(choices), `dict` (`key=value` pairs), `batch_size` (an `int` or `auto`), or `refused`: a flag of timm's that cannot be
+honoured here, whose help says why.
 timm's positional `data` is `--data-dir` by another name.
 """
 
@@ -19,6 +20,14 @@ TORCH_DATASETS = (
     'cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'inaturalist', 'inat', 'places365', 'qmnist', 'imagenet',
     'image_folder', 'folder',
 )  # fmt: skip
+
+AUTO = 'auto'
+
+
+def batch_size(value: Any) -> int | str:
+    """A number of images, or `auto`."""
+    return AUTO if value == AUTO else int(value)
+
 
 refused = object()  # the kind of a flag that is known and not honoured
 
@@ -126,7 +135,13 @@ TRAIN: dict[str, list[Row]] = {
         ('--no-resume-opt', bool, False, 'resume the weights only'),
         *MODEL,
         ('--batch-size -b', int, 128, 'images a step and a process', at_least(1)),
-        ('--validation-batch-size -vb', int, None, 'the same for evaluation (default: --batch-size)', at_least(1)),
+        (
+            '--validation-batch-size -vb',
+            batch_size,
+            None,
+            'the same for evaluation, or auto: the largest that fits (default: --batch-size)',
+            at_least(1),
+        ),
         ('--grad-accum-steps', int, 1, 'steps whose gradients make one update', at_least(1)),
         ('--grad-checkpointing', bool, False, 'recompute activations in the backward pass to save memory'),
         ('--head-init-scale', float, None, "factor on the classifier's initial weights"),
@@ -331,7 +346,7 @@ VALIDATE: dict[str, list[Row]] = {
         ('--checkpoint', str, '', 'file with the weights, or a folder of such files'),
         ('--use-ema', bool, False, 'take the moving average in the checkpoint'),
         *MODEL,
-        ('--batch-size -b', int, 256, 'images a step and a process', at_least(1)),
+        ('--batch-size -b', batch_size, 256, 'images a step and a process, or auto: the most that fit', at_least(1)),
         ('--use-train-size', bool, False, 'evaluate at the training size where the model has two'),
         ('--crop-mode', str, None, 'squash, border or center'),
         ('--crop-border-pixels', int, None, 'border to cut off first', at_least(0)),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, called, meant
-from .flags import PATHS, USUAL, Row, refused
+from .flags import PATHS, USUAL, Row, batch_size, refused
 from .parser import KeyValues, Parser, Refuse
 from .ranges import ANY, Names, Range
 
@@ -82,7 +82,7 @@ class _Flag(NamedTuple):
             value = self._convert(value)
         except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f'{where} cannot be {reprlib.repr(value)}') from error
-        of: Any = _numbers(value) if self.kind is dict else value
+        of: Any = _numbers(value) if self.kind in (dict, batch_size) else value
         why = self.range.refusal(of) if self._has_range else ''
         if why:
             raise UserError(f'{where} {why}')
@@ -90,7 +90,7 @@ class _Flag(NamedTuple):
 
     @property
     def _has_range(self) -> bool:
-        return self.kind in (int, float, [int], [float], dict) or isinstance(self.range, Names)
+        return self.kind in (int, float, batch_size, [int], [float], dict) or isinstance(self.range, Names)
 
     def _convert(self, value: Any) -> Any:
         kind = self.kind
@@ -170,7 +170,7 @@ def _action(kind: Any) -> dict[str, Any]:
         return dict(type=str, nargs='?', const=kind[1])
     if isinstance(kind, tuple):
         return dict(choices=kind)
-    return dict(type=kind, metavar='N' if kind in (int, float) else 'X')
+    return dict(type=kind, metavar='N' if kind in (int, float, batch_size) else 'X')
 
 
 def parse(
