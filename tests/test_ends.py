@@ -74,6 +74,11 @@ class TestRetry:
         result, sizes = evaluate(lambda: exhaust(library), '--retry')
         assert result['top1'] == 1.0 and sizes == [32, 24, 16]
 
+    def test_what_auto_chose_gives_way_to_the_usual_batch(self, evaluate, capsys):
+        result, sizes = evaluate(lambda: exhaust('torch'), '--batch-size', 'auto', '--retry')
+        assert result['top1'] == 1.0 and sizes[:3] == [256, 256, 192]  # the first stands for what is chosen later
+        assert capsys.readouterr().out.startswith('batch size auto does not fit')
+
     def test_not_unasked(self, evaluate):
         with pytest.raises(RuntimeError, match="can't allocate"):
             evaluate(lambda: exhaust('torch'))
