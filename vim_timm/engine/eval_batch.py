@@ -12,7 +12,7 @@ from .evaluate import predict
 from .log import Progress
 
 SHARE = 0.7  # of the free memory: the loader's next batch and the allocator's rounding need some, too
-MOST_BYTES = 16 * 2**30  # a GPU has long been busy with as much, and no tensor of it has 2**31 elements
+MOST_BYTES = 16 * 2**30  # a batch of as much keeps a GPU busy
 MOST_PIXELS = 2**26  # 1024 images of 224 x 224; each loading process holds several batches in the host's memory
 
 
