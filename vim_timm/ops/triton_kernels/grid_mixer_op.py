@@ -34,7 +34,7 @@ class NormLaunch(NamedTuple):
 
 NORM_FORWARD = NormLaunch(1, 2, 0)
 NORM_BACKWARD = NormLaunch(1, 1, 16)
-SUM_ROWS, SUM_COLUMNS = 512, 16  # of a step of a program of `mixer_sums`
+SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 512, 16, 8  # of a step of a program of `mixer_sums`
 
 
 class GatedNorm:
@@ -136,7 +136,7 @@ class GridMixer:
         grid = (math.ceil(max(10 * channels, *columns) / SUM_COLUMNS), 1 + len(parts))
         self.kernels['sum_kernels'].mixer_sums[grid](
             taps, *parts, *totals, len(taps), *(len(part) for part in parts), channels, *columns,
-            BR=SUM_ROWS, BC=SUM_COLUMNS,
+            BR=SUM_ROWS, BC=SUM_COLUMNS, num_warps=SUM_WARPS,
         )  # fmt: skip
         return totals
 

@@ -144,7 +144,7 @@ class ChunkedSsd(Ssd):
         self.decay_kernels.step_gradients[spans, self.batch](
             raw, bias, A_log, moves, dt, *of_steps, grad_delta, grad_A, grad_bias,
             self.length, self.heads, grad_delta.shape[-1], self.grid.prefix, *self.decay_strides()[:2],
-            *grad_delta.stride()[:2], ORDERS=self.orders, BT=STEPS,
-            **{name: constants[name] for name in ('HAS_BIAS', 'HAS_MOVES', 'BH', 'FAST')},
+            *grad_delta.stride()[:2], ORDERS=self.orders, BT=STEPS, BH=self.most_heads(8),
+            **{name: constants[name] for name in ('HAS_BIAS', 'HAS_MOVES', 'FAST')},
         )  # fmt: skip
         return grad_A, grad_bias

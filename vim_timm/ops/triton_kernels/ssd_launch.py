@@ -31,6 +31,18 @@ class Launch(NamedTuple):
         return {'BM': self.block, 'num_warps': self.warps, 'num_stages': self.stages, 'maxnreg': self.registers}
 
 
+class DecayLaunch(NamedTuple):
+    """Most tokens of a step along the sums of decays, and warps of a program.
+
+    Many tokens a thread make a long program, which takes longer to fetch than to run: among others it is in no cache.
+    """
+
+    tokens: int
+    warps: int
+
+
+DECAY_FORWARD = DecayLaunch(256, 8)
+DECAY_BACKWARD = DecayLaunch(128, 8)
 FORWARD = Launch(64, 4, 1, 1)
 BACKWARD_VALUES = Launch(64, 4, 1, 1, 128)
 VALUES_SIZE = 32  # tokens i of a step of the gradients of values
@@ -109,8 +121,6 @@ class Ssd:
             'TABLE': self.columns is not None,
             'HAS_MOVES': self.moves is not None,
             'FIRST_COLUMNS': not rows,
-            'BT': self.step(self.span),
-            'BH': max(8, 1 << (self.heads - 1).bit_length()),  # rows of in_proj's output have multiples of 8
             'FAST': not INTERPRET,
         }
         self.constants = {
@@ -124,6 +134,10 @@ class Ssd:
     def step(self, most: int) -> int:
         """Tokens of a step along a cumulated sum."""
         return min(most, max(16, 1 << (self.length - 1).bit_length()))
+
+    def most_heads(self, least: int) -> int:
+        """Heads of a step, or columns of a row that is filled: those of in_proj's output are a multiple of 8."""
+        return max(least, 1 << (self.heads - 1).bit_length())
 
     def cut(self) -> Dict[str, int]:
         """Constants of the kernels for the sequence's length."""
@@ -154,7 +168,8 @@ class Ssd:
         s = self.empty(self.batch, self.orders, self.heads, self.length)
         self.decay_kernels.decay_forward[self.orders, self.batch, math.ceil(self.length / self.span)](
             *self.decay_operands(), dt, s, self.length, self.heads, *self.grid, self.span, *self.decay_strides(),
-            **self.decay_constants,
+            **self.decay_constants, BT=self.step(min(self.span, DECAY_FORWARD.tokens)), BH=self.most_heads(1),
+            num_warps=DECAY_FORWARD.warps,
         )  # fmt: skip
         return dt, s
 
@@ -233,5 +248,6 @@ class Ssd:
             *self.decay_operands(), dt, grad_dt, edges, rows, grad_delta, grad_A, grad_bias,
             self.length, self.heads, grad_delta.shape[-1], rows.shape[0], *self.grid, *self.decay_strides(),
             *grad_delta.stride()[:2], ORDERS=self.orders, **self.decay_constants,
+            BT=self.step(DECAY_BACKWARD.tokens), BH=self.most_heads(8), num_warps=DECAY_BACKWARD.warps,
         )  # fmt: skip
         return grad_A, grad_bias
