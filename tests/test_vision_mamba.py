@@ -415,6 +415,13 @@ def test_embedded_tokens_are_freed_after_the_first_block():
     assert alive == [False]
 
 
+def test_a_graph_traced_by_fx_gives_the_models_outputs():
+    model, x = tiny(proj_drop_rate=0.1), images()
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    norm, x = model.norm.bfloat16(), torch.randn(2, 32)
+    assert torch.equal(torch.fx.symbolic_trace(norm)(x), norm(x))
+
+
 def test_a_quantized_model_runs_under_autocast():
     model = timm.create_model('test_vim').eval()
     quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})

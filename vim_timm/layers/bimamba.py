@@ -107,7 +107,7 @@ class BiMamba(StateSpaceMixer):
         if self.bidirectional or self.shared:
             self.A_b_log = nn.Parameter(torch.empty(d_inner, d_state, **dd))
         self.out_proj = linear(d_inner, dim, proj_bias)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0.0 else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -208,8 +208,8 @@ class BiMamba(StateSpaceMixer):
         if not (is_plain(dt_proj) and is_plain(dt_proj_b)):
             return None
         (taps, bias), (taps_b, bias_b) = weights(conv), weights(conv_b)
-        forward = Weights(taps.squeeze(1), bias, weights(x_proj)[0], *weights(dt_proj), self.A_log, self.D)
-        backward = Weights(taps_b.squeeze(1), bias_b, weights(x_proj_b)[0], *weights(dt_proj_b), self.A_b_log, self.D_b)
+        forward = Weights(taps, bias, weights(x_proj)[0], *weights(dt_proj), self.A_log, self.D)
+        backward = Weights(taps_b, bias_b, weights(x_proj_b)[0], *weights(dt_proj_b), self.A_b_log, self.D_b)
         out_proj = layers['out_proj']
         if is_plain(out_proj):
             return fused_mixer(Mixer(xz_BLE, forward, backward, self.scale, *weights(out_proj)))
@@ -222,7 +222,8 @@ class BiMamba(StateSpaceMixer):
             traced = isinstance(xz_BLE, torch.fx.Proxy)
             fused_BLC = None if traced else self._fused(xz_BLE)
             if fused_BLC is not None:
-                return self.proj_drop(fused_BLC)
+                proj_drop: Any = self._modules['proj_drop']
+                return proj_drop(fused_BLC)
         x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
         forward, backward = self._directions(x_BLD)
         y_BLD = bidirectional_scan(forward, backward, z_BLD, self.scale)

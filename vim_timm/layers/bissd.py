@@ -123,7 +123,7 @@ class BiSSD(StateSpaceMixer):
         self.D = nn.Parameter(torch.empty(self.num_heads, **dd))
         self.norm = RmsNorm(d_inner, eps=norm_eps, **dd)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0.0 else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -10,7 +10,7 @@ A mixer is an nn.Module (B, L, C) -> (B, L, C), or (B, L, C), `Layout` -> (B, L,
 """
 
 import inspect
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import torch
 import torch.nn as nn
@@ -72,16 +72,22 @@ class Block(nn.Module):
         self.drop_path2 = None if mlp is None else drop()
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        y = self.norm(x)
         if not torch.jit.is_scripting():
-            casts_operand = getattr(self.mixer, 'casts_operand', None)
+            layers: Any = self._modules  # each as an attribute costs the host several times as much
+            y, mixer = layers['norm'](x), layers['mixer']
+            casts_operand = getattr(mixer, 'casts_operand', None)
             if casts_operand is not None and casts_operand():
                 y = as_product_operand(y)
-        if self.wants_layout:
-            y = self.mixer(y, layout)
+            y = mixer(y, layout) if self.wants_layout else mixer(y)
+            y = layers['drop_path'](layers['ls'](y))
         else:
-            y = self.mixer(y)
-        x = x + self.drop_path(self.ls(y))
+            y = self.norm(x)
+            if self.wants_layout:
+                y = self.mixer(y, layout)
+            else:
+                y = self.mixer(y)
+            y = self.drop_path(self.ls(y))
+        x = x + y
         if self.mlp is not None and self.norm2 is not None and self.ls2 is not None and self.drop_path2 is not None:
             x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x

@@ -13,12 +13,19 @@ from vim_timm.ops import rms_norm
 register_notrace_function(rms_norm)
 torch.fx.wrap('rms_norm')
 torch.fx.wrap('at_least_float32')
+torch.fx.wrap('as_dtype')
 
 
 @register_notrace_function
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x itself if it is float32 or float64, else in float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@register_notrace_function
+def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x.to(dtype), which costs the host much more where it changes nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 class RmsNorm(nn.RMSNorm):
@@ -31,7 +38,7 @@ class RmsNorm(nn.RMSNorm):
         x = at_least_float32(x)
         assert self.eps is not None  # nn.RMSNorm allows it
         weight = self.weight  # asked once: a module's attributes cost the host more than the casts
-        return rms_norm(x, weight.to(x.dtype), self.eps).to(weight.dtype)
+        return as_dtype(rms_norm(x, as_dtype(weight, x.dtype), self.eps), weight.dtype)
 
 
 class LayerNorm(nn.LayerNorm):

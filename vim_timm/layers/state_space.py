@@ -40,6 +40,7 @@ class StateSpaceMixer(nn.Module):
                 y_BLE = linear(Linear(x_BLC, *weights(in_proj)))
                 if y_BLE is not None:
                     return y_BLE
+            return in_proj(x_BLC)
         return self.in_proj(x_BLC)
 
     @torch.jit.ignore

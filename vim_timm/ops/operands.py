@@ -34,7 +34,7 @@ class Taps(NamedTuple):
 class Weights(NamedTuple):
     """Parameters of one direction of the inside of a block."""
 
-    conv: Tensor  # taps (D, W)
+    conv: Tensor  # taps (D, W), or (D, 1, W) as a convolution has them
     conv_bias: Optional[Tensor]  # (D)
     x_proj: Tensor  # to step size, B and C (R + 2 N, D)
     dt: Tensor  # step size projection (D, R)

@@ -224,7 +224,7 @@ def conv_flops(shapes: Shapes) -> int:
 def mixer_flops(shapes: Shapes) -> int:
     """FLOPs of `operands.Mixer`: the sum over the operators of the composition."""
     batch, length, both = _shape(shapes, 'xz')
-    products = sum(2 * _shape(shapes, name)[axis] for name, axis in (('conv', 1), ('x_proj', 0), ('dt', 1)))
+    products = sum(2 * _shape(shapes, name)[axis] for name, axis in (('conv', -1), ('x_proj', 0), ('dt', 1)))
     out_proj = shapes.get('out_proj')
     inside = 2 * products + 2 * 9 * _shape(shapes, 'A_log')[1] + 2 + (0 if out_proj is None else 2 * out_proj[0])
     return batch * length * both // 2 * inside

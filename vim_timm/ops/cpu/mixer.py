@@ -35,7 +35,7 @@ class _Mixer:
             raise ValueError(f'xz must be (B, L, 2 D), not {tuple(xz.shape)}')
         self.xz = checked('xz', xz if xz.stride(2) == 1 else xz.contiguous(), xz.shape)
         self.batch, self.length, both = xz.shape
-        self.channels, self.width = both // 2, forward.conv.shape[1]
+        self.channels, self.width = both // 2, forward.conv.shape[-1]
         self.state, self.rank = forward.A_log.shape[1], forward.dt.shape[1]
         self.scale = given.scale
         self.directions = [self._weights(forward, ''), self._weights(given.backward, '_b')]
@@ -43,7 +43,7 @@ class _Mixer:
     def _weights(self, weights: Weights, suffix: str) -> list[Optional[Tensor]]:
         channels, row = self.channels, self.rank + 2 * self.state
         shapes = (
-            (channels, weights.conv.shape[1]), (channels,), (row, channels), (channels, self.rank), (channels,),
+            (channels, *weights.conv.shape[1:]), (channels,), (row, channels), (channels, self.rank), (channels,),
             (channels, self.state), (channels,),
         )  # fmt: skip
         return [parameter(name + suffix, x, shape) for name, x, shape in zip(Weights._fields, weights, shapes)]

@@ -36,7 +36,7 @@ def unavailable() -> str:
 def mixer_limit(given: operands.Mixer) -> str:
     """Why the kernels cannot run such a block, in one sentence, or ''."""
     xz, forward, backward, *_ = given
-    (dim, width), rank, state = forward.conv.shape, forward.dt.shape[1], forward.A_log.shape[1]
+    (dim, *_, width), rank, state = forward.conv.shape, forward.dt.shape[1], forward.A_log.shape[1]
     if (forward.conv_bias is None) != (backward.conv_bias is None) or forward.conv.shape != backward.conv.shape:
         return 'The fused CUDA kernels take convolutions of the same width in both directions, and both a bias or none.'
     if forward.dt_bias is None or backward.dt_bias is None:

@@ -132,7 +132,7 @@ class Mixer:
             addresses.append(address)
         self.at = Addresses(*zip(addresses[:DIRECTION], addresses[DIRECTION:]))
         self.batch, self.length, _ = xz.shape
-        self.dim, self.width = forward.conv.shape
+        self.dim, self.width = forward.conv.shape[0], forward.conv.shape[-1]
         self.rank = forward.dt.shape[1]
         self.rank_pad = padded_rank(self.rank)
         self.row = sizes.row(self.rank)
@@ -409,7 +409,7 @@ def run_backward(grad: Tensor, *flat: Any) -> Tuple[Tensor, ...]:
 
 def all_shapes(given: operands.Mixer) -> List[Tuple[int, ...]]:
     """Shapes of all parameters, as their gradients follow each other in memory."""
-    (dim, width), rank = given.forward.conv.shape, given.forward.dt.shape[1]
+    (dim, *_, width), rank = given.forward.conv.shape, given.forward.dt.shape[1]
     both = 2 * parameter_shapes(dim, width, rank)
     return both if given.out_proj is None else [*both, given.out_proj.shape]
 
@@ -429,12 +429,15 @@ def differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     *tensors, out_proj, out_bias = ctx.saved_tensors
     grad_xz, weights = torch.ops.vim_timm.cuda_mixer_backward.default(grad, *tensors, ctx.scale, out_proj)
     shapes = all_shapes(operands.Mixer.of(*tensors, ctx.scale, out_proj))
-    found = [g.view(shape) for g, shape in zip(weights.split([*map(math.prod, shapes)]), shapes)]
-    grads: List[Any] = [grad_xz]
+    found = weights.split([*map(math.prod, shapes)])
+    grads: List[Tensor] = [grad_xz]
     for dt_bias, A_log, D, conv, conv_bias, dt, x_proj in (found[:DIRECTION], found[DIRECTION : 2 * DIRECTION]):
         grads += [conv, conv_bias, x_proj, dt, dt_bias, A_log, D]
-    of_tensors = [None if p is None else g.to(p.dtype) for g, p in zip(grads, tensors)]
-    grad_out_proj = None if out_proj is None else found[-1].to(out_proj.dtype)
+    of_tensors = [
+        None if p is None else g.view(p.shape) if g.dtype == p.dtype else g.view(p.shape).to(p.dtype)
+        for g, p in zip(grads, tensors)
+    ]  # a cast that changes nothing costs the host as much as the view
+    grad_out_proj = None if out_proj is None else found[-1].view(out_proj.shape).to(out_proj.dtype)
     grad_bias = None if out_bias is None else grad.sum((0, 1)).to(out_bias.dtype)
     return (*of_tensors, None, grad_out_proj, grad_bias)
 

@@ -118,7 +118,7 @@ def mixer(
     """Convolutions, projections, gated scans and, where it is given, out_proj. See `ops.mixer`."""
     xz, forward, backward, scale, out_proj, out_bias = given
     x, z = xz.chunk(2, dim=-1)
-    taps, taps_b = (Taps(weights.conv, weights.conv_bias) for weights in (forward, backward))
+    taps, taps_b = (Taps(weights.conv.flatten(1), weights.conv_bias) for weights in (forward, backward))
 
     def project(u: Optional[Tensor], weights: operands.Weights) -> Direction:
         assert u is not None
