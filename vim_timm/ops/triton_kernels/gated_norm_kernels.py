@@ -1,4 +1,7 @@
-"""Triton kernels of RMSNorm(y) * SiLU(z), a row of channels at a time. All arithmetic is float32."""
+"""Triton kernels of RMSNorm(y) * SiLU(z), rows of channels at a time. All arithmetic is float32.
+
+Strides of images and rows come in units of ALIGN numbers, as in `grid_conv_kernels`.
+"""
 
 import triton
 import triton.language as tl
@@ -7,23 +10,29 @@ from .math import sigmoid
 
 
 @triton.jit
-def load_rows(X, rows, channels, mask, length, X_sb, X_sl):
-    """Rows of X (batch, L, D) of any strides, numbered over batch and tokens, as float32."""
+def addresses(X, rows, channels, length, X_sb, X_sl, ALIGN: tl.constexpr):
+    """Those of rows of X (batch, L, D), of any strides, numbered over batch and tokens."""
     at = tl.cast(rows // length, tl.int64) * X_sb + tl.cast(rows % length, tl.int64) * X_sl
-    return tl.load(X + at[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+    return X + (at * ALIGN)[:, None] + channels[None, :]
+
+
+@triton.jit
+def load_rows(X, rows, channels, mask, length, X_sb, X_sl, ALIGN: tl.constexpr):
+    """Rows of X as float32."""
+    return tl.load(addresses(X, rows, channels, length, X_sb, X_sl, ALIGN), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=['count', 'length'])
 def gated_norm(
     Y, Z, weight, OUT, count, length, eps, Y_sb, Y_sl, Z_sb, Z_sl,
-    DIM: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, FAST: tl.constexpr,
+    DIM: tl.constexpr, ALIGN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """OUT (count, DIM) contiguous."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     channels = tl.arange(0, BD)
     mask = (rows < count)[:, None] & (channels < DIM)[None, :]
-    y = load_rows(Y, rows, channels, mask, length, Y_sb, Y_sl)
-    z = load_rows(Z, rows, channels, mask, length, Z_sb, Z_sl)
+    y = load_rows(Y, rows, channels, mask, length, Y_sb, Y_sl, ALIGN)
+    z = load_rows(Z, rows, channels, mask, length, Z_sb, Z_sl, ALIGN)
     w = tl.load(weight + channels, mask=channels < DIM, other=0.0).to(tl.float32)[None, :]
     scale = tl.rsqrt(tl.sum(y * y, 1) / DIM + eps)[:, None]
     out = y * scale * w * (z * sigmoid(z, FAST))
@@ -34,7 +43,8 @@ def gated_norm(
 @triton.jit(do_not_specialize=['count', 'length', 'span'])
 def gated_norm_backward(
     Y, Z, weight, GRAD, GRAD_Y, GRAD_Z, PART, count, length, span, eps, Y_sb, Y_sl, Z_sb, Z_sl, G_sb, G_sl,
-    DIM: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, AGAIN: tl.constexpr, FAST: tl.constexpr,
+    DIM: tl.constexpr, ALIGN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, AGAIN: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """GRAD, GRAD_Y (count, DIM) contiguous, GRAD_Z with strides G, PART (programs, DIM): sums for the weight.
     AGAIN puts the output in the place of its gradient."""
@@ -45,8 +55,8 @@ def gated_norm_backward(
     for start in range(first, tl.minimum(first + span, count), BR):
         rows = start + tl.arange(0, BR)
         mask = (rows < tl.minimum(first + span, count))[:, None] & (channels < DIM)[None, :]
-        y = load_rows(Y, rows, channels, mask, length, Y_sb, Y_sl)
-        z = load_rows(Z, rows, channels, mask, length, Z_sb, Z_sl)
+        y = load_rows(Y, rows, channels, mask, length, Y_sb, Y_sl, ALIGN)
+        z = load_rows(Z, rows, channels, mask, length, Z_sb, Z_sl, ALIGN)
         row = tl.cast(rows, tl.int64)[:, None] * DIM + channels[None, :]
         grad = tl.load(GRAD + row, mask=mask, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(y * y, 1) / DIM + eps)[:, None]
@@ -58,8 +68,8 @@ def gated_norm_backward(
         grad_y = scale * (grad_y - y * (tl.sum(grad_y * y, 1) / DIM)[:, None])
         tl.store(GRAD_Y + row, grad_y.to(GRAD_Y.dtype.element_ty), mask=mask)
         grad_z = grad * y * w * (gate * (1.0 + z * (1.0 - gate)))
-        to = tl.cast(rows // length, tl.int64) * G_sb + tl.cast(rows % length, tl.int64) * G_sl
-        tl.store(GRAD_Z + to[:, None] + channels[None, :], grad_z.to(GRAD_Z.dtype.element_ty), mask=mask)
+        to = addresses(GRAD_Z, rows, channels, length, G_sb, G_sl, ALIGN)
+        tl.store(to, grad_z.to(GRAD_Z.dtype.element_ty), mask=mask)
         if AGAIN:
             tl.store(GRAD + row, (y * w * (z * gate)).to(GRAD.dtype.element_ty), mask=mask)
     tl.store(PART + tl.program_id(0) * DIM + channels, tl.sum(sums, 0), mask=channels < DIM)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import operands
 from ..operands import schema
 from ..registration import Kernel, grid_conv_flops, in_dtypes_of, register
-from .launch import INTERPRET, alignment, or_else
+from .launch import INTERPRET, aligned_strides, or_else
 from .ssd_launch import Grid
 
 
@@ -52,10 +52,9 @@ class Conv:
     ) -> None:
         """Runs a kernel on tensors, of which `rows` have the strides of its arguments."""
         cut, grid = self.cut(launch)
-        align = math.gcd(*(alignment(t) // t.element_size() for t in rows))
+        align, strides = aligned_strides(*rows)
         kernel[grid](
-            *tensors, self.batch, self.prefix, self.height, self.width, *cut,
-            *(stride // align for t in rows for stride in t.stride()[:2]),
+            *tensors, self.batch, self.prefix, self.height, self.width, *cut, *strides,
             CHANNELS=self.channels, BW=launch.columns, BC=launch.channels, ALIGN=align, FAST=not INTERPRET,
             num_warps=launch.warps, maxnreg=launch.registers, **constants,
         )  # fmt: skip

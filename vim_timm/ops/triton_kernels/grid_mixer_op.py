@@ -19,7 +19,7 @@ from .. import operands
 from ..operands import schema
 from ..registration import Kernel, autocast_off, grid_mixer_flops, in_dtypes_of, keep_outputs, register
 from .grid_conv_op import Conv
-from .launch import INTERPRET, multiprocessors
+from .launch import INTERPRET, aligned_strides, multiprocessors
 from .ssd_launch import Grid, Ssd, sum_dtype
 from .ssd_op import ssd_of
 
@@ -49,9 +49,10 @@ class GatedNorm:
 
     def forward(self, launch: NormLaunch = NORM_FORWARD) -> Tensor:
         out = torch.empty(self.y.shape, dtype=self.z.dtype, device=self.y.device)
+        align, strides = aligned_strides(self.y, self.z)
         self.kernels.gated_norm[math.ceil(self.rows / launch.rows),](
-            self.y, self.z, self.weight, out, self.rows, self.length, self.eps,
-            *self.y.stride()[:2], *self.z.stride()[:2], **self.constants, BR=launch.rows, num_warps=launch.warps,
+            self.y, self.z, self.weight, out, self.rows, self.length, self.eps, *strides,
+            **self.constants, ALIGN=align, BR=launch.rows, num_warps=launch.warps,
         )  # fmt: skip
         return out
 
@@ -64,10 +65,10 @@ class GatedNorm:
         programs = min(math.ceil(self.rows / launch.rows), launch.programs * multiprocessors(self.y.device))
         span = launch.rows * max(1, math.ceil(self.rows / (launch.rows * max(1, programs))))
         parts = torch.empty((math.ceil(self.rows / span), self.dim), dtype=torch.float32, device=self.y.device)
+        align, strides = aligned_strides(self.y, self.z, grad_z)
         self.kernels.gated_norm_backward[len(parts),](
-            self.y, self.z, self.weight, grad, grad_y, grad_z, parts, self.rows, self.length, span, self.eps,
-            *self.y.stride()[:2], *self.z.stride()[:2], *grad_z.stride()[:2], **self.constants,
-            BR=launch.rows, AGAIN=again, num_warps=launch.warps,
+            self.y, self.z, self.weight, grad, grad_y, grad_z, parts, self.rows, self.length, span, self.eps, *strides,
+            **self.constants, ALIGN=align, BR=launch.rows, AGAIN=again, num_warps=launch.warps,
         )  # fmt: skip
         return grad_y, parts
 

@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -39,6 +39,13 @@ def alignment(*tensors: torch.Tensor) -> int:
     for t in tensors:
         numbers += [t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:-1])]
     return math.gcd(*numbers)
+
+
+def aligned_strides(*rows: torch.Tensor) -> Tuple[int, List[int]]:
+    """The numbers, a power of two, of which addresses of all rows are multiples, and strides of images and rows in
+    units of as many."""
+    align = math.gcd(*(alignment(t) // t.element_size() for t in rows))
+    return align, [stride // align for t in rows for stride in t.stride()[:2]]
 
 
 class Plan(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .grid_conv_op import fitting
-from .launch import INTERPRET, alignment, or_else
+from .launch import INTERPRET, aligned_strides, or_else
 from .ssd_launch import Grid
 
 
@@ -74,10 +74,9 @@ class MaskedConv:
         self, kernel: Any, launch: MaskedConvLaunch, tensors: Sequence[Tensor], rows: Sequence[Tensor], **constants: Any
     ) -> None:
         """Runs a kernel on tensors, of which `rows` have the strides of its arguments."""
-        align = math.gcd(*(alignment(t) // t.element_size() for t in rows))
+        align, strides = aligned_strides(*rows)
         kernel[self.programs(launch), math.ceil(self.channels / launch.channels)](
-            *tensors, self.batch * self.length, self.length,
-            *(stride // align for t in rows for stride in t.stride()[:2]),
+            *tensors, self.batch * self.length, self.length, *strides,
             CHANNELS=self.channels, BT=launch.tokens, BC=launch.channels, ALIGN=align, FAST=not INTERPRET,
             num_warps=launch.warps, maxnreg=launch.registers, **constants,
         )  # fmt: skip
