@@ -33,7 +33,8 @@ DIRECTION = len(operands.Weights._fields)
 
 def aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as dtype, contiguous and at an address that 16 divides: the kernels read 16 bytes at once."""
-    x = x.to(dtype).contiguous()
+    if x.dtype != dtype or not x.is_contiguous():  # calls that change nothing cost the host more than the question
+        x = x.to(dtype).contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
 
@@ -98,6 +99,7 @@ class Cut(NamedTuple):
     blocks: int
 
 
+@functools.lru_cache(maxsize=64)
 def cut(batch: int, length: int, dim: int, rank: int, sms: int) -> Cut:
     """Cuts a scan so that blocks fill the device; in chunks it computes its exponentials twice."""
     blocks = 6 if padded_rank(rank) <= 32 else 5  # what shared memory and registers hold, without gradients
@@ -123,10 +125,11 @@ class Mixer:
         self.xz = aligned(xz, xz.dtype)
         addresses: List[int] = []
         self.copies: List[Tensor] = []  # have to live as long as their addresses
+        single = torch.float32
         for p in (*forward, *backward):
             address = 0 if p is None else p.data_ptr()
             # asked before `aligned` is called: 14 calls a block cost the host more than these questions
-            if p is not None and (address % 16 or p.dtype != torch.float32 or not p.is_contiguous()):
+            if p is not None and (address % 16 or p.dtype is not single or not p.is_contiguous()):
                 self.copies.append(aligned(p, torch.float32))
                 address = self.copies[-1].data_ptr()
             addresses.append(address)
@@ -137,7 +140,8 @@ class Mixer:
         self.rank_pad = padded_rank(self.rank)
         self.row = sizes.row(self.rank)
         self.macros = (('HALF', int(xz.dtype == torch.float16)), ('RANK', self.rank))
-        self.cut = cut(self.batch, self.length, self.dim, self.rank, multiprocessors(xz.device))
+        self.sms = multiprocessors(xz.device)
+        self.cut = cut(self.batch, self.length, self.dim, self.rank, self.sms)
 
     @functools.cached_property
     def direction_size(self) -> int:
@@ -183,7 +187,7 @@ class Mixer:
         """One kernel where blocks of 64 tokens fill the device, else a convolution by parts of the channels and a
         product."""
         tokens = self.batch * self.length
-        fused = tokens >= 64 * multiprocessors(self.xz.device)
+        fused = tokens >= 64 * self.sms
         warps = 4 if fused else 1
         of_u, of_x, of_dt = tokens * self.dim, tokens * self.row, self.dim * self.rank_pad
         buffer, (u, x_proj, dt, x) = self.buffers(
@@ -212,14 +216,14 @@ class Mixer:
         """out has rows of D numbers; as the gradient of z, like grad_y, rows of 2 D."""
         local = S is not None
         z = self.xz.data_ptr() + 2 * self.dim
-        blocks, sms = self.dim // CHANNELS * self.cut.chunks * self.batch, multiprocessors(self.xz.device)
-        held = self.cut.blocks if grad is None else gradient_blocks(blocks, self.rank, sms)
+        blocks = self.dim // CHANNELS * self.cut.chunks * self.batch
+        held = self.cut.blocks if grad is None else gradient_blocks(blocks, self.rank, self.sms)
         module = self.module(
             'scan.cuh', 'forward.cu', BLOCKS=held, LOCAL=int(local), CARRY=int(H is not None and not local),
             KEEP=int(bounds is not None), GRAD=int(grad is not None),
         )  # fmt: skip
         # Fewer blocks would crowd on the multiprocessors that the last kernel leaves first.
-        early = blocks > (held - 1) * sms
+        early = blocks > (held - 1) * self.sms
         module.launch(
             'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), sizes.SCAN_THREADS,
             *p.u, *p.x, *p.dt, *self.at.dt_bias, *self.at.A_log, *self.at.skip,
@@ -307,7 +311,7 @@ class Mixer:
         """The gradient of x to the first half of grad_xz, from those of u by the scan and of its projections; to `taps`
         those of four taps and the bias (2, 5, D)."""
         groups = self.dim // CHANNELS
-        wanted = CONV_BACKWARD_WARPS * multiprocessors(self.xz.device) // (groups * self.batch)
+        wanted = CONV_BACKWARD_WARPS * self.sms // (groups * self.batch)
         span = sizes.CONV_GROUP * math.ceil(self.length / max(1, wanted) / sizes.CONV_GROUP)  # tokens of a warp
         spans = self.batch * math.ceil(self.length / span)
         parts = self.empty(spans, 10 * self.dim, dtype=torch.float32)
@@ -352,7 +356,7 @@ class Mixer:
         grad_x = pair(g.held, 2 * numbers, tokens, self.row)
         torch.bmm(pair(g.held, numbers, tokens, self.dim), dt, out=grad_x[..., : self.rank_pad])
         groups = self.dim // CHANNELS
-        spans = max(1, PRODUCT_BLOCKS * multiprocessors(self.xz.device) // (2 * groups))
+        spans = max(1, PRODUCT_BLOCKS * self.sms // (2 * groups))
         span = sizes.PRODUCT_TOKENS * math.ceil(tokens / (sizes.PRODUCT_TOKENS * spans))
         shape = (2, math.ceil(tokens / span), self.dim * columns)
         parts = self.empty(*shape, dtype=torch.float32)

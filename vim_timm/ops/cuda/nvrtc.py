@@ -67,22 +67,21 @@ def compile_cubin(files: Tuple[str, ...], capability: int, macros: Tuple[Tuple[s
 class Module:
     """The kernels of one translation unit, loaded into a device's primary context."""
 
-    def __init__(self, cubin: bytes, capability: int) -> None:
+    def __init__(self, cubin: bytes, capability: int, device: int) -> None:
         from cuda.bindings import driver
 
-        self.driver = driver
+        self.driver, self.device = driver, device
         # The only GPU that this was measured on; edges of this kind in a captured graph are as old as CUDA 12.3.
         self.overlaps = capability == 90 and checked(driver.cuDriverGetVersion()) >= 12030
         self.module = self.in_context(driver.cuModuleLoadData, cubin)
         self.functions: Dict[str, Any] = {}
 
-    def function(self, name: str, shared: int) -> Any:
-        if name not in self.functions:
-            function = self.in_context(self.driver.cuModuleGetFunction, self.module, name.encode())
-            limit = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            checked(self.driver.cuFuncSetAttribute(function, limit, shared))
-            self.functions[name] = function
-        return self.functions[name]
+    def find(self, name: str, shared: int) -> None:
+        """Puts a kernel, which may have so many bytes of dynamic shared memory, among `functions`."""
+        function = self.in_context(self.driver.cuModuleGetFunction, self.module, name.encode())
+        limit = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        checked(self.driver.cuFuncSetAttribute(function, limit, shared))
+        self.functions[name] = function
 
     def in_context(self, call: Callable[..., Sequence[Any]], *arguments: Any) -> Any:
         """`checked(call(*arguments))`. A thread in which torch has not used CUDA yet, as autograd's may be, first gets
@@ -98,20 +97,23 @@ class Module:
         self, name: str, grid: Tuple[int, int, int], threads: int, *arguments: Argument, shared: int = 0,
         early: bool = False,
     ) -> None:  # fmt: skip
-        """Runs a kernel with these arguments on the current stream, with so many bytes of dynamic shared memory.
+        """Runs a kernel with these arguments on its device's current stream, with so many bytes of dynamic shared
+        memory.
 
         An `early` kernel calls `wait_for_last_kernel` before it reads what the last one wrote. In a CUDA graph, where
         the host's time is free, its blocks start while the last kernel ends.
         """
         first = packed(arguments)
         # torch.cuda.current_stream() would take the host longer than the launch.
-        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
-        function = self.function(name, shared)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        if name not in self.functions:
+            self.find(name, shared)
+        function, call = self.functions[name], self.driver.cuLaunchKernel
         if early and self.overlaps and torch.cuda.is_current_stream_capturing():
             config = self.overlapping(grid, threads, shared, stream)
             self.in_context(self.driver.cuLaunchKernelEx, config, function, first, 0)
-        else:
-            self.in_context(self.driver.cuLaunchKernel, function, *grid, threads, 1, 1, shared, stream, first, 0)
+        elif call(function, *grid, threads, 1, 1, shared, stream, first, 0)[0] != 0:  # nothing has been launched
+            self.in_context(call, function, *grid, threads, 1, 1, shared, stream, first, 0)
 
     def overlapping(self, grid: Tuple[int, int, int], threads: int, shared: int, stream: int) -> Any:
         """A launch whose blocks may start before the last kernel has ended."""
@@ -161,4 +163,4 @@ def load(device: torch.device, files: Tuple[str, ...], macros: Tuple[Tuple[str, 
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
         capability = 10 * major + minor
-        return Module(compile_cubin(files, capability, macros), capability)
+        return Module(compile_cubin(files, capability, macros), capability, torch.cuda.current_device())
