@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
-from vim_timm.layers.plain import is_plain, is_plain_depthwise, is_plain_projection, weights
+from vim_timm.layers.plain import is_plain, is_plain_depthwise, is_plain_projection, parameters, weights
 from vim_timm.layers.state_space import StateSpaceMixer, draw_out_proj, draw_step_bias
 from vim_timm.ops import bidirectional_conv, bidirectional_scan, causal_conv, fused_mixer, probe_backends
 from vim_timm.ops.operands import Direction, Mixer, Taps, Weights
@@ -208,8 +208,9 @@ class BiMamba(StateSpaceMixer):
         if not (is_plain(dt_proj) and is_plain(dt_proj_b)):
             return None
         (taps, bias), (taps_b, bias_b) = weights(conv), weights(conv_b)
-        forward = Weights(taps, bias, weights(x_proj)[0], *weights(dt_proj), self.A_log, self.D)
-        backward = Weights(taps_b, bias_b, weights(x_proj_b)[0], *weights(dt_proj_b), self.A_b_log, self.D_b)
+        A_log, D, A_b_log, D_b = parameters(self, 'A_log', 'D', 'A_b_log', 'D_b')
+        forward = Weights(taps, bias, weights(x_proj)[0], *weights(dt_proj), A_log, D)
+        backward = Weights(taps_b, bias_b, weights(x_proj_b)[0], *weights(dt_proj_b), A_b_log, D_b)
         out_proj = layers['out_proj']
         if is_plain(out_proj):
             return fused_mixer(Mixer(xz_BLE, forward, backward, self.scale, *weights(out_proj)))

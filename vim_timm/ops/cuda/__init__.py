@@ -41,7 +41,7 @@ def mixer_limit(given: operands.Mixer) -> str:
         return 'The fused CUDA kernels take convolutions of the same width in both directions, and both a bias or none.'
     if forward.dt_bias is None or backward.dt_bias is None:
         return 'The fused CUDA kernels take step size projections with a bias.'
-    if xz.device.type != 'cuda':
+    if not xz.is_cuda:
         return f'The fused CUDA kernels run on CUDA tensors, not on {xz.device.type}.'
     if xz.dtype not in (torch.bfloat16, torch.float16):
         return f'The fused CUDA kernels take bfloat16 and float16, not {xz.dtype}.'
@@ -52,10 +52,11 @@ def mixer_limit(given: operands.Mixer) -> str:
         )
     if xz.numel() == 0:
         return 'The fused CUDA kernels need at least one token.'
-    if xz.shape[0] > 32767:
-        return f'The fused CUDA kernels take batches up to 32767 (the grid of a GPU), not {xz.shape[0]}.'
-    if xz.shape[1] * xz.shape[2] >= 2**30:
-        return f'The fused CUDA kernels take sequences of up to {(2**30 - 1) // xz.shape[2]} tokens, not {xz.shape[1]}.'
+    batch, length, channels = xz.shape
+    if batch > 32767:
+        return f'The fused CUDA kernels take batches up to 32767 (the grid of a GPU), not {batch}.'
+    if length * channels >= 2**30:
+        return f'The fused CUDA kernels take sequences of up to {(2**30 - 1) // channels} tokens, not {length}.'
     return ''
 
 
