@@ -32,9 +32,9 @@ class NormLaunch(NamedTuple):
     programs: int
 
 
-NORM_FORWARD = NormLaunch(1, 2, 0)
+NORM_FORWARD = NormLaunch(4, 4, 0)
 NORM_BACKWARD = NormLaunch(1, 1, 16)
-SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 512, 16, 8  # of a step of a program of `mixer_sums`
+SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 256, 8, 8  # of a step of a program of `mixer_sums`
 
 
 class GatedNorm:

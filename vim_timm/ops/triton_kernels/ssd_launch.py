@@ -42,7 +42,7 @@ class DecayLaunch(NamedTuple):
 
 
 DECAY_FORWARD = DecayLaunch(256, 8)
-DECAY_BACKWARD = DecayLaunch(128, 8)
+DECAY_BACKWARD = DecayLaunch(256, 16)
 FORWARD = Launch(64, 4, 1, 1)
 BACKWARD_VALUES = Launch(64, 4, 1, 1, 128)
 VALUES_SIZE = 32  # tokens i of a step of the gradients of values
