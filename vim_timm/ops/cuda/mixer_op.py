@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import operands
+from ..cpu.tensors import address
 from ..operands import schema
 from ..registration import Kernel, autocast_off, mixer_flops, register
 from ..triton_kernels.launch import multiprocessors
 from . import sizes
-from .nvrtc import Argument, Module, load
+from .nvrtc import Module, bits, load
 from .sizes import BACKWARD_CHANNELS, CHANNELS, FLAT_THREADS, KEPT, STATE, SUM_COLUMNS, TILE, padded_rank
 
 MIN_CHUNK = 64
@@ -127,12 +128,12 @@ class Mixer:
         self.copies: List[Tensor] = []  # have to live as long as their addresses
         single = torch.float32
         for p in (*forward, *backward):
-            address = 0 if p is None else p.data_ptr()
+            at = 0 if p is None else p.data_ptr()
             # asked before `aligned` is called: 14 calls a block cost the host more than these questions
-            if p is not None and (address % 16 or p.dtype is not single or not p.is_contiguous()):
-                self.copies.append(aligned(p, torch.float32))
-                address = self.copies[-1].data_ptr()
-            addresses.append(address)
+            if p is not None and (at % 16 or p.dtype is not single or not p.is_contiguous()):
+                self.copies.append(aligned(p, single))
+                at = self.copies[-1].data_ptr()
+            addresses.append(at)
         self.at = Addresses(*zip(addresses[:DIRECTION], addresses[DIRECTION:]))
         self.batch, self.length, _ = xz.shape
         self.dim, self.width = forward.conv.shape[0], forward.conv.shape[-1]
@@ -164,8 +165,8 @@ class Mixer:
         The kernels read 16 bytes at once, so all but the last number have to be multiples of 8.
         """
         whole = self.empty(sum(numbers), dtype=dtype)
-        address, size = whole.data_ptr(), whole.element_size()
-        return whole, [address + size * first for first in itertools.accumulate(numbers[:-1], initial=0)]
+        begin, size = whole.data_ptr(), whole.element_size()
+        return whole, [begin + size * first for first in itertools.accumulate(numbers[:-1], initial=0)]
 
     def pack_weights(self, module: Module, x_proj: int, dt: int) -> Optional[Tensor]:
         """Puts the weights of x_proj and dt in two bytes at these addresses; returns out_proj's, as in `Projected`."""
@@ -178,8 +179,8 @@ class Mixer:
                 out_proj = weight.to(self.xz.dtype)
         blocks = math.ceil(max(self.row * self.dim, others) / (2 * FLAT_THREADS))
         module.launch(
-            'pack_weights', (blocks, 1, 1), FLAT_THREADS, *self.at.x_proj, *self.at.dt, weight, x_proj, dt, out_proj,
-            self.dim, others,
+            'pack_weights', (blocks, 1, 1), FLAT_THREADS, *self.at.x_proj, *self.at.dt, address(weight), x_proj, dt,
+            address(out_proj), self.dim, others,
         )  # fmt: skip
         return out_proj
 
@@ -198,8 +199,8 @@ class Mixer:
         out_proj = self.pack_weights(module, x_proj, dt)
         module.launch(
             'conv_project', (math.ceil(tokens / (TILE * warps)), 1 if fused else self.dim // CHANNELS, 1), 32 * warps,
-            self.xz, 2 * self.dim, *self.at.conv, *self.at.conv_bias, x_proj, u, u + 2 * of_u, x, tokens, self.length,
-            self.dim, shared=shared, early=True,
+            self.xz.data_ptr(), 2 * self.dim, *self.at.conv, *self.at.conv_bias, x_proj, u, u + 2 * of_u, x, tokens,
+            self.length, self.dim, shared=shared, early=True,
         )  # fmt: skip
         held: Tuple[Tensor, ...] = (buffer,)
         if not fused:
@@ -210,32 +211,31 @@ class Mixer:
         return Projected((u, u + 2 * of_u), (x, x + 2 * of_x), x_proj, (dt, dt + 2 * of_dt), out_proj, held)
 
     def scan(
-        self, p: Projected, out: Argument, H: Argument, S: Argument = None, grad: Optional[Tensor] = None,
-        grad_y: Argument = None, gated: Optional[Tensor] = None, bounds: Optional[Tensor] = None,
+        self, p: Projected, out: int, H: int, S: int = 0, grad: int = 0, grad_y: int = 0, gated: int = 0,
+        bounds: int = 0,
     ) -> None:  # fmt: skip
-        """out has rows of D numbers; as the gradient of z, like grad_y, rows of 2 D."""
-        local = S is not None
+        """Takes addresses. out has rows of D numbers; as the gradient of z, like grad_y, rows of 2 D."""
         z = self.xz.data_ptr() + 2 * self.dim
         blocks = self.dim // CHANNELS * self.cut.chunks * self.batch
-        held = self.cut.blocks if grad is None else gradient_blocks(blocks, self.rank, self.sms)
+        held = gradient_blocks(blocks, self.rank, self.sms) if grad else self.cut.blocks
         module = self.module(
-            'scan.cuh', 'forward.cu', BLOCKS=held, LOCAL=int(local), CARRY=int(H is not None and not local),
-            KEEP=int(bounds is not None), GRAD=int(grad is not None),
+            'scan.cuh', 'forward.cu', BLOCKS=held, LOCAL=int(S != 0), CARRY=int(H != 0 and S == 0),
+            KEEP=int(bounds != 0), GRAD=int(grad != 0),
         )  # fmt: skip
         # Fewer blocks would crowd on the multiprocessors that the last kernel leaves first.
         early = blocks > (held - 1) * self.sms
         module.launch(
             'scan_forward', (self.dim // CHANNELS, self.cut.chunks, self.batch), sizes.SCAN_THREADS,
             *p.u, *p.x, *p.dt, *self.at.dt_bias, *self.at.A_log, *self.at.skip,
-            z, 2 * self.dim, out, self.dim if grad is None else 2 * self.dim, grad, grad_y, gated, H, S, bounds,
-            self.scale, self.batch, self.length, self.dim, self.cut.chunk, early=early,
+            z, 2 * self.dim, out, 2 * self.dim if grad else self.dim, grad, grad_y, gated, H, S, bounds,
+            bits(self.scale), self.batch, self.length, self.dim, self.cut.chunk, early=early,
         )  # fmt: skip
 
     def scan_forward(self, p: Projected) -> Tensor:
         """The gated output (B, L, D)."""
         states = self.first_states(p)
         out = self.empty(self.batch, self.length, self.dim)
-        self.scan(p, out, states and states.entry)
+        self.scan(p, out.data_ptr(), states.entry if states else 0)
         return out
 
     def gated(self) -> Tuple[Tensor, Optional[Tensor]]:
@@ -250,7 +250,7 @@ class Mixer:
             return out
         return F.linear(out, weight, None if self.out_bias is None else self.out_bias.to(out.dtype))
 
-    def carry(self, contributions: Tensor, states: Argument, steps: int, against: bool) -> None:
+    def carry(self, contributions: int, states: int, steps: int, against: bool) -> None:
         """Writes the states on entry, or against scan order their gradients, from what each chunk contributes."""
         flags = dict(BLOCKS=self.cut.blocks, LOCAL=1, CARRY=0, KEEP=0, GRAD=0)
         self.module('scan.cuh', 'forward.cu', **flags).launch(
@@ -265,11 +265,11 @@ class Mixer:
         numbers = 2 * self.batch * self.cut.chunks * self.dim
         ends = self.empty(STATE * numbers, dtype=torch.float32)
         buffer, (entry, steps) = self.buffers(STATE * numbers, numbers, dtype=torch.float32)
-        self.scan(p, None, ends, steps)
-        self.carry(ends, entry, steps, against=False)
+        self.scan(p, 0, ends.data_ptr(), steps)
+        self.carry(ends.data_ptr(), entry, steps, against=False)
         return States(entry, steps, buffer)
 
-    def sum_rows(self, parts: Argument, shape: Tuple[int, int, int], sums: Argument, stride: int) -> None:
+    def sum_rows(self, parts: int, shape: Tuple[int, int, int], sums: int, stride: int) -> None:
         """Sums of parts (G, P, N), float32, N a multiple of SUM_COLUMNS: those of group g to sums[g * stride :]."""
         groups, rows, columns = shape
         self.module('sums.cu').launch(
@@ -277,7 +277,7 @@ class Mixer:
         )  # fmt: skip
 
     def scan_backward(
-        self, p: Projected, grad_y: int, bounds: Tensor, states: Optional[States], weights: Tensor
+        self, p: Projected, grad_y: int, bounds: int, states: Optional[States], weights: Tensor
     ) -> Gradients:
         """Gradients of u, of the step sizes before softplus and of the projections, B's and C's columns; puts those of
         dt_bias, A_log and D in `weights`. grad_y has rows of 2 D."""
@@ -285,26 +285,26 @@ class Mixer:
         grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
         sizes = (self.batch, self.length, self.dim, self.cut.chunk)
         module = self.module('scan.cuh', 'backward.cu', BLOCKS=BACKWARD_BLOCKS, CHUNKED=int(chunks > 1))
-        rows: List[Argument] = [*p.x, *p.dt, *self.at.dt_bias, *self.at.A_log]
-        Q = None
+        rows = [*p.x, *p.dt, *self.at.dt_bias, *self.at.A_log]
+        Q: Optional[Tensor] = None
         if states is not None:
             local = self.empty(2 * self.batch, chunks, STATE, self.dim, dtype=torch.float32)
-            module.launch('grad_states', grid, 32, *rows, grad_y, local, *sizes)
+            module.launch('grad_states', grid, 32, *rows, grad_y, local.data_ptr(), *sizes)
             Q = torch.empty_like(local)
-            self.carry(local, Q, states.steps, against=True)
+            self.carry(local.data_ptr(), Q.data_ptr(), states.steps, against=True)
         numbers = 2 * tokens * self.dim
         buffer, (grad_u, grad_delta, grad_x) = self.buffers(numbers, numbers, 2 * tokens * self.row)
         shape = (2, self.batch * chunks, (STATE + 2) * self.dim)
         parts, (part_x, part_p) = self.buffers(grid[0] * 2 * tokens * 2 * STATE, math.prod(shape), dtype=torch.float32)
         module.launch(
-            'scan_backward', grid, 32, *p.u, *rows, *self.at.skip, grad_y, bounds, Q, grad_u, grad_delta,
-            part_x, part_p, *sizes,
+            'scan_backward', grid, 32, *p.u, *rows, *self.at.skip, grad_y, bounds, address(Q), grad_u,
+            grad_delta, part_x, part_p, *sizes,
         )  # fmt: skip
         self.module('sums.cu').launch(
             'sum_projections', (math.ceil(16 * tokens / FLAT_THREADS), 1, 1), FLAT_THREADS, part_x, grad_x, grid[0],
             2 * tokens,
         )  # fmt: skip
-        self.sum_rows(part_p, shape, weights, self.direction_size)
+        self.sum_rows(part_p, shape, weights.data_ptr(), self.direction_size)
         return Gradients(grad_u, grad_delta, grad_x, buffer)
 
     def conv_backward(self, p: Projected, g: Gradients, grad_xz: Tensor, taps: int) -> None:
@@ -317,23 +317,24 @@ class Mixer:
         parts = self.empty(spans, 10 * self.dim, dtype=torch.float32)
         self.conv_module('conv_backward.cu').launch(
             'conv_backward', (groups * math.ceil(spans / sizes.CONV_WARPS), 1, 1), 32 * sizes.CONV_WARPS,
-            self.xz, 2 * self.dim, *self.at.conv, *self.at.conv_bias, g.u, g.x, p.x_proj, grad_xz, parts,
-            self.batch, self.length, self.dim, span,
+            self.xz.data_ptr(), 2 * self.dim, *self.at.conv, *self.at.conv_bias, g.u, g.x, p.x_proj,
+            grad_xz.data_ptr(), parts.data_ptr(), self.batch, self.length, self.dim, span,
         )  # fmt: skip
-        self.sum_rows(parts, (1, spans, 10 * self.dim), taps, 10 * self.dim)
+        self.sum_rows(parts.data_ptr(), (1, spans, 10 * self.dim), taps, 10 * self.dim)
 
     def gate_backward(
         self, p: Projected, grad: Tensor, grad_y: int, states: Optional[States]
     ) -> Tuple[Optional[Tensor], Tensor]:
         """The gradient of out_proj's weight (C, D) or None, and kept states; writes those of y and, beside it, z."""
-        H, grad_z = states and states.entry, grad_y + 2 * self.dim
+        H, grad_z = states.entry if states else 0, grad_y + 2 * self.dim
         bounds = self.empty(2 * self.batch, math.ceil(self.length / KEPT), STATE, self.dim)
         if p.out_proj is None:
-            self.scan(p, grad_z, H, grad=grad, grad_y=grad_y, bounds=bounds)
+            self.scan(p, grad_z, H, grad=grad.data_ptr(), grad_y=grad_y, bounds=bounds.data_ptr())
             return None, bounds
         grad = grad.view(-1, grad.shape[2])
-        gated = through = torch.mm(grad, p.out_proj)  # the kernel puts the output where it has read its gradient
-        self.scan(p, grad_z, H, grad=through, grad_y=grad_y, gated=gated, bounds=bounds)
+        gated = torch.mm(grad, p.out_proj)  # its gradient, where the kernel puts the output once it has read it
+        at = gated.data_ptr()
+        self.scan(p, grad_z, H, grad=at, grad_y=grad_y, gated=at, bounds=bounds.data_ptr())
         return torch.mm(grad.t(), gated), bounds
 
     def scan_gradients(
@@ -345,7 +346,7 @@ class Mixer:
         """
         grad_y, states = grad_xz.data_ptr(), self.first_states(p)
         grad_out_proj, bounds = self.gate_backward(p, grad, grad_y, states)
-        return self.scan_backward(p, grad_y, bounds, states, weights), grad_out_proj
+        return self.scan_backward(p, grad_y, bounds.data_ptr(), states, weights), grad_out_proj
 
     def projection_gradients(self, p: Projected, g: Gradients, products: int) -> None:
         """Those of the weights of dt and x_proj to `products`, side by side for each channel (2, D, RANK_PAD + ROW),
@@ -361,10 +362,10 @@ class Mixer:
         shape = (2, math.ceil(tokens / span), self.dim * columns)
         parts = self.empty(*shape, dtype=torch.float32)
         self.module('weights.cu').launch(
-            'sum_outer_products', (groups, shape[1], 2), 2 * CHANNELS, g.delta, p.u[0], p.x[0], g.x, parts,
-            tokens, self.dim, span,
+            'sum_outer_products', (groups, shape[1], 2), 2 * CHANNELS, g.delta, p.u[0], p.x[0], g.x,
+            parts.data_ptr(), tokens, self.dim, span,
         )  # fmt: skip
-        self.sum_rows(parts, shape, products, self.dim * columns)
+        self.sum_rows(parts.data_ptr(), shape, products, self.dim * columns)
 
     def backward(self, grad: Tensor) -> Tuple[Tensor, Tensor]:
         """Gradients of xz and of the parameters, float32: both directions as in `parameter_shapes`, then out_proj."""
@@ -379,8 +380,8 @@ class Mixer:
         self.conv_backward(p, g, grad_xz, taps)
         threads = max((self.rank + 2 * STATE) * self.dim, others)
         self.module('weights.cu').launch(
-            'place_gradients', (math.ceil(threads / FLAT_THREADS), 1, 1), FLAT_THREADS, taps, products, out_proj,
-            weights, self.direction_size, self.dim, self.width, others,
+            'place_gradients', (math.ceil(threads / FLAT_THREADS), 1, 1), FLAT_THREADS, taps, products,
+            address(out_proj), weights.data_ptr(), self.direction_size, self.dim, self.width, others,
         )  # fmt: skip
         return grad_xz, weights
 
