@@ -172,10 +172,53 @@ def test_tritons_product_with_the_gate_is_the_law(rows, channels, hidden, bias, 
     assert error(whole(*given), in_float64(given)) < bound
 
 
+BOUNDS = pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
+
+
 @only_triton
-@pytest.mark.parametrize('dtype, learns, taken', [('bf16', False, True), ('bf16', True, False), ('f32', False, False)])
-def test_compiled_inference_takes_tritons_product_with_the_gate(dtype, learns, taken, triton):
-    mlp, x, calls = SwiGluMlp(6, 10).to(DEVICE), torch.randn(2, 5, 6, device=DEVICE), []
+@pytest.mark.parametrize('rows, channels, hidden', WIDTHS)
+@pytest.mark.parametrize('bias', [True, False])
+@BOUNDS
+def test_gradients_with_tritons_product_are_those_of_the_law(
+    rows, channels, hidden, bias, dtype, bound, poison, triton
+):
+    """Of rows that lie apart, too."""
+    names = ('x', 'weight', 'bias', 'out', 'out_bias')
+    given = dict(zip(names, drawn(rows, channels, hidden, bias, dtype)))
+    found = assert_agrees(whole, law, given, bound)
+    apart = {**given, 'x': torch.cat([given['x'], given['x']], 1)[:, channels:]}
+    again = with_gradients(whole, apart)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+COMPILED = [('bf16', False, 6, True), ('bf16', True, 6, True), ('bf16', False, 200, True), ('bf16', True, 200, False)]
+COMPILED += [('f32', False, 6, False), ('f32', True, 6, False)]
+TILES = [(64, 64, 0, 4, 1, 168, 3), (16, 32, 0, 4, 2, None, 1), (32, 16, 32, 4, 2, None, 1)]
+
+
+@only_triton
+@pytest.mark.parametrize('tile', TILES, ids=str)
+@pytest.mark.parametrize('rows, channels, hidden', [(1, 32, 40), (130, 96, 64), (145, 40, 128), (0, 16, 16)])
+@pytest.mark.parametrize('bias', [True, False])
+def test_the_hidden_layer_takes_the_place_of_its_gradient(tile, rows, channels, hidden, bias, poison):
+    from vim_timm.ops.triton_kernels import gated_product_kernels
+
+    x, weight, offset, *_ = drawn(rows, channels, hidden, bias, torch.bfloat16)
+    grad = torch.randn(rows, hidden, device=DEVICE).bfloat16()
+    ab = nn.functional.linear(*(None if y is None else y.double() for y in (x, weight, offset))).requires_grad_()
+    a, b = ab.chunk(2, -1)
+    wanted = nn.functional.silu(a) * b
+    (wanted_ab,) = torch.autograd.grad(wanted, ab, grad.double())
+    gradients = swiglu_op.SwiGluGradients(gated_product_kernels, x, weight, offset)
+    found, sums = gradients.backward(grad, swiglu_op.GradientTile(*tile))
+    assert error(found, wanted_ab) < BFLOAT16 and error(grad, wanted) < BFLOAT16
+    assert sums.dtype == torch.float32 and error(sums, wanted_ab.sum(0)) < 1e-5
+
+
+@only_triton
+@pytest.mark.parametrize('dtype, learns, width, taken', COMPILED)
+def test_a_compiled_swiglu_takes_tritons_product_with_the_gate(dtype, learns, width, taken, triton):
+    mlp, x, calls = SwiGluMlp(width, 10).to(DEVICE), torch.randn(2, 5, width, device=DEVICE), []
 
     def look(graph, inputs):
         calls.extend(str(node.target) for node in graph.graph.nodes)
@@ -187,6 +230,19 @@ def test_compiled_inference_takes_tritons_product_with_the_gate(dtype, learns, t
     assert any('triton_swiglu' in call for call in calls) == taken
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
     assert found.dtype == wanted.dtype
+
+
+@only_triton
+def test_gradients_of_a_compiled_swiglu_are_those_of_an_eager_one(triton):
+    mlp, x = SwiGluMlp(6, 10).to(DEVICE), torch.randn(2, 5, 6, device=DEVICE, requires_grad=True)
+    compiled = torch.compile(mlp, backend='inductor' if GPU else 'aot_eager', fullgraph=True)
+    found = []
+    for call in (mlp, compiled):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y = call(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])])
+    for one, other in zip(*found):
+        assert one.dtype == other.dtype and error(one, other) < 1e-2
 
 
 @only_triton

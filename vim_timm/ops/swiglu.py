@@ -31,8 +31,8 @@ def swiglu(given: SwiGlu) -> Optional[Tensor]:
 
 def _beats_the_compiler(given: SwiGlu) -> bool:
     """Whether a kernel does more than torch.compile, which fuses what follows a product but not with it. In training
-    Triton's operator would multiply again what a compiled model keeps."""
+    Triton's operator multiplies again what a compiled model keeps."""
     chosen = choose('swiglu', given, given.x)
     if chosen == 'triton':
-        return not wants_gradient(given) and triton_kernels.gates_product(given)
+        return (triton_kernels.gates_gradients if wants_gradient(given) else triton_kernels.gates_product)(given)
     return chosen == 'cpu'  # its products are faster

@@ -31,6 +31,7 @@ from .launch import INTERPRET, MAX_STATE
 __all__ = [
     'conv',
     'conv_limit',
+    'gates_gradients',
     'gates_product',
     'grid_conv',
     'grid_conv_limit',
@@ -117,6 +118,11 @@ def swiglu_limit(given: operands.SwiGlu) -> str:
 def gates_product(given: operands.SwiGlu) -> bool:
     """Whether the first product of a SwiGLU and its gate are one kernel."""
     return (autocast_dtype(given.x) or given.x.dtype) in swiglu_op.GATED_DTYPES
+
+
+def gates_gradients(given: operands.SwiGlu) -> bool:
+    """Whether the same product and the gradients of [a, b] are one kernel too."""
+    return gates_product(given) and swiglu_op.gradient_tile(given.weight.shape[1], given.x.device) is not None
 
 
 def _absent(*tensors: Optional[Tensor]) -> Tuple[bool, ...]:

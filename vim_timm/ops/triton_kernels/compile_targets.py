@@ -159,7 +159,17 @@ def compile_masked_grid_mixer(capability: int, compiled: Compiled, dim: int, dty
 def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
     """A SwiGLU of dim channels and four times as many hidden units, forward and backward."""
     from . import gated_product_kernels, swiglu_kernels
-    from .swiglu_op import GATED_DTYPES, WHOLE, WHOLE_CHANNELS, Gate, GatedProduct, WholeSwiGlu
+    from .swiglu_op import (
+        GATED_DTYPES,
+        GRADIENT_CHANNELS,
+        GRADIENTS,
+        WHOLE,
+        WHOLE_CHANNELS,
+        Gate,
+        GatedProduct,
+        SwiGluGradients,
+        WholeSwiGlu,
+    )
 
     hidden = 4 * dim
     x, weight = (torch.empty([rows, dim], dtype=dtype, device='meta') for rows in (2 * 196, 2 * hidden))
@@ -170,6 +180,9 @@ def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.d
         if capability == 90 and dim in WHOLE_CHANNELS:
             for tile in WHOLE:
                 WholeSwiGlu(recorder, given).forward(tile)
+        if capability == 90 and dim <= GRADIENT_CHANNELS:
+            gradients = SwiGluGradients(recorder, x, weight, given.bias)
+            gradients.backward(x.new_empty(len(x), hidden), GRADIENTS)
     ab = torch.empty([2 * 196, 2 * hidden], dtype=dtype, device='meta')
     gate = Gate(Recorder(swiglu_kernels, capability, compiled), ab)
     gate.backward(gate.forward())

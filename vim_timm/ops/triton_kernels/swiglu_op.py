@@ -1,9 +1,9 @@
 """A SwiGLU as one dispatcher op (opaque as in `scan_op`): torch's products, and a kernel for what is between them.
 
 In two-byte types the first product has its gate in its own kernel, so that [a, b] is not in memory, or the forward pass
-is one kernel. The backward pass keeps the tokens and computes the first product again. Its kernel puts gradients in
-that product's place, and the hidden layer, for the gradient of the second product's weight, in the place of its own
-gradient.
+is one kernel. The backward pass keeps the tokens and computes the first product again, inside the kernel of [a, b]'s
+gradients or before it, where they take its place. The hidden layer, for the gradient of the second product's weight,
+takes that of its own gradient.
 """
 
 import math
@@ -125,6 +125,60 @@ class WholeSwiGlu:
         return out
 
 
+class GradientTile(NamedTuple):
+    """Rows and hidden units of a step of `swiglu_gradients`, channels of a step where weights do not stay in shared
+    memory (else 0), and its launch; programs on each multiprocessor that walk over all rows."""
+
+    rows: int
+    hidden: int
+    channels: int
+    warps: int
+    stages: int
+    registers: Optional[int]
+    programs: int
+
+
+GRADIENTS = GradientTile(64, 64, 0, 4, 1, 168, 3)
+GRADIENT_CHANNELS = 192  # up to which multiplying again is faster than reading what was multiplied
+
+
+@torch.compiler.assume_constant_result
+def _timed(device: torch.device) -> bool:
+    return major_capability(device) == 9
+
+
+def gradient_tile(channels: int, device: torch.device) -> Optional[GradientTile]:
+    """The fastest tile on an H200; None where another kernel follows the product, or nothing was timed."""
+    return GRADIENTS if channels <= GRADIENT_CHANNELS and _timed(device) else None
+
+
+class SwiGluGradients:
+    """Gradients of [a, b] = x weight^T + bias for that of SiLU(a) b, rows x in a two-byte type, with the product."""
+
+    def __init__(self, kernels: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:
+        self.kernels, self.x, self.weight = kernels, x.contiguous(), weight.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+
+    def backward(self, grad: Tensor, tile: GradientTile) -> Tuple[Tensor, Tensor]:
+        """The gradient, and its sum over the rows, float32; puts SiLU(a) b in the place of its gradient."""
+        x, (rows, channels), hidden = self.x, self.x.shape, self.weight.shape[0] // 2
+        grad_ab = torch.empty((rows, 2 * hidden), dtype=x.dtype, device=x.device)
+        columns = math.ceil(hidden / tile.hidden)
+        programs = max(1, tile.programs * multiprocessors(x.device) // columns)
+        span = tile.rows * max(1, math.ceil(rows / (tile.rows * programs)))
+        parts = torch.empty((math.ceil(rows / span), 2 * hidden), dtype=torch.float32, device=x.device)
+        step = min(tile.channels, max(16, 1 << (channels - 1).bit_length()))
+        C0, C1 = (0, 0) if step else pieces(channels)
+        exact = hidden % tile.hidden == 0 and (channels % step == 0 if step else C0 + C1 == channels)
+        self.kernels.swiglu_gradients[len(parts), columns](
+            x, self.weight, or_else(self.bias, x), grad, grad_ab, parts, rows, span,
+            C=channels, H=hidden, C0=C0, C1=C1, BM=tile.rows, BH=tile.hidden, BC=step,
+            HAS_BIAS=self.bias is not None, EXACT=exact, FAST=not INTERPRET,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        )  # fmt: skip
+        return grad_ab, parts.sum(0)
+
+
 class Gate:
     """SiLU(a) b for rows [a, b]: launches of one call."""
 
@@ -198,16 +252,30 @@ def run(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias
         return y.view(*x.shape[:-1], out.shape[0])
 
 
+def gradients_of(given: operands.SwiGlu, grad: Tensor) -> Tuple[Tensor, Tensor]:
+    """Gradient of the first product of rows x for that of the hidden layer, which the hidden layer takes the place of,
+    and its sum over the rows, float32."""
+    x, weight, bias, out, _ = given
+    tile = gradient_tile(x.shape[1], x.device) if takes_product(given) else None
+    if tile is None:
+        gate = gate_of(x, weight, bias)
+        sums = gate.backward(grad)
+        return gate.ab, sums
+    from . import gated_product_kernels
+
+    return SwiGluGradients(gated_product_kernels, x, weight, bias).backward(grad, tile)
+
+
 def run_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias (float32), out and out_bias."""
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias (float32) and out."""
     rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     with torch.cuda.device_of(x), autocast_off(x):
-        gate, hidden = gate_of(rows, weight, bias), torch.mm(grad, out)
-        grad_bias, grad_ab = gate.backward(hidden), gate.ab
+        hidden = torch.mm(grad, out)
+        grad_ab, grad_bias = gradients_of(operands.SwiGlu(rows, weight, bias, out, None), hidden)
         grad_x, grad_weight = torch.mm(grad_ab, weight).view(x.shape), torch.mm(grad_ab.t(), rows)
-        return grad_x, grad_weight, grad_bias, torch.mm(grad.t(), hidden), grad.sum(0)
+        return grad_x, grad_weight, grad_bias, torch.mm(grad.t(), hidden)
 
 
 def fake(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias: Optional[Tensor]) -> Tensor:
@@ -216,15 +284,9 @@ def fake(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bia
 
 def fake_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_bias = x.new_empty(weight.shape[0], dtype=torch.float32)
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        grad_bias,
-        out.new_empty(out.shape),
-        out.new_empty(len(out)),
-    )
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias, out.new_empty(out.shape)
 
 
 def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
@@ -233,13 +295,16 @@ def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
 
 def differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     tensors = ctx.saved_tensors
-    return in_dtypes_of(tensors, torch.ops.vim_timm.triton_swiglu_backward.default(grad, *tensors[:4]))
+    gradients = torch.ops.vim_timm.triton_swiglu_backward.default(grad, *tensors[:4])
+    # out_bias's is aten's sum, which torch.compile makes where it makes grad
+    grad_out_bias = None if tensors[4] is None else grad.reshape(-1, grad.shape[-1]).sum(0)
+    return in_dtypes_of(tensors, (*gradients, grad_out_bias))
 
 
 register(
     'triton_swiglu',
     f'({schema(operands.SwiGlu)}) -> Tensor',
-    f'(Tensor grad, {schema(operands.SwiGlu, "out_bias")}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    f'(Tensor grad, {schema(operands.SwiGlu, "out_bias")}) -> (Tensor, Tensor, Tensor, Tensor)',
     Kernel(run, fake, save_operands, differentiate, run_backward, fake_backward),
     swiglu_flops,
 )
