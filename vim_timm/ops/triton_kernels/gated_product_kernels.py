@@ -148,22 +148,21 @@ def sum_pairs(tile, BM: tl.constexpr, BH: tl.constexpr):
 def swiglu_gradients(
     X, WEIGHT, BIAS, GRAD, GRAD_AB, PART, count, span,
     C: tl.constexpr, H: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
-    BC: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """GRAD_AB (count, 2 H), gradients of [a, b] = X (count, C) WEIGHT (2 H, C)^T + BIAS for GRAD (count, H), that of
     SiLU(a) b, which takes the place of GRAD. PART (programs, 2 H): sums of GRAD_AB, before it is rounded, over a
     program's rows.
 
-    A program owns columns and walks over tiles of rows. Its weights stay in shared memory in two pieces of C0 and C1
-    channels, powers of two (the second may be 0), or are read again for each tile in steps of BC channels, if C0 is 0.
+    A program owns columns, whose weights stay in shared memory in two pieces of C0 and C1 channels, powers of two (the
+    second may be 0), and walks over tiles of rows.
     """
     start = tl.program_id(1) * BH
     half = tl.arange(0, 2 * BH) % BH
     both, inside = start + half + tl.arange(0, 2 * BH) // BH * H, start + half < H
     hidden = start + tl.arange(0, BH)
-    c0, c1 = tl.arange(0, C0 if C0 > 0 else 1), C0 + tl.arange(0, C1 if C1 > 0 else 1)
-    if C0 > 0:
-        w0 = tl.trans(load_tile(WEIGHT, both, inside, c0, C, EXACT))
+    c0, c1 = tl.arange(0, C0), C0 + tl.arange(0, C1 if C1 > 0 else 1)
+    w0 = tl.trans(load_tile(WEIGHT, both, inside, c0, C, EXACT))
     if C1 > 0:
         w1 = tl.trans(load_tile(WEIGHT, both, inside, c1, C, EXACT))
     sums_a, sums_b = tl.zeros([BM // 16, 8, BH], tl.float32), tl.zeros([BM // 16, 8, BH], tl.float32)
@@ -173,15 +172,9 @@ def swiglu_gradients(
         at, there = tl.cast(tile, tl.int64), tile + rows < count
         grad = load_rows(GRAD + at * H, rows, there, hidden, H, EXACT)
         ab = tl.zeros([BM, 2 * BH], tl.float32)
-        if C0 > 0:
-            ab = product(load_rows(X + at * C, rows, there, c0, C, EXACT), w0, ab, FAST)
-            if C1 > 0:
-                ab = product(load_rows(X + at * C, rows, there, c1, C, EXACT), w1, ab, FAST)
-        else:
-            for k in range(0, C, BC):
-                channels = k + tl.arange(0, BC)
-                x = load_rows(X + at * C, rows, there, channels, C, EXACT)
-                ab = product(x, tl.trans(load_tile(WEIGHT, both, inside, channels, C, EXACT)), ab, FAST)
+        ab = product(load_rows(X + at * C, rows, there, c0, C, EXACT), w0, ab, FAST)
+        if C1 > 0:
+            ab = product(load_rows(X + at * C, rows, there, c1, C, EXACT), w1, ab, FAST)
         a, b = halves(ab, BIAS, both, inside, BM, BH, HAS_BIAS)
         slope = sigmoid(a, FAST)
         silu = a * slope

@@ -126,20 +126,19 @@ class WholeSwiGlu:
 
 
 class GradientTile(NamedTuple):
-    """Rows and hidden units of a step of `swiglu_gradients`, channels of a step where weights do not stay in shared
-    memory (else 0), and its launch; programs on each multiprocessor that walk over all rows."""
+    """Rows and hidden units of a step of `swiglu_gradients`, and its launch; programs on each multiprocessor that walk
+    over all rows."""
 
     rows: int
     hidden: int
-    channels: int
     warps: int
     stages: int
     registers: Optional[int]
     programs: int
 
 
-GRADIENTS = GradientTile(64, 64, 0, 4, 1, 168, 3)
-GRADIENT_CHANNELS = 192  # up to which multiplying again is faster than reading what was multiplied
+GRADIENTS = GradientTile(64, 64, 4, 2, None, 2)
+GRADIENT_CHANNELS = 192  # up to which a kernel with the product is faster than one after it
 
 
 @torch.compiler.assume_constant_result
@@ -167,13 +166,11 @@ class SwiGluGradients:
         programs = max(1, tile.programs * multiprocessors(x.device) // columns)
         span = tile.rows * max(1, math.ceil(rows / (tile.rows * programs)))
         parts = torch.empty((math.ceil(rows / span), 2 * hidden), dtype=torch.float32, device=x.device)
-        step = min(tile.channels, max(16, 1 << (channels - 1).bit_length()))
-        C0, C1 = (0, 0) if step else pieces(channels)
-        exact = hidden % tile.hidden == 0 and (channels % step == 0 if step else C0 + C1 == channels)
+        C0, C1 = pieces(channels)
         self.kernels.swiglu_gradients[len(parts), columns](
             x, self.weight, or_else(self.bias, x), grad, grad_ab, parts, rows, span,
-            C=channels, H=hidden, C0=C0, C1=C1, BM=tile.rows, BH=tile.hidden, BC=step,
-            HAS_BIAS=self.bias is not None, EXACT=exact, FAST=not INTERPRET,
+            C=channels, H=hidden, C0=C0, C1=C1, BM=tile.rows, BH=tile.hidden, HAS_BIAS=self.bias is not None,
+            EXACT=C0 + C1 == channels and hidden % tile.hidden == 0, FAST=not INTERPRET,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
         return grad_ab, parts.sum(0)
