@@ -25,6 +25,12 @@ from . import sizes
 from .nvrtc import Module, bits, load
 from .sizes import BACKWARD_CHANNELS, CHANNELS, FLAT_THREADS, KEPT, STATE, SUM_COLUMNS, TILE, padded_rank
 
+# Sources of the modules.
+_COMMON = ('ptx.cuh', 'common.cuh')
+PROJECT, CONV_BACKWARD = ((*_COMMON, 'taps.cuh', file) for file in ('project.cu', 'conv_backward.cu'))
+FORWARD, BACKWARD = ((*_COMMON, 'scan.cuh', file) for file in ('forward.cu', 'backward.cu'))
+SUMS, WEIGHTS = ((*_COMMON, file) for file in ('sums.cu', 'weights.cu'))
+
 MIN_CHUNK = 64
 CONV_BACKWARD_WARPS = 12  # on a multiprocessor, as many as registers allow
 PRODUCT_BLOCKS = 2  # on a multiprocessor, of sums of outer products; more write more sums
@@ -152,12 +158,11 @@ class Mixer:
     def empty(self, *shape: int, dtype: Optional[torch.dtype] = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.xz.dtype, device=self.xz.device)
 
-    def module(self, *files: str, **flags: int) -> Module:
-        return load(self.xz.device, ('ptx.cuh', 'common.cuh', *files), self.macros + tuple(flags.items()))
+    def module(self, files: Tuple[str, ...], *flags: Tuple[str, int]) -> Module:
+        return load(self.xz.device, files, (*self.macros, *flags))
 
-    def conv_module(self, file: str, **flags: int) -> Module:
-        has_bias = int(self.at.conv_bias[0] != 0)
-        return self.module('taps.cuh', file, WIDTH=self.width, HAS_BIAS=has_bias, **flags)
+    def conv_module(self, files: Tuple[str, ...], *flags: Tuple[str, int]) -> Module:
+        return self.module(files, ('WIDTH', self.width), ('HAS_BIAS', int(self.at.conv_bias[0] != 0)), *flags)
 
     def buffers(self, *numbers: int, dtype: Optional[torch.dtype] = None) -> Tuple[Tensor, List[int]]:
         """One allocation for buffers of so many numbers, and their addresses: one for each would cost the host more.
@@ -195,7 +200,7 @@ class Mixer:
             2 * of_u, 2 * self.row * self.dim, 2 * of_dt, 2 * of_x if fused else 0
         )
         shared = sizes.project_shared(self.rank, warps, fused)
-        module = self.conv_module('project.cu', PROJECT=int(fused), WARPS=warps, SHARED_BYTES=shared)
+        module = self.conv_module(PROJECT, ('PROJECT', int(fused)), ('WARPS', warps), ('SHARED_BYTES', shared))
         out_proj = self.pack_weights(module, x_proj, dt)
         module.launch(
             'conv_project', (math.ceil(tokens / (TILE * warps)), 1 if fused else self.dim // CHANNELS, 1), 32 * warps,
@@ -219,8 +224,8 @@ class Mixer:
         blocks = self.dim // CHANNELS * self.cut.chunks * self.batch
         held = gradient_blocks(blocks, self.rank, self.sms) if grad else self.cut.blocks
         module = self.module(
-            'scan.cuh', 'forward.cu', BLOCKS=held, LOCAL=int(S != 0), CARRY=int(H != 0 and S == 0),
-            KEEP=int(bounds != 0), GRAD=int(grad != 0),
+            FORWARD, ('BLOCKS', held), ('LOCAL', int(S != 0)), ('CARRY', int(H != 0 and S == 0)),
+            ('KEEP', int(bounds != 0)), ('GRAD', int(grad != 0)),
         )  # fmt: skip
         # Fewer blocks would crowd on the multiprocessors that the last kernel leaves first.
         early = blocks > (held - 1) * self.sms
@@ -252,8 +257,8 @@ class Mixer:
 
     def carry(self, contributions: int, states: int, steps: int, against: bool) -> None:
         """Writes the states on entry, or against scan order their gradients, from what each chunk contributes."""
-        flags = dict(BLOCKS=self.cut.blocks, LOCAL=1, CARRY=0, KEEP=0, GRAD=0)
-        self.module('scan.cuh', 'forward.cu', **flags).launch(
+        flags = ('BLOCKS', self.cut.blocks), ('LOCAL', 1), ('CARRY', 0), ('KEEP', 0), ('GRAD', 0)
+        self.module(FORWARD, *flags).launch(
             'carry', (math.ceil(STATE * self.dim / 128), 2 * self.batch, 1), 128, *self.at.A_log, contributions,
             states, steps, self.batch, self.dim, self.cut.chunks, int(against),
         )  # fmt: skip
@@ -272,7 +277,7 @@ class Mixer:
     def sum_rows(self, parts: int, shape: Tuple[int, int, int], sums: int, stride: int) -> None:
         """Sums of parts (G, P, N), float32, N a multiple of SUM_COLUMNS: those of group g to sums[g * stride :]."""
         groups, rows, columns = shape
-        self.module('sums.cu').launch(
+        self.module(SUMS).launch(
             'sum_rows', (columns // SUM_COLUMNS, groups, 1), FLAT_THREADS, parts, sums, rows, columns, stride
         )  # fmt: skip
 
@@ -284,7 +289,7 @@ class Mixer:
         chunks, tokens = self.cut.chunks, self.batch * self.length
         grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
         sizes = (self.batch, self.length, self.dim, self.cut.chunk)
-        module = self.module('scan.cuh', 'backward.cu', BLOCKS=BACKWARD_BLOCKS, CHUNKED=int(chunks > 1))
+        module = self.module(BACKWARD, ('BLOCKS', BACKWARD_BLOCKS), ('CHUNKED', int(chunks > 1)))
         rows = [*p.x, *p.dt, *self.at.dt_bias, *self.at.A_log]
         Q: Optional[Tensor] = None
         if states is not None:
@@ -300,7 +305,7 @@ class Mixer:
             'scan_backward', grid, 32, *p.u, *rows, *self.at.skip, grad_y, bounds, address(Q), grad_u,
             grad_delta, part_x, part_p, *sizes,
         )  # fmt: skip
-        self.module('sums.cu').launch(
+        self.module(SUMS).launch(
             'sum_projections', (math.ceil(16 * tokens / FLAT_THREADS), 1, 1), FLAT_THREADS, part_x, grad_x, grid[0],
             2 * tokens,
         )  # fmt: skip
@@ -315,7 +320,7 @@ class Mixer:
         span = sizes.CONV_GROUP * math.ceil(self.length / max(1, wanted) / sizes.CONV_GROUP)  # tokens of a warp
         spans = self.batch * math.ceil(self.length / span)
         parts = self.empty(spans, 10 * self.dim, dtype=torch.float32)
-        self.conv_module('conv_backward.cu').launch(
+        self.conv_module(CONV_BACKWARD).launch(
             'conv_backward', (groups * math.ceil(spans / sizes.CONV_WARPS), 1, 1), 32 * sizes.CONV_WARPS,
             self.xz.data_ptr(), 2 * self.dim, *self.at.conv, *self.at.conv_bias, g.u, g.x, p.x_proj,
             grad_xz.data_ptr(), parts.data_ptr(), self.batch, self.length, self.dim, span,
@@ -361,7 +366,7 @@ class Mixer:
         span = sizes.PRODUCT_TOKENS * math.ceil(tokens / (sizes.PRODUCT_TOKENS * spans))
         shape = (2, math.ceil(tokens / span), self.dim * columns)
         parts = self.empty(*shape, dtype=torch.float32)
-        self.module('weights.cu').launch(
+        self.module(WEIGHTS).launch(
             'sum_outer_products', (groups, shape[1], 2), 2 * CHANNELS, g.delta, p.u[0], p.x[0], g.x,
             parts.data_ptr(), tokens, self.dim, span,
         )  # fmt: skip
@@ -379,7 +384,7 @@ class Mixer:
         self.projection_gradients(p, g, products)
         self.conv_backward(p, g, grad_xz, taps)
         threads = max((self.rank + 2 * STATE) * self.dim, others)
-        self.module('weights.cu').launch(
+        self.module(WEIGHTS).launch(
             'place_gradients', (math.ceil(threads / FLAT_THREADS), 1, 1), FLAT_THREADS, taps, products,
             address(out_proj), weights.data_ptr(), self.direction_size, self.dim, self.width, others,
         )  # fmt: skip
