@@ -43,8 +43,9 @@ class DecayLaunch(NamedTuple):
 
 DECAY_FORWARD = DecayLaunch(256, 8)
 DECAY_BACKWARD = DecayLaunch(256, 16)
-FORWARD = Launch(64, 4, 1, 1)
-BACKWARD_VALUES = Launch(64, 4, 1, 1, 128)
+FORWARD, FORWARD_SHORT = Launch(64, 4, 1, 1), Launch(64, 4, 1, 3)
+BACKWARD_VALUES, BACKWARD_VALUES_SHORT = Launch(64, 4, 1, 1, 128), Launch(64, 4, 1, 3, 128)
+SHORT = 64  # tokens up to which an image is one program, and its heads have programs of their own
 VALUES_SIZE = 32  # tokens i of a step of the gradients of values
 BACKWARD_SCORES = Launch(64, 4, 2, 1)
 
@@ -173,7 +174,8 @@ class Ssd:
         )  # fmt: skip
         return dt, s
 
-    def forward(self, dt: Tensor, s: Tensor, dtype: torch.dtype, launch: Launch = FORWARD) -> Tensor:
+    def forward(self, dt: Tensor, s: Tensor, dtype: torch.dtype, launch: Optional[Launch] = None) -> Tensor:
+        launch = launch or (FORWARD_SHORT if self.length <= SHORT else FORWARD)
         y = self.empty(*self.x.shape, dtype=dtype)
         self.kernels.ssd_forward[self.programs(launch)](
             self.x, self.B, self.C, dt, s, or_else(self.D, self.x), y, self.length, self.heads,
@@ -183,9 +185,10 @@ class Ssd:
         return y
 
     def value_gradients(
-        self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor, launch: Launch = BACKWARD_VALUES
+        self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor, launch: Optional[Launch] = None
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Fills grad_x, of any row stride; returns gradients of dt, the two parts of those of s, and parts of D's."""
+        launch = launch or (BACKWARD_VALUES_SHORT if self.length <= SHORT else BACKWARD_VALUES)
         grid = self.programs(launch)
         grad_dt, edges = torch.empty_like(dt), torch.empty_like(s)
         rows = self.empty(grid[0], *s.shape)
