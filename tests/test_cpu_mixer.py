@@ -173,6 +173,11 @@ def test_wrong_tensors_are_refused_in_one_sentence():
 
     with pytest.raises(ValueError, match=r'x_proj has the shape \(5, 20\), not \(35, 20\)'):
         call(3, torch.zeros(5, 20))
+    for shape in ((20,), (20, 2, 4)):
+        with pytest.raises(ValueError, match='conv has the shape'):
+            call(1, torch.zeros(shape))
+    with pytest.raises(ValueError, match=r'conv_b has the shape \(20, 3\), not \(20, 4\)'):
+        call(8, torch.zeros(20, 3))
     with pytest.raises(TypeError, match='D_b is torch.float64'):
         call(14, torch.zeros(20, dtype=torch.float64))
     with pytest.raises(ValueError, match=r'xz must be \(B, L, 2 D\), not \(2, 10, 39\)'):

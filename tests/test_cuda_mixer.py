@@ -149,6 +149,17 @@ def test_kernels_agree_with_float64_as_plain_cpp(size, dtype, poison, emulator):
     assert_fused_agrees(size, dtype, 'cpu')
 
 
+def test_taps_have_one_more_axis_of_one_or_none(emulator):
+    tensors = operands(1, 5, 64, 12, device='cpu')
+
+    def with_taps(change):
+        return mixer(*(change(x) if i in (1, 8) else x for i, x in enumerate(tensors)))
+
+    assert torch.equal(with_taps(lambda taps: taps[:, None]), mixer(*tensors))
+    with pytest.raises(ValueError, match=r'conv must be \(D, W\) or \(D, 1, W\), not \(64, 2, 4\)'):
+        with_taps(lambda taps: taps[:, None].repeat(1, 2, 1))
+
+
 @pytest.mark.parametrize('out', [0, 24])
 def test_operators_pass_opcheck(out, emulator):
     tensors = operands(1, 5, 64, 12, out=out, device='cpu')

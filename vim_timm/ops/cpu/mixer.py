@@ -42,9 +42,9 @@ class _Mixer:
 
     def _weights(self, weights: Weights, suffix: str) -> list[Optional[Tensor]]:
         channels, row = self.channels, self.rank + 2 * self.state
+        taps = (channels, *[1] * (weights.conv.dim() - 2), self.width)
         shapes = (
-            (channels, *weights.conv.shape[1:]), (channels,), (row, channels), (channels, self.rank), (channels,),
-            (channels, self.state), (channels,),
+            taps, (channels,), (row, channels), (channels, self.rank), (channels,), (channels, self.state), (channels,)
         )  # fmt: skip
         return [parameter(name + suffix, x, shape) for name, x, shape in zip(Weights._fields, weights, shapes)]
 

@@ -142,7 +142,9 @@ class Mixer:
             addresses.append(at)
         self.at = Addresses(*zip(addresses[:DIRECTION], addresses[DIRECTION:]))
         self.batch, self.length, _ = xz.shape
-        self.dim, self.width = forward.conv.shape[0], forward.conv.shape[-1]
+        self.dim, *axes, self.width = forward.conv.shape
+        if axes not in ([], [1]):
+            raise ValueError(f'conv must be (D, W) or (D, 1, W), not {tuple(forward.conv.shape)}')
         self.rank = forward.dt.shape[1]
         self.rank_pad = padded_rank(self.rank)
         self.row = sizes.row(self.rank)
