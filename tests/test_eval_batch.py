@@ -57,7 +57,7 @@ def test_training_has_no_batch_of_its_own_choice():
     fixed=st.integers(0, 2**29), image=st.integers(1, 2**27), room=st.integers(2**28, MOST_BYTES),
     most=st.integers(1, 10**6),
 )  # fmt: skip
-def test_the_batch_fits_and_twice_as_many_do_not(fixed, image, room, most):
+def test_the_batch_fits_and_four_times_as_many_do_not(fixed, image, room, most):
     tried = []
 
     def memory(size):
@@ -242,18 +242,23 @@ def test_reconstructions_are_tried_with_their_metrics(tmp_path, few, made_up, mo
     more = '--decoder-dim 32 --decoder-depth 1 --decoder-heads 4 --mask-ratio 0.5 --dataset digits --device cpu'
     words = [*flags.split(), *more.split(), '--batch-size', '64', '--warmup-epochs', '0', '--workers', '0']
     assert train.main([*words, '--output', str(tmp_path), '--experiment', 'a', '-vb', 'auto']) == 0
-    sizes, scores = [], reconstruction.scores
+    sizes, ratios, scores = [], [], reconstruction.scores
 
     def watched(task, process, batch, ema=False):
         sizes.append(len(batch.images))
+        ratios.append(task.autoencoder(ema).mask_ratio)
         made_up.append(2**24 * len(batch.images))
         return scores(task, process, batch, ema)
 
     monkeypatch.setattr(reconstruction, 'scores', watched)
     words = ['--mae', '--checkpoint', str(tmp_path / 'a' / 'last.pth.tar'), '--device', 'cpu', '--workers', '0']
     rows = [validate.validate(validate.parse_args([*words, '-b', size]), Process()) for size in ('auto', '7')]
-    assert sizes[:7] == [1, 1, 4, 4, 16, 16, 32]
+    assert sizes[:7] == [1, 1, 4, 4, 16, 16, 32] and set(ratios) == {0.5}
     assert rows[0].pop('model') == rows[1].pop('model') and rows[0] == pytest.approx(rows[1], rel=1e-5)
+    ratios.clear()
+    report = ['--report', str(tmp_path / 'report'), '--mask-ratios', '0.25', '0.75']
+    validate.validate(validate.parse_args([*words, '-b', 'auto', *report]), Process())
+    assert ratios[:6] == [0.25] * 6 and set(ratios) == {0.25, 0.5, 0.75}  # most is visible, and takes memory, at 0.25
 
 
 @pytest.mark.gpu

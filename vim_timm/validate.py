@@ -220,7 +220,8 @@ def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]
     progress.say(data.describe(dataset, args.split, args))
     if args.validation_batch_size == AUTO:
         compute = functools.partial(reconstruction.scores, task, process)
-        args = args.replace(batch_size=fit_batch(task, loader, process, progress, compute))
+        with reconstruction.hiding(task, min(ratios)):  # the most visible patches take the most memory
+            args = args.replace(batch_size=fit_batch(task, loader, process, progress, compute))
     steps = len(loader) * len(ratios)
     with catch_signals() as signals, progress:
         watch = Watch(progress, Speed(process, steps), signals)

@@ -1,7 +1,8 @@
 """Reconstructed images: the gallery of a training run, and the numbers and pages of `validate.py --mae`."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -119,6 +120,17 @@ class Gallery:
         trainer.progress.say(f'gallery: {path}')
 
 
+@contextmanager
+def hiding(task: MaskedImages, ratio: float, ema: bool = False) -> Iterator[None]:
+    """Let the model hide another share of the patches."""
+    model = task.autoencoder(ema)
+    own, model.mask_ratio = model.mask_ratio, ratio
+    try:
+        yield
+    finally:
+        model.mask_ratio = own
+
+
 def measure(
     task: MaskedImages, loader: Loader, process: Process, ratio: float, ema: bool = False, watch: Watch | None = None
 ) -> dict[str, float]:
@@ -129,13 +141,11 @@ def measure(
     Raises:
         Preempted: a signal came.
     """
-    model = task.autoencoder(ema)
-    own, model.mask_ratio = model.mask_ratio, ratio
     sums: dict[str, torch.Tensor] = {}
-    for batch in _batches(loader, process, watch):
-        for name, values in scores(task, process, batch, ema).items():
-            _add(sums, name, values)
-    model.mask_ratio = own
+    with hiding(task, ratio, ema):
+        for batch in _batches(loader, process, watch):
+            for name, values in scores(task, process, batch, ema).items():
+                _add(sums, name, values)
     means, count = _means(sums, process)
     means['psnr_of_mean_mse'] = float(psnr(torch.tensor(means['mse'])))
     return {'mask_ratio': ratio, **{name: means[name] for name in COLUMNS if name in means}, 'count': count}
@@ -155,12 +165,10 @@ def measure_bands(
 def galleries(task: MaskedImages, loader: Loader, process: Process, ratios: Sequence[float]) -> list[bytes]:
     """A gallery (PNG) of this rank's first images for each mask ratio."""
     (batch,) = islice(loader.epoch(0), 1)
-    batch, model = first(readable(batch)), task.autoencoder()
-    pngs, own = [], model.mask_ratio
+    batch, pngs = first(readable(batch)), []
     for ratio in ratios:
-        model.mask_ratio = ratio
-        pngs.append(draw(task, reconstruct(task, process, batch, False)))
-    model.mask_ratio = own
+        with hiding(task, ratio):
+            pngs.append(draw(task, reconstruct(task, process, batch, False)))
     return pngs
 
 
