@@ -75,6 +75,28 @@ def test_weights_that_are_no_parameters_are_read_as_they_are(block, x, name, bac
     assert not torch.equal(block(x), wanted)
 
 
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize('name', ['A_log', 'D', 'A_b_log', 'D_b'])
+def test_a_mixers_own_parameters_are_read_as_they_are(block, x, name, backend):
+    """Parametrized, given for one call, or no parameters, as in a replica."""
+    plain, own = block(x), getattr(block, name)
+    other = torch.func.functional_call(block, {name: 2 * own.detach()}, (x,))
+    assert not torch.allclose(other, plain) and torch.equal(block(x), plain)
+    nn.utils.parametrize.register_parametrization(block, name, Twice())
+    y = block(x)
+    y.square().sum().backward()
+    assert torch.equal(y, other) and own.grad.abs().sum() > 0
+    nn.utils.parametrize.remove_parametrizations(block, name)
+    value = getattr(block, name).detach()
+    delattr(block, name)
+    setattr(block, name, value)
+    assert torch.equal(block(x), other)
+
+
 def replacement(layer):
     """A plain layer of the same sizes with a bias where there was none, and without one where there was."""
     bias = layer.bias is None

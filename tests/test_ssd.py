@@ -320,6 +320,21 @@ def test_fused_kernels_equal_plain_operators(grid, prefix, orders, dtype, most, 
 
 
 @kernels
+@pytest.mark.parametrize('heads, most', [(1, 256), (3, 4), (9, 256)])  # the second tokens make chunks
+def test_fused_kernels_take_any_number_of_heads(heads, most, triton, monkeypatch):
+    monkeypatch.setattr(ssd_op, 'MAX_LENGTH', most)
+    settings = (1e-5, 16, True, 1, 2, 3)
+    operands = mixer_operands(7, 2, torch.float32, heads=heads)
+    assert_agrees(
+        lambda *operands: fused_grid_mixer(GridMixer(*operands, *settings)),
+        lambda *operands: composition(operands, *settings),
+        dict(zip(GridMixer._fields, operands)),
+        2 * TOLERANCE[torch.float32],
+        sums=('A_log', 'D', 'delta_bias', 'conv', 'conv_bias'),
+    )
+
+
+@kernels
 @pytest.mark.parametrize('grid, prefix, orders, dtype', FUSED[1:5], ids=str)
 def test_fused_kernels_project_as_torch_does(grid, prefix, orders, dtype, triton):
     settings, length = (1e-5, 16, orders != 'column', prefix, *grid), grid[0] * grid[1] + prefix
