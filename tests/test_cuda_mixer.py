@@ -1,6 +1,7 @@
 """The fused CUDA kernels agree with the composition that they replace: on a GPU (`-m gpu`) and as C++ on the CPU."""
 
 import functools
+import gc
 import importlib.util
 import math
 import re
@@ -147,6 +148,26 @@ SMALL_SIZES = [  # each of few compilations: other tests take the same bfloat16 
 @pytest.mark.parametrize('size, dtype', SMALL_SIZES, ids=str)
 def test_kernels_agree_with_float64_as_plain_cpp(size, dtype, poison, emulator):
     assert_fused_agrees(size, dtype, 'cpu')
+
+
+@pytest.mark.parametrize('size, dtype', [SMALL_SIZES[1], SMALL_SIZES[5]], ids=str)
+def test_addresses_of_launches_are_those_of_living_tensors(size, dtype, emulator, monkeypatch):
+    """What a tensor leaves before a launch may be another's by then."""
+    launch, seen = cuda_on_cpu.Module.launch, set()
+
+    def watched(module, name, grid, threads, *arguments, **options):
+        living = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+        spans = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in living if x.device.type == 'cpu']
+        for address in (x for x in arguments if x >= 2**32):  # not sizes; the last buffer may be empty
+            assert address % 16 == 0 and any(first <= address <= end for first, end in spans), name
+        seen.add(name)
+        launch(module, name, grid, threads, *arguments, **options)
+
+    monkeypatch.setattr(cuda_on_cpu.Module, 'launch', watched)
+    tensors = operands(**size, device='cpu', dtype=dtype)
+    with_gradients(mixer, tensors, torch.randn(size['batch'], size['length'], size.get('out') or size['dim']))
+    assert {'conv_project', 'scan_forward', 'scan_backward', 'conv_backward', 'place_gradients'} <= seen
+    assert ('carry' in seen) == (size['length'] > 128)
 
 
 def test_taps_have_one_more_axis_of_one_or_none(emulator):
