@@ -14,6 +14,8 @@ from vim_timm.layers import BiSSD, Layout
 from vim_timm.ops import GridConv, GridMixer, Ssd, cpu, fused_grid_mixer, grid_conv, symmetric_ssd, use_scan_backend
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.triton_kernels import ssd_op
+from vim_timm.ops.triton_kernels.grid_mixer_op import GatedNorm, kernel_modules
+from vim_timm.ops.triton_kernels.grid_mixer_op import GridMixer as FusedGridMixer
 from vim_timm.ops.triton_kernels.ssd_launch import Grid
 
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
@@ -347,6 +349,35 @@ def test_fused_kernels_project_as_torch_does(grid, prefix, orders, dtype, triton
         2 * TOLERANCE[dtype],
         sums=('A_log', 'D', 'delta_bias', 'conv', 'conv_bias'),
     )
+
+
+@kernels
+@pytest.mark.parametrize('before, row, dim', [(0, 40, 32), (1, 41, 33), (3, 46, 40)])
+def test_the_gated_norm_takes_rows_of_any_stride(before, row, dim, triton):
+    inside = slice(None), slice(1, 6), slice(before, before + dim)  # some tokens and channels
+    z, around = draw(3, 7, row).float(), torch.full((3, 7, row), torch.nan, device=DEVICE)
+    y, weight, grad = draw(3, 5, dim).float(), draw(dim).float(), draw(3, 5, dim).float()
+    norm = GatedNorm(kernel_modules()['gated_norm_kernels'], y, z[inside], weight, 1e-5)
+    leaves = [x.double().requires_grad_() for x in (y, z[inside], weight)]
+    wanted = F.rms_norm(leaves[0], (dim,), leaves[2], 1e-5) * F.silu(leaves[1])
+    gradients = torch.autograd.grad(wanted, leaves, grad.double())
+    outputs = [norm.forward(), grad]  # the output takes the place of its gradient
+    grad_y, parts = norm.backward(grad, around[inside], again=True)
+    found = [*outputs, grad_y, around[inside], parts.sum(0)]
+    for x, right in zip(found, (wanted, wanted, *gradients), strict=True):
+        torch.testing.assert_close(x.double(), right, rtol=1e-5, atol=1e-5)
+    assert around.isnan().sum() == around.numel() - grad.numel()
+
+
+@kernels
+def test_sums_over_more_parts_than_a_step_takes(triton):
+    mixer = FusedGridMixer(GridMixer(*mixer_operands(6, 2, torch.float32), 1e-5, 16, True, 0, 2, 3))
+    shapes = (257, 10, 13), (1, 5), (300, 2, 3), (2, 9), (513, 150)
+    parts = [draw(*shape) for shape in shapes]
+    taps, *others = (part.sum(0) for part in parts)
+    found = mixer.sums(*(part.float() for part in parts))
+    for x, right in zip(found, (taps[:9].t(), taps[9], *others), strict=True):
+        torch.testing.assert_close(x.double(), right, rtol=1e-5, atol=1e-4)
 
 
 @kernels
