@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -315,6 +316,30 @@ def test_a_thread_without_a_context_gets_one():
         )
     with pytest.raises(RuntimeError, match='failed'):
         module.in_context(lambda: (1,))
+
+
+@pytest.mark.parametrize('codes', [[0], 2 * [nvrtc.INVALID_CONTEXT] + [0], [1, 1]], ids=str)
+def test_a_kernel_is_launched_again_only_where_it_was_not(codes, monkeypatch):
+    calls, module = [], object.__new__(nvrtc.Module)
+
+    def launch(function, *arguments):
+        calls.append((function, *arguments[:-2]))
+        return (codes[len(calls) - 1],)
+
+    module.driver = types.SimpleNamespace(
+        cuLaunchKernel=launch, cuDeviceGet=lambda ordinal: (0, ordinal), cuCtxSetCurrent=lambda context: (0,),
+        cuDevicePrimaryCtxRetain=lambda device: (0, device),
+    )  # fmt: skip
+    module.device, module.overlaps, module.functions = 3, False, {'f': 'function'}
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
+    monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda device: 10 + device, raising=False)
+    if codes[-1]:
+        with pytest.raises(RuntimeError, match='CUDA call failed'):
+            module.launch('f', (1, 2, 3), 64, 2**40, 7, shared=5)
+    else:
+        module.launch('f', (1, 2, 3), 64, 2**40, 7, shared=5)
+    assert calls == [('function', 1, 2, 3, 64, 1, 1, 5, 13)] * len(codes)
+    assert nvrtc.buffer.words[:2] == [2**40, 7]
 
 
 @only_gpu
