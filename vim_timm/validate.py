@@ -222,7 +222,7 @@ def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]
         compute = functools.partial(reconstruction.scores, task, process)
         with reconstruction.hiding(task, min(ratios)):  # the most visible patches take the most memory
             args = args.replace(batch_size=fit_batch(task, loader, process, progress, compute))
-    steps = len(loader) * len(ratios)
+    steps = len(loader) * (len(ratios) + (len(reconstruction.missing_numbers(task)) if args.report else 0))
     with catch_signals() as signals, progress:
         watch = Watch(progress, Speed(process, steps), signals)
         scores = {ratio: reconstruction.measure(task, loader, process, ratio, watch=watch) for ratio in ratios}

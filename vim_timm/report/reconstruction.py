@@ -151,15 +151,20 @@ def measure(
     return {'mask_ratio': ratio, **{name: means[name] for name in COLUMNS if name in means}, 'count': count}
 
 
+def missing_numbers(task: MaskedImages) -> list[int]:
+    """Numbers of missing channels that `measure_bands` compares; none without masks by channel."""
+    model = task.autoencoder()
+    if not hasattr(model, 'channel_drop'):
+        return []
+    most = model.in_chans - 1
+    return list(dict.fromkeys([0, *(2**i for i in range(8) if 2**i < most), most]))
+
+
 def measure_bands(
     task: MaskedImages, loader: Loader, process: Process, watch: Watch | None = None
 ) -> list[dict[str, float]]:
     """`measure_missing` from no channel to all but one, in steps that double; nothing without masks by channel."""
-    model = task.autoencoder()
-    if not hasattr(model, 'channel_drop'):
-        return []
-    numbers = [0, *(2**i for i in range(8) if 2**i < model.in_chans - 1), model.in_chans - 1]
-    return [measure_missing(task, loader, process, missing, False, watch) for missing in dict.fromkeys(numbers)]
+    return [measure_missing(task, loader, process, missing, False, watch) for missing in missing_numbers(task)]
 
 
 def galleries(task: MaskedImages, loader: Loader, process: Process, ratios: Sequence[float]) -> list[bytes]:
