@@ -57,7 +57,7 @@ def command_of(line):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder in which the documents' names of data, pictures and files exist."""
-    for name in ('IMAGENET', 'FOLDER', 'DATA', 'data', 'CIFAR10', 'photos', 'new', 'TILES', 'output/train/NAME'):
+    for name in ('IMAGENET', 'FOLDER', 'DATA', 'data', 'CIFAR10', 'photos', 'new', 'TILES', 'BANDS', 'output/train/NAME'):
         (tmp_path / name).mkdir(parents=True)
     for name in ('photo.jpg', 'model.onnx', 'model_best.pth.tar', 'FILE.pth', 'one.jpg'):
         (tmp_path / name).touch()
@@ -126,10 +126,11 @@ def home(tmp_path_factory):
         write_cifar(root / name / 'cifar-10-batches-py', batches, 'labels', ('batches.meta', 'label_names'), 10)
     for split in ('train', 'val'):
         for label in range(2):
-            (root / 'TILES' / split / f'class{label}').mkdir(parents=True)
-            for i in range(4):
-                pixels = np.random.default_rng(i).uniform(0, 10000, (13, 40, 40))
-                np.save(root / 'TILES' / split / f'class{label}' / f'{i}.npy', pixels)
+            for name, dtype in (('TILES', np.float64), ('BANDS', np.uint16)):
+                folder = root / name / split / f'class{label}'
+                folder.mkdir(parents=True)
+                for i in range(4):
+                    np.save(folder / f'{i}.npy', np.random.default_rng(i).uniform(0, 10000, (13, 40, 40)).astype(dtype))
     Image.new('RGB', (40, 40), 'red').save(root / 'photo.jpg')
     Image.new('RGB', (40, 40), 'blue').save(root / 'one.jpg')
     with pytest.MonkeyPatch.context() as patch:

@@ -167,12 +167,14 @@ def test_log_and_tensorboard_have_time_and_speed(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGALRM'), reason='POSIX')
 def test_ctrl_c_lands_in_the_list():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with catch_signals() as caught:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # of a launcher, which repeats the terminal's
         assert caught == [signal.SIGINT]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def start(folder, *flags):
