@@ -57,7 +57,7 @@ def command_of(line):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder in which the documents' names of data, pictures and files exist."""
-    for name in ('IMAGENET', 'FOLDER', 'DATA', 'data', 'CIFAR10', 'photos', 'new', 'TILES', 'BANDS', 'output/train/NAME'):
+    for name in 'IMAGENET FOLDER DATA data CIFAR10 photos new TILES BANDS output/train/NAME'.split():
         (tmp_path / name).mkdir(parents=True)
     for name in ('photo.jpg', 'model.onnx', 'model_best.pth.tar', 'FILE.pth', 'one.jpg'):
         (tmp_path / name).touch()
