@@ -100,14 +100,13 @@ def test_without_a_compiler_the_install_goes_on(checkout, pure, tmp_path):
     assert run.stdout.startswith('torch ') and 'C compiler' in run.stdout
 
 
-@needs_compiler
-def test_a_source_archive_builds_the_same_wheel(checkout, wheel, tmp_path):
+def test_a_source_archive_builds_the_same_wheel(checkout, pure, tmp_path):
     subprocess.run([sys.executable, 'setup.py', '-q', 'sdist', '-d', tmp_path / 'sdist'], cwd=checkout, check=True)
     (archive,) = (tmp_path / 'sdist').glob('*.tar.gz')
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / 'unpacked', filter='data')
     (unpacked,) = (tmp_path / 'unpacked').iterdir()
-    assert names(wheel_of(unpacked, tmp_path / 'a')) == names(wheel)
+    assert names(wheel_of(unpacked, tmp_path / 'a', CC='false')) == names(pure)
 
 
 EMBEDDED = """
