@@ -102,7 +102,8 @@ def mixer(backend):
 
 def pass_in_the_interpreter(files, selected):
     """Tests of files, selected as by pytest's -k, pass with Triton's interpreter, which is chosen before its import."""
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-k', selected, *files]
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider']
+    command += ['-p', 'tests.interpreter', '-k', selected, *files]
     environment = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
     folder = Path(__file__).parents[1]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)

@@ -365,18 +365,21 @@ def test_export_graph_grows_with_the_square_root_of_the_length():
 
 def test_import_is_light():
     code = (
-        'import sys, time, torch, timm\n'
+        'import time\n'
+        'seconds = [time.process_time()]\n'
+        'import sys, torch, timm\n'
+        'seconds.append(time.process_time())\n'
         'others = {"triton", "sklearn"} & set(sys.modules)\n'
-        't = time.process_time()\n'
         'import vim_timm\n'
-        'seconds = time.process_time() - t\n'
+        'seconds.append(time.process_time())\n'
         'heavy = {"triton", "mamba_ssm", "causal_conv1d", "matplotlib", "sklearn", "onnx"} & set(sys.modules)\n'
-        'print(seconds, torch.cuda.is_initialized(), sorted(heavy - others))'
+        'print(*seconds, torch.cuda.is_initialized(), sorted(heavy - others))'
     )
     for _ in range(3):  # a busy machine may take longer once
         result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-        seconds, initialized, heavy = result.stdout.strip().split(' ', 2)
+        *seconds, initialized, heavy = result.stdout.strip().split(' ', 4)
         assert initialized == 'False' and heavy == '[]'
-        if float(seconds) < 0.3:
+        begin, imported, end = map(float, seconds)
+        if end - imported < 0.2 * (imported - begin):  # of what torch and timm take on the same machine
             return
-    pytest.fail(f'{seconds} s')
+    pytest.fail(f'{end - imported} s, where torch and timm take {imported - begin} s')
