@@ -40,6 +40,10 @@ TRAIN = [
     ('vim_tiny_patch16_224', 224, 128),
 ]
 DIGITS = 1438  # images of its training split
+FLAGS = (
+    '--dataset digits --data-in-memory --workers 0 --lr 1e-5 --opt adamw --warmup-epochs 0 --val-interval 1000 '
+    '--checkpoint-hist 1 --amp --amp-dtype bfloat16 --torchcompile inductor --torchcompile-mode reduce-overhead'
+)
 
 
 class Contender:
@@ -135,9 +139,7 @@ def train(steps: int, epochs: int) -> None:
     for name, size, batch in TRAIN:
         repeats = max(1, round(steps * batch / DIGITS))
         seconds = seconds_of_epochs(
-            f'--dataset digits --data-in-memory --workers 0 --epoch-repeats {repeats} --model {name} --img-size {size} '
-            f'--batch-size {batch} --lr 1e-5 --opt adamw --amp --amp-dtype bfloat16 --epochs {epochs} '
-            '--warmup-epochs 0 --val-interval 1000 --checkpoint-hist 1 --torchcompile inductor --torchcompile-mode reduce-overhead'
+            f'{FLAGS} --model {name} --img-size {size} --batch-size {batch} --epoch-repeats {repeats} --epochs {epochs}'
         )
         images = repeats * DIGITS // batch * batch
         ours = images / statistics.median(seconds)
