@@ -14,6 +14,7 @@ from vim_timm.data import Loader, make_dataset, train_loader
 from vim_timm.data.device_erasing import Erasing
 from vim_timm.engine.loop import Trainer
 from vim_timm.settings import Process
+from vim_timm.step import update
 from vim_timm.tasks import mixing
 
 BASE = '--dataset digits --device cpu --epochs 1 --warmup-epochs 0 --workers 0 --batch-size 128 --log-interval 1000'
@@ -163,7 +164,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Watches from the fourth step of an epoch on, in the loop, the loader and what they call."""
+    """Watches from the fourth step of an epoch on, in the loop, the loader and what they call; the CPU is a device."""
     mode, load, step = Waits(), Loader.unfinished, Trainer._forward_backward
 
     def unfinished(loader, *args):
@@ -180,6 +181,7 @@ def waits(monkeypatch):
         mode.steps += 1
         return step(trainer, *args)
 
+    monkeypatch.setattr(update, 'HOST', ())
     monkeypatch.setattr(Loader, 'unfinished', unfinished)
     monkeypatch.setattr(Trainer, '_forward_backward', counted)
     with mode:

@@ -19,6 +19,7 @@ from vim_timm.engine.checkpoint import Saver, load_optimizer
 from vim_timm.errors import Preempted, TrainingStopped, UserError
 from vim_timm.settings import Process
 from vim_timm.step import Arrivals, RecordedStep, Update, batched, compile_task, fused_arguments, why_not
+from vim_timm.step import update as step_update
 from vim_timm.step.muon import BatchedMuon
 from vim_timm.step.recorded import Recorded
 from vim_timm.step.regions import regions
@@ -116,7 +117,9 @@ def test_twenty_steps_are_those_of_timm_and_torch(opt, clip):
     ],
 )
 @pytest.mark.parametrize('bad', [(0,), (7,), (7, 8)])
-def test_a_skipped_update_leaves_no_trace(opt, bad):
+@pytest.mark.parametrize('host', [('cpu',), ()])
+def test_a_skipped_update_leaves_no_trace(opt, bad, host, monkeypatch):
+    monkeypatch.setattr(step_update, 'HOST', host)
     flags = f'--opt {opt} --clip-grad 1'
     losses, *skipped = ours(flags, 12, bad)
     expected, *whole = ours(flags, 12)
@@ -161,6 +164,7 @@ def late(monkeypatch):
         self.lag = 2
 
     monkeypatch.setattr(Arrivals, '__init__', __init__)
+    monkeypatch.setattr(step_update, 'HOST', ())
 
 
 def test_arrivals_come_in_order_and_late(late):
@@ -383,8 +387,9 @@ def test_drop_path_of_compiled_blocks_drops_as_many():
 
 
 @pytest.mark.parametrize('opt', ['adamw --lr 1e-3', 'sgd --lr 0.05', 'nadamuon --lr 1e-3'])
-def test_a_recorded_step_is_the_step(opt, exact_muon):
+def test_a_recorded_step_is_the_step(opt, exact_muon, monkeypatch):
     """All but the recording itself, which a CPU has not: inputs that stay in place, rates on the device."""
+    monkeypatch.setattr(step_update, 'HOST', ())
     losses, weights = {}, {}
     for recorded in (False, True):
         args, task, optimizer = start(f'--opt {opt} --clip-grad 1')

@@ -18,11 +18,15 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype)))
 
 
+HOST = ('cpu',)  # devices that the host does not wait for
+
+
 class Update:
     """`update(finite, number, stop)`: guard, clipping, optimizer, loss scale and average of one update.
 
     If the loss or a gradient of any rank is not finite, no rank changes its weights, the optimizer's state or the
-    average. Where optimizer and average can, the device decides that alone; else the host waits for it.
+    average. Where optimizer and average can, the device decides that alone; else the host waits for it, as it does
+    where the device is its own.
     """
 
     def __init__(
@@ -32,7 +36,7 @@ class Update:
         self.process, self.task, self.optimizer, self.scaler = process, task, optimizer, scaler
         self.clip, self.clip_mode = settings.clip_grad, settings.clip_mode
         self.average = Average(task)
-        self.waits = self.average.waits or not skips_on_device(optimizer)
+        self.waits = process.device.type in HOST or self.average.waits or not skips_on_device(optimizer)
         mine = {parameter for group in optimizer.param_groups for parameter in group['params']}
         clipped = {p for p in task.get_clip_parameters(exclude_head='agc' in self.clip_mode) if p.requires_grad}
         self.clips_all = self.clip_mode == 'norm' and clipped == mine
@@ -65,7 +69,8 @@ class Update:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         if not (self.waits and flags[0]):
             self._clip(gradients, norm)
-            optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
+            if not self.waits:
+                optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
             optimizer.step()
             self.average.update(int(number) if self.average.waits else 0, weight, flags[0])
         self.scaler.update()
