@@ -208,6 +208,44 @@ def test_ranks_agree_on_the_smallest(tmp_path):
     assert eval_batch.agreed(512, Process()) == 512
 
 
+UNEQUAL = """
+import os, sys
+import torch
+from types import SimpleNamespace
+from vim_timm.engine import eval_batch
+from vim_timm.errors import run
+from vim_timm.settings import Process
+rank, most = int(os.environ['RANK']), int(sys.argv[1])
+torch.distributed.init_process_group('gloo')
+torch.cuda.memory_reserved, torch.cuda.mem_get_info = (lambda _: 0), (lambda _: (2**30, 2**31))
+eval_batch.choose = lambda *given: (eval_batch.try_batches(*given)[0], 'so')
+
+class Loader(SimpleNamespace):
+    data_config, layout, batch_size, readers = {'input_size': (1, 8, 8)}, torch.contiguous_format, 1024, 0
+    __len__, rebatch = lambda self: 1, lambda self, size: print('rebatched to', size)
+
+def compute(batch):
+    if rank == 1 and len(batch.images) > most:
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+
+given = None, Loader(), Process(rank=rank, world_size=2), SimpleNamespace(say=print), compute
+status = run(lambda _: eval_batch.fit_batch(*given), 'validate.py', [])
+torch.distributed.destroy_process_group()
+sys.exit(status)
+"""
+
+
+def test_ranks_go_on_with_what_fits_on_the_one_that_runs_out_of_memory(tmp_path):
+    assert finish(ranks(UNEQUAL, '16', count=2, folder=tmp_path)).count('rebatched to 16') == 2
+
+
+def test_no_rank_waits_for_one_that_cannot_evaluate_a_single_image(tmp_path):
+    ended = [process.wait(60) for process in ranks(UNEQUAL, '0', count=2, folder=tmp_path)]
+    assert [status for status, _ in ended] == [3, 3] and not any('rebatched' in text for _, text in ended)
+    assert ended[0][1].endswith('error: another rank of this run cannot evaluate one image, and says why\n')
+    assert 'rank 1: error: out of device memory' in ended[1][1]
+
+
 @pytest.fixture
 def made_up(monkeypatch):
     """A device with 1 GiB free, of which a batch takes what the returned list says last."""

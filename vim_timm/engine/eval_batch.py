@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from ..data import Batch, Loader
+from ..errors import TrainingStopped, out_of_memory
 from ..settings import Process
 from ..tasks import Task
 from .evaluate import predict
@@ -35,14 +36,20 @@ def largest_batch(memory: Callable[[int], int], room: int, most: int, least: int
     taken in the last of them. None is tried that could take more than `room`.
 
     Args:
-        memory: tries a batch of so many images and returns the bytes that it takes.
+        memory: tries a batch of so many images and returns the bytes that it takes. Where more than one turn out not to
+            fit, those tried before are the most.
         least: bytes of an image at least.
     """
     size, taken = 1, memory(1)
     image: float = max(taken, least)
     while 4 * taken <= room and 4 * size <= most:
-        before, size = (size, taken), 4 * size
-        taken = memory(size)
+        before = size, taken
+        try:
+            size, taken = 4 * size, memory(4 * size)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return size
         image = max((taken - before[1]) / (size - before[0]), least)
         if 8 * size >= min(most, size + (room - taken) / image):
             break
@@ -65,9 +72,18 @@ def fit_batch(
 
     Args:
         compute: what an evaluation makes of a batch, where that is more than predictions and their metrics.
+
+    Raises:
+        TrainingStopped: another rank has failed.
     """
-    size, why = choose(compute or (lambda batch: _compute(task, process, batch)), loader, process)
+    try:
+        size, why = choose(compute or (lambda batch: _compute(task, process, batch)), loader, process)
+    except Exception:
+        agreed(0, process)  # the others wait for its answer
+        raise
     size = agreed(size, process)
+    if not size:
+        raise TrainingStopped('another rank of this run cannot evaluate one image, and says why')
     loader.rebatch(size)
     progress.say(f'evaluation in batches of {size} images: {why}')
     return size
