@@ -100,6 +100,13 @@ def folder(tmp_path):
         ('--cutmix-minmax 0.2', ['--cutmix-minmax']),
         ('--smoothing 2', ['--smoothing']),
         ('--aug-repeats -1', ['--aug-repeats']),
+        ('--aug-repeats 2 --epoch-repeats 2', ['--aug-repeats', '--epoch-repeats']),
+        ('--train-num-samples 100', ['--train-num-samples', 'stream']),
+        ('--val-num-samples 100', ['--val-num-samples', 'stream']),
+        ('--grad-accum-steps 1000', ['--grad-accum-steps', 'only']),
+        ('--scale 0.5 2', ['--scale', 'area']),
+        ('--opt adamw --opt-betas 0.9', ['--opt-betas', '2 of them, not 1']),
+        ('--opt adan --opt-betas 0.9 0.9', ['--opt-betas', '3 of them, not 2']),
         ('--seed -1', ['--seed']),
         ('--max-unreadable -1', ['--max-unreadable']),
         ('--device-modules bogus_module', ['--device-modules', 'bogus_module']),
@@ -215,6 +222,11 @@ def test_checkpoint_with_other_classes(program, flag, refused, tmp_path):
 def test_results_that_could_not_be_written_are_refused_first(refused, weights):
     flags = [*COMMON, '--model', 'test_vit', '--num-classes', '10', '--checkpoint', str(weights)]
     assert 'nowhere' in refused([*flags, '--results-file', 'nowhere/results.csv'], validate)
+
+
+def test_a_number_of_images_is_of_streams_alone(refused, weights):
+    flags = [*COMMON, '--model', 'test_vit', '--num-classes', '10', '--checkpoint', str(weights)]
+    assert '--num-samples' in refused([*flags, '--num-samples', '5'], validate)
 
 
 def test_an_output_folder_that_cannot_be(weights, capsys):

@@ -13,6 +13,7 @@ from vim_timm import train
 from vim_timm.data import Loader, make_dataset, train_loader
 from vim_timm.data.device_erasing import Erasing
 from vim_timm.engine.loop import Trainer
+from vim_timm.errors import UserError
 from vim_timm.settings import Process
 from vim_timm.step import update
 from vim_timm.tasks import mixing
@@ -57,6 +58,13 @@ def test_several_labels_are_mixed_as_timms():
     np.random.seed(1)
     for mine, theirs in zip(result, mixup(images.clone(), targets)):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_sizes_of_a_box_that_leave_none_are_refused():
+    mixup = Mixup(0.0, cutmix_minmax=[0.5, 0.52], num_classes=5)
+    assert mixing.draw(mixup, 6, (64, 64)).any()
+    with pytest.raises(UserError, match='--cutmix-minmax 0.5 0.52: no box of 16 x 64 pixels is in between'):
+        mixing.draw(mixup, 6, (64, 16))
 
 
 @pytest.mark.parametrize('kind', ['both', 'minmax', 'uncorrected'])

@@ -52,7 +52,7 @@ def test_numbers_are_finite(row, tmp_path):
 def test_a_range_holds_for_every_source(row, tmp_path):
     names, kind, _, _, limits = row
     number = kind[0] if isinstance(kind, list) else kind
-    outside = limits.low if limits.above or limits.ascending else limits.low - 1
+    outside = limits.low / 2 if limits.or_zero else limits.low if limits.above else limits.low - 1
     wrong = [outside] + ([limits.high + 1] if math.isfinite(limits.high) else [])
     for value in map(number, wrong):
         value = [value, value] if isinstance(kind, list) else value
@@ -62,6 +62,27 @@ def test_a_range_holds_for_every_source(row, tmp_path):
                 source(row, value, tmp_path)
             sentences.append(str(caught.value).split(': ')[-1])
         assert len(set(sentences)) == 1 and sentences[0].startswith(names.split()[0])
+
+
+@pytest.mark.parametrize(
+    'text, taken',
+    [
+        ('epoch-repeats: 0', True), ('epoch-repeats: 0.5', False), ('epoch-repeats: 1.5', True),
+        ('aug-repeats: 0', True), ('aug-repeats: 0.5', False), ('aug-splits: 0', True), ('aug-splits: 1', False),
+        ('lr-noise: 0.5', True), ('lr-noise: [0.2, 0.5]', True), ('lr-noise: [0.5, 0.2]', False),
+        ('lr-noise: [0.2, 0.5, 0.7]', False), ('lr-noise-pct: 0', False), ('lr-cycle-limit: 0', False),
+        ('decay-milestones: [1, 5, 9]', True), ('decay-milestones: [5, 1]', False), ('cutmix-minmax: [0.5, 2]', False),
+        ('scale: [0.5]', False), ('scale: [1, 0.5]', False), ('input-span: [-5, -1]', True),
+        ('input-span: [-1, -5]', False), ('mean: 120', False), ('std: [0.5, 58]', False), ('mean: [0, 0.5]', True),
+    ],
+)  # fmt: skip
+def test_no_number_means_something_else_than_it_says(text, taken, tmp_path):
+    (tmp_path / 'c.yaml').write_text(text)
+    if taken:
+        parse('train.py', flags.TRAIN, ['-c', str(tmp_path / 'c.yaml')])
+        return
+    with pytest.raises(UserError, match=f'--{text.partition(":")[0]} (must|takes)'):
+        parse('train.py', flags.TRAIN, ['-c', str(tmp_path / 'c.yaml')])
 
 
 @pytest.mark.parametrize(

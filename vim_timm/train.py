@@ -114,7 +114,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     with explain('--device-modules'):
         for module in args.device_modules or []:
             importlib.import_module(module)
-    build.check_optimizer(args.opt)
+    build.check_optimizer(args.opt, args.opt_betas)
     process = start_process(args)
     random_seed(args.seed)
     args, remark = with_warmup(args)

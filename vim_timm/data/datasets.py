@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UserError, explain
 from ..files import printable
-from ..settings.programs import check_data
+from ..settings.programs import STREAMS, check_data
 from .arrays import ENDINGS, Arrays
 from .classes import class_names, read_class_map
 from .digits import Digits
@@ -22,7 +22,6 @@ from .images import MODES, PHONE, channels_of, image_endings, read_image
 
 TORCHVISION_FOLDERS = ('torch/image_folder', 'torch/folder')
 DEFAULT_SHARE = 0.2  # of the images, to evaluate on, where the data has no split for that
-STREAMS = ('hfids/', 'tfds/', 'wds/')
 
 
 class Pictures(Dataset):
@@ -83,9 +82,9 @@ def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
     folder = _is_of_files(args)
     if args.class_map and not folder and args.dataset.startswith(('digits', 'torch/')):
         raise UserError(f'--class-map orders the classes of a folder or tar, not those of {args.dataset}')
+    check_data(args)
     if args.dataset == 'digits':
         return Digits(training, mode)
-    check_data(args)
     with explain(f'{args.dataset or "image folder"} {args.data_dir or ""}, split {split!r}'):
         if arrays:
             return Arrays(_image_files(args, split, ENDINGS), channels, args.input_key or '', args.input_span)

@@ -87,6 +87,8 @@ class Loader:
         chosen = None if training or args.validation_batch_size == AUTO else args.validation_batch_size
         self.batch_size = size = chosen or args.batch_size
         if isinstance(dataset, IterableDataset):
+            if training and args.aug_repeats:
+                raise UserError(f'--aug-repeats needs images with an index, not the stream {args.dataset}')
             dataset.transform = _Prepared(mode, transform)  # type: ignore[attr-defined]
             if hasattr(dataset, 'set_loader_cfg'):
                 dataset.set_loader_cfg(num_workers=self.workers)  # type: ignore[attr-defined]

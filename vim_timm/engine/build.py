@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from timm.data import ImageNetInfo, resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import get_deprecated_models, get_pretrained_cfg
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 from timm.task import TrainingTask
 from torch.nn.parallel import DistributedDataParallel
 
@@ -208,16 +208,19 @@ def learning_rate(args: Settings, world_size: int) -> float:
     return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
 
 
-def check_optimizer(name: str) -> None:
-    """Refuse an optimizer that timm does not know, before a model is built for it.
+def check_optimizer(name: str, betas: Sequence[float] | None = None) -> None:
+    """Refuse an optimizer that timm does not know, or that takes another number of betas, before a model is built.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or the betas are not its own.
     """
     known = [str(name) for name in list_optimizers()]
     plain = name.lower().removeprefix('lookahead_')
     if plain not in known:
         raise UserError(f'--opt {name}: there is no such optimizer{meant(plain, known, 3)}')
+    info = get_optimizer_info(plain)
+    if betas and info.has_betas and len(betas) != info.num_betas:
+        raise UserError(f'--opt-betas: {name} has {info.num_betas} of them, not {len(betas)}')
 
 
 def make_optimizer(args: Settings, process: Process, task: TrainingTask) -> torch.optim.Optimizer:

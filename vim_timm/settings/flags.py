@@ -7,6 +7,7 @@ honoured here, whose help says why.
 timm's positional `data` is `--data-dir` by another name.
 """
 
+import math
 from typing import Any
 
 from .ranges import ASCENDING, PAIR, POSITIVE, SHARE, Names, Range, at_least
@@ -33,6 +34,10 @@ refused = object()  # the kind of a flag that is known and not honoured
 
 _FILTERS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _PART = Range(0, 0.9, above=True)
+_DEVIATION = Range(0, 1, above=True)
+_BOX = Range(0, 1, above=True, ascending=(2, 2))
+_NOISE = Range(0, ascending=(1, 2))
+_MILESTONES = Range(0, ascending=(1, math.inf))
 _MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV')  # of 8 bits, and in transforms
 _NAFLEX = 'there is no model here that takes patch sequences (NaFlex)'
 _MULTI_LABEL = "an image has one label here; for several, run timm's own train.py through vim_timm.run"
@@ -71,8 +76,8 @@ MODEL: list[Row] = [
     ('--in-chans', int, None, 'image channels (default: 3)', at_least(1)),
     ('--input-size', [int], None, 'channels height width (default: as the model)', at_least(1)),
     ('--crop-pct', float, None, 'share of the resized image that the evaluation crop keeps', at_least(0.01, 1)),
-    ('--mean', [float], None, 'mean of the pixels, in 0..1, a channel'),
-    ('--std', [float], None, 'standard deviation of the pixels, in 0..1, a channel', POSITIVE),
+    ('--mean', [float], None, 'mean of the pixels, in 0..1, a channel', SHARE),
+    ('--std', [float], None, 'standard deviation of the pixels, in 0..1, a channel', _DEVIATION),
     ('--interpolation', _FILTERS, '', 'resize interpolation (default: as the model)'),
     ('--channels-last', bool, False, 'keep images and weights in channels-last memory format'),
     ('--fuser', refused, '', _JIT),
@@ -176,19 +181,19 @@ TRAIN: dict[str, list[Row]] = {
         ('--lr-base', float, 0.1, 'learning rate at a global batch of --lr-base-size', at_least(0)),
         ('--lr-base-size', int, 256, 'global batch that --lr-base belongs to', at_least(1)),
         ('--lr-base-scale', str, '', 'linear or sqrt in the global batch (default: sqrt for ada*, lamb; else linear)'),
-        ('--lr-noise', [float], None, 'noise on the learning rate between these shares of the schedule', at_least(0)),
-        ('--lr-noise-pct', float, 0.67, 'limit of that noise', at_least(0)),
+        ('--lr-noise', [float], None, 'noise on the learning rate between these shares of the schedule', _NOISE),
+        ('--lr-noise-pct', float, 0.67, 'limit of that noise', POSITIVE),
         ('--lr-noise-std', float, 1.0, 'standard deviation of that noise', at_least(0)),
         ('--lr-cycle-mul', float, 1.0, 'factor on the length of each next cycle', POSITIVE),
         ('--lr-cycle-decay', float, 0.5, 'factor on the height of each next cycle', at_least(0)),
-        ('--lr-cycle-limit', int, 1, 'number of cycles', at_least(0)),
+        ('--lr-cycle-limit', int, 1, 'number of cycles', at_least(1)),
         ('--lr-k-decay', float, 1.0, 'k-decay of cosine and poly', POSITIVE),
         ('--warmup-lr', float, 1e-5, 'learning rate at the start of the warm-up', at_least(0)),
         ('--min-lr', float, 0, 'lower bound', at_least(0)),
         ('--epochs', int, 300, 'epochs of the schedule', at_least(1)),
-        ('--epoch-repeats', float, 0.0, 'passes over the data in one epoch, if more than one', at_least(0)),
+        ('--epoch-repeats', float, 0.0, 'passes over the data in one epoch (0: one)', Range(1, or_zero=True)),
         ('--start-epoch', int, None, 'count epochs from here', at_least(0)),
-        ('--decay-milestones', [int], [90, 180, 270], 'epochs at which multistep decays', at_least(0)),
+        ('--decay-milestones', [int], [90, 180, 270], 'epochs at which multistep decays', _MILESTONES),
         ('--decay-epochs', float, 90, 'epochs between the decays of step', POSITIVE),
         ('--warmup-epochs', int, 5, 'epochs of linear warm-up', at_least(0)),
         ('--warmup-prefix', bool, False, 'do not count the warm-up in --epochs'),
@@ -198,7 +203,7 @@ TRAIN: dict[str, list[Row]] = {
     ],
     'augmentation and regularization': [
         ('--no-aug', bool, False, 'no augmentation at all'),
-        ('--train-crop-mode', str, None, 'rrc, rkrc or rkrr (default: rrc)'),
+        ('--train-crop-mode', ('rrc', 'rkrc', 'rkrr'), None, 'random crop (default: rrc)'),
         ('--scale', [float], [0.08, 1.0], 'area range of the random crop', PAIR),
         ('--ratio', [float], [3 / 4, 4 / 3], 'aspect range of the random crop', PAIR),
         ('--hflip', float, 0.5, 'probability of a horizontal flip', SHARE),
@@ -208,8 +213,14 @@ TRAIN: dict[str, list[Row]] = {
         ('--grayscale-prob', float, None, 'probability of a grey image', SHARE),
         ('--gaussian-blur-prob', float, None, 'probability of a blur', SHARE),
         ('--aa', str, None, 'AutoAugment / RandAugment / AugMix policy, such as rand-m9-mstd0.5-inc1', POLICIES),
-        ('--aug-repeats', float, 0, 'draw each image this many times in a row (repeated augmentation)', at_least(0)),
-        ('--aug-splits', int, 0, 'augmented copies of the batch: 0, or 2 and more', at_least(0)),
+        (
+            '--aug-repeats',
+            float,
+            0,
+            'draw each image this many times in a row (repeated augmentation)',
+            Range(1, or_zero=True),
+        ),
+        ('--aug-splits', int, 0, 'augmented copies of the batch: 0, or 2 and more', Range(2, or_zero=True)),
         ('--loss', ('ce', 'bce', 'asl', 'poly', 'jsd'), None, 'loss (default: ce)'),
         ('--asl-gamma-pos', float, 1.0, "asl's focusing parameter for the target", at_least(0)),
         ('--asl-gamma-neg', float, 4.0, "asl's focusing parameter for the other classes", at_least(0)),
@@ -246,11 +257,11 @@ TRAIN: dict[str, list[Row]] = {
         ('--resplit', bool, False, 'do not erase in the first augmentation split'),
         ('--mixup', float, 0.0, 'mixup alpha', at_least(0)),
         ('--cutmix', float, 0.0, 'cutmix alpha', at_least(0)),
-        ('--cutmix-minmax', [float], None, 'size range of the cutmix box, instead of alpha', PAIR),
+        ('--cutmix-minmax', [float], None, 'size range of the cutmix box, instead of alpha', _BOX),
         ('--mixup-prob', float, 1.0, 'probability of mixup or cutmix', SHARE),
         ('--mixup-switch-prob', float, 0.5, 'probability of cutmix where both are on', SHARE),
         ('--mixup-mode', ('batch', 'pair', 'elem'), 'batch', 'what shares one mix'),
-        ('--mixup-off-epoch', int, 0, 'no mixup from this epoch on', at_least(0)),
+        ('--mixup-off-epoch', int, 0, 'no mixup from this epoch on (0: always)', at_least(0)),
         ('--smoothing', float, 0.1, 'label smoothing', SHARE),
         ('--train-interpolation', (*_FILTERS, 'random'), 'random', 'resize interpolation in training'),
         ('--drop', float, 0.0, 'dropout rate', SHARE),
@@ -348,7 +359,7 @@ VALIDATE: dict[str, list[Row]] = {
         *MODEL,
         ('--batch-size -b', batch_size, 256, 'images a step and a process, or auto: the most that fit', at_least(1)),
         ('--use-train-size', bool, False, 'evaluate at the training size where the model has two'),
-        ('--crop-mode', str, None, 'squash, border or center'),
+        ('--crop-mode', ('squash', 'border', 'center'), None, 'crop (default: as the model, mostly center)'),
         ('--crop-border-pixels', int, None, 'border to cut off first', at_least(0)),
         ('--test-pool', bool, False, 'average over positions of a larger image at test time'),
         ('--reparam', bool, False, 'merge branches of a model that can'),

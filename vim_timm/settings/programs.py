@@ -13,6 +13,7 @@ from .masked import AUGMENTATION, check_masked, is_autoencoder
 from .parse import Settings, build_parser, parse
 from .parser import Parser
 
+STREAMS = ('hfids/', 'tfds/', 'wds/')
 KINDS = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')  # of --dataset, before a name
 _PACKAGE = Path(__file__).parents[1]
 TRAIN_PROGRAM, VALIDATE_PROGRAM = 'train.py', 'validate.py'
@@ -93,8 +94,12 @@ def check(args: Settings) -> None:
             raise UserError(f'mixup and cutmix pair images: --batch-size must be even, not {args.batch_size}')
         if splits > 1:
             raise UserError('--mixup and --cutmix do not go with --aug-splits')
-    if splits == 1 or ('jsd_loss' in args and (args.jsd_loss or args.loss == 'jsd') and splits < 2):
-        raise UserError('--aug-splits must be 2 or more, and --jsd-loss needs it')
+    if 'jsd_loss' in args and (args.jsd_loss or args.loss == 'jsd') and not splits:
+        raise UserError('--jsd-loss needs --aug-splits of 2 or more')
+    if 'aug_repeats' in args and args.aug_repeats and args.epoch_repeats > 1:
+        raise UserError('--aug-repeats draws as many images an epoch as there are: leave --epoch-repeats out')
+    if 'scale' in args and args.scale[1] > 1 and args.train_crop_mode in (None, 'rrc'):
+        raise UserError(f'--scale: a crop has at most the area of its image, which is 1, not {args.scale[1]:g}')
 
 
 def check_data(args: Settings) -> None:
@@ -115,6 +120,13 @@ def check_data(args: Settings) -> None:
             f'--dataset takes digits, nothing or arrays for a folder or tar, or {"NAME, ".join(KINDS)}NAME, '
             f'not {args.dataset!r}{meant(name, known)}'
         )
+    if not name.startswith(STREAMS):
+        for flag in ('train_num_samples', 'num_samples', 'val_num_samples'):
+            if getattr(args, flag, None):
+                raise UserError(
+                    f'--{flag.replace("_", "-")} counts the images of a stream ({"NAME, ".join(STREAMS)}NAME), '
+                    'and takes no part of other data: leave it out'
+                )
     if name in ('', 'arrays', *torchs):
         if not args.data_dir:
             raise UserError('no data: give --data-dir, or --dataset digits for the embedded digits')

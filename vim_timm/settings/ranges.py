@@ -16,25 +16,31 @@ class Range:
 
     Attributes:
         above: `low` itself is no longer one of them.
-        ascending: two numbers, the smaller first.
+        or_zero: 0 is one of them too, and turns off what the numbers say.
+        ascending: fewest and most of several numbers, the smaller first.
     """
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
-    ascending: bool = False
+    or_zero: bool = False
+    ascending: tuple[int, float] | None = None
 
     def refusal(self, value: Any) -> str:
         """Why a number, or a list of numbers, is none of these, as `must be ...`; '' if it is."""
         if isinstance(value, Sequence):
-            if self.ascending and not (len(value) == 2 and self.low < value[0] <= value[1] <= self.high):
-                above = f' above {self.low}' if self.low > -LARGEST else ''
-                return f'takes two numbers{above}, the smaller first, not {value}'
+            fewest, most = self.ascending or (0, math.inf)
+            if not fewest <= len(value) <= most or (self.ascending and value != sorted(value)):
+                numbers = 'two numbers' if fewest == 2 else 'one or two numbers' if most == 2 else 'numbers'
+                return f'takes {numbers}, the smaller first, not {value}'
             return next(filter(None, map(self.refusal, value)), '')
         if not math.isfinite(value) or abs(value) > LARGEST:
             return f'must be a finite number, not {value}'
+        if self.or_zero and value == 0:
+            return ''
         if value < self.low or (self.above and value == self.low):
-            return f'must be {"above" if self.above else "at least"} {self.low}, not {value}'
+            zero = '0 or ' if self.or_zero else ''
+            return f'must be {zero}{"above" if self.above else "at least"} {self.low}, not {value}'
         return f'must be at most {self.high}, not {value}' if value > self.high else ''
 
 
@@ -55,8 +61,8 @@ class Names:
 ANY = Range()
 SHARE = Range(0, 1)
 POSITIVE = Range(0, above=True)
-PAIR = Range(0, ascending=True)
-ASCENDING = Range(-LARGEST, ascending=True)
+PAIR = Range(0, above=True, ascending=(2, 2))
+ASCENDING = Range(-LARGEST, above=True, ascending=(2, 2))
 
 
 def at_least(low: float, high: float = math.inf) -> Range:

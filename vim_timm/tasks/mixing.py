@@ -5,6 +5,8 @@ import torch
 from timm.data import Mixup
 from timm.data.mixup import mixup_target, rand_bbox_minmax
 
+from ..errors import UserError
+
 # columns of the numbers, before those of the lines and columns that are the other image's
 PIXELS, TARGETS, LINES = 0, 1, 2
 
@@ -38,6 +40,9 @@ def draw(mixup: Mixup, count: int, size: tuple[int, int]) -> np.ndarray:
 def _boxes(mixup: Mixup, share: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, ...]:
     """Top, bottom, left and right (n,) of the boxes of cutmix, as `timm.data.mixup.rand_bbox` draws one."""
     if mixup.cutmix_minmax is not None:
+        low, high = mixup.cutmix_minmax
+        if any(int(side * low) == int(side * high) for side in size):  # timm's are below the largest
+            raise UserError(f'--cutmix-minmax {low:g} {high:g}: no box of {size[1]} x {size[0]} pixels is in between')
         return rand_bbox_minmax((*size,), mixup.cutmix_minmax, len(share))
     sides = []
     for side in size:
