@@ -41,10 +41,19 @@ def checkout(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
+def hasty(tmp_path_factory):
+    """A C compiler that leaves out the optimizations, with which the kernel takes six times as long."""
+    script = tmp_path_factory.mktemp('compiler') / 'cc'
+    script.write_text('#!/bin/sh\nexec cc "$@" -O0\n', encoding='utf-8')
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture(scope='module')
+def wheel(hasty, tmp_path_factory):
     """The wheel of the sources, built with a compiler."""
     folder = tmp_path_factory.mktemp('wheel')
-    return wheel_of(copied(folder), folder / 'out')
+    return wheel_of(copied(folder), folder / 'out', CC=hasty)
 
 
 @pytest.fixture(scope='module')
@@ -155,8 +164,9 @@ def test_an_embedded_weight_works_offline_from_an_installed_wheel(checkout, tmp_
 
 
 @needs_compiler
-def test_an_editable_install_builds_the_kernel_in_place(checkout, tmp_path):
-    pip('install', '--no-deps', '--no-build-isolation', '--no-cache-dir', '--target', tmp_path / 'site', '-e', checkout)
+def test_an_editable_install_builds_the_kernel_in_place(checkout, hasty, tmp_path):
+    options = ('--no-deps', '--no-build-isolation', '--no-cache-dir', '--target', tmp_path / 'site')
+    pip('install', *options, '-e', checkout, CC=hasty)
     assert (checkout / KERNEL).exists()
 
 
