@@ -316,7 +316,7 @@ def test_dead_worker_ends_the_run(tmp_path):
         time.sleep(0.1)
     worker = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()[0]
     os.kill(int(worker), signal.SIGKILL)
-    status, error = process.wait(timeout=60)
+    status, error = process.wait(timeout=200)
     assert status == 3
     # in place of a traceback of its own; the other worker may show one as it loses the main process
     assert 'train.py: error: a data loading process died or cannot be reached' in error

@@ -112,7 +112,7 @@ with console.lasting_streams():
 def speak(body, shell, **environment):
     """A program that prints inside `lasting_streams`, as a shell command starts it."""
     command = ['bash', '-c', f'"$@" {shell}', 'bash', sys.executable, '-c', CONSOLE + body]
-    return subprocess.run(command, capture_output=True, env={**os.environ, **environment}, timeout=60)
+    return subprocess.run(command, capture_output=True, env={**os.environ, **environment}, timeout=200)
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='a shell of POSIX starts the programs')

@@ -108,10 +108,10 @@ def test_what_is_waited_for_is_said(monkeypatch, progress):
     shown, terminal = progress()
     with shown:
         shown.wait_for('a compiler')
-        deadline = time.time() + 20
+        deadline = time.time() + 60
         while len(terminal.lines()) < 3 and time.time() < deadline:
             time.sleep(0.02)
-    assert set(terminal.lines()) == {'waiting for a compiler, 0 s'}
+    assert all(re.fullmatch(r'waiting for a compiler, \d+ s', line) for line in terminal.lines()) and terminal.lines()
 
 
 def test_a_file_says_it_when_it_takes_long(monkeypatch, capsys):
@@ -122,7 +122,7 @@ def test_a_file_says_it_when_it_takes_long(monkeypatch, capsys):
         time.sleep(1)
         progress.wait_for('')
         time.sleep(0.3)
-    assert 1 < capsys.readouterr().out.count('waiting for data') < 6
+    assert 1 < capsys.readouterr().out.count('waiting for data') < 20  # of 50 at each SECOND
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='POSIX')
@@ -222,7 +222,7 @@ class Slow(Digits):
     def __getitem__(self, index):
         if len(self.labels) > 1000:
             print('reading', flush=True)
-            time.sleep(60)
+            time.sleep(600)
         return super().__getitem__(index)
 
 args = train.parse_args(sys.argv[1:])
@@ -247,7 +247,7 @@ def test_ctrl_c_twice_ends_at_once(tmp_path):
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(1)
-    output = process.communicate(timeout=30)[0]
+    output = process.communicate(timeout=200)[0]
     assert process.returncode == 130 and 'ended at once' in output and 'Traceback' not in output, output
 
 

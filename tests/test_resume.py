@@ -141,7 +141,7 @@ def test_a_worker_ends_with_its_process_whatever_it_waits_for():
     process = subprocess.Popen([sys.executable, '-c', STUCK], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b'here\n'
     process.kill()
-    assert process.communicate(timeout=30) == (b'', None)  # nobody holds the pipe any more
+    assert process.communicate(timeout=200) == (b'', None)  # nobody holds the pipe any more
 
 
 PREEMPTED = [*HARD.split(), '--workers', '2', '--epochs', '3']
@@ -217,7 +217,7 @@ def test_silent_rank_is_waited_for_no_longer_than_the_timeout(tmp_path):
     try:
         wait_for(tmp_path / 'a' / 'last.pth.tar', first)
         second.send_signal(signal.SIGSTOP)
-        status, output = first.wait(timeout=60)
+        status, output = first.wait(timeout=200)
     finally:
         second.send_signal(signal.SIGKILL)
         second.wait()
@@ -231,7 +231,7 @@ def test_signal_to_torchrun_saves_once(tmp_path):
     process = launch(tmp_path, 'cut', *flags)
     wait_for(tmp_path / 'cut' / 'last.pth.tar', process)
     process.send_signal(signal.SIGTERM)
-    output = process.wait(timeout=60)[1]
+    output = process.wait(timeout=200)[1]
     assert 'saved' in output
     assert sum(name.startswith('recovery') for name in os.listdir(tmp_path / 'cut')) == 1
 
@@ -343,5 +343,5 @@ def test_dead_rank_ends_the_run(tmp_path):
     wait_for(tmp_path / 'a' / 'last.pth.tar', process)
     ranks = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    assert process.wait(timeout=60)[0] != 0
+    assert process.wait(timeout=200)[0] != 0
     load(tmp_path, 'a')  # whole
