@@ -154,8 +154,9 @@ def test_files_of_a_run(run):
     assert [float(row['eval_top1']) for row in table] == [row['eval_top1'] for row in rows]
 
 
-def test_settings_of_a_run_start_another(few, run):
-    folder, rows = run(DIGITS)
+def test_settings_of_a_run_start_another(few, run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    folder, rows = run(DIGITS.replace('--device cpu ', ''))
     assert settled(run(f'--config {folder / "args.yaml"}', name='b')[1]) == settled(rows)
 
 
@@ -276,7 +277,7 @@ def test_valid_labels_that_the_model_has_not_are_refused(labels, tmp_path, capsy
     flags = ['--model', f'local-dir:{tmp_path / "model"}', '--pretrained', '--workers', '0', '--device', 'cpu']
     assert validate.main([*flags, '--data-dir', str(root), '--valid-labels', str(tmp_path / 'labels.txt')]) == 2
     error = capsys.readouterr().err
-    assert f'the model has classes 0 to {model.num_classes - 1}' in error and error.count('\n') == 1
+    assert f'/labels.txt: the model has classes 0 to {model.num_classes - 1}\n' in error and error.count('\n') == 1
 
 
 def test_folder_of_checkpoints(few, run, evaluate):

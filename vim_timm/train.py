@@ -123,7 +123,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     model = build.make_training_model(args, process)
     args = args.replace(num_classes=args.num_classes or model.num_classes or None)
     data_config = build.resolve_images(model, vars(args))
-    model = build.place_model(args, process, model, data_config['input_size'])
+    model = build.place_model(args, process, model, data_config['input_size'], not (args.mae or hooks.task))
     train_data = data.train_loader(args, process, datasets[0], data_config)
     loaders = (train_data, data.eval_loader(args, process, datasets[1], data_config, train_data.unreadable))
     task = make_task(args, process, model, data_config, hooks.loss, hooks.task)
@@ -174,7 +174,8 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         for line in filter(None, (remark, slow_average(args, trainer.updates * trainer.epochs), compiling)):
             trainer.progress.say(line)
         if trainer.primary:
-            left_out = {*UNWRITTEN, *({'workers', 'log_interval'} - args.chosen)}  # the next machine has its own cores
+            # the next machine has its own device and cores
+            left_out = {*UNWRITTEN, *({'device', 'workers', 'log_interval'} - args.chosen)}
             text = yaml.safe_dump({name: value for name, value in vars(args).items() if name not in left_out})
             write_atomically(os.path.join(trainer.folder, 'args.yaml'), text)
         if args.mae and trainer.primary:
