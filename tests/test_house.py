@@ -149,3 +149,20 @@ def test_what_is_imported_is_declared():
     declared = {word.replace('-', '_') for word in words}
     assert 'torch' in imported and 'timm' in declared
     assert {PROJECTS.get(name, name) for name in imported} <= declared | WITH_TORCH | ONLY_IF_THERE
+
+
+def unplaced(source):
+    """Lines in a block that explains errors which raise a UserError: that gets no name of a file or flag in front."""
+    for block in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.With)):
+        if any(re.match(r'explain\(.', ast.unparse(item.context_expr)) for item in block.items):
+            raised = (node for node in ast.walk(block) if isinstance(node, ast.Raise) and node.exc)
+            yield from (node.lineno for node in raised if ast.unparse(node.exc).startswith('UserError('))
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_sentence_names_the_file_that_it_is_about(path):
+    assert not list(unplaced(path.read_text(encoding='utf-8')))
+
+
+def test_the_check_of_sentences_can_fail():
+    assert list(unplaced("with explain('x'):\n    if a:\n        raise UserError('y')\n    raise ValueError()")) == [3]

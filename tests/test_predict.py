@@ -173,7 +173,7 @@ def test_an_onnx_file_of_another_program_ends_in_a_sentence(entry, pictures, tmp
     onnx.save(model, tmp_path / 'other.onnx')
     assert main([str(pictures), '--onnx', str(tmp_path / 'other.onnx')]) == 2
     error = capsys.readouterr().err
-    assert error.startswith('predict: error: ') and error.count('\n') == 1
+    assert error.startswith(f'predict: error: ONNX file {tmp_path / "other.onnx"}: ') and error.count('\n') == 1
 
 
 class Corner(torch.nn.Module):

@@ -276,7 +276,7 @@ def _ready_model(
     if labels is not None:
         with explain(f'--valid-labels {args.valid_labels}'):
             if not 0 <= min(labels) <= max(labels) < model.num_classes:
-                raise UserError(f'the model has classes 0 to {model.num_classes - 1}')
+                raise ValueError(f'the model has classes 0 to {model.num_classes - 1}')
     if args.reparam:
         model = reparameterize_model(model)
     data_config = build.resolve_images(model, vars(args), use_test_size=not args.use_train_size)
@@ -289,7 +289,7 @@ def _ready_model(
             )
         model, pooled = apply_test_time_pool(model, data_config)
         data_config['crop_pct'] = 1.0 if pooled else data_config['crop_pct']
-    model = build.place_model(args, process, model, data_config['input_size'])
+    model = build.place_model(args, process, model, data_config['input_size'], not args.mae)
     if labels is not None:
         model = torch.nn.Sequential(model, _Select(labels))
     if args.torchcompile:
@@ -321,7 +321,7 @@ def _name_classes(
     if labels is not None and (known or count):
         with explain(f'--valid-labels {args.valid_labels}'):
             if not 0 <= min(labels) <= max(labels) < (len(known) or count):
-                raise UserError(f'the model has classes 0 to {(len(known) or count) - 1}')
+                raise ValueError(f'the model has classes 0 to {(len(known) or count) - 1}')
             known = [known[label] for label in labels] if known else []
     dataset, by_name = _by_name(dataset, known, args, where)
     if labels is None and count:

@@ -42,13 +42,13 @@ def read_class_map(path: str, root: str | None) -> dict[Any, int]:
         if not path.endswith('.txt'):
             indices = load_class_map(path, root or '')
             if not indices or not all(isinstance(index, int) and index >= 0 for index in indices.values()):
-                raise UserError('it must map class names to whole numbers from 0')
+                raise ValueError('it must map class names to whole numbers from 0')
             return indices
         with open(path if os.path.exists(path) else os.path.join(root or '', path), encoding='utf-8') as file:
             names = [line.strip() for line in file.read().rstrip().splitlines()]
         name, count = Counter(names).most_common(1)[0] if names else ('', 0)
         if count != 1:
-            raise UserError(f'the class {name!r} is in it {count} times' if count else 'it names no class')
+            raise ValueError(f'the class {name!r} is in it {count} times' if count else 'it names no class')
         return {name: number for number, name in enumerate(names)}
 
 

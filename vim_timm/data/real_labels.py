@@ -21,11 +21,11 @@ def read_real_labels(path: str, dataset: Any) -> RealLabelsImagenet:
         try:
             real = RealLabelsImagenet(names, real_json=path)
         except AssertionError as error:
-            raise UserError(
+            raise ValueError(
                 f'it has labels for another number of images than the {len(names)} of the data set'
             ) from error
         if not set(names) <= set(real.real_labels):
-            raise UserError('it has labels for the images ILSVRC2012_val_*.JPEG only, and the data set has others')
+            raise ValueError('it has labels for the images ILSVRC2012_val_*.JPEG only, and the data set has others')
     return real
 
 

@@ -147,24 +147,31 @@ def make_model(args: Settings, **kwargs: Any) -> torch.nn.Module:
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     with explain(f'model {args.model}'), explain_download(args.model):
         kwargs.update(pretrained=args.pretrained, num_classes=args.num_classes, global_pool=args.gp)
+        for name in args.model_kwargs.keys() & {*kwargs, 'device', 'dtype', 'features_only'}:
+            raise ValueError(f'--model-kwargs cannot set {name}: a flag of its own does, or the program')
         check_published(args.model, args.pretrained)
         return model_of(vars(args), **kwargs, **args.model_kwargs)
 
 
 def place_model(
-    args: Settings, process: Process, model: torch.nn.Module, input_size: tuple[int, int, int]
+    args: Settings, process: Process, model: torch.nn.Module, input_size: tuple[int, int, int], logits: bool = True
 ) -> torch.nn.Module:
     """Move the model to the device and try it once, before anything is written or a long run starts.
 
+    Args:
+        logits: It has to return logits (B, classes).
+
     Raises:
-        UserError: the model cannot run here, such as a forced scan backend that is not available.
+        UserError: the model cannot run here, such as a forced scan backend that is not available, or is no classifier.
     """
     model.to(process.device, process.dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     training = model.training
     with explain(f'model {args.model}'), torch.no_grad(), process.autocast():
-        model.eval()(torch.zeros(1, *input_size, device=process.device, dtype=process.dtype))
+        output = model.eval()(torch.zeros(1, *input_size, device=process.device, dtype=process.dtype))
+        if logits and getattr(output, 'ndim', 0) != 2:
+            raise ValueError("it returns no logits, a row of classes an image: is that --gp ''?")
     return model.train(training)
 
 

@@ -106,14 +106,14 @@ def open_onnx(path: str) -> tuple[Saved, Callable[[torch.Tensor], torch.Tensor]]
 
     with explain(f'ONNX file {path}'):
         if not os.path.isfile(path):
-            raise UserError('there is no such file')
+            raise ValueError('there is no such file')
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
         facts: Any = json.loads(session.get_modelmeta().custom_metadata_map.get(KEY, '{}'))
         facts = facts if isinstance(facts, dict) else {}
-        data = settings_of({'args': {}, 'data_config': facts.get('data_config')}, 'its metadata')
+        data = settings_of({'args': {}, 'data_config': facts.get('data_config')}, f'ONNX file {path}')
         names = facts.get('class_names')
         if 'input_size' not in data or not isinstance(names, list):
-            raise UserError('it was not written by vim_timm.export, so nobody knows which images it takes')
+            raise ValueError('it was not written by vim_timm.export, so nobody knows which images it takes')
     entry = session.get_inputs()[0]
     fixed = entry.shape[0] if isinstance(entry.shape[0], int) else 0
 

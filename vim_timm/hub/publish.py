@@ -71,7 +71,7 @@ def read_result(path: str, model: str) -> dict[str, Any]:
         name = str(row.get('model', ''))
         known = published_cfg(name).get('architecture', '') if ':' in name else name.partition('.')[0]
         if (get_deprecated_models().get(known) or known).partition('.')[0] != model:
-            raise UserError(f'it is the result of {name or "no model by name"}, and the checkpoint holds {model}')
+            raise ValueError(f'it is the result of {name or "no model by name"}, and the checkpoint holds {model}')
         return row
 
 
@@ -79,7 +79,7 @@ def _result(path: str) -> dict[str, Any]:
     row = json.loads(Path(path).read_text(encoding='utf-8'))
     numbers: list[Any] = [row.get(name) for name in ('top1', 'top5', 'count')] if isinstance(row, dict) else [None]
     if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-        raise UserError(
+        raise ValueError(
             'it is no result of one model (top1, top5, count), written by validate.py --results-format json'
         )
     return row
