@@ -17,7 +17,7 @@ from tests import golden_data, kernels
 from vim_timm import ops
 from vim_timm.ops import backends, mamba_ssm_adapter
 from vim_timm.ops import scan as scan_operator
-from vim_timm.ops.operands import Conv, Direction, Scan, Taps
+from vim_timm.ops.operands import Conv, Direction, Mixer, Scan, Taps, Weights
 from vim_timm.ops.plain import chunked, export, reference
 
 SCAN_INPUTS = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')
@@ -234,6 +234,29 @@ def test_torch_backend_keeps_a_few_activations_for_the_backward_pass():
         out = chunked.scan(Scan.of(*inputs.values(), 0.5, True, True))
     activation = out.numel() * out.element_size()
     assert sum(saved.values()) < 16 * activation  # inputs included; the states of the two directions alone would be 32
+
+
+@pytest.mark.parametrize(
+    'backend', ['reference', 'torch', 'export', pytest.param('cpu', marks=needs_cpu_kernel), 'triton']
+)
+def test_taps_of_a_wrong_shape_are_refused(backend):
+    conv, x = backends.TABLE['conv'][backend].run, torch.randn(2, 7, 4)
+    for weight, bias in (((4, 2, 4), None), ((1, 4), None), ((5, 4), None), ((4,), None), ((4, 3), (1,))):
+        taps = Taps(torch.randn(weight), None if bias is None else torch.randn(bias))
+        with pytest.raises(ValueError, match='shape|weight'):
+            conv(Conv(x, taps))
+        with pytest.raises(ValueError, match='shape|weight'):
+            conv(Conv(x, Taps(torch.randn(4, 3), None), taps))
+
+
+def test_the_law_of_a_mixer_takes_taps_with_one_more_axis_of_one_or_none():
+    weights = Weights(*map(torch.randn, [(6, 3), (6,), (8, 6), (6, 2), (6,), (6, 3), (6,)]))
+    xz, more = torch.randn(2, 5, 12), weights._replace(conv=weights.conv[:, None])
+    assert torch.equal(reference.mixer(Mixer(xz, more, more)), reference.mixer(Mixer(xz, weights, weights)))
+    for axes in ([6, 2, 3], [6, 1, 1, 3]):
+        wrong = weights._replace(conv=torch.randn(axes))
+        with pytest.raises(ValueError, match='the taps of 6 channels have the shape'):
+            reference.mixer(Mixer(xz, wrong, weights))
 
 
 # --- the drop-ins

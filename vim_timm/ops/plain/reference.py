@@ -82,8 +82,18 @@ def scan(given: operands.Scan, one_direction: Callable[..., Tensor] = scan_one_d
     return count(y.to(forward.u.dtype), scan_flops, given)
 
 
+def check_taps(x: Tensor, taps: Taps) -> None:
+    """Raise ValueError for taps of another shape than (D, W), or a bias of another one than (D)."""
+    weight, bias = taps
+    if weight.dim() != 2 or weight.shape[0] != x.shape[2]:
+        raise ValueError(f'the taps of {x.shape[2]} channels have the shape {list(weight.shape)}')
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f'the bias of {x.shape[2]} channels has the shape {list(bias.shape)}')
+
+
 def conv_one_direction(x: Tensor, taps: Taps, silu: bool, reverse: bool) -> Tensor:
     """Depthwise causal convolution: weight[:, -1] meets the current token, W - 1 zeros stand before the first."""
+    check_taps(x, taps)
     weight, bias = taps
     dtype = compute_dtype(x)
     width, length = weight.shape[1], x.shape[1]
@@ -118,7 +128,9 @@ def mixer(
     """Convolutions, projections, gated scans and, where it is given, out_proj. See `ops.mixer`."""
     xz, forward, backward, scale, out_proj, out_bias = given
     x, z = xz.chunk(2, dim=-1)
-    taps, taps_b = (Taps(weights.conv.flatten(1), weights.conv_bias) for weights in (forward, backward))
+
+    def taps(weights: operands.Weights) -> Taps:
+        return Taps(weights.conv if weights.conv.dim() == 2 else weights.conv.squeeze(1), weights.conv_bias)
 
     def project(u: Optional[Tensor], weights: operands.Weights) -> Direction:
         assert u is not None
@@ -126,6 +138,6 @@ def mixer(
         dt, B, C = F.linear(u, weights.x_proj).split([weights.dt.shape[1], state, state], dim=-1)
         return Direction(u, F.linear(dt, weights.dt), weights.A_log, B, C, weights.D, weights.dt_bias)
 
-    u, u_b = conv(operands.Conv(x, taps, taps_b))
+    u, u_b = conv(operands.Conv(x, taps(forward), taps(backward)))
     y = scan(operands.Scan(project(u, forward), project(u_b, backward), z, scale))
     return y if out_proj is None else F.linear(y, out_proj, out_bias)

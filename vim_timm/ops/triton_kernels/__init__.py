@@ -188,6 +188,8 @@ def scan(given: operands.Scan) -> Tensor:
 def conv(given: operands.Conv) -> Tuple[Tensor, Optional[Tensor]]:
     """`reference.conv` in x's dtype: (B, L, D) contiguous each. Widths over 4 run as plain aten operations."""
     x, forward, backward, silu = given
+    for taps in (forward,) if backward is None else (forward, backward):
+        reference.check_taps(x, taps)
     if not x.numel() or forward.weight.shape[1] > MAX_WIDTH:
         return reference.conv(given)
     if backward is not None and _absent(forward.bias) != _absent(backward.bias):
