@@ -485,8 +485,10 @@ def test_a_library_of_another_version_is_not_called(monkeypatch):
     """A structure of another size would be read past its end."""
     monkeypatch.setitem(library._expected, 'CHUNK', 32)
     monkeypatch.setitem(library._expected, 'Scan', 8)
+    monkeypatch.setitem(library._expected, 'FASTEST / 2^64', 8931484)
     found = library._prepare()
-    assert 'CHUNK is 64 and not 32, Scan is 640 and not 8' in found and 'setup.py build_ext' in found
+    wrong = 'CHUNK is 64 and not 32, FASTEST / 2^64 is 8931486 and not 8931484, Scan is 640 and not 8'
+    assert wrong in found and 'setup.py build_ext' in found
 
 
 @pytest.mark.skipif(shutil.which('cc') is None, reason='no C compiler')

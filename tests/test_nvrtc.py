@@ -3,10 +3,17 @@
 import importlib.util
 import types
 
+import numpy as np
 import pytest
 import torch
 
 from vim_timm.ops.cuda import mixer_op, nvrtc, sizes
+from vim_timm.ops.plain import reference
+
+
+def test_sources_have_the_largest_decay_rate_of_the_reference():
+    rate = dict(sizes.macros([('RANK', 3)]))['FASTEST']
+    assert rate[-1] == 'f' and np.float32(rate[:-1]) == np.float32(reference.FASTEST)
 
 
 def test_a_thread_without_a_context_gets_one():

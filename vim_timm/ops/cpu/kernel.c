@@ -43,5 +43,6 @@ EXPORT const Number ENTRY(numbers)[] = {
     {"GatedLinear", sizeof(GatedLinear)},
     {"CHUNK", CHUNK},
     {"PADDING", PADDING},
+    {"FASTEST / 2^64", (int64_t)(FASTEST / 0x1p64f)}, /* whole, as a float32 of its size is */
     {NULL, 0},
 };

@@ -12,12 +12,14 @@ from torch import Tensor
 from vim_timm.ops.cpu import library
 from vim_timm.ops.cpu.tensors import address, checked, gradient, limit, new, parameter, present, rows, threads
 from vim_timm.ops.operands import Direction, Scan, schema
+from vim_timm.ops.plain import reference
 from vim_timm.ops.registration import Kernel, keep_outputs, register, scan_flops, wants_gradient
 
 _CHUNK = 64  # tokens between two kept states
 _PADDING = 16  # the kept states' channels are padded to a multiple of it
 library.expect('CHUNK', _CHUNK)
 library.expect('PADDING', _PADDING)
+library.expect('FASTEST / 2^64', round(reference.FASTEST / 2**64))
 
 # The C structure Scan: two directions, three Rows, eight integers, one double.
 _STRUCT = struct.Struct('@79qd')

@@ -2,11 +2,8 @@
 // to shared memory, and the step sizes before their activation, B and C are made of them. Rows of results are in scan order
 // (row p is token p ^ flip), rows of projections in order of tokens.
 
-// e^60 log2(e), as in the reference: infinity times a step of 0 would be NaN, and so would the gradient of a step of 0 be
-// where a larger number overflows.
-constexpr float FASTEST = 1.647568e26f;
-
-// A_log as kernels take it: a step's decay is exp2_fast(step * decay_rate).
+// A_log as kernels take it: a step's decay is exp2_fast(step * decay_rate). At most FASTEST: infinity times a step of 0 would
+// be NaN, and so would the gradient of a step of 0 be where a larger number overflows.
 __device__ __forceinline__ float decay_rate(float A_log) {
   const float rate = -LOG2E * exp2_fast(A_log * LOG2E);
   return rate < -FASTEST ? -FASTEST : rate;

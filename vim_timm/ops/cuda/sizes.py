@@ -1,7 +1,9 @@
 """Numbers that launches and kernels share: launches compute with them, sources get them as macros of the same names."""
 
 import math
-from typing import Iterable, Tuple
+from typing import Iterable, Tuple, Union
+
+from ..plain import reference
 
 STATE = 16  # d_state
 TILE = 16  # tokens that a warp takes at once, the height of a matrix product
@@ -15,6 +17,7 @@ CONV_GROUP = 8  # tokens that such a warp takes at once
 PRODUCT_TOKENS = 32  # that a block of sums of outer products has in shared memory at once
 FLAT_THREADS = 256  # of a block that takes numbers one by one, or sums of rows
 SUM_COLUMNS = 128  # of a block of sums of rows
+FASTEST = f'{reference.FASTEST:.9g}f'  # decay rate, in base 2
 CONSTANTS = {name: value for name, value in globals().items() if name.isupper()}
 
 
@@ -27,7 +30,7 @@ def row(rank: int) -> int:
     return padded_rank(rank) + 2 * STATE
 
 
-def macros(given: Iterable[Tuple[str, int]]) -> Tuple[Tuple[str, int], ...]:
+def macros(given: Iterable[Tuple[str, int]]) -> Tuple[Tuple[str, Union[int, str]], ...]:
     """All macros of a source from those of a call, RANK (dt_rank) among them."""
     own = dict(given)
     return tuple({**CONSTANTS, 'RANK_PAD': padded_rank(own['RANK']), 'ROW': row(own['RANK']), **own}.items())

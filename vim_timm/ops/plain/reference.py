@@ -15,6 +15,9 @@ from vim_timm.ops import operands
 from vim_timm.ops.operands import Direction, Taps
 from vim_timm.ops.registration import conv_flops, count, scan_flops
 
+LARGEST_LOG = 60.0  # of decay rates: leaves a step's gradient, a sum of products with them, in float32's range
+FASTEST = math.exp(LARGEST_LOG) * math.log2(math.e)  # the same rate as kernels have it, whose exponentials are of two
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Scans and their states are float32 at least: float64 inputs stay float64, all others become float32."""
@@ -28,10 +31,9 @@ def step_size(delta: Tensor, delta_bias: Optional[Tensor], softplus: bool) -> Te
     return F.softplus(delta) if softplus else delta
 
 
-def state_matrix(A: Tensor, is_log: bool, dtype: torch.dtype) -> Tensor:
+def state_matrix(A: Tensor, is_log: bool, dtype: torch.dtype, largest_log: float = LARGEST_LOG) -> Tensor:
     """The state matrix's diagonal (D, N); minus infinity becomes a finite number whose decays are 0 all the same, with
     derivatives that are 0 as well, where those of infinity are not a number."""
-    largest_log = 60.0  # leaves a step's gradient, a sum of products with it, in float32's range
     A = A.to(dtype)
     return -torch.exp(A.clamp(max=largest_log)) if is_log else A.clamp(min=-math.exp(largest_log))
 

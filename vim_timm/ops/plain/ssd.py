@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vim_timm.ops.operands import Ssd
+from vim_timm.ops.plain.reference import LARGEST_LOG
 from vim_timm.ops.registration import SSD_CHUNK, SSD_WHOLE, count, ssd_flops
 
 MOST_GROWTH = 88.0  # e^-88 of a state is nothing in float32
@@ -32,13 +33,14 @@ def step_sizes(delta: torch.Tensor, delta_bias: Optional[torch.Tensor], dtype: t
 
 
 def decays(
-    dt: torch.Tensor, A_log: torch.Tensor, moves: Optional[torch.Tensor], most: float = MOST_GROWTH
-) -> torch.Tensor:
+    dt: torch.Tensor, A_log: torch.Tensor, moves: Optional[torch.Tensor], most: float = MOST_GROWTH,
+    largest_log: float = LARGEST_LOG,
+) -> torch.Tensor:  # fmt: skip
     """l (O, B, L, H), what s grows by at every token: nothing where `moves` (L) is 0.
 
     Rates are those of the scan at most, and growth is `most`: in a larger s the smaller steps behind would be lost.
     """
-    rate = torch.exp(A_log.to(dt.dtype).clamp(max=60.0))
+    rate = torch.exp(A_log.to(dt.dtype).clamp(max=largest_log))
     growth = (dt.unsqueeze(0) * rate.view(-1, 1, 1, A_log.shape[1])).clamp(max=most)
     return growth if moves is None else growth * moves.to(dt.dtype).view(-1, 1)
 

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
-from ..plain import ssd
+from ..plain import reference, ssd
 from .math import LOG2E, exp2, sigmoid, softplus
 
 MOST_GROWTH = tl.constexpr(ssd.MOST_GROWTH)
+LARGEST_LOG = tl.constexpr(reference.LARGEST_LOG)
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def moving(MOVES, tokens, inside, prefix, HAS_MOVES: tl.constexpr):
 def load_rate(A_LOG, h, in_heads, FAST: tl.constexpr):
     """exp(A_log), finite as in `plain.ssd.decays`."""
     A_log = tl.load(A_LOG + h, mask=in_heads, other=0.0).to(tl.float32)
-    return exp2(tl.where(A_log > 60.0, 60.0, A_log) * LOG2E, FAST)
+    return exp2(tl.where(A_log > LARGEST_LOG, LARGEST_LOG, A_log) * LOG2E, FAST)
 
 
 @triton.jit(do_not_specialize=['length', 'heads', 'prefix', 'height', 'width', 'span'])
