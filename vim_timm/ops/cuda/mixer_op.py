@@ -290,13 +290,13 @@ class Mixer:
         dt_bias, A_log and D in `weights`. grad_y has rows of 2 D."""
         chunks, tokens = self.cut.chunks, self.batch * self.length
         grid = (self.dim // BACKWARD_CHANNELS, chunks, 2 * self.batch)
-        sizes = (self.batch, self.length, self.dim, self.cut.chunk)
+        extents = (self.batch, self.length, self.dim, self.cut.chunk)
         module = self.module(BACKWARD, ('BLOCKS', BACKWARD_BLOCKS), ('CHUNKED', int(chunks > 1)))
         rows = [*p.x, *p.dt, *self.at.dt_bias, *self.at.A_log]
         Q: Optional[Tensor] = None
         if states is not None:
             local = self.empty(2 * self.batch, chunks, STATE, self.dim, dtype=torch.float32)
-            module.launch('grad_states', grid, 32, *rows, grad_y, local.data_ptr(), *sizes)
+            module.launch('grad_states', grid, 32, *rows, grad_y, local.data_ptr(), *extents)
             Q = torch.empty_like(local)
             self.carry(local.data_ptr(), Q.data_ptr(), states.steps, against=True)
         numbers = 2 * tokens * self.dim
@@ -305,7 +305,7 @@ class Mixer:
         parts, (part_x, part_p) = self.buffers(grid[0] * 2 * tokens * 2 * STATE, math.prod(shape), dtype=torch.float32)
         module.launch(
             'scan_backward', grid, 32, *p.u, *rows, *self.at.skip, grad_y, bounds, address(Q), grad_u,
-            grad_delta, part_x, part_p, *sizes,
+            grad_delta, part_x, part_p, *extents,
         )  # fmt: skip
         self.module(SUMS).launch(
             'sum_projections', (math.ceil(16 * tokens / FLAT_THREADS), 1, 1), FLAT_THREADS, part_x, grad_x, grid[0],
