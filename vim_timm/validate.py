@@ -212,7 +212,7 @@ def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]
     ratios = [own]
     if args.report:
         patches = task.autoencoder().num_patches(data_config['input_size'][1:])
-        if hasattr(task.autoencoder(), 'channel_drop'):  # it masks each channel by itself
+        if task.autoencoder().by_channel:
             patches //= task.autoencoder().in_chans
         ratios = sorted({own, *_mask_ratios(args, patches)})
         if left_out := [f'{100 * ratio:g} %' for ratio in args.mask_ratios if ratio not in ratios]:

@@ -275,6 +275,7 @@ class FactorizedAutoencoder(MaskedAutoencoder):
     """
 
     loss: Literal['mse', 'l1'] = 'l1'
+    by_channel = True
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ class MaskedAutoencoder(nn.Module):
     """
 
     loss: Literal['mse', 'l1'] = 'mse'  # the usual one
+    by_channel = False  # whether patches are of one channel each, with a mask for each channel
 
     num_classes = _of_encoder('num_classes')
     num_features = _of_encoder('num_features')

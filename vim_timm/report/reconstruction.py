@@ -154,7 +154,7 @@ def measure(
 def missing_numbers(task: MaskedImages) -> list[int]:
     """Numbers of missing channels that `measure_bands` compares; none without masks by channel."""
     model = task.autoencoder()
-    if not hasattr(model, 'channel_drop'):
+    if not model.by_channel:
         return []
     most = model.in_chans - 1
     return list(dict.fromkeys([0, *(2**i for i in range(8) if 2**i < most), most]))
@@ -251,7 +251,7 @@ def scores(task: MaskedImages, process: Process, batch: Batch, ema: bool = False
     visible = 1 - result.mask
     mean = (result.images * visible).sum(dim=(2, 3)) / visible.sum(dim=(2, 3)).clamp(min=1)
     baselines = {'visible_mean': mean[:, :, None, None].expand_as(result.images)}
-    if hasattr(task.autoencoder(ema), 'channel_drop') and result.images.shape[1] > 1:
+    if task.autoencoder(ema).by_channel and result.images.shape[1] > 1:
         baselines['neighbour'] = torch.cat([result.images[:, 1:], result.images[:, -2:-1]], dim=1)
     for name, output in baselines.items():
         errors = result._replace(output=output).errors()
