@@ -121,6 +121,18 @@ def test_kernels_equal_plain_operators(grid, kept, prefix, orders, state, headdi
 
 
 @kernels
+def test_patches_in_another_order_are_scanned_in_it(triton):
+    settings, keep = (1e-5, 16, True, 1, 3, 5), torch.tensor([[7, 3, 11, 0], [2, 14, 5, 9]], device=DEVICE)
+    assert_agrees(
+        lambda *x: fused_grid_mixer(GridMixer(*x, *settings, keep)),
+        lambda *x: masked_composition(x, *settings, keep),
+        dict(zip(GridMixer._fields, mixer_operands(5, 2, torch.float32))),
+        2 * TOLERANCE[torch.float32],
+        sums=SUMS,
+    )
+
+
+@kernels
 @pytest.mark.parametrize('orders', ['column', 'both'])
 def test_kernels_of_long_sequences_equal_plain_operators(orders, triton, monkeypatch):
     monkeypatch.setattr(ssd_op, 'MAX_LENGTH', 32)  # tokens from which on the sums are in chunks

@@ -20,7 +20,9 @@ class Layout(NamedTuple):
         grid: Rows and columns of the image's patches.
         prefix: Places in 0 .. L - 1 of the tokens that are no patches, ascending; the others are patches in row-major
             order.
-        keep: Row-major indices (B, L - len(prefix)) of the patches that are there, ascending; None where all are.
+        keep: Row-major indices (B, L - len(prefix)) of the patches that are there, ascending; None where all are. A
+            device would have to be waited for to look at them: patches in another order are scanned in it, but where
+            the CPU's kernel refuses them.
     """
 
     grid: Tuple[int, int]
