@@ -94,6 +94,13 @@ if GPU:  # long for the interpreter
     SIZES += [((128, 197), 480, True), ((3, 785), 1920, True), ((1025,), 960, False)]
 
 
+@pytest.mark.parametrize('hidden', [1, 3, 8, 9, 16, 31, 37, 600])
+def test_no_two_warps_have_the_same_elements_which_gradients_take_the_place_of(hidden):
+    constants = swiglu_op.Gate(None, torch.empty(1, 2 * hidden)).constants(swiglu_op.BACKWARD)
+    assert constants['num_warps'] in (1, 2, 4)
+    assert constants['num_warps'] == 1 or constants['BR'] * constants['BD'] >= 32 * constants['num_warps']
+
+
 def whole(*tensors):
     return swiglu(SwiGlu(*tensors))
 

@@ -185,7 +185,9 @@ class Gate:
 
     def constants(self, launch: Launch) -> dict:
         channels = min(launch.channels, 1 << (self.dim - 1).bit_length())
-        return {'DIM': self.dim, 'BR': launch.rows, 'BD': channels, 'FAST': not INTERPRET, 'num_warps': launch.warps}
+        # a second warp with the same elements might read what the first has put in their place
+        warps = min(launch.warps, max(1, launch.rows * channels // 32))
+        return {'DIM': self.dim, 'BR': launch.rows, 'BD': channels, 'FAST': not INTERPRET, 'num_warps': warps}
 
     def forward(self, launch: Launch = FORWARD) -> Tensor:
         out = torch.empty((self.rows, self.dim), dtype=self.ab.dtype, device=self.ab.device)
