@@ -109,6 +109,14 @@ def test_yaml_that_is_spelled_otherwise(tmp_path):
     assert (args.lr, args.epochs, args.experiment, args.opt_betas, args.drop_path) == (1e-3, 3, '2024', [0.5], None)
 
 
+@pytest.mark.parametrize('word', ['true', 'True', 'no', 'OFF', 'false', 'Yes', '0.5', '[1, 2]', 'none', 'both'])
+def test_a_key_has_the_value_of_a_config_file(word, tmp_path):
+    (tmp_path / 'c.yaml').write_text(f'model-kwargs: {{key: {word}}}')
+    sources = ['-c', str(tmp_path / 'c.yaml')], ['--model-kwargs', f'key={word}']
+    first, second = (parse('train.py', flags.TRAIN, words).model_kwargs['key'] for words in sources)
+    assert first == second and type(first) is type(second)
+
+
 @given(st.dictionaries(st.sampled_from([row[0].split()[0] for rows in flags.TRAIN.values() for row in rows]),
                        st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=9),
                                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner)),

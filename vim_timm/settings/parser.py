@@ -12,6 +12,7 @@ from ..errors import UserError, called, meant
 
 PUBLISHED = {'--pretrained': '--model NAME takes the published weights by itself'}
 
+_TRUTH = {'true': True, 'yes': True, 'on': True, 'false': False, 'no': False, 'off': False}
 _HELP = 'print the usual flags; `--help all`: every flag'
 
 
@@ -87,7 +88,10 @@ class Refuse(argparse.Action):
 
 
 class KeyValues(argparse.Action):
-    """`key=value` pairs as timm's `ParseKwargs` reads them: what is no Python literal is a string."""
+    """`key=value` pairs as timm's `ParseKwargs` reads them: what is no Python literal is a string.
+
+    But `false` and the other words of YAML are truth values, where a string would mean true whatever it says.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         found = {}
@@ -96,7 +100,7 @@ class KeyValues(argparse.Action):
             if not sign:
                 parser.error(f'{option_string} takes key=value pairs, not {pair!r}')
             try:
-                found[key] = ast.literal_eval(value)
+                found[key] = _TRUTH[value.lower()] if value.lower() in _TRUTH else ast.literal_eval(value)
             except (ValueError, SyntaxError):
                 found[key] = value
             except (RecursionError, MemoryError):
