@@ -156,6 +156,19 @@ class TestTraining:
         assert changed[0] == start.keys() and not changed[1]
         assert after[1]['head.weight'].shape == (10, 32)
 
+    def test_the_line_that_fine_tunes_prepares_images_alike(self, tmp_path, capsys):
+        small = '--model mae_favit_small_patch16_224 --img-size 16 --in-chans 1 --mean 0.5 --std 0.25 --epochs 1'
+        kwargs = (
+            '--model-kwargs depth=1 embed_dim=32 num_heads=2 patch_size=8 decoder_dim=32 decoder_depth=1 sigmoid=no'
+        )
+        more = '--dataset digits --device cpu --workers 0 --batch-size 359 --opt adamw --lr 1e-3'
+        pretrain(tmp_path, 'a', base=f'{small} {kwargs} {more}'.split())
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('fine-tune it: '))
+        words = line.removesuffix(' ...').split(' train.py ' if ' train.py ' in line else ' train ')[1].split()
+        tuned = pretrain(tmp_path, 'b', '--epochs', '1', base=[*words, *more.split()])
+        before, after = (torch.load(tmp_path / name / 'last.pth.tar', weights_only=True) for name in 'ab')
+        assert after['data_config'] == before['data_config'] and tuned.exists()
+
     @pytest.mark.parametrize(('model', 'decoder'), [('mae_vim_tiny', 'vim'), ('mae_vim2_tiny', 'vim2')])
     def test_a_named_autoencoder_implies_it(self, model, decoder, tmp_path):
         wide = [flag.replace('vim_nano', model).replace('embed_dim=32', 'embed_dim=64') for flag in ADAM]

@@ -11,7 +11,7 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -32,7 +32,8 @@ from .report.curves import write_curves
 from .report.reconstruction import Gallery
 from .settings import Settings
 from .settings.fit import with_warmup
-from .settings.flags import PRECISION, VALIDATE
+from .settings.flags import PRECISION, VALIDATE, Row
+from .settings.masked import AUTOENCODER
 from .settings.programs import TRAIN_PROGRAM as PROGRAM
 from .settings.programs import VALIDATE_PROGRAM, start
 from .settings.programs import check as check
@@ -40,6 +41,11 @@ from .settings.programs import train_settings as parse_args
 from .step import compile_task, why_not
 from .tasks import make_task
 
+# flags that say how an encoder's images were prepared, beside where they lie
+IMAGES = (
+    '--input-img-mode', '--input-key', '--input-span', '--img-size', '--in-chans', '--input-size', '--crop-pct',
+    '--mean', '--std', '--interpolation',
+)  # fmt: skip
 UNWRITTEN = ('data', 'config', 'recipe', 'overwrite')  # what args.yaml need not say, as it says all the rest
 
 
@@ -225,19 +231,26 @@ def evaluation_command(args: Settings, checkpoint: str, ema: bool) -> list[str]:
     words = [*start(VALIDATE_PROGRAM), *(['--mae'] if args.mae else []), '--checkpoint', checkpoint]
     words += ['--use-ema'] if ema else []
     words += ['--seed', str(args.seed)] if args.val_fraction else []  # by which images were held out
-    for names, kind, default, *_ in (*VALIDATE['data'], *PRECISION):
+    return words + _flags((*VALIDATE['data'], *PRECISION), values, ('--dataset-download', '--data-in-memory'))
+
+
+def _flags(rows: Sequence[Row], values: Mapping[str, Any], left_out: Sequence[str]) -> list[str]:
+    """The words of a command line that give what differs from the defaults."""
+    words = []
+    for names, kind, default, *_ in rows:
         flag = names.split()[0]
         value = values.get(flag[2:].replace('-', '_'), default)
-        if value != default and flag not in ('--dataset-download', '--data-in-memory'):
+        if value != default and flag not in left_out:
             words += [flag, *([] if kind is bool else map(str, value) if isinstance(value, list) else [str(value)])]
     return words
 
 
 def fine_tuning_command(args: Settings, checkpoint: str) -> list[str]:
-    """The beginning of a command line that trains a classifier from a pretrained encoder."""
+    """The beginning of a command line that trains a classifier from a pretrained encoder, on images prepared alike."""
     words = [*start(PROGRAM), '--model', args.model.removeprefix('mae_'), '--pretrained', '--pretrained-path']
-    kwargs = [f'{name}={value}' for name, value in args.model_kwargs.items()]
-    return [*words, checkpoint, *(['--model-kwargs', *kwargs] if kwargs else [])]
+    kwargs = [f'{name}={value}' for name, value in args.model_kwargs.items() if name not in (*AUTOENCODER, 'sigmoid')]
+    images = [row for row in (*VALIDATE['data'], *VALIDATE['model']) if row[0] in IMAGES]
+    return [*words, checkpoint, *(['--model-kwargs', *kwargs] if kwargs else []), *_flags(images, vars(args), ())]
 
 
 def farewell(trainer: Trainer) -> None:
