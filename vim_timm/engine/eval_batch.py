@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from ..data import Batch, Loader
-from ..errors import TrainingStopped, out_of_memory
+from ..errors import OutOfMemory, TrainingStopped, out_of_memory
 from ..settings import Process
 from ..tasks import Task
 from .evaluate import predict
@@ -58,7 +58,7 @@ def largest_batch(memory: Callable[[int], int], room: int, most: int, least: int
 
 
 def agreed(size: int, process: Process) -> int:
-    """The smallest of all ranks' batches; every rank must ask."""
+    """The least of all ranks' numbers; every rank must ask."""
     smallest = torch.tensor(size, device=process.device)
     if process.world_size > 1:
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
@@ -74,16 +74,17 @@ def fit_batch(
         compute: what an evaluation makes of a batch, where that is more than predictions and their metrics.
 
     Raises:
-        TrainingStopped: another rank has failed.
+        OutOfMemory, TrainingStopped: another rank has no memory for one image, or has failed.
     """
     try:
         size, why = choose(compute or (lambda batch: _compute(task, process, batch)), loader, process)
-    except Exception:
-        agreed(0, process)  # the others wait for its answer
+    except Exception as error:
+        agreed(0 if out_of_memory(error) else -1, process)  # the others wait for its answer
         raise
     size = agreed(size, process)
-    if not size:
-        raise TrainingStopped('another rank of this run cannot evaluate one image, and says why')
+    if size < 1:
+        kind = TrainingStopped if size else OutOfMemory  # validate.py --retry goes on after the latter, on every rank
+        raise kind('another rank of this run cannot evaluate one image, and says why')
     loader.rebatch(size)
     progress.say(f'evaluation in batches of {size} images: {why}')
     return size

@@ -20,9 +20,9 @@ class Layout(NamedTuple):
         grid: Rows and columns of the image's patches.
         prefix: Places in 0 .. L - 1 of the tokens that are no patches, ascending; the others are patches in row-major
             order.
-        keep: Row-major indices (B, L - len(prefix)) of the patches that are there, ascending; None where all are. A
-            device would have to be waited for to look at them: patches in another order are scanned in it, but where
-            the CPU's kernel refuses them.
+        keep: Row-major indices (B, L - len(prefix)) of the patches that are there, ascending; None where all are.
+            They are not looked at, for which a device would have to be waited for: patches in another order are scanned
+            as they stand, or refused by the CPU's kernel.
     """
 
     grid: Tuple[int, int]
