@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from processes import TRAIN, Python, ranks
 
-from vim_timm import train, validate
+from vim_timm import data, train, validate
 from vim_timm.data.sampling import Stream
 from vim_timm.data.unreadable import Unreadable
-from vim_timm.errors import TrainingStopped
+from vim_timm.errors import TrainingStopped, UserError
 from vim_timm.files import write_atomically
+from vim_timm.settings import Process
 
 BASE = (
     '--dataset digits --model test_vit --img-size 32 --in-chans 1 --workers 0 --batch-size 64 --epochs 1 --device cpu'
@@ -225,6 +226,17 @@ def test_checkpoint_with_other_classes(program, flag, refused, tmp_path):
 def test_results_that_could_not_be_written_are_refused_first(refused, weights):
     flags = [*COMMON, '--model', 'test_vit', '--num-classes', '10', '--checkpoint', str(weights)]
     assert 'nowhere' in refused([*flags, '--results-file', 'nowhere/results.csv'], validate)
+
+
+def test_repeated_augmentation_needs_an_index():
+    class Reader(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    args = train.parse_args([*BASE.split(), '--aug-repeats', '3'])
+    images = dict(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,), interpolation='bicubic', crop_pct=1.0)
+    with pytest.raises(UserError, match='--aug-repeats needs images with an index, not the stream'):
+        data.train_loader(args, Process(), Reader(), images)
 
 
 def test_a_number_of_images_is_of_streams_alone(refused, weights):

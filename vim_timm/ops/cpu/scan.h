@@ -16,8 +16,8 @@
 #define BACKWARD_STATES (LANES == 16 ? 8 : 4)
 #endif
 _Static_assert(FORWARD_STATES <= 16 && BACKWARD_STATES <= 16, "recur has room for 16 states");
-/* The fastest decay, e^60 log2(e), as in the reference: minus infinity times a slope of 0 would be NaN, and so would the gradient of a slope
-   of 0 be where a larger number overflows. */
+/* The fastest decay, e^60 log2(e) as in the reference: minus infinity times a slope of 0 would be NaN, and so would the
+   gradient of a slope of 0 be where a larger number overflows. */
 #define FASTEST 1.64756840e26f
 /* Kept states have their channels padded to this number in every build. */
 enum { PADDING = 16 };
