@@ -79,6 +79,19 @@ class TestFolders:
         start('b', '--epochs', 1)
         assert start('b', '--epochs', 5, '--resume', whole.saver.path('last')).folder == str(tmp_path / 'b-2')
 
+    @pytest.mark.parametrize('flags', [['--lr', 0], ['--no-resume-opt', '--checkpoint-hist', 1]])
+    def test_a_run_from_elsewhere_keeps_the_best_of_its_own(self, flags, start, capsys):
+        first = start('a', '--epochs', 2)
+        first.rows[0]['eval_top1'] = first.rows[1]['eval_top1'] = 100.0
+        content = load(first.folder)
+        torch.save({**content, 'history': first.rows}, path := first.saver.path('better'))
+        trainer = start('b', '--epochs', 4, *flags, '--resume', path)
+        best = max((2, 3), key=lambda epoch: (trainer.rows[epoch]['eval_top1'], -epoch))
+        assert load(trainer.folder, 'model_best')['epoch'] == best
+        assert load(trainer.folder, f'checkpoint-{best}')['epoch'] == best
+        train.farewell(trainer)
+        assert f'{trainer.rows[best]["eval_top1"]:.2f} % in epoch {best}' in capsys.readouterr().out
+
     def test_names_with_brackets(self, start, tmp_path, capsys):
         name = 'lr[1e-3]* {a}'
         start(name, '--epochs', 1)

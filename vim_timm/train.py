@@ -255,7 +255,7 @@ def fine_tuning_command(args: Settings, checkpoint: str) -> list[str]:
 
 def farewell(trainer: Trainer) -> None:
     """Print the result and what to try next, and draw the curves."""
-    ranking = trainer.saver.ranking(trainer.rows)
+    ranking = trainer.saver.kept(trainer.rows) or trainer.saver.ranking(trainer.rows)
     if not ranking:
         return
     best = next(row for row in trainer.rows if row['epoch'] == ranking[0])

@@ -116,6 +116,10 @@ class Saver:
         known = [(self.sign * row[self.metric], row['epoch']) for row in rows if row.get(self.metric) is not None]
         return [epoch for value, epoch in sorted(pair for pair in known if pair[0] == pair[0])]
 
+    def kept(self, rows: list[dict[str, Any]]) -> list[int]:
+        """`ranking` of the epochs whose checkpoints are in the folder: those before a run from elsewhere are not."""
+        return [epoch for epoch in self.ranking(rows) if os.path.isfile(self.path(f'checkpoint-{epoch}'))]
+
     def save_epoch(self, state: dict[str, Any]) -> None:
         """Write the state at the end of an epoch, which its last row describes."""
         write_atomically(self.path('last'), lambda file: torch.save(state, file))
@@ -123,16 +127,15 @@ class Saver:
 
     def tidy(self, rows: list[dict[str, Any]]) -> None:
         """Give `last` the further names that it deserves, and drop checkpoints that are no longer among the best."""
-        epoch, ranking = rows[-1]['epoch'], self.ranking(rows)
-        for best in ranking[:1]:
-            source = self.path('last' if epoch == best else f'checkpoint-{best}')
-            if os.path.isfile(source):
-                duplicate(source, self.path('model_best'))
-        if epoch in ranking[: self.history]:
+        epoch = rows[-1]['epoch']
+        if epoch in self.ranking(rows):
             duplicate(self.path('last'), self.path(f'checkpoint-{epoch}'))
+        kept = self.kept(rows)
+        for best in kept[:1]:
+            duplicate(self.path(f'checkpoint-{best}'), self.path('model_best'))
         if self.every and (epoch + 1) % self.every == 0:
             duplicate(self.path('last'), self.path(f'milestone-{epoch + 1}'))
-        for path in [*(self.path(f'checkpoint-{dropped}') for dropped in ranking[self.history :]), *self.recoveries()]:
+        for path in [*(self.path(f'checkpoint-{dropped}') for dropped in kept[self.history :]), *self.recoveries()]:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
 
