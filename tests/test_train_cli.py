@@ -312,12 +312,22 @@ def test_distillation_from_a_teacher(tmp_path, few, run):
         assert np.isfinite(rows[-1]['train_loss'])
 
 
+@pytest.mark.parametrize(('kind', 'status'), [('logit', 2), ('feature', 0)])
+def test_a_teacher_of_other_classes_teaches_features_alone(kind, status, tmp_path, few, capsys):
+    """timm gives it a classifier of random weights for the student's."""
+    teacher = timm.create_model('test_vit', num_classes=7, img_size=16)
+    timm.models.save_for_hf(teacher, tmp_path / 'teacher', safe_serialization=False)
+    flags = ['--kd-model-name', f'local-dir:{tmp_path / "teacher"}', '--kd-distill-type', kind, '--in-chans', '3']
+    assert train.main([*DIGITS.split(), *flags, '--output', str(tmp_path)]) == status
+    assert status == 0 or 'knows 7 classes, and the student learns 10' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('channels', [1, 3])
 def test_a_teacher_sees_images_normalized_as_it_wants_them(channels):
     size = (channels, 16, 16)
     args = train.parse_args(f'{DIGITS} --kd-model-name teacher'.split())
-    models = [timm.create_model('test_vit', num_classes=10, img_size=16, in_chans=channels) for _ in range(2)]
-    args = args.replace(kd_model_name=models[1])
+    models = [timm.create_model('test_vit', img_size=16, in_chans=channels) for _ in range(2)]
+    args = args.replace(kd_model_name=models[1], num_classes=1000)
     config = dict(mean=(0.2,) * channels, std=(0.5,) * channels, input_size=size)
     task = make_task(args, Process(), models[0], config)
     images = torch.rand(2, *size)

@@ -85,6 +85,12 @@ def _distillation(
     create, more = kinds[settings.kd_distill_type]
     with explain('knowledge distillation'):
         task = create(model, settings.kd_model_name, loss, **more, **weights, **common)
+        taught = task.teacher.model.pretrained_cfg.get('num_classes')
+        if settings.kd_distill_type != 'feature' and taught != settings.num_classes:  # timm gave it a random classifier
+            raise ValueError(
+                f'{settings.kd_model_name} knows {taught} classes, and the student learns {settings.num_classes}: '
+                '--kd-distill-type feature, or a teacher of the same classes'
+            )
         # timm normalizes the teacher's images anew, from what it takes for the student's normalization
         for owner, names, values in (
             (task, ('student_mean', 'student_std'), data_config),
