@@ -115,6 +115,19 @@ def test_a_forced_kernel_names_the_backend_that_has_the_derivative(name):
             torch.autograd.functional.hessian(lambda x: model(x)[0, 0], images)
 
 
+@pytest.mark.parametrize('name', ['auto', 'export'])
+def test_several_gradients_at_once_are_right_or_refused(name, model, images):
+    expected = by_autograd(model, images)[0].float()
+    model, image = model.float(), images[0].float()
+    with ops.use_scan_backend(name):
+        try:
+            found = torch.autograd.functional.jacobian(lambda image: model(image[None])[0], image, vectorize=True)
+        except RuntimeError as error:
+            assert name == 'auto' and "use_scan_backend('export')" in str(error)
+        else:
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize('name', KERNELS)
 def test_a_kernel_that_is_called_past_the_table_refuses_too(name):
     """Where no gradient is asked for, its operator would take dual numbers for plain ones: a slope of zero."""

@@ -72,6 +72,8 @@ def _define(
     torch.library.register_fake(f'vim_timm::{operator}', fake, lib=library)
     overload = getattr(torch.ops.vim_timm, operator).default
     library.impl(operator, _differentiable(overload, save, differentiate), 'Autograd')
+    if _returns_list(overload):  # else torch calls it for one after the other of several gradients (is_grads_batched)
+        library.impl(operator, refuse, 'Batched')
     _count(overload, formula)
 
 
@@ -83,7 +85,7 @@ REFUSAL = (
 
 
 def refuse(ctx: Any, *grads: Any) -> None:
-    """Raise RuntimeError: a kernel's backward pass has no derivative of its own."""
+    """Raise RuntimeError: a kernel's backward pass has no derivative of its own, and takes one gradient at a time."""
     raise RuntimeError(REFUSAL)
 
 
@@ -149,12 +151,16 @@ def wants_gradient(inputs: Iterable[Any]) -> bool:
     return False
 
 
+def _returns_list(operator: torch._ops.OpOverload) -> bool:
+    return isinstance(operator._schema.returns[0].type, torch.ListType)
+
+
 def _differentiable(
     operator: torch._ops.OpOverload, save: Callable[..., None], differentiate: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The operator as autograd calls it. `torch.library.register_autograd` does the same, but takes the host a tenth of
     a millisecond for a call with twenty operands."""
-    several = isinstance(operator._schema.returns[0].type, torch.ListType)
+    several = _returns_list(operator)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
