@@ -80,6 +80,7 @@ def masked_composition(operands, eps, state, rows, prefix, height, width, keep, 
 
 
 @pytest.mark.skipif(GPU or INTERPRETER, reason='this run has the kernels itself')
+@pytest.mark.timeout(900)
 def test_all_of_this_in_the_interpreter():
     pass_in_the_interpreter([__file__], 'kernel')
 

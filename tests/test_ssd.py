@@ -181,6 +181,7 @@ def test_the_operator_scripts_and_exports():
 
 
 @pytest.mark.skipif(GPU or INTERPRETER, reason='this run has the kernels itself')
+@pytest.mark.timeout(900)
 def test_all_of_this_in_the_interpreter():
     pass_in_the_interpreter([__file__], 'kernel')
 

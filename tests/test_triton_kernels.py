@@ -69,6 +69,7 @@ def assert_close_to_reference(operator, operands, flags, tolerance):
 
 
 @pytest.mark.skipif(GPU or INTERPRETER, reason='this run has the kernels itself')
+@pytest.mark.timeout(900)
 def test_all_of_this_in_the_interpreter():
     pytest.importorskip('triton')
     others = [f'tests/test_{name}.py' for name in ('backends', 'called_layers', 'process_state', 'swiglu')]
