@@ -16,7 +16,7 @@ def limit(*tensors: Tensor) -> str:
     if x.device.type != 'cpu':
         return f'the CPU kernel runs on CPU tensors, not on {x.device.type}'
     if any(t.dtype not in DTYPES for t in tensors):
-        kinds = ' with '.join(str(t.dtype) for t in tensors)
+        kinds = ' with '.join(dict.fromkeys(str(t.dtype) for t in tensors))
         return f'the CPU kernel computes in float32 and takes float32, bfloat16 and float16, not {kinds}'
     return ''
 
