@@ -101,6 +101,13 @@ def test_yaml_that_no_flag_would_take(text, tmp_path):
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize('text', ['lr: 1e-3\nepochs: 2\nlr: 1e-2', 'batch_size: 8\nbatch-size: 16'])
+def test_a_setting_that_a_file_has_twice(text, tmp_path):
+    (tmp_path / 'c.yaml').write_text(text)
+    with pytest.raises(UserError, match='c.yaml: (lr|batch_size) is set 2 times'):
+        parse('train.py', flags.TRAIN, ['-c', str(tmp_path / 'c.yaml')])
+
+
 def test_yaml_that_is_spelled_otherwise(tmp_path):
     (tmp_path / 'c.yaml').write_text(
         'lr: 1e-3\nepochs: 3.0\nexperiment: 2024\nopt-betas: 0.5\nmodel-kwargs: &a {b: [*a]}\ndrop-path: null\n'

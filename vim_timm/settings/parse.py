@@ -248,7 +248,8 @@ def _yaml(path: str | None, flags: Mapping[str, _Flag]) -> dict[str, Any]:
     import yaml
 
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
+        text = Path(path).read_text(encoding='utf-8')
+        settings, tree = yaml.safe_load(text) or {}, yaml.compose(text, yaml.SafeLoader)
     except RecursionError as error:
         raise UserError(f'{path} is not a readable YAML file: it is nested too deeply') from error
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -256,7 +257,10 @@ def _yaml(path: str | None, flags: Mapping[str, _Flag]) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f'{path} must hold one setting a line, `name: value`')
     settings = {str(key).replace('-', '_'): value for key, value in settings.items()}
+    named = [key.value.replace('-', '_') for key, _ in tree.value] if tree else []  # a mapping keeps the last of each
     for key in settings:
+        if named.count(key) > 1:
+            raise UserError(f'{path}: {key} is set {named.count(key)} times')
         if key not in flags:
             raise UserError(f'{path}: there is no setting {key!r}{meant(key, flags)}')
     return _checked(path, settings, flags)
