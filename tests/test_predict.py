@@ -142,6 +142,13 @@ def test_the_heat_lies_on_what_the_model_saw_of_the_picture(checkpoint, tmp_path
     assert found.image.size == (400, 100) and found.seen.size == (16, 16)
 
 
+def test_an_onnx_file_has_the_operators_that_were_asked_for(checkpoint, tmp_path, capsys):
+    pytest.importorskip('onnxscript')
+    path = tmp_path / 'old.onnx'
+    assert export.main(['--checkpoint', str(checkpoint), '--output', str(path), '--opset', '3']) == 2
+    assert 'cannot convert them to 3' in capsys.readouterr().err and not path.exists()
+
+
 def test_an_onnx_file_of_a_fixed_batch_takes_any_number_of_pictures(checkpoint, pictures, tmp_path, capsys):
     pytest.importorskip('onnxscript')
     for number in range(6):

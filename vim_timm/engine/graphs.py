@@ -50,6 +50,9 @@ def export_onnx(saved: Saved, path: str, batch: int = 0, opset: int | None = Non
             dynamic_shapes=None if batch else ({0: torch.export.Dim('batch', min=1)},),
         )  # fmt: skip
         assert program is not None
+        written = program.model.opset_imports['']
+        if opset not in (None, written):  # torch goes on after a conversion that failed
+            raise ValueError(f'its operators are of version {written}, and torch cannot convert them to {opset}')
         program.model.metadata_props[KEY] = _facts(saved)
         program.save(file, external_data=False)
         _, run = open_onnx(file)
