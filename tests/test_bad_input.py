@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from processes import TRAIN, Python, ranks
@@ -16,6 +17,7 @@ from processes import TRAIN, Python, ranks
 from vim_timm import data, train, validate
 from vim_timm.data.sampling import Stream
 from vim_timm.data.unreadable import Unreadable
+from vim_timm.engine.build import check_optimizer
 from vim_timm.errors import TrainingStopped, UserError
 from vim_timm.files import write_atomically
 from vim_timm.settings import Process
@@ -107,7 +109,6 @@ def folder(tmp_path):
         ('--aug-repeats 2 --epoch-repeats 2', ['--aug-repeats', '--epoch-repeats']),
         ('--train-num-samples 100', ['--train-num-samples', 'stream']),
         ('--val-num-samples 100', ['--val-num-samples', 'stream']),
-        ('--grad-accum-steps 1000', ['--grad-accum-steps', 'only']),
         ('--scale 0.5 2', ['--scale', 'area']),
         ('--opt adamw --opt-betas 0.9', ['--opt-betas', '2 of them, not 1']),
         ('--opt adan --opt-betas 0.9 0.9', ['--opt-betas', '3 of them, not 2']),
@@ -237,6 +238,12 @@ def test_repeated_augmentation_needs_an_index():
     images = dict(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,), interpolation='bicubic', crop_pct=1.0)
     with pytest.raises(UserError, match='--aug-repeats needs images with an index, not the stream'):
         data.train_loader(args, Process(), Reader(), images)
+
+
+@pytest.mark.parametrize('opt, betas', [('adafactor', [0.9]), ('adan', [0.9] * 3), ('lookahead_adamw', [0.9] * 2)])
+def test_betas_that_an_optimizer_takes_are_not_refused(opt, betas):
+    check_optimizer(opt, betas)
+    timm.optim.create_optimizer_v2(torch.nn.Linear(2, 2), opt, lr=1e-3, betas=betas)
 
 
 def test_a_number_of_images_is_of_streams_alone(refused, weights):

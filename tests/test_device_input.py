@@ -63,7 +63,7 @@ def test_several_labels_are_mixed_as_timms():
 def test_sizes_of_a_box_that_leave_none_are_refused():
     mixup = Mixup(0.0, cutmix_minmax=[0.5, 0.52], num_classes=5)
     assert mixing.draw(mixup, 6, (64, 64)).any()
-    with pytest.raises(UserError, match='--cutmix-minmax 0.5 0.52: no box of 16 x 64 pixels is in between'):
+    with pytest.raises(UserError, match='--cutmix-minmax 0.5 0.52 leaves no box in images of 16 x 64 pixels'):
         mixing.draw(mixup, 6, (64, 16))
 
 

@@ -247,11 +247,11 @@ def test_ranks_go_on_with_what_fits_on_the_one_that_runs_out_of_memory(tmp_path)
 
 
 def test_no_rank_waits_for_one_that_cannot_evaluate_a_single_image(tmp_path):
-    ended = [process.wait(60) for process in ranks(UNEQUAL, '0', count=2, folder=tmp_path)]
+    ended = [process.wait(200) for process in ranks(UNEQUAL, '0', count=2, folder=tmp_path)]
     assert [(status, text.splitlines()[0]) for status, text in ended] == [(3, 'again'), (3, 'again')]
     assert ended[0][1].endswith('error: another rank of this run cannot evaluate one image, and says why\n')
     assert 'rank 1: error: out of device memory' in ended[1][1]
-    ended = [process.wait(60) for process in ranks(UNEQUAL, '-1', count=2, folder=tmp_path / 'bug')]
+    ended = [process.wait(200) for process in ranks(UNEQUAL, '-1', count=2, folder=tmp_path / 'bug')]
     assert ended[0][1].startswith('never') and ended[0][0] == 3 and 'KeyError' in ended[1][1]
 
 

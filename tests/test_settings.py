@@ -72,6 +72,7 @@ def test_a_range_holds_for_every_source(row, tmp_path):
         ('lr-noise: 0.5', True), ('lr-noise: [0.2, 0.5]', True), ('lr-noise: [0.5, 0.2]', False),
         ('lr-noise: [0.2, 0.5, 0.7]', False), ('lr-noise-pct: 0', False), ('lr-cycle-limit: 0', False),
         ('decay-milestones: [1, 5, 9]', True), ('decay-milestones: [5, 1]', False), ('cutmix-minmax: [0.5, 2]', False),
+        ('cutmix-minmax: [0, 1]', True), ('cutmix-minmax: [0.5]', False),
         ('scale: [0.5]', False), ('scale: [1, 0.5]', False), ('input-span: [-5, -1]', True),
         ('input-span: [-1, -5]', False), ('mean: 120', False), ('std: [0.5, 58]', False), ('mean: [0, 0.5]', True),
     ],

@@ -207,10 +207,11 @@ def test_loss_falls(run):
     assert rows[2]['eval_top1'] > 50
 
 
-def test_accumulated_gradients_are_those_of_the_large_batch(run):
+@pytest.mark.parametrize(('batch', 'accumulated'), [('718', '2'), ('1436', '7')])  # an epoch has four steps
+def test_accumulated_gradients_are_those_of_the_large_batch(batch, accumulated, run):
     flags = '--opt sgd --no-aug --smoothing 0 --warmup-epochs 0 --lr 0.01'
-    large, _ = run(DIGITS, *flags.split(), '--batch-size', '718', name='large')
-    small, _ = run(DIGITS, *flags.split(), '--batch-size', '359', '--grad-accum-steps', '2', name='small')
+    large, _ = run(DIGITS, *flags.split(), '--batch-size', batch, name='large')
+    small, _ = run(DIGITS, *flags.split(), '--batch-size', '359', '--grad-accum-steps', accumulated, name='small')
     one, other = (torch.load(folder / 'last.pth.tar', weights_only=True)['state_dict'] for folder in (large, small))
     assert max((one[name] - other[name]).abs().max() for name in one) < 1e-5
 

@@ -226,7 +226,8 @@ def check_optimizer(name: str, betas: Sequence[float] | None = None) -> None:
     if plain not in known:
         raise UserError(f'--opt {name}: there is no such optimizer{meant(plain, known, 3)}')
     info = get_optimizer_info(plain)
-    if betas and info.has_betas and len(betas) != info.num_betas:
+    first_alone = plain in ('adafactor', 'cadafactor')  # they take one beta as well as several
+    if betas and info.has_betas and len(betas) != info.num_betas and not first_alone:
         raise UserError(f'--opt-betas: {name} has {info.num_betas} of them, not {len(betas)}')
 
 

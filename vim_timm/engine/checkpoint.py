@@ -88,7 +88,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, name: str, content: dict[st
 class Saver:
     """A run's checkpoints: last, model_best, the best `history`, every `every`-th epoch, and recovery in between.
 
-    Which files there must be follows from the rows of the log alone, so that a resumed run has the same ones.
+    Which files there must be follows from the rows of the log and the folder, so that a resumed run has the same ones.
     """
 
     def __init__(self, folder: str, history: int, every: int, metric: str, decreasing: bool):

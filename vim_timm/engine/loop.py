@@ -68,8 +68,6 @@ class Trainer:
         self.primary = process.primary
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=process.autocast_dtype == torch.float16)
         self.batches = len(self.train_data)
-        if args.grad_accum_steps > self.batches:
-            raise UserError(f'--grad-accum-steps {args.grad_accum_steps}: an epoch has only {self.batches} steps')
         self.updates = -(-self.batches // args.grad_accum_steps)
         known = (*task.create_evaluator().metric_names, *hooks.metrics)
         if args.eval_metric not in known:

@@ -35,7 +35,7 @@ refused = object()  # the kind of a flag that is known and not honoured
 _FILTERS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _PART = Range(0, 0.9, above=True)
 _DEVIATION = Range(0, 1, above=True)
-_BOX = Range(0, 1, above=True, ascending=(2, 2))
+_BOX = Range(0, 1, ascending=(2, 2))
 _NOISE = Range(0, ascending=(1, 2))
 _MILESTONES = Range(0, ascending=(1, math.inf))
 _MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV')  # of 8 bits, and in transforms
@@ -213,13 +213,7 @@ TRAIN: dict[str, list[Row]] = {
         ('--grayscale-prob', float, None, 'probability of a grey image', SHARE),
         ('--gaussian-blur-prob', float, None, 'probability of a blur', SHARE),
         ('--aa', str, None, 'AutoAugment / RandAugment / AugMix policy, such as rand-m9-mstd0.5-inc1', POLICIES),
-        (
-            '--aug-repeats',
-            float,
-            0,
-            'draw each image this many times in a row (repeated augmentation)',
-            Range(1, or_zero=True),
-        ),
+        ('--aug-repeats', float, 0, 'times in a row that an image is drawn (0: once)', Range(1, or_zero=True)),
         ('--aug-splits', int, 0, 'augmented copies of the batch: 0, or 2 and more', Range(2, or_zero=True)),
         ('--loss', ('ce', 'bce', 'asl', 'poly', 'jsd'), None, 'loss (default: ce)'),
         ('--asl-gamma-pos', float, 1.0, "asl's focusing parameter for the target", at_least(0)),

@@ -95,7 +95,7 @@ def check(args: Settings) -> None:
         if splits > 1:
             raise UserError('--mixup and --cutmix do not go with --aug-splits')
     if 'jsd_loss' in args and (args.jsd_loss or args.loss == 'jsd') and not splits:
-        raise UserError('--jsd-loss needs --aug-splits of 2 or more')
+        raise UserError('the loss jsd needs --aug-splits of 2 or more')
     if 'aug_repeats' in args and args.aug_repeats and args.epoch_repeats > 1:
         raise UserError('--aug-repeats draws as many images an epoch as there are: leave --epoch-repeats out')
     if 'scale' in args and args.scale[1] > 1 and args.train_crop_mode in (None, 'rrc'):

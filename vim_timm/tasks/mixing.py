@@ -42,7 +42,7 @@ def _boxes(mixup: Mixup, share: np.ndarray, size: tuple[int, int]) -> tuple[np.n
     if mixup.cutmix_minmax is not None:
         low, high = mixup.cutmix_minmax
         if any(int(side * low) == int(side * high) for side in size):  # timm's are below the largest
-            raise UserError(f'--cutmix-minmax {low:g} {high:g}: no box of {size[1]} x {size[0]} pixels is in between')
+            raise UserError(f'--cutmix-minmax {low:g} {high:g} leaves no box in images of {size[1]} x {size[0]} pixels')
         return rand_bbox_minmax((*size,), mixup.cutmix_minmax, len(share))
     sides = []
     for side in size:
