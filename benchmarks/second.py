@@ -134,7 +134,7 @@ def seconds_of_epochs(flags: str) -> list[float]:
 
 
 def train(steps: int, epochs: int) -> None:
-    print(f'| model | size, batch | train.py, img/s | raw step | ratio |, {steps} steps an epoch')
+    print('| model | size, batch | train.py, img/s | raw step | ratio |')
     print('|---|---|---|---|---|', flush=True)
     for name, size, batch in TRAIN:
         repeats = max(1, round(steps * batch / DIGITS))
