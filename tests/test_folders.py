@@ -15,6 +15,7 @@ import yaml
 
 from vim_timm import train, validate
 from vim_timm.engine import Hooks
+from vim_timm.engine.checkpoint import Saver
 from vim_timm.engine.lock import NAME, FolderLock
 from vim_timm.settings import programs
 
@@ -91,6 +92,15 @@ class TestFolders:
         assert load(trainer.folder, f'checkpoint-{best}')['epoch'] == best
         train.farewell(trainer)
         assert f'{trainer.rows[best]["eval_top1"]:.2f} % in epoch {best}' in capsys.readouterr().out
+
+    def test_the_best_stays_where_its_checkpoint_was_deleted(self, tmp_path):
+        saver, rows = Saver(str(tmp_path), 1, 0, 'eval_top1', decreasing=False), []
+        for epoch, top1 in enumerate((50, 90, 60, 70, 95)):
+            rows.append({'epoch': epoch, 'eval_top1': top1})
+            saver.save_epoch({'history': rows, 'epoch': epoch})
+            assert load(tmp_path, 'model_best')['epoch'] == (0, 1, 1, 1, 4)[epoch]
+            if epoch == 1:
+                os.remove(saver.path('checkpoint-1'))
 
     def test_names_with_brackets(self, start, tmp_path, capsys):
         name = 'lr[1e-3]* {a}'

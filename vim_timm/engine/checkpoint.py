@@ -117,8 +117,12 @@ class Saver:
         return [epoch for value, epoch in sorted(pair for pair in known if pair[0] == pair[0])]
 
     def kept(self, rows: list[dict[str, Any]]) -> list[int]:
-        """`ranking` of the epochs whose checkpoints are in the folder: those before a run from elsewhere are not."""
-        return [epoch for epoch in self.ranking(rows) if os.path.isfile(self.path(f'checkpoint-{epoch}'))]
+        """`ranking` of the epochs that the folder has a file of: those before a run from elsewhere are not."""
+        ranking, best = self.ranking(rows), self.path('model_best')
+        there = [epoch for epoch in ranking if os.path.isfile(self.path(f'checkpoint-{epoch}'))]
+        if there[:1] != ranking[:1] and os.path.isfile(best):  # the user may have deleted the best one's other name
+            there.append(read_checkpoint(best, mmap=True)['epoch'])
+        return [epoch for epoch in ranking if epoch in there]
 
     def save_epoch(self, state: dict[str, Any]) -> None:
         """Write the state at the end of an epoch, which its last row describes."""
@@ -131,8 +135,8 @@ class Saver:
         if epoch in self.ranking(rows):
             duplicate(self.path('last'), self.path(f'checkpoint-{epoch}'))
         kept = self.kept(rows)
-        for best in kept[:1]:
-            duplicate(self.path(f'checkpoint-{best}'), self.path('model_best'))
+        if kept and os.path.isfile(best := self.path(f'checkpoint-{kept[0]}')):
+            duplicate(best, self.path('model_best'))
         if self.every and (epoch + 1) % self.every == 0:
             duplicate(self.path('last'), self.path(f'milestone-{epoch + 1}'))
         for path in [*(self.path(f'checkpoint-{dropped}') for dropped in kept[self.history :]), *self.recoveries()]:
