@@ -208,10 +208,11 @@ def test_loss_falls(run):
 
 
 @pytest.mark.parametrize(('batch', 'accumulated'), [('718', '2'), ('1436', '7')])  # an epoch has four steps
-def test_accumulated_gradients_are_those_of_the_large_batch(batch, accumulated, run):
+def test_accumulated_gradients_are_those_of_the_large_batch(batch, accumulated, run, capsys):
     flags = '--opt sgd --no-aug --smoothing 0 --warmup-epochs 0 --lr 0.01'
     large, _ = run(DIGITS, *flags.split(), '--batch-size', batch, name='large')
     small, _ = run(DIGITS, *flags.split(), '--batch-size', '359', '--grad-accum-steps', accumulated, name='small')
+    assert capsys.readouterr().out.count(f'global batch {batch} = ') == 2
     one, other = (torch.load(folder / 'last.pth.tar', weights_only=True)['state_dict'] for folder in (large, small))
     assert max((one[name] - other[name]).abs().max() for name in one) < 1e-5
 

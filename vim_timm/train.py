@@ -208,7 +208,8 @@ def announce(args: Settings, trainer: Trainer, model: Any, data_config: dict[str
     size = 'x'.join(map(str, data_config['input_size']))
     process = trainer.process
     aim = f'{100 * model.mask_ratio:g} % of the patches hidden' if args.mae else f'{args.num_classes} classes'
-    batch = args.batch_size * process.world_size * args.grad_accum_steps
+    steps = min(args.grad_accum_steps, trainer.batches)  # of an update
+    batch = args.batch_size * process.world_size * steps
     rate = build.learning_rate(args, process.world_size)
     if 'model' not in args.chosen:
         hint = '' if args.pretrained else " from random weights; with few images --pretrained starts from ImageNet's"
@@ -218,7 +219,7 @@ def announce(args: Settings, trainer: Trainer, model: Any, data_config: dict[str
         f'on {process.world_size} x {process.device}, {process.precision}'
     )
     trainer.progress.say(
-        f'global batch {batch} = {args.batch_size} images x {process.world_size} ranks x {args.grad_accum_steps} '
+        f'global batch {batch} = {args.batch_size} images x {process.world_size} ranks x {steps} '
         f'accumulated; {args.opt}, learning rate {rate:.4g}; {trainer.epochs} epoch{"s" if trainer.epochs > 1 else ""} '
         f'of {trainer.batches} steps; output in {trainer.folder}'
     )
