@@ -37,6 +37,8 @@ def step_of(options: argparse.Namespace) -> tuple[Callable[[], None], int]:
             optimizer.step()
             optimizer.zero_grad()
 
+    if not hasattr(model, 'blocks'):
+        sys.exit(f'{options.model} has no list of blocks, of which one could be timed')
     return step, len(model.blocks)
 
 
