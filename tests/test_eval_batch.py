@@ -232,7 +232,7 @@ def fit(_):
     try:
         eval_batch.fit_batch(*given)
     except Exception as error:
-        print('again' if out_of_memory(error) else 'never')
+        print('again' if out_of_memory(error) else 'never', flush=True)
         raise
 
 given = None, Loader(), Process(rank=rank, world_size=2), SimpleNamespace(say=print), compute
