@@ -10,15 +10,15 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from processes import TRAIN, Python
+from processes import TRAIN, Python, finish, ranks
 from torch.utils.data import DataLoader, IterableDataset
 
 from vim_timm import train
-from vim_timm.data import loading, workers
+from vim_timm.data import loading
 from vim_timm.data.batch import Collate
 from vim_timm.data.sampling import Samples
 from vim_timm.data.unreadable import Unreadable
-from vim_timm.data.workers import REST, start_worker, watched
+from vim_timm.data.workers import start_worker, watched
 from vim_timm.errors import TrainingStopped, explain
 from vim_timm.settings import Process
 
@@ -189,11 +189,27 @@ def test_an_evaluation_of_a_tfds_stream_counts_each_sample_once(samples, ranks, 
     assert sorted(seen) == list(range(samples))
 
 
-@pytest.mark.parametrize('started, number', [(True, 1), (True, 0), (False, 1)])
-def test_the_threads_of_a_process_group_rest_before_a_process_is_forked(started, number, monkeypatch):
-    rests = []
-    monkeypatch.setattr(workers.dist, 'is_initialized', lambda: started)
-    monkeypatch.setattr(workers.time, 'sleep', rests.append)
-    assert list(watched([1, 2], number)) == [1, 2]
-    assert rests == ([REST] if started and number else [])
-    assert (REST > 0) == (sys.version_info < (3, 12))
+RESTS = """
+import os, sys
+import torch.distributed as dist
+from vim_timm import train
+from vim_timm.engine import process
+rests = []
+process.time.sleep = rests.append
+
+def child():
+    if not os.fork():
+        os._exit(0)
+    os.wait()
+
+process.start_process(train.parse_args(['--dataset', 'digits', '--device', 'cpu']))
+child()
+dist.destroy_process_group()
+child()
+assert rests == [process.REST], rests
+assert (process.REST > 0) == (sys.version_info < (3, 12))
+"""
+
+
+def test_the_threads_of_a_process_group_rest_before_a_process_is_forked(tmp_path):
+    finish(ranks(RESTS, count=2, folder=tmp_path))

@@ -5,19 +5,13 @@ import os
 import pickle
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from multiprocessing import queues
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from ..errors import TrainingStopped, lost_worker, quiet_pillow
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-# Before Python 3.12 a forked process hangs if a thread of the process group, done with a collective, asked for the
-# interpreter as it was forked (python/cpython#112275): so long its threads are given to come to rest.
-REST = 0.05 if sys.version_info < (3, 12) else 0.0  # s
 T = TypeVar('T')
 
 
@@ -57,8 +51,6 @@ def watched(batches: Iterable[T], workers: int) -> Iterator[T]:
     Raises:
         TrainingStopped: a loading process died, could not start, or cannot be reached.
     """
-    if workers and dist.is_available() and dist.is_initialized():
-        time.sleep(REST)
     try:
         yield from batches
     except TrainingStopped:

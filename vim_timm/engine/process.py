@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ from timm.utils import is_distributed_env, world_info_from_env
 
 from ..errors import UserError, explain
 from ..settings import Process, Settings
+
+# Before Python 3.12 a forked process hangs if a thread of the process group, done with a collective, asked for the
+# interpreter as it was forked (python/cpython#112275): so long its threads are given to come to rest.
+REST = 0.05 if sys.version_info < (3, 12) else 0.0  # s
 
 
 @contextlib.contextmanager
@@ -77,6 +82,13 @@ def _join(settings: Settings, backend: str, local_rank: int, rank: int, world_si
         os.environ.setdefault('TORCH_NCCL_DUMP_ON_TIMEOUT', '0')
         os.environ.setdefault('TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC', '1000')
         dist.init_process_group(backend, timeout=timeout)
+    if hasattr(os, 'register_at_fork'):
+        os.register_at_fork(before=_rest)
+
+
+def _rest() -> None:
+    if dist.is_initialized():
+        time.sleep(REST)
 
 
 @contextlib.contextmanager
