@@ -14,7 +14,7 @@ from .parse import Settings, build_parser, parse
 from .parser import Parser
 
 STREAMS = ('hfids/', 'tfds/', 'wds/')
-KINDS = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')  # of --dataset, before a name
+KINDS = ('torch/', 'hfds/', *STREAMS)  # of --dataset, before a name
 _PACKAGE = Path(__file__).parents[1]
 TRAIN_PROGRAM, VALIDATE_PROGRAM = 'train.py', 'validate.py'
 TRAIN_TEXT = """Train an image classifier with timm's library; flags have the names, defaults and meanings of timm's
