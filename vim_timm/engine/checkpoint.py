@@ -132,9 +132,10 @@ class Saver:
     def tidy(self, rows: list[dict[str, Any]]) -> None:
         """Give `last` the further names that it deserves, and drop checkpoints that are no longer among the best."""
         epoch = rows[-1]['epoch']
-        if epoch in self.ranking(rows):
+        there = {epoch, *self.kept(rows[:-1])}
+        kept = [known for known in self.ranking(rows) if known in there]
+        if epoch in kept[: self.history]:
             duplicate(self.path('last'), self.path(f'checkpoint-{epoch}'))
-        kept = self.kept(rows)
         if kept and os.path.isfile(best := self.path(f'checkpoint-{kept[0]}')):
             duplicate(best, self.path('model_best'))
         if self.every and (epoch + 1) % self.every == 0:
