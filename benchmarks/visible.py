@@ -1,10 +1,11 @@
 """Time of encoders where a masked autoencoder hides patches, beside that of all patches.
 
-    python -m benchmarks.visible [--models ...] [--ratio 0.75] [--batch 8] [--device cpu] [--threads 1]
+    python -m benchmarks.visible [--models ...] [--ratio 0.75] [--batch 8] [--device cpu] [--threads 1] [--compile]
 
 Both run in turn in one process, and the least time of each counts; on a CPU it is the process's processor time, of all
-threads, which other programs hardly add to. On a GPU tokens are bfloat16, and a run is a CUDA graph: eager runs of
-small encoders take as long as their launches. The last column is the share of the time.
+threads, which other programs hardly add to. On a GPU tokens are bfloat16, and a run is a CUDA graph, of eager layers or
+with `--compile` of compiled ones: eager runs of small encoders take as long as their launches. The last column is the
+share of the time.
 """
 
 import argparse
@@ -27,15 +28,19 @@ def encoders(name: str, args: argparse.Namespace, train: bool) -> list[Callable[
     model = MaskedAutoencoder(encoder, args.ratio, decoder_dim=32, decoder_depth=1, decoder_heads=1)
     images = torch.randn(args.batch, 3, 224, 224, device=args.device)
 
+    def visible(images: torch.Tensor) -> torch.Tensor:
+        noise = torch.rand(args.batch, model.num_patches((224, 224)), device=args.device)
+        keep = random_masking(noise, args.ratio)[0]
+        return model._encode(*model._embed(images, keep), keep)
+
+    forwards = [encoder.forward_features, visible]
+    if args.compile:
+        forwards = [torch.compile(forward) for forward in forwards]
+
     def run(hide: bool) -> None:
         cuda = args.device.startswith('cuda')
         with torch.set_grad_enabled(train), torch.autocast('cuda', torch.bfloat16, enabled=cuda):
-            if hide:
-                noise = torch.rand(args.batch, model.num_patches((224, 224)), device=args.device)
-                keep = random_masking(noise, args.ratio)[0]
-                features = model._encode(*model._embed(images, keep), keep)
-            else:
-                features = encoder.forward_features(images)
+            features = forwards[hide](images)
             if train:
                 encoder.zero_grad()
                 features.float().square().mean().backward()
@@ -70,6 +75,7 @@ def main() -> None:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--repeats', type=int, default=8)
+    parser.add_argument('--compile', action='store_true')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.device == 'cpu' else time.perf_counter
