@@ -93,6 +93,7 @@ def folder(tmp_path):
         ('--resume nowhere.pth.tar', ['nowhere.pth.tar']),
         ('--initial-checkpoint nowhere.pth', ['nowhere.pth']),
         ('--pretrained --pretrained-path nowhere.pth', ['nowhere.pth']),
+        (f'--pretrained-path {__file__}', ['not read without --pretrained']),
         ('--recipe nothing', ['nothing', 'digits']),
         ('--config nowhere.yaml', ['nowhere.yaml']),
         ('--device tpu', ['tpu']),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from vim_timm import compare, train
-from vim_timm.report.comparison import best_numbers, differing, panels, read_runs
+from vim_timm.report.comparison import best_numbers, comparison_page, differing, panels, read_runs
 
 
 def make_run(folder, accuracies, losses, **settings):
@@ -30,7 +30,8 @@ def runs(tmp_path):
 
 
 def data_of(text):
-    return json.loads(re.search('<div class="charts-data"><script type="application/json">(.*?)</script>', text)[1])
+    found = re.search('<div class="charts-data"><script type="application/json">(.*?)</script>', text)[1]
+    return json.loads(found, parse_constant=pytest.fail)  # a browser reads no NaN
 
 
 def test_only_settings_that_differ_are_shown(runs):
@@ -91,7 +92,7 @@ def test_runs_as_they_are_written_can_be_compared(tmp_path, capsys):
     'make, message',
     [
         (lambda folder: folder.mkdir(), 'no summary.csv'),
-        (lambda folder: (folder.mkdir(), (folder / 'summary.csv').write_text('epoch,lr\n')), 'holds no epoch yet'),
+        (lambda folder: (folder.mkdir(), (folder / 'summary.csv').write_text('lr\n1\n')), 'no column epoch'),
         (lambda folder: (folder.mkdir(), (folder / 'summary.csv').write_text('epoch\nx\n')), 'could not convert'),
         (lambda folder: None, 'no summary.csv'),
     ],
@@ -100,6 +101,26 @@ def test_what_is_no_run_is_named(make, message, runs, tmp_path, capsys):
     make(tmp_path / 'odd')
     assert compare.main([runs[0], str(tmp_path / 'odd'), '-o', str(tmp_path / 'x.html')]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / 'x.html').exists()
+
+
+def test_a_run_without_an_epoch_is_named_and_costs_the_others_nothing(runs, tmp_path, capsys):
+    (tmp_path / 'new').mkdir()
+    (tmp_path / 'new' / 'summary.csv').write_text('epoch\n')
+    line = ['-o', str(tmp_path / 'x.html'), str(tmp_path / 'new')]
+    assert compare.main([*line, *runs]) == 0
+    printed = capsys.readouterr().out
+    assert 'new: no epoch yet, left out' in printed and '60 (epoch 1) *' in printed
+    assert compare.main([*line, str(tmp_path / 'new')]) == 2
+    assert 'none of the runs has an epoch yet' in capsys.readouterr().err
+
+
+def test_a_value_that_is_no_number_is_no_best_one_and_leaves_the_page_readable(tmp_path):
+    paths = [make_run(tmp_path / name, [1.0, 2.0], [float('nan'), loss]) for name, loss in (('a', 3.0), ('b', 4.0))]
+    runs = read_runs(paths)
+    _, rows, winners = best_numbers(runs)
+    assert [row[4] for row in rows] == ['3 (epoch 1)', '4 (epoch 1)'] and (0, 4) in winners and (1, 4) not in winners
+    lines = data_of(comparison_page(runs))['panels'][0]['lines']
+    assert [line['y'] for line in lines] == [[None, 3.0], [None, 4.0]]
 
 
 def test_one_run_is_not_compared(runs, capsys):

@@ -211,6 +211,16 @@ class TestTraining:
         ):
             assert all(torch.equal(one[name], other[name]) for name in one)
 
+    @pytest.mark.parametrize('changed', ['--mask-ratio 0.75', '--mae-loss l1', ''])
+    def test_a_run_goes_on_only_with_the_losses_that_it_measured(self, changed, run, tmp_path, capsys):
+        line = [*ADAM, '--epochs', '4', '--resume', str(run / 'last.pth.tar'), '--output', str(tmp_path)]
+        same = ['--norm-pix-loss'] if changed else []  # and without it, where nothing else is changed
+        assert train.main([*line, *same, *changed.split()]) == 2
+        flag = changed.split()[0] if changed else '--norm-pix-loss'
+        assert f'measured other losses: {flag} was' in capsys.readouterr().err and not list(tmp_path.iterdir())
+        if changed:
+            assert train.main([*line, *same, '--mae-loss', 'mse']) == 0  # which was the usual one
+
     def test_a_finished_run_writes_its_encoder(self, run, tmp_path, capsys):
         shutil.copytree(run, tmp_path / 'a')
         more = '--epochs 3 --model-ema --model-ema-decay 0.5 --norm-pix-loss'.split()

@@ -274,6 +274,13 @@ def test_a_result_that_is_not_this_models_is_refused_before_anything_is_written(
     assert words in error and error.count('\n') == 1 and os.listdir(tmp_path) == ['r.json']
 
 
+@pytest.mark.parametrize('name', ['org/na me', 'org/team/x', 'org/x.git', 'org/'])
+def test_a_name_that_no_repository_can_have_is_refused_before_anything_is_written(name, run, tmp_path, capsys):
+    line = [str(run / 'last.pth.tar'), '--repo-id', name, '--dry-run', '--no-evaluate', '--output', str(tmp_path / 'x')]
+    assert main(line) == 2
+    assert '--repo-id: ' in (error := capsys.readouterr().err) and name in error and not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize('name', ['vim_nano_patch4_32', 'vim_nano_patch4_32.cifar10', 'local-dir:{published}'])
 def test_a_result_of_this_model_is_taken(name, run, published, tmp_path):
     (tmp_path / 'r.json').write_text(json.dumps({**ROW, 'model': name.format(published=published)}))

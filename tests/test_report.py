@@ -392,6 +392,16 @@ def test_a_folder_that_cannot_be_written_ends_before_the_evaluation(tmp_path, we
     assert '--report' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('file, flags, is_json', [
+    ('row.json', [], True), ('row.csv', [], False), ('row', [], False),
+    ('row.json', ['--results-format', 'csv'], False),
+])  # fmt: skip
+def test_the_ending_of_a_results_file_is_its_format_where_none_is_named(file, flags, is_json, tmp_path, weights):
+    assert validate.main([*weights, '--results-file', str(tmp_path / file), *flags]) == 0
+    text = (tmp_path / file).read_text()
+    assert (json.loads(text)['count'] == 359) if is_json else text.startswith('model,top1,')
+
+
 def test_each_checkpoint_of_a_folder_has_a_report_of_its_own(tmp_path, weights):
     for name in ('a.1.pth', 'a.2.pth.tar', 'a.2.pth', 'b.safetensors'):
         (tmp_path / name).write_bytes(Path(weights[-1]).read_bytes())

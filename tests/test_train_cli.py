@@ -298,6 +298,15 @@ def test_fine_tuning_from_a_checkpoint(tmp_path, few, run):
             str(folder / 'last.pth.tar'), name='tuned')  # fmt: skip
 
 
+def test_weights_of_otherwise_normalized_images_are_remarked_on(few, run, capsys):
+    folder, _ = run(DIGITS, '--mean', '0.2', '--std', '0.9')
+    remark = f'{folder}/last.pth.tar are of images with --mean 0.2 --std 0.9, which is another normalization'
+    for flag in (['--pretrained', '--pretrained-path'], ['--initial-checkpoint']):
+        for more in ([], ['--mean', '0.2', '--std', '0.9']):
+            run(DIGITS, *flag, str(folder / 'last.pth.tar'), *more, name='tuned')
+            assert (remark in capsys.readouterr().out) is (not more)
+
+
 def test_early_stop(few, run):
     _, rows = run(
         DIGITS, *'--epochs 9 --lr 1e-9 --warmup-epochs 0 --early-stop-patience 2 --early-stop-min-delta 50'.split()

@@ -9,7 +9,7 @@ if __name__ == '__main__':  # the command line is read before anything is import
 
 from collections.abc import Sequence
 
-from .errors import run
+from .errors import UserError, run
 from .files import printable, write_atomically
 from .settings import parsers
 
@@ -21,7 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .report.comparison import as_text, comparison_page, read_runs
 
         args = parsers.compare(arguments)
-        runs = read_runs(args.runs)
+        found = read_runs(args.runs)
+        runs = [one for one in found if one.rows]
+        for one in found:
+            if not one.rows:
+                print(f'{printable(one.name)}: no epoch yet, left out')
+        if not runs:
+            raise UserError('none of the runs has an epoch yet')
         print(printable(as_text(runs)))
         write_atomically(args.output, comparison_page(runs))
         print(f'page: {args.output}')

@@ -33,6 +33,7 @@ from .report.reconstruction import Gallery
 from .settings import Settings
 from .settings.fit import with_warmup
 from .settings.flags import PRECISION, VALIDATE, Row
+from .settings.inherited import settings_of
 from .settings.masked import AUTOENCODER
 from .settings.programs import TRAIN_PROGRAM as PROGRAM
 from .settings.programs import VALIDATE_PROGRAM, start
@@ -56,6 +57,21 @@ def slow_average(args: Settings, updates: int) -> str:
     return (
         f'the moving average (--model-ema-decay {args.model_ema_decay:g}) follows slowly for a run of {updates:,} '
         'updates: --model-ema-warmup'
+    )
+
+
+def other_normalization(args: Settings, data_config: Mapping[str, Any]) -> str:
+    """A remark where the run begins with weights of a run whose images were normalized otherwise; else ''."""
+    path = args.initial_checkpoint or args.pretrained_path
+    if not path or args.mean is not None or args.std is not None:
+        return ''
+    theirs, flags = settings_of(read_checkpoint(path, mmap=True)), []
+    for name in ('mean', 'std'):
+        values, ours = tuple(theirs.get(name, ())), tuple(data_config[name])
+        if len(values) == len(ours) and values != ours:
+            flags.append(' '.join([f'--{name}', *(f'{value:g}' for value in values)]))
+    return (
+        f'the weights of {path} are of images with {" ".join(flags)}, which is another normalization' if flags else ''
     )
 
 
@@ -128,7 +144,10 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     args = args.replace(model=build.current_name(args.model))
     model = build.make_training_model(args, process)
     args = args.replace(num_classes=args.num_classes or model.num_classes or None)
+    if args.mae:
+        args = args.replace(mask_ratio=model.mask_ratio, mae_loss=args.mae_loss or model.loss)
     data_config = build.resolve_images(model, vars(args))
+    normalization = other_normalization(args, data_config)
     model = build.place_model(args, process, model, data_config['input_size'], not (args.mae or hooks.task))
     train_data = data.train_loader(args, process, datasets[0], data_config)
     loaders = (train_data, data.eval_loader(args, process, datasets[1], data_config, train_data.unreadable))
@@ -177,7 +196,9 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         if args.train_split == args.val_split and not (hooks.dataset or args.val_fraction):
             trainer.progress.say('both splits are the same: the evaluation is on images that were trained on')
         announce(args, trainer, model, data_config)
-        for line in filter(None, (remark, slow_average(args, trainer.updates * trainer.epochs), compiling)):
+        for line in filter(
+            None, (remark, normalization, slow_average(args, trainer.updates * trainer.epochs), compiling)
+        ):
             trainer.progress.say(line)
         if trainer.primary:
             # the next machine has its own device and cores

@@ -49,7 +49,7 @@ from .settings.inherited import data_of, settings_of
 from .settings.masked import AUTOENCODER, is_autoencoder
 from .settings.parse import parse
 from .settings.programs import VALIDATE_PROGRAM as PROGRAM
-from .settings.programs import check, validate_settings
+from .settings.programs import check, results_format, validate_settings
 from .tasks import adopt, make_task
 from .train import input_channels, match_classes
 
@@ -95,7 +95,8 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     if not args.data_dir and not args.dataset:
         args = args.replace(dataset='digits')
     check(args)
-    args = args.replace(val_num_samples=args.num_samples, validation_batch_size=None)
+    kind = results_format(args)
+    args = args.replace(val_num_samples=args.num_samples, validation_batch_size=None, results_format=kind)
     if args.batch_size == AUTO:  # until it has been chosen
         args = args.replace(batch_size=USUAL_BATCH, validation_batch_size=AUTO)
     return args, content
@@ -455,11 +456,8 @@ def _evaluate_choice(
 
 def write_results(path: str, rows: list[dict[str, Any]], kind: str) -> None:
     """Write result rows as CSV or JSON."""
-    if kind == 'json':
-        text = json.dumps(rows if len(rows) != 1 else rows[0], indent=4) + '\n'
-    else:
-        text = table(rows)
-    write_atomically(path, text)
+    as_json = json.dumps(rows if len(rows) != 1 else rows[0], indent=4) + '\n'
+    write_atomically(path, as_json if kind == 'json' else table(rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

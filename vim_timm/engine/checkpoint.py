@@ -63,6 +63,23 @@ def check_held_out(saved: Any, args: Any, path: str) -> None:
             )
 
 
+def check_masking(saved: Any, args: Any, path: str) -> None:
+    """Refuse to go on with a masked autoencoder whose losses would be others than those of its log so far.
+
+    Args:
+        saved: settings in the checkpoint of `path`.
+        args: settings of this run.
+    """
+    for name in ('mask_ratio', 'norm_pix_loss', 'mae_loss') if isinstance(saved, dict) and args.mae else ():
+        theirs, ours = saved.get(name), getattr(args, name)
+        if theirs not in (None, ours):
+            flag = f'--{name.replace("_", "-")}'
+            raise UserError(
+                f'{path} measured other losses: {flag} was {shown(repr(theirs))} there and is {ours!r} here: give the '
+                'same, or start from its weights with --pretrained --pretrained-path'
+            )
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, name: str, content: dict[str, Any], path: str) -> None:
     """Load the state of the optimizer `name` from a checkpoint; its learning rate, betas, ... stay those of this run.
 

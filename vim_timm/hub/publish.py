@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 from timm.models import get_deprecated_models, get_pretrained_cfg
 
 from ..engine.build import published_cfg
@@ -208,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body(words: Sequence[str]) -> None:
         args = parsers.publish(words)
+        if args.repo_id:
+            with explain('--repo-id'):
+                validate_repo_id(args.repo_id)
         if args.all:
             return upload_all(args.repo_id.partition('/')[0], args.private, args.dry_run)
         if args.embed:

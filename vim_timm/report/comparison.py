@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,7 @@ class Run:
 
     def best(self, column: str) -> tuple[float, int] | None:
         """The best value of a column and its epoch; None where it has no value."""
-        known = [(row[column], int(row['epoch'])) for row in self.rows if column in row]
+        known = [(row[column], int(row['epoch'])) for row in self.rows if not math.isnan(row.get(column, math.nan))]
         sign = -1 if less_is_better(column) else 1
         return max(known, key=lambda pair: (sign * pair[0], -pair[1])) if known else None
 
@@ -61,8 +62,8 @@ def read_run(path: str) -> Run:
             {name: float(value) for name, value in row.items() if name and value not in (None, '')}
             for row in csv.DictReader(file)
         ]
-    if not rows or not all('epoch' in row for row in rows):
-        raise UserError(f'{log} holds no epoch yet')
+    if not all('epoch' in row for row in rows):
+        raise UserError(f'{log} is no log of a run: it has no column epoch')
     known: Any = {}
     if os.path.isfile(settings):
         with explain(settings), open(settings, encoding='utf-8') as file:

@@ -242,7 +242,7 @@ const charts = root => {
     }
     picture.append(make('svg:text', { x: (box.left + box.right) / 2, y: box.bottom + 29, 'text-anchor': 'middle' }, timed ? 'hours' : axis));
     for (const line of drawn) {
-      const points = across(line).map((x, i) => [left(x), top(line.y[i]), i]).filter(point => Number.isFinite(point[1]));
+      const points = across(line).map((x, i) => [left(x), top(line.y[i]), i]).filter(([, , i]) => Number.isFinite(line.y[i]));
       picture.append(make('svg:path', { class: 'curve', style: `stroke:${line.colour}`, 'stroke-dasharray': line.dashed ? '5 4' : null,
         d: points.map(([x, y], i) => `${i ? 'L' : 'M'}${x.toFixed(1)} ${y.toFixed(1)}`).join('') }));
       if (line.bare || points.length > 30) continue;

@@ -26,7 +26,8 @@ def page(title: str, body: Iterable[str]) -> str:
 
 def live(kind: str, data: Mapping[str, Any]) -> str:
     """A place of a page that its script fills from `data`, plain values; `kind` says with what."""
-    text = json.dumps(data, separators=(',', ':'), ensure_ascii=False, default=_plain)
+    plain = json.loads(json.dumps(data, default=_plain), parse_constant=lambda _: None)  # JSON has no NaN
+    text = json.dumps(plain, separators=(',', ':'), ensure_ascii=False)
     for letter in '<>&\u2028\u2029':  # nothing in it ends the element
         text = text.replace(letter, f'\\u{ord(letter):04x}')
     note = '<noscript><p>Scripts are off: the pictures and tables beside this page show the same.</p></noscript>'

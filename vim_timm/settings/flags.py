@@ -376,7 +376,7 @@ VALIDATE: dict[str, list[Row]] = {
         ('--log-freq', int, 10, 'steps between two lines of the log', at_least(1)),
         ('--report', str, '', 'write report.html, tables and pictures into this folder'),
         ('--results-file', str, '', 'write the results to this file'),
-        ('--results-format', ('csv', 'json'), 'csv', 'its format'),
+        ('--results-format', ('csv', 'json'), 'csv', 'its format (default: json of FILE.json, else csv)'),
         ('--retry', bool, False, 'halve the batch size and try again when memory runs out'),
         ('--metrics-avg', ('micro', 'macro', 'weighted'), None, 'also precision, recall and F1 with this average'),
     ],

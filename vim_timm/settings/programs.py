@@ -81,6 +81,12 @@ def validate_settings(argv: Sequence[str]) -> Settings:
     return args
 
 
+def results_format(args: Settings) -> str:
+    """The format of --results-file: as chosen, else as its ending says."""
+    by_ending = 'results_format' not in args.chosen and args.results_file.endswith('.json')
+    return 'json' if by_ending else args.results_format
+
+
 def check(args: Settings) -> None:
     """Refuse settings that contradict each other."""
     check_masked(args)
