@@ -1,11 +1,13 @@
 """Time of encoders where a masked autoencoder hides patches, beside that of all patches.
 
-    python -m benchmarks.visible [--models ...] [--ratio 0.75] [--batch 8] [--device cpu] [--threads 1] [--compile]
+    python -m benchmarks.visible [--models ...] [--ratio 0.75] [--batch 8] [--device cpu] [--threads 1]
+        [--compile] [--weights bfloat16]
 
 Both run in turn in one process, and the least time of each counts; on a CPU it is the process's processor time, of all
-threads, which other programs hardly add to. On a GPU tokens are bfloat16, and a run is a CUDA graph, of eager layers or
-with `--compile` of compiled ones: eager runs of small encoders take as long as their launches. The last column is the
-share of the time.
+threads, which other programs hardly add to. On a GPU tokens are bfloat16, by autocast or
+with `--weights bfloat16` as the weights are (inference alone), and a run is a CUDA graph, of eager layers or with
+`--compile` of compiled ones: eager runs of small encoders take as long as their launches. The last column is the share
+of the time.
 """
 
 import argparse
@@ -24,9 +26,10 @@ MODELS = ['vim_tiny_patch16_224', 'vim2_tiny_patch16_224', 'vit_tiny_patch16_224
 
 def encoders(name: str, args: argparse.Namespace, train: bool) -> list[Callable[[], None]]:
     """Functions that run the encoder once, without and with hidden patches."""
-    encoder = timm.create_model(name, num_classes=0).to(args.device).train(train)
+    dtype = getattr(torch, args.weights)
+    encoder = timm.create_model(name, num_classes=0).to(args.device, dtype).train(train)
     model = MaskedAutoencoder(encoder, args.ratio, decoder_dim=32, decoder_depth=1, decoder_heads=1)
-    images = torch.randn(args.batch, 3, 224, 224, device=args.device)
+    images = torch.randn(args.batch, 3, 224, 224, device=args.device, dtype=dtype)
 
     def visible(images: torch.Tensor) -> torch.Tensor:
         noise = torch.rand(args.batch, model.num_patches((224, 224)), device=args.device)
@@ -38,8 +41,8 @@ def encoders(name: str, args: argparse.Namespace, train: bool) -> list[Callable[
         forwards = [torch.compile(forward) for forward in forwards]
 
     def run(hide: bool) -> None:
-        cuda = args.device.startswith('cuda')
-        with torch.set_grad_enabled(train), torch.autocast('cuda', torch.bfloat16, enabled=cuda):
+        mixed = args.device.startswith('cuda') and dtype == torch.float32
+        with torch.set_grad_enabled(train), torch.autocast('cuda', torch.bfloat16, enabled=mixed):
             features = forwards[hide](images)
             if train:
                 encoder.zero_grad()
@@ -76,12 +79,13 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--repeats', type=int, default=8)
     parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--weights', choices=('float32', 'bfloat16'), default='float32')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.device == 'cpu' else time.perf_counter
     print(f'| encoder | | all patches | {100 * args.ratio:g} % hidden | share |\n|---|---|---|---|---|')
     for name in args.models:
-        for train in (False, True):
+        for train in (False, True) if args.weights == 'float32' else (False,):
             runs = encoders(name, args, train)
             best = [float('inf')] * 2
             for _ in range(args.repeats + 1):  # the first is a warm-up, and never the least

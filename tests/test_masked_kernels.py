@@ -14,10 +14,10 @@ import vim_timm  # noqa: F401  registers the models
 from tests.kernels import assert_agrees, error, kept_bytes, pass_in_the_interpreter, with_gradients
 from tests.test_ssd import DEVICE, GPU, INTERPRETER, TOLERANCE, kernels, mixer_operands
 from vim_timm.layers import BiSSD, Layout
-from vim_timm.ops import GridMixer, Ssd, fused_grid_mixer, use_scan_backend
+from vim_timm.ops import GridMixer, Ssd, Visible, fused_grid_mixer, use_scan_backend, visible_neighbours
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.triton_kernels import masked_conv_launch, ssd_op
-from vim_timm.ops.triton_kernels.ssd_launch import Grid, precision
+from vim_timm.ops.triton_kernels.ssd_launch import precision
 
 SUMS = ('A_log', 'D', 'delta_bias', 'conv', 'conv_bias')  # gradients that are sums of what nearly cancels
 # grid, kept patches, prefix tokens, orders
@@ -50,6 +50,18 @@ if GPU:  # long for the interpreter
     ]
     SIZES += [((27, 25), 540, 1, 'both', 32, 64, dtype) for dtype in TOLERANCE]
     SIZES += [((32, 32), 256, 0, 'column', 32, 64, dtype) for dtype in TOLERANCE]
+
+
+class Calls(TorchDispatchMode):
+    """How often operators run whose name has `part` in it."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.count = part, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += self.part in function.name()
+        return function(*args, **(kwargs or {}))
 
 
 def kept_of(grid, kept, batch, device='cpu'):
@@ -157,7 +169,7 @@ def test_kernels_take_no_bias_and_project_as_torch_does(triton):
     names = [name for name in GridMixer._fields[:7] if name != 'conv_bias']
     out_proj = torch.randn(7, 32, device=DEVICE) / 5
     assert_agrees(
-        lambda x, conv, *w: fused_grid_mixer(GridMixer(x, conv, None, *w[:-1], *settings, keep, w[-1])),
+        lambda x, conv, *w: fused_grid_mixer(GridMixer(x, conv, None, *w[:-1], *settings, keep, None, w[-1])),
         lambda x, conv, *w: F.linear(masked_composition((x, conv, None, *w[:-1]), *settings, keep), w[-1]),
         {**dict(zip(names, [zxbcdt, conv, *others])), 'out_proj': out_proj},
         2e-5,
@@ -175,18 +187,22 @@ def test_kernels_give_a_whole_image_that_is_masked_nowhere_the_same_bits(orders,
     assert torch.equal(whole, masked)
 
 
-def places_of(keep, prefix, height, width):
+def neighbours_of(keep, prefix, height, width):
+    """Of a token at each tap (B, 9, L), and the tokens by columns (B, L)."""
     from vim_timm.ops.triton_kernels import masked_conv_kernels
 
     launch = masked_conv_launch.PlacesLaunch(16, 16, 1)  # several of each in the sizes below
-    return masked_conv_launch.find_places(masked_conv_kernels, keep, Grid(prefix, height, width), launch)
+    visible = Visible(keep, prefix, height, width)
+    found = masked_conv_launch.find_neighbours(masked_conv_kernels, visible, launch)
+    assert torch.equal(found, visible_neighbours(visible))
+    return found[:9].transpose(0, 1), found[9]
 
 
 @kernels
 @pytest.mark.parametrize('grid, kept, prefix', [((1, 1), 1, 0), ((7, 9), 40, 2), ((9, 5), 45, 1), ((4, 4), 0, 1)])
 def test_kernels_find_neighbours_and_columns(grid, kept, prefix, triton):
     keep, width = kept_of(grid, kept, 3, DEVICE), grid[1]
-    neighbours, columns = places_of(keep, prefix, *grid)
+    neighbours, columns = neighbours_of(keep, prefix, *grid)
     for image, places in enumerate(keep.tolist()):
         token = {divmod(place, width): prefix + i for i, place in enumerate(places)}
         for (row, column), i in token.items():
@@ -203,7 +219,7 @@ def test_kernels_find_neighbours_and_columns(grid, kept, prefix, triton):
 def test_kernels_read_nothing_outside_for_places_that_are_none_of_a_grid(places, triton):
     """The device is not waited for, so that nothing can be raised: the image is NaN, and the others are right."""
     keep = torch.tensor([places, [0, 1, 2]], device=DEVICE)
-    neighbours, columns = places_of(keep, 1, 3, 5)
+    neighbours, columns = neighbours_of(keep, 1, 3, 5)
     assert neighbours.min() >= -1 and neighbours.max() < 4
     assert columns.sort(1).values.tolist() == [[0, 1, 2, 3]] * 2
     given, settings = dict(zip(GridMixer._fields, mixer_operands(4, 2, torch.float32))), (1e-5, 16, True, 1, 3, 5)
@@ -247,7 +263,9 @@ def test_kernels_run_a_masked_images_mixer_whole(orders, triton, monkeypatch):
     model = timm.create_model('vim2_tiny_patch4_32', **arguments).to(DEVICE)
     images, keep = torch.randn(2, 3, 32, 32, device=DEVICE), kept_of((8, 8), 16, 2, DEVICE)
     monkeypatch.setattr(BiSSD, '_convolve', lambda *_: pytest.fail('the mixer is composed'))
-    fused = model.encode(*model.embed(images, keep), keep)[0]
+    with Calls('visible_neighbours') as looked_up:
+        fused = model.encode(*model.embed(images, keep), keep)[0]
+    assert looked_up.count == 1  # for both blocks
     fused.square().mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.blocks.named_parameters()}
     monkeypatch.undo()
@@ -287,14 +305,12 @@ def test_kernels_follow_autocast_and_keep_little_of_places(triton):
     assert bytes_of_image == 5 * (2 * (16 + row + 64 + 32) + 4 * 2 * (1 + 2) + 4 * 10)
 
 
-class Zeros(TorchDispatchMode):
-    """How often memory is filled with zeros."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 'zero' in function.name()
-        return function(*args, **(kwargs or {}))
+@kernels
+def test_kernels_refuse_neighbours_past_whose_ends_they_would_read(triton):
+    neighbours = visible_neighbours(Visible(kept_of((3, 5), 4, 2, DEVICE), 0, 3, 5))
+    given = GridMixer(*mixer_operands(5, 2, torch.float32), 1e-5, 16, True, 1, 3, 5, neighbours, neighbours)
+    with pytest.raises(ValueError, match=r'neighbours of tokens are not torch.int32 \[10, 2, 4\]'):
+        fused_grid_mixer(given)
 
 
 @kernels
@@ -304,7 +320,7 @@ def test_no_gradient_is_filled_for_what_kernels_keep(masked, triton):
     operands[0].requires_grad_()
     grid = (4, 4) if masked else (3, 3)
     y = fused_grid_mixer(GridMixer(*operands, 1e-5, 16, True, 0, *grid, keep)).sum()
-    with Zeros() as zeros:
+    with Calls('zero') as zeros:
         y.backward()
     assert zeros.count == 0
 
@@ -330,7 +346,9 @@ def test_one_graph_holds_a_masked_mixer_of_kernels_forward_and_backward(triton):
 def test_operator_of_kernels_passes_opcheck(projects, triton):
     out_proj = torch.randn(7, 32, device=DEVICE, requires_grad=True) if projects else None
     operands = [x.detach().requires_grad_() for x in mixer_operands(5, 2, torch.float32)]
-    settings = (1e-5, 16, True, 1, 3, 5, kept_of((3, 5), 4, 2, DEVICE), out_proj)
+    keep = kept_of((3, 5), 4, 2, DEVICE)
+    neighbours = visible_neighbours(Visible(keep, 1, 3, 5))
+    settings = (1e-5, 16, True, 1, 3, 5, keep, neighbours, out_proj)
     tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
     operator = torch.ops.vim_timm.triton_masked_grid_mixer.default
     torch.library.opcheck(operator, (*operands, *settings), test_utils=tests)

@@ -12,7 +12,7 @@ from process_state import STATES
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import ops
-from vim_timm.ops import Direction, GridConv, GridMixer, Linear, Mixer, Ssd, SwiGlu, Taps, Weights, backends
+from vim_timm.ops import Direction, GridConv, GridMixer, Linear, Mixer, Ssd, SwiGlu, Taps, Visible, Weights, backends
 from vim_timm.ops.operands import Conv, Norm, Scan
 
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
@@ -65,6 +65,8 @@ def operands_of(operator, dtype, length):
         keep = torch.arange(1, length).expand(2, -1) if operator == 'masked_grid_mixer' else None
         height = length - 1 if keep is None else length
         return GridMixer(rows(2 * 32 + 2 * 16 + 2), *parameters, 1e-5, 16, True, 1, height, 1, keep)
+    if operator == 'visible_neighbours':
+        return Visible(torch.arange(1, length).expand(2, -1), 1, length, 1)
     if operator == 'linear':
         return Linear(rows(channels), draw(6, channels, narrow=True), draw(6, narrow=True))
     if operator == 'swiglu':
@@ -79,9 +81,10 @@ def results(operator, backend, operands):
     out = backends.TABLE[operator][backend].run(operands)
     outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y is not None]
     flat = operands.flat() if hasattr(operands, 'flat') else operands
-    weights = [torch.ones_like(y) for y in outputs]
     learning = [x for x in flat if isinstance(x, torch.Tensor) and x.requires_grad]
-    return [*outputs, *torch.autograd.grad(outputs, learning, weights)]
+    if not learning:  # of numbers of tokens
+        return outputs
+    return [*outputs, *torch.autograd.grad(outputs, learning, [torch.ones_like(y) for y in outputs])]
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)

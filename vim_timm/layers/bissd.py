@@ -178,6 +178,7 @@ class BiSSD(StateSpaceMixer):
                 layout.grid[0],
                 layout.grid[1],
                 layout.keep,
+                layout.neighbours,
                 weights(out_proj)[0] if inside else None,
             )
         )

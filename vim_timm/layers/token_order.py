@@ -8,6 +8,8 @@ from typing import List, Literal, NamedTuple, Optional, Tuple
 
 import torch
 
+from vim_timm.ops import Visible, visible_neighbours
+
 ClassToken = Literal['middle', 'head', 'double', 'none']
 
 PREFIX_TOKENS = {'none': 0, 'head': 1, 'middle': 1, 'double': 2}
@@ -23,11 +25,13 @@ class Layout(NamedTuple):
         keep: Row-major indices (B, L - len(prefix)) of the patches that are there, ascending; None where all are.
             They are not looked at, for which a device would have to be waited for: patches in another order are scanned
             as they stand, or refused by the CPU's kernel.
+        neighbours: What `ops.visible_neighbours` makes of keep, found once for all blocks; None has each find it.
     """
 
     grid: Tuple[int, int]
     prefix: List[int]
     keep: Optional[torch.Tensor]
+    neighbours: Optional[torch.Tensor] = None
 
 
 def prefix_places(class_token: str, num_patches: int) -> List[int]:
@@ -40,6 +44,22 @@ def prefix_places(class_token: str, num_patches: int) -> List[int]:
         return [0, num_patches + 1]
     places: List[int] = []
     return places
+
+
+def scan_layout(
+    grid: Tuple[int, int], class_token: str, num_patches: int, keep: Optional[torch.Tensor], wanted: bool
+) -> Layout:
+    """Where the tokens of a trunk's blocks stand.
+
+    Args:
+        wanted: Whether a block looks at what stands beside what.
+    """
+    prefix = prefix_places(class_token, num_patches)
+    neighbours: Optional[torch.Tensor] = None
+    if not torch.jit.is_scripting():
+        if wanted and keep is not None and prefix == list(range(len(prefix))):
+            neighbours = visible_neighbours(Visible(keep, len(prefix), grid[0], grid[1]))
+    return Layout(grid, prefix, keep, neighbours)
 
 
 def patch_places(layout: Layout, num_tokens: int, device: torch.device) -> torch.Tensor:

@@ -22,9 +22,8 @@ from vim_timm.layers.rope import StreamRope, rope_tables, rotate
 from vim_timm.layers.token_order import (
     PREFIX_TOKENS,
     ClassToken,
-    Layout,
-    prefix_places,
     random_order,
+    scan_layout,
     to_prefix_order,
     to_scan_order,
 )
@@ -48,7 +47,7 @@ class Trunk(nn.Module):
     """
 
     # a subclass's own annotations would hide Final ones
-    __constants__ = ['dynamic_img_size', 'class_token', 'rope', 'rope_residual']
+    __constants__ = ['dynamic_img_size', 'class_token', 'rope', 'rope_residual', 'wants_layout']
 
     def __init__(
         self,
@@ -102,7 +101,8 @@ class Trunk(nn.Module):
             raise ValueError(f"random_class_position needs class_token 'middle' or 'head', not {class_token!r}")
         if rope is not None and embed_dim % 4:
             raise ValueError(f'rope needs an embed_dim divisible by 4, not {embed_dim}')
-        if (random_token_order or random_class_position) and any(block.wants_layout for block in blocks):
+        self.wants_layout = any(block.wants_layout for block in blocks)
+        if (random_token_order or random_class_position) and self.wants_layout:
             raise ValueError('a random scan order does not go with mixers that need to know where tokens stand')
         self.num_prefix_tokens = PREFIX_TOKENS[class_token]
         self._check_pool(global_pool)
@@ -348,7 +348,7 @@ class Trunk(nn.Module):
             grid = patch_grid
         if keep is not None:
             x = kept_patches(x, keep, grid[0] * grid[1])
-        layout = Layout(grid, prefix_places(self.class_token, x.shape[1]), keep)
+        layout = scan_layout(grid, self.class_token, x.shape[1], keep, self.wants_layout)
         x = self._with_prefix(x)
         x = self.pos_drop(x)
         if self.residual_in_fp32:

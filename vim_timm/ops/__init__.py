@@ -17,9 +17,9 @@ from vim_timm.ops.linear import linear
 from vim_timm.ops.mamba_compat import causal_conv1d, selective_scan
 from vim_timm.ops.mixer import fused_mixer
 from vim_timm.ops.norm import rms_norm
-from vim_timm.ops.operands import Direction, GridConv, GridMixer, Linear, Mixer, Ssd, SwiGlu, Taps, Weights
+from vim_timm.ops.operands import Direction, GridConv, GridMixer, Linear, Mixer, Ssd, SwiGlu, Taps, Visible, Weights
 from vim_timm.ops.scan import bidirectional_scan
-from vim_timm.ops.ssd import fused_grid_mixer, grid_conv, symmetric_ssd
+from vim_timm.ops.ssd import fused_grid_mixer, grid_conv, symmetric_ssd, visible_neighbours
 from vim_timm.ops.swiglu import swiglu
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     'Ssd',
     'SwiGlu',
     'Taps',
+    'Visible',
     'Weights',
     'auto_backend',
     'bidirectional_conv',
@@ -53,5 +54,6 @@ __all__ = [
     'swiglu',
     'symmetric_ssd',
     'use_scan_backend',
+    'visible_neighbours',
     'wants_any_derivative',
 ]

@@ -86,6 +86,9 @@ TABLE: Dict[str, Dict[str, Cell]] = {
         'cpu': Cell(cpu.grid_mixer, cpu.grid_mixer_limit),
         'triton': Cell(triton_kernels.masked_grid_mixer, triton_kernels.grid_mixer_limit),
     },
+    'visible_neighbours': {
+        'triton': Cell(triton_kernels.visible_neighbours),
+    },
     'rms_norm': {
         'cpu': Cell(cpu.rms_norm, cpu.rms_norm_limit),
     },
@@ -112,6 +115,7 @@ KERNELS: Dict[str, Dict[str, str]] = {
     'grid_conv': {'cuda': 'triton'},
     'grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
     'masked_grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
+    'visible_neighbours': {'cuda': 'triton'},
     'rms_norm': {'cpu': 'cpu'},
     'linear': {'cpu': 'cpu'},
     'swiglu': {'cuda': 'triton', 'cpu': 'cpu'},

@@ -151,7 +151,17 @@ class GridMixer(NamedTuple):
     height: int
     width: int
     keep: Optional[Tensor] = None  # places (B, L - prefix) int64 of the tokens on the grid, ascending; None for all
+    neighbours: Optional[Tensor] = None  # what `ops.visible_neighbours` makes of keep; None has it made here
     out_proj: Optional[Tensor] = None  # (C, D)
+
+
+class Visible(NamedTuple):
+    """Operands of `ops.visible_neighbours`: which patches of masked images are there."""
+
+    keep: Tensor  # places (B, K) int64 of the tokens on the grid, ascending
+    prefix: int  # tokens before the grid
+    height: int
+    width: int
 
 
 class Norm(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vim_timm.ops.backends import find
-from vim_timm.ops.operands import GridConv, GridMixer, Ssd
+from vim_timm.ops.operands import GridConv, GridMixer, Ssd, Visible
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.registration import autocast_off
 
@@ -93,6 +93,19 @@ def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
         mixer = GridMixer(*fields)
     with autocast_off(mixer.zxbcdt):
         return run(mixer)
+
+
+def visible_neighbours(visible: Visible) -> Optional[Tensor]:
+    """Which tokens of masked images are neighbours, for `fused_grid_mixer`; the same for all blocks of a model.
+
+    Args:
+        visible: See `operands.Visible`.
+
+    Returns:
+        (10, B, L) int32: the token that each of nine taps meets at a token, -1 for none, and the tokens by columns of
+        their image. None where no backend looks them up.
+    """
+    return _run_if_there('visible_neighbours', visible, visible.keep)
 
 
 def _run_if_there(operator: str, operands: Any, x: Tensor) -> Optional[Tensor]:

@@ -1,8 +1,9 @@
 """Fused GPU kernels in Triton: bidirectional selective scan and causal convolution, symmetric state space dual.
 
 `scan` and `conv` compute what `ops.plain.reference` defines, `ssd` what `ops.plain.ssd` does, `grid_conv` a convolution
-on a grid, `grid_mixer` the inside of a mixer around both, `masked_grid_mixer` that of visible patches, and `swiglu` a
-gated MLP, on NVIDIA GPUs; Triton is imported at the first call.
+on a grid, `grid_mixer` the inside of a mixer around both, `masked_grid_mixer` that of visible patches,
+`visible_neighbours` finds which of these are neighbours, and `swiglu` is a gated MLP, on NVIDIA GPUs; Triton is
+imported at the first call.
 The kernels were measured on compute capability 9.0 only; they compile for 8.0 to 12.0 (`compile_targets`).
 """
 
@@ -45,6 +46,7 @@ __all__ = [
     'swiglu',
     'swiglu_limit',
     'unavailable',
+    'visible_neighbours',
     'warmup',
 ]
 
@@ -215,9 +217,14 @@ def grid_mixer(given: operands.GridMixer) -> Tensor:
     return torch.ops.vim_timm.triton_grid_mixer.default(*given)[0]
 
 
+def visible_neighbours(given: operands.Visible) -> Tensor:
+    """The table (10, B, L) by which `masked_grid_mixer` finds tokens."""
+    return torch.ops.vim_timm.triton_visible_neighbours.default(*given)
+
+
 def masked_grid_mixer(given: operands.GridMixer) -> Tensor:
     """`grid_mixer` of a masked image's visible patches."""
-    return torch.ops.vim_timm.triton_masked_grid_mixer.default(*given)[0]
+    return torch.ops.vim_timm.triton_masked_grid_mixer.default(*masked_grid_mixer_op.with_neighbours(given))[0]
 
 
 def swiglu(given: operands.SwiGlu) -> Tensor:

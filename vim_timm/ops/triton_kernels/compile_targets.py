@@ -115,7 +115,9 @@ def compile_conv(capability: int, compiled: Compiled, dim: int, dtype: torch.dty
     conv.backward(y, y_b)
 
 
-def mixer_of(dim: int, dtype: torch.dtype, length: int, side: int, keep: Optional[torch.Tensor]) -> operands.GridMixer:
+def mixer_of(
+    dim: int, dtype: torch.dtype, length: int, side: int, neighbours: Optional[torch.Tensor] = None
+) -> operands.GridMixer:
     """Operands of a Vision Mamba 2 mixer of two orders, of `length` tokens on a square grid."""
     state, heads = 64, dim // 64
     width = 2 * dim + 2 * state + 8 * math.ceil(heads / 8)
@@ -123,7 +125,7 @@ def mixer_of(dim: int, dtype: torch.dtype, length: int, side: int, keep: Optiona
     shapes = ([dim + 2 * state, 9], [dim + 2 * state], [heads], [2, heads], [heads], [dim])
     given: Any = [torch.empty(shape, device='meta') for shape in shapes]
     out_proj: Any = torch.empty([dim // 2, dim], dtype=dtype, device='meta')
-    given += [1e-5, state, True, 0, side, side, keep, out_proj]
+    given += [1e-5, state, True, 0, side, side, None, neighbours, out_proj]
     return operands.GridMixer(zxbcdt, *given)
 
 
@@ -140,19 +142,18 @@ def compile_mixer(mixer: Any, capability: int, compiled: Compiled) -> None:
 def compile_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype, side: int) -> None:
     from .grid_mixer_op import GridMixer
 
-    compile_mixer(GridMixer(mixer_of(dim, dtype, side * side, side, None)), capability, compiled)
+    compile_mixer(GridMixer(mixer_of(dim, dtype, side * side, side)), capability, compiled)
 
 
 def compile_masked_grid_mixer(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
     """Kernels of an image whose patches are hidden but for a quarter."""
     from . import masked_conv_kernels
-    from .masked_conv_launch import find_places
+    from .masked_conv_launch import find_neighbours
     from .masked_grid_mixer_op import MaskedGridMixer
-    from .ssd_launch import Grid
 
-    keep = torch.empty([2, 49], dtype=torch.int64, device='meta')
-    places = find_places(Recorder(masked_conv_kernels, capability, compiled), keep, Grid(0, 14, 14))
-    mixer = MaskedGridMixer(mixer_of(dim, dtype, keep.shape[1], 14, keep), places)
+    visible = operands.Visible(torch.empty([2, 49], dtype=torch.int64, device='meta'), 0, 14, 14)
+    neighbours = find_neighbours(Recorder(masked_conv_kernels, capability, compiled), visible)
+    mixer = MaskedGridMixer(mixer_of(dim, dtype, neighbours.shape[2], 14, neighbours))
     compile_mixer(mixer, capability, compiled)
 
 

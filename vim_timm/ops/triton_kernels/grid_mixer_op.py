@@ -224,18 +224,18 @@ def fake_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *
 
 
 def save_operands(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:], *inputs[:7], inputs[-1])
-    ctx.settings = inputs[7:-2]
+    ctx.save_for_backward(*output[1:], *inputs[:7], *inputs[-2:])
+    ctx.settings = inputs[7:-3]
     keep_outputs(ctx, *output[1:])
 
 
 def differentiate_by(operator: torch._ops.OpOverload, ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     """Gradients of a mixer's operands by its backward operator, which needs no `keep`."""
     saved: Tuple[Tensor, ...] = ctx.saved_tensors
-    kept, tensors, out_proj = saved[:-8], saved[-8:-1], saved[-1]
-    grads = operator(grad, *kept, *tensors, *ctx.settings, None, out_proj)
+    kept, tensors, (neighbours, out_proj) = saved[:-9], saved[-9:-2], saved[-2:]
+    grads = operator(grad, *kept, *tensors, *ctx.settings, None, neighbours, out_proj)
     *others, of_out_proj = in_dtypes_of((*tensors, out_proj), (*grads, None) if out_proj is None else grads)
-    return (*others, *[None] * (len(ctx.settings) + 1), of_out_proj)
+    return (*others, *[None] * (len(ctx.settings) + 2), of_out_proj)
 
 
 def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:

@@ -22,18 +22,19 @@ def load_places(KEEP, i, kept, stride, cells):
 
 @triton.jit(do_not_specialize=['length', 'prefix', 'height', 'width', 'KEEP_sb'])
 def masked_places(
-    KEEP, NEIGHBOURS, COLUMNS, length, prefix, height, width, KEEP_sb, KEEP_sl, BT: tl.constexpr, BU: tl.constexpr
+    KEEP, NEIGHBOURS, length, prefix, height, width, KEEP_sb, KEEP_sl, BT: tl.constexpr, BU: tl.constexpr
 ):
-    """NEIGHBOURS (batch, 9, L) int32, the tokens that taps meet or -1, and COLUMNS (batch, L) int32, the tokens by
-    columns of their image, from KEEP (batch, L - prefix): cells of the tokens behind `prefix` others, which meet the
-    middle tap alone and keep their place.
+    """NEIGHBOURS (10, batch, L) int32: the tokens that nine taps meet or -1, and the tokens by columns of their image,
+    from KEEP (batch, L - prefix): cells of the tokens behind `prefix` others, which meet the middle tap alone and keep
+    their place.
 
-    Of tokens in one cell the last is met, and a token that is not its own neighbour is a mistake; COLUMNS is a
-    permutation whatever KEEP holds.
+    Of tokens in one cell the last is met, and a token that is not its own neighbour is a mistake; the order by columns
+    is a permutation whatever KEEP holds.
     """
     job = tl.program_id(1)
     entry = tl.program_id(2).to(tl.int64)
     KEEP += entry * KEEP_sb
+    NEIGHBOURS += (job * tl.num_programs(2) + entry) * length
     cells, kept = height * width, length - prefix
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     place = load_places(KEEP, t - prefix, kept, KEEP_sl, cells)
@@ -48,7 +49,7 @@ def masked_places(
             tie = (other_key == key[:, None]) & (u[None, :] < (t - prefix)[:, None])
             earlier = ((other_key < key[:, None]) | tie) & (u < kept)[None, :]
             rank += tl.sum(earlier.to(tl.int32), 1)
-        tl.store(COLUMNS + entry * length + tl.where(t < prefix, t, prefix + rank), t, mask=t < length)
+        tl.store(NEIGHBOURS + tl.where(t < prefix, t, prefix + rank), t, mask=t < length)
     else:
         row += job // 3 - 1
         column += job % 3 - 1
@@ -59,7 +60,7 @@ def masked_places(
             u = first + tl.arange(0, BU)
             same = load_places(KEEP, u, kept, KEEP_sl, cells)[None, :] == wanted[:, None]
             found = tl.maximum(found, tl.max(tl.where(same, (prefix + u)[None, :], -1), 1))
-        tl.store(NEIGHBOURS + (entry * 9 + job) * length + t, found, mask=t < length)
+        tl.store(NEIGHBOURS + t, found, mask=t < length)
 
 
 @triton.jit
@@ -102,18 +103,18 @@ def masked_conv(
     inside = tokens < count
     image, token = tokens // length, tokens % length
     x_at = X + (image * X_sb)[:, None]
-    next_at = NEIGHBOURS + tl.cast(image, tl.int64) * 9 * length + token
+    next_at = NEIGHBOURS + tokens
     a0, a1, a2 = load_taps(weight, channels, in_channels, 0, FLIP)
     b0, b1, b2 = load_taps(weight, channels, in_channels, 1, FLIP)
     c0, c1, c2 = load_taps(weight, channels, in_channels, 2, FLIP)
     offset = tl.zeros([1, BC], tl.float32)
     if HAS_BIAS:
         offset = tl.load(bias + channels, mask=in_channels, other=0.0).to(tl.float32)[None, :]
-    x0, x1, x2 = load_neighbours(x_at, next_at, length, inside, channels, in_channels, X_sl, 0, FAST)
-    y0, y1, y2 = load_neighbours(x_at, next_at, length, inside, channels, in_channels, X_sl, 1, FAST)
-    z0, z1, z2 = load_neighbours(x_at, next_at, length, inside, channels, in_channels, X_sl, 2, FAST)
+    x0, x1, x2 = load_neighbours(x_at, next_at, count, inside, channels, in_channels, X_sl, 0, FAST)
+    y0, y1, y2 = load_neighbours(x_at, next_at, count, inside, channels, in_channels, X_sl, 1, FAST)
+    z0, z1, z2 = load_neighbours(x_at, next_at, count, inside, channels, in_channels, X_sl, 2, FAST)
     y = along(along(along(offset, a0, a1, a2, x0, x1, x2), b0, b1, b2, y0, y1, y2), c0, c1, c2, z0, z1, z2)
-    own = tl.load(next_at + 4 * length, mask=inside, other=-1)
+    own = tl.load(next_at + 4 * count, mask=inside, other=-1)
     y = tl.where((own == token)[:, None], silu(y, SILU, FAST), float('nan'))
     to = Y + (image * Y_sb + token * Y_sl)[:, None] + channels[None, :]
     tl.store(to, y.to(Y.dtype.element_ty), mask=inside[:, None] & in_channels[None, :])
@@ -149,10 +150,10 @@ def masked_conv_gradients(
         image, token = tokens // length, tokens % length
         mask = inside[:, None] & in_channels[None, :]
         x_at = X + (image * X_sb)[:, None]
-        next_at = NEIGHBOURS + tl.cast(image, tl.int64) * 9 * length + token
-        x0, x1, x2 = load_neighbours(x_at, next_at, length, inside, channels, in_channels, X_sl, 0, FAST)
-        y0, y1, y2 = load_neighbours(x_at, next_at, length, inside, channels, in_channels, X_sl, 1, FAST)
-        z0, z1, z2 = load_neighbours(x_at, next_at, length, inside, channels, in_channels, X_sl, 2, FAST)
+        next_at = NEIGHBOURS + tokens
+        x0, x1, x2 = load_neighbours(x_at, next_at, count, inside, channels, in_channels, X_sl, 0, FAST)
+        y0, y1, y2 = load_neighbours(x_at, next_at, count, inside, channels, in_channels, X_sl, 1, FAST)
+        z0, z1, z2 = load_neighbours(x_at, next_at, count, inside, channels, in_channels, X_sl, 2, FAST)
         grad_at = GRAD_Y + (image * Y_sb + token * Y_sl)[:, None] + channels[None, :]
         grad_y = floats(tl.load(grad_at, mask=mask, other=0.0), FAST)
         y = along(along(along(offset, a0, a1, a2, x0, x1, x2), b0, b1, b2, y0, y1, y2), c0, c1, c2, z0, z1, z2)

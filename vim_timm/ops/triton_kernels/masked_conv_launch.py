@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from .. import operands
 from .grid_conv_op import fitting
 from .launch import INTERPRET, aligned_strides, or_else
-from .ssd_launch import Grid
 
 
 class PlacesLaunch(NamedTuple):
@@ -36,30 +36,24 @@ CONV_BACKWARD = MaskedConvLaunch(8, 32, 2, 4)
 CONV_INPUT = MaskedConvLaunch(16, 32, 2, 1)
 
 
-class Places(NamedTuple):
-    """What kernels know of where tokens (B, L) stand on a grid; int32."""
-
-    neighbours: Tensor  # tokens that meet each of the nine taps (B, 9, L), -1 for none
-    columns: Tensor  # the tokens by columns of their image (B, L)
+def empty_neighbours(keep: Tensor, prefix: int) -> Tensor:
+    return keep.new_empty((10, keep.shape[0], prefix + keep.shape[1]), dtype=torch.int32)
 
 
-def empty_places(like: Tensor, batch: int, length: int) -> Places:
-    shapes = (batch, 9, length), (batch, length)
-    return Places(*(like.new_empty(shape, dtype=torch.int32) for shape in shapes))
-
-
-def find_places(kernels: Any, keep: Tensor, grid: Grid, launch: PlacesLaunch = PLACES) -> Places:
-    """Places of tokens, `grid.prefix` of them before the grid and the others (B, K) on it in cells `keep`.
+def find_neighbours(kernels: Any, given: operands.Visible, launch: PlacesLaunch = PLACES) -> Tensor:
+    """`ops.visible_neighbours`.
 
     What `keep` holds is not looked at here, as the device would be waited for: an image that has a cell outside the
     grid, or one twice, becomes NaN.
     """
-    batch, length = keep.shape[0], grid.prefix + keep.shape[1]
-    places = empty_places(keep, batch, length)
+    keep, prefix, height, width = given
+    neighbours = empty_neighbours(keep, prefix)
+    _, batch, length = neighbours.shape
     kernels.masked_places[math.ceil(length / launch.tokens), 10, batch](
-        keep, *places, length, *grid, *keep.stride(), BT=launch.tokens, BU=launch.others, num_warps=launch.warps
-    )
-    return places
+        keep, neighbours, length, prefix, height, width, *keep.stride(),
+        BT=launch.tokens, BU=launch.others, num_warps=launch.warps,
+    )  # fmt: skip
+    return neighbours
 
 
 class MaskedConv:

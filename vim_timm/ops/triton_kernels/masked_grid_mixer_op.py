@@ -1,40 +1,40 @@
 """The inside of a Vision Mamba 2 mixer of masked images, whose tokens are visible patches alone, as one dispatcher op.
 
-The kernels of `grid_mixer_op`, but for the convolution, and one before them that finds which tokens are neighbours and
-how they follow by columns; the state space dual sees the places of tokens in its sums of decays alone.
+The kernels of `grid_mixer_op`, but for the convolution. Which tokens are neighbours, and how they follow by columns, is
+found by an operator of its own, once for all blocks; the state space dual sees the places of tokens in its sums of
+decays alone.
 """
 
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .. import operands
 from ..operands import schema
-from ..registration import Kernel, masked_grid_mixer_flops, register
+from ..registration import Kernel, masked_grid_mixer_flops, register, register_inference
 from . import grid_mixer_op
 from .grid_mixer_op import GridMixer, differentiate_by, gradients, save_operands
-from .masked_conv_launch import MaskedConv, Places, empty_places, find_places
+from .masked_conv_launch import MaskedConv, empty_neighbours, find_neighbours
 from .ssd_launch import Grid
 
 
-def check_keep(given: operands.GridMixer) -> Tensor:
-    """keep, whose values are not looked at; raises ValueError where kernels would read past its ends."""
-    batch, length, _ = given.zxbcdt.shape
-    keep, kept = given.keep, length - given.prefix
-    assert keep is not None
-    if keep.shape != (batch, kept) or keep.dtype != torch.int64 or keep.device != given.zxbcdt.device:
-        what = f'{keep.dtype} {list(keep.shape)} on {keep.device}'
-        raise ValueError(f'places of {batch} x {kept} tokens on a grid are not {what}')
-    return keep
+def check(what: str, x: Optional[Tensor], shape: Tuple[int, ...], dtype: torch.dtype, tokens: Tensor) -> None:
+    """Raise ValueError for numbers of tokens' places past whose ends kernels would read; values are not looked at."""
+    assert x is not None
+    if x.shape != shape or x.dtype != dtype or x.device != tokens.device:
+        raise ValueError(f'{what} are not {x.dtype} {list(x.shape)} on {x.device}')
 
 
 class MaskedGridMixer(GridMixer):
-    def __init__(self, given: operands.GridMixer, places: Places) -> None:
+    def __init__(self, given: operands.GridMixer) -> None:
         super().__init__(given)
-        self.grid = Grid(given.prefix, 1, given.zxbcdt.shape[1] - given.prefix)  # of what `columns` does not say
-        self.neighbours = places.neighbours
-        self.columns = None if given.rows and given.A_log.shape[0] == 1 else places.columns
+        batch, length, _ = given.zxbcdt.shape
+        check('neighbours of tokens', given.neighbours, (10, batch, length), torch.int32, given.zxbcdt)
+        assert given.neighbours is not None
+        self.neighbours = given.neighbours.contiguous()
+        self.grid = Grid(given.prefix, 1, length - given.prefix)  # of what `columns` does not say
+        self.columns = None if given.rows and given.A_log.shape[0] == 1 else self.neighbours[9]
 
     def convolution(self) -> Any:
         x = self.split(self.zxbcdt)[1]
@@ -42,42 +42,47 @@ class MaskedGridMixer(GridMixer):
         return MaskedConv(kernels, x, self.given.conv, self.given.conv_bias, self.neighbours)
 
 
-def run(*flat: Any) -> Tuple[Tensor, ...]:
-    """The output, and for the backward pass the convolution's, dt, s, the sum before the norm, and `Places`."""
-    given = operands.GridMixer(*flat)
-    keep, grid = check_keep(given), Grid(given.prefix, given.height, given.width)
+def with_neighbours(given: operands.GridMixer) -> operands.GridMixer:
+    """The operands, whose neighbours are made of `keep` if nobody has."""
+    if given.neighbours is not None:
+        return given
+    batch, kept = given.zxbcdt.shape[0], given.zxbcdt.shape[1] - given.prefix
+    check(f'places of {batch} x {kept} tokens on a grid', given.keep, (batch, kept), torch.int64, given.zxbcdt)
+    found = torch.ops.vim_timm.triton_visible_neighbours.default(given.keep, given.prefix, given.height, given.width)
+    flat: Any = [*given[:-2], found, given.out_proj]  # torch 2.6 compiles no `_replace`
+    return operands.GridMixer(*flat)
+
+
+def find(keep: Tensor, *grid: int) -> Tensor:
     with torch.cuda.device_of(keep):
-        places = find_places(grid_mixer_op.kernel_modules()['masked_conv_kernels'], keep, grid)
-        return *MaskedGridMixer(given, places).forward(), *places
+        return find_neighbours(grid_mixer_op.kernel_modules()['masked_conv_kernels'], operands.Visible(keep, *grid))
 
 
-def fake(*flat: Any) -> Tuple[Tensor, ...]:
-    x = flat[0]
-    return *grid_mixer_op.fake(*flat), *empty_places(x, *x.shape[:2])
+def fake_find(keep: Tensor, prefix: int, height: int, width: int) -> Tensor:
+    return empty_neighbours(keep, prefix)
 
 
-def run_backward(
-    grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, neighbours: Tensor, columns: Tensor, *flat: Any
-) -> List[Tensor]:
-    mixer = MaskedGridMixer(operands.GridMixer(*flat), Places(neighbours, columns))
-    return gradients(mixer, grad, xbc, dt, s, y)
+def run(*flat: Any) -> Tuple[Tensor, ...]:
+    mixer = MaskedGridMixer(operands.GridMixer(*flat))
+    with torch.cuda.device_of(mixer.zxbcdt):
+        return mixer.forward()
 
 
-def fake_backward(
-    grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, neighbours: Tensor, columns: Tensor, *flat: Any
-) -> List[Tensor]:
-    return grid_mixer_op.fake_backward(grad, xbc, dt, s, y, *flat)
+def run_backward(grad: Tensor, xbc: Tensor, dt: Tensor, s: Tensor, y: Tensor, *flat: Any) -> List[Tensor]:
+    return gradients(MaskedGridMixer(operands.GridMixer(*flat)), grad, xbc, dt, s, y)
 
 
 def differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Any, ...]:
     return differentiate_by(torch.ops.vim_timm.triton_masked_grid_mixer_backward.default, ctx, grad)
 
 
-_KEPT = 'Tensor xbc, Tensor dt, Tensor s, Tensor y, Tensor neighbours, Tensor columns'
+register_inference(
+    'triton_visible_neighbours', f'({schema(operands.Visible)}) -> Tensor', find, fake_find, lambda shapes: 0
+)
 register(
     'triton_masked_grid_mixer',
-    f'({schema(operands.GridMixer)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
-    f'(Tensor grad, {_KEPT}, {schema(operands.GridMixer)}) -> Tensor[]',
-    Kernel(run, fake, save_operands, differentiate, run_backward, fake_backward),
+    f'({schema(operands.GridMixer)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    f'(Tensor grad, Tensor xbc, Tensor dt, Tensor s, Tensor y, {schema(operands.GridMixer)}) -> Tensor[]',
+    Kernel(run, grid_mixer_op.fake, save_operands, differentiate, run_backward, grid_mixer_op.fake_backward),
     masked_grid_mixer_flops,
 )
