@@ -97,10 +97,15 @@ def rates(contenders: list[Contender]) -> list[float]:
     return [statistics.median(of_one) for of_one in zip(*([c.rate() for c in contenders] for _ in range(5)))]
 
 
-def models(family: str) -> None:
+def chosen(table: list[tuple], rows: list[int]) -> list[tuple]:
+    """Rows of a table, all of them if none is named."""
+    return [row for i, row in enumerate(table) if i in rows or not rows]
+
+
+def models(family: str, rows: list[int]) -> None:
     print('| model | size, batch | mode | img/s | DeiT | ratio | peak, GiB | DeiT | ratio |')
     print('|---|---|---|---|---|---|---|---|---|', flush=True)
-    for model, size, batch, train in MODELS:
+    for model, size, batch, train in chosen(MODELS, rows):
         torch._dynamo.reset()
         names = [f'{name}_{model}_patch16_224' for name in (family, 'deit')]
         contenders, peaks = [], []
@@ -133,10 +138,10 @@ def seconds_of_epochs(flags: str) -> list[float]:
     return [end - begin for begin, end in zip(ends, ends[1:])]
 
 
-def train(steps: int, epochs: int) -> None:
+def train(steps: int, epochs: int, rows: list[int]) -> None:
     print('| model | size, batch | train.py, img/s | raw step | ratio |')
     print('|---|---|---|---|---|', flush=True)
-    for name, size, batch in TRAIN:
+    for name, size, batch in chosen(TRAIN, rows):
         repeats = max(1, round(steps * batch / DIGITS))
         seconds = seconds_of_epochs(
             f'{FLAGS} --model {name} --img-size {size} --batch-size {batch} --epoch-repeats {repeats} --epochs {epochs}'
@@ -152,15 +157,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('table', choices=('models', 'train'))
     parser.add_argument('--family', choices=('vim', 'vim2'), default='vim2', help='beside DeiT')
+    parser.add_argument('--rows', type=int, nargs='+', default=[], help='only these of the table, from 0')
     parser.add_argument('--steps', type=int, default=1000, help='of an epoch of train.py, about')
     parser.add_argument('--epochs', type=int, default=4, help='of train.py; the first is not timed')
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit('no GPU to measure: torch.cuda.is_available() is False')
     if options.table == 'models':
-        models(options.family)
+        models(options.family, options.rows)
     else:
-        train(options.steps, options.epochs)
+        train(options.steps, options.epochs, options.rows)
 
 
 if __name__ == '__main__':
