@@ -4,12 +4,14 @@ import json
 import os
 import pickle
 import shlex
+import tarfile
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torch.utils.data import IterableDataset
 
@@ -71,6 +73,35 @@ def test_a_checkpoint_names_its_classes_and_an_evaluation_goes_by_them(trained, 
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize('kind', ['folder', 'class folder', 'tar', 'class map'])
+def test_images_in_no_class_folders_are_scored_as_none(kind, trained, tmp_path, capsys):
+    """All of them would be of class 0: a validation split that was unpacked into one folder, say."""
+    write(tmp_path / 'data', ['cow'])
+    folder, more = tmp_path / 'data', []
+    if kind == 'class folder':
+        folder = folder / 'cow'
+    else:
+        os.rename(folder / 'cow', folder / 'validation')
+    if kind == 'tar':
+        folder = tmp_path / 'data.tar'
+        with tarfile.open(folder, 'w') as tar:
+            tar.add(tmp_path / 'data' / 'validation', 'validation')
+    if kind == 'class map':
+        more = ['--class-map', str(tmp_path / 'map.txt')]
+        (tmp_path / 'map.txt').write_text('ant\nbee\ncow\n')
+    assert evaluate(trained, folder, *more) == 2
+    assert 'has no class folders, so nothing says' in capsys.readouterr().err
+
+
+def test_training_wants_class_folders_in_both_splits(tmp_path, capsys):
+    write(tmp_path / 'data' / 'train', ['ant', 'cow'])
+    write(tmp_path / 'data', ['bee'])
+    os.rename(tmp_path / 'data' / 'bee', tmp_path / 'data' / 'validation')
+    for folder in ('data', 'data/validation'):
+        assert train.main([*RUN, '--data-dir', str(tmp_path / folder), '--output', str(tmp_path / 'out')]) == 2
+        assert 'data/validation has no class folders, so nothing says' in capsys.readouterr().err
+
+
 def test_a_class_that_training_does_not_know_is_refused(trained, tmp_path, capsys):
     GREY['Ant'] = GREY['ant']
     write(tmp_path / 'data' / 'train', ['ant', 'bee'])
@@ -107,6 +138,23 @@ def test_a_run_does_not_go_on_with_other_classes(trained, tmp_path, capsys):
     assert train.main([*flags, '--data-dir', str(tmp_path), '--output', str(tmp_path / 'out')]) == 2
     assert "number 1 is 'bee' there and 'cow' in this data" in capsys.readouterr().err
     assert train.main([*flags, '--data-dir', str(trained / 'data'), '--output', str(tmp_path / 'out')]) == 0
+
+
+@pytest.mark.parametrize('labels, message', [
+    ('0\n1\n', 'names 2 classes, and split \'validation\' of the data has 3'),
+    ('0\n1\n2\n5\n', 'names 4 classes'), ('0\n1\n1\n', 'the class 1 is in it 2 times'), ('\n', 'it names no class'),
+])  # fmt: skip
+def test_valid_labels_name_each_class_of_the_data_once(labels, message, tmp_path, capsys):
+    save_file(timm.create_model('test_vit', num_classes=9, img_size=16).state_dict(), tmp_path / 'w.safetensors')
+    (tmp_path / 'labels').write_text(labels)
+    write(tmp_path / 'data' / 'val', ['ant', 'bee', 'cow'])
+    flags = (
+        f'--data-dir {tmp_path}/data --model test_vit --img-size 16 --num-classes 9 --device cpu --workers 0'.split()
+    )
+    files = ['--checkpoint', str(tmp_path / 'w.safetensors'), '--valid-labels', str(tmp_path / 'labels')]
+    assert validate.main([*flags, *files]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1
 
 
 def test_class_names_that_are_none_are_refused(trained, tmp_path, capsys):

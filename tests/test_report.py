@@ -452,6 +452,19 @@ def test_real_labels_go_by_file_name_and_skip_images_without_one(tmp_path, const
     assert validate.validate(args, Process())['top1'] == 75
 
 
+def test_real_labels_need_no_class_folders_and_then_there_is_no_loss(tmp_path, constant, capsys):
+    for path in [*tmp_path.glob('validation/*/*.JPEG')]:
+        path.rename(tmp_path / 'validation' / path.name)
+    for path in [*tmp_path.glob('validation/n*')]:
+        path.rmdir()
+    (tmp_path / 'real.json').write_text(json.dumps([[1], [1], [0], [], [0, 1], [0]]))
+    flags = [*constant, '--real-labels', str(tmp_path / 'real.json')]
+    row = validate.validate(validate.parse_args(flags), Process())
+    assert row['top1'] == 75 and 'loss' not in row
+    assert validate.main([*flags, '--report', str(tmp_path / 'report')]) == 2
+    assert 'has no class folders' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('labels, message', [([[1]] * 5, 'another number'), (None, 'real.json')])
 def test_wrong_real_labels_end_in_a_sentence(tmp_path, constant, labels, message, capsys):
     if labels is not None:

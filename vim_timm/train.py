@@ -141,6 +141,8 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     random_seed(args.seed)
     args, remark = with_warmup(args)
     args, datasets = make_datasets(args, hooks)
+    for dataset in () if args.mae or hooks.task else datasets:
+        data.check_labelled(dataset)
     args = args.replace(model=build.current_name(args.model))
     model = build.make_training_model(args, process)
     args = args.replace(num_classes=args.num_classes or model.num_classes or None)

@@ -24,6 +24,7 @@ from timm.task import ClassificationTask
 from timm.utils import decay_batch_step, natural_key, reparameterize_model
 
 from . import data
+from .data.classes import read_valid_labels
 from .data.real_labels import read_real_labels, real_accuracy
 from .engine import build
 from .engine.eval_batch import fit_batch
@@ -158,7 +159,9 @@ def validate(
         open_folder(args.report)
         history = history_of(content, args.checkpoint)
     dataset = make_dataset(args)
-    labels = _valid_labels(args)
+    if args.report or args.metrics_avg or not args.real_labels:
+        data.check_labelled(dataset)
+    labels = read_valid_labels(args.valid_labels) if args.valid_labels else None
     args = args.replace(model=build.current_name(args.model))
     args, dataset, names = _name_classes(args, dataset, labels, content)
     real = read_real_labels(args.real_labels, dataset) if args.real_labels else None
@@ -178,6 +181,7 @@ def validate(
     rate = speed.rate()
     if real:
         result.update(real_accuracy(real, outputs[0][0], outputs[0][2]))
+        result = result if data.is_labelled(dataset) else {name: result[name] for name in result if name != 'loss'}
     row: dict[str, Any] = {'model': args.model}
     for name in ('top1', 'top5'):
         row.update({name: round(result[name], 4), f'{name}_err': round(100 - result[name], 4)})
@@ -265,7 +269,7 @@ def _ready_model(
     args: Settings, process: Process, labels: list[int] | None, content: Mapping[str, Any]
 ) -> tuple[torch.nn.Module, int, dict[str, Any]]:
     """The model with its weights on its device, the number of its parameters, and its data settings."""
-    model: Any = build.make_model(args)
+    model: Any = build.make_model(args.replace(pretrained=False) if args.checkpoint else args)
     if args.checkpoint:
         with explain(f'checkpoint {args.checkpoint}'):
             load_content(model, content, args.use_ema, f'checkpoint {args.checkpoint}')
@@ -332,6 +336,11 @@ def _name_classes(
                 f'{where} has {count} classes, and split {args.split!r} of the data has {len(here)}, without names '
                 'that tell which of them: say it with --valid-labels or --class-map'
             )
+    elif labels is not None and not by_name and len(here) not in (0, len(labels)):
+        raise UserError(
+            f'--valid-labels {args.valid_labels} names {len(labels)} classes, and split {args.split!r} of the data has '
+            f'{len(here)}: it takes a line for each'
+        )
     elif labels is None:
         args = match_classes(args.replace(num_classes=args.num_classes or len(known) or None), dataset, args.split)
     names = known or data.class_names(dataset)
@@ -365,13 +374,6 @@ class _Select(torch.nn.Module):
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         return logits[:, self.labels]
-
-
-def _valid_labels(args: Settings) -> list[int] | None:
-    if not args.valid_labels:
-        return None
-    with explain(f'--valid-labels {args.valid_labels}'), open(args.valid_labels, encoding='utf-8') as file:
-        return [int(line) for line in file if line.strip()]
 
 
 def _more_metrics(args: Settings, metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .arrays import Arrays, channel_statistics
     from .batch import Batch
     from .classes import class_names, renumbered
-    from .datasets import describe, held_out_share, hold_out, make_dataset
+    from .datasets import check_labelled, describe, held_out_share, hold_out, is_labelled, make_dataset
     from .digits import Digits
     from .loading import Loader, eval_loader, train_loader
     from .sampling import seed_everything
@@ -17,15 +17,16 @@ _MODULES = {
     'arrays': ('Arrays', 'channel_statistics'),
     'batch': ('Batch',),
     'classes': ('class_names', 'renumbered'),
-    'datasets': ('describe', 'held_out_share', 'hold_out', 'make_dataset'),
+    'datasets': ('check_labelled', 'describe', 'held_out_share', 'hold_out', 'is_labelled', 'make_dataset'),
     'digits': ('Digits',),
     'loading': ('Loader', 'eval_loader', 'train_loader'),
     'sampling': ('seed_everything',),
 }
 
 __all__ = [
-    'Arrays', 'Batch', 'Digits', 'Loader', 'channel_statistics', 'class_names', 'describe', 'eval_loader',
-    'held_out_share', 'hold_out', 'make_dataset', 'renumbered', 'seed_everything', 'train_loader',
+    'Arrays', 'Batch', 'Digits', 'Loader', 'channel_statistics', 'check_labelled', 'class_names', 'describe',
+    'eval_loader', 'held_out_share', 'hold_out', 'is_labelled', 'make_dataset', 'renumbered', 'seed_everything',
+    'train_loader',
 ]  # fmt: skip
 
 __getattr__, __dir__ = attributes(

@@ -52,6 +52,20 @@ def read_class_map(path: str, root: str | None) -> dict[Any, int]:
         return {name: number for number, name in enumerate(names)}
 
 
+def read_valid_labels(path: str) -> list[int]:
+    """A model's class numbers in the order of a data set's classes, from a text file with a number a line.
+
+    Raises:
+        UserError: it cannot be read, or does not name different classes.
+    """
+    with explain(f'--valid-labels {path}'), open(path, encoding='utf-8') as file:
+        labels = [int(line) for line in file.read().split('\n') if line.strip()]
+        number, count = Counter(labels).most_common(1)[0] if labels else (0, 0)
+        if count != 1:
+            raise ValueError(f'the class {number} is in it {count} times' if count else 'it names no class')
+        return labels
+
+
 def renumbered(dataset: Any, known: Sequence[str], what: str, where: str) -> Any:
     """The data set with its classes numbered as they are in `known`; as it is, where one of the two names no classes.
 

@@ -201,6 +201,25 @@ def passed_over(reader: Any) -> str:
     return f'; passed over: {", ".join(sorted(reasons))}' if reasons else ''
 
 
+def is_labelled(dataset: Any) -> bool:
+    """Whether it says of which classes its images are; a folder or tar without class folders does not."""
+    reader = getattr(dataset, 'reader', None)
+    return not isinstance(reader, Images) or reader.labelled
+
+
+def check_labelled(dataset: Any) -> None:
+    """Refuse images of no classes, for what learns or measures classes: all would count as of class 0.
+
+    Raises:
+        UserError: that is all there are.
+    """
+    if not is_labelled(dataset):
+        raise UserError(
+            f'{dataset.reader.root} has no class folders, so nothing says of which class an image is: put the images '
+            'of each class into a folder of its name'
+        )
+
+
 def describe(dataset: Any, split: str, args: Any) -> str:
     """A line on what will be read of a split: how many images of which classes, where, and what is passed over."""
     names, reader = class_names(dataset), getattr(dataset, 'reader', None)

@@ -52,6 +52,7 @@ class Images(Reader):
         share: in words, which part of the files this is; '' for all.
         class_to_idx: class numbers by name; empty without class folders.
         samples: (file, class number).
+        labelled: whether files lie in class folders.
         passed_over: names of files and folders that are no data, by reason.
 
     Raises:
@@ -81,7 +82,8 @@ class Images(Reader):
         loose = folders.pop('', [])
         self.class_to_idx = self._number(folders, outermost) if class_map is None else dict(class_map)
         self.samples = self._of_classes(folders)
-        if self.samples:
+        self.labelled = bool(self.samples)
+        if self.labelled:
             for file in loose:
                 self._pass_over(NO_CLASS, file.name)
         else:

@@ -179,8 +179,6 @@ def make_training_model(args: Settings, process: Process) -> torch.nn.Module:
     """`make_model` plus what only training asks of it."""
     if args.pretrained_path and not os.path.isfile(args.pretrained_path):
         raise UserError(f'there is no file {args.pretrained_path}')
-    if args.pretrained_path and not args.pretrained:
-        raise UserError(f'--pretrained-path {args.pretrained_path} is not read without --pretrained: add it')
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     model = make_model(
         args, drop_rate=args.drop,
