@@ -11,7 +11,7 @@ from processes import TRAIN, finish, ranks
 from safetensors.torch import load_file
 from test_resume import load
 
-from vim_timm import predict, train, validate
+from vim_timm import export, predict, train, validate
 from vim_timm.data import Batch
 from vim_timm.errors import UserError
 from vim_timm.hub import publish
@@ -342,6 +342,18 @@ def test_an_encoder_predicts_no_classes_and_has_no_accuracy(run, tmp_path, capsy
     errors = [line for line in capsys.readouterr().err.splitlines() if 'error:' in line]
     assert 'knows no classes' in errors[1] and 'has no accuracy' in errors[2]
     assert timm.create_model(f'local-dir:{folder}', pretrained=True).num_classes == 0
+    card = (folder / 'README.md').read_text()
+    assert 'image-classification' not in card and 'softmax' not in card and '## Classes' not in card
+    assert 'label_names' not in (folder / 'config.json').read_text()
+
+
+def test_an_exported_encoder_predicts_no_classes(run, tmp_path, capsys):
+    pytest.importorskip('onnxscript')
+    path = str(tmp_path / 'encoder.onnx')
+    (tmp_path / 'nothing.png').touch()
+    assert export.main(['--checkpoint', str(run / 'last.pth.tar'), '--output', path]) == 0
+    assert predict.main([str(tmp_path / 'nothing.png'), '--onnx', path]) == 2
+    assert f'{path} is an encoder without a classifier, which knows no classes' in capsys.readouterr().err
 
 
 def test_an_encoder_alone_is_refused(run, capsys):

@@ -232,6 +232,7 @@ def test_occlusion_finds_the_only_place_that_matters():
     (['x.png', '--checkpoint', '{checkpoint}', '--output', 'nowhere/x.csv'], 'there is no such folder'),
     (['x.png', '--checkpoint', '{checkpoint}', '--explain'], '--explain needs a place'),
     (['x.png', '--onnx', 'a.onnx', '--features', 'f.npy'], 'look inside the model'),
+    (['x.png', '--checkpoint', '{checkpoint}', '--features', 'f.csv'], 'must end in .npy'),
     (['x.png', '--checkpoint', '{checkpoint}', '--top', '0'], 'at least 1'),
     (['{empty}/a.jpg', '--checkpoint', '{checkpoint}'], 'no image could be read'),
 ])  # fmt: skip
@@ -242,6 +243,14 @@ def test_mistakes_end_in_a_sentence(words, sentence, checkpoint, tmp_path, capsy
     assert main([word.format(checkpoint=checkpoint, empty=tmp_path / 'empty') for word in words]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count('\n') == 1
+
+
+def test_a_model_that_pools_nothing_has_no_classes_to_name(checkpoint, pictures, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    content['args']['gp'] = ''
+    torch.save(content, tmp_path / 'x.pth.tar')
+    assert main([str(pictures / '2.png'), '--checkpoint', str(tmp_path / 'x.pth.tar')]) == 2
+    assert 'returns no logits' in capsys.readouterr().err
 
 
 def test_a_model_of_many_channels_says_that_files_have_not_so_many():

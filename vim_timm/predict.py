@@ -47,15 +47,19 @@ def predictor(
         from .engine.graphs import open_onnx
 
         saved, session = open_onnx(onnx)
-        return Predictor(saved, session, **options)
-    if not (model or checkpoint):
+        classes = saved.record.get('num_classes', True)  # older files do not say
+    elif model or checkpoint:
+        saved = open_saved(checkpoint, model, use_ema) if checkpoint else open_published(model)
+        classes, session = saved.model.num_classes, None
+    else:
         raise UserError('name the weights: --model NAME, --checkpoint FILE or --onnx FILE')
-    saved = open_saved(checkpoint, model, use_ema) if checkpoint else open_published(model)
-    if not saved.model.num_classes:
+    if not classes:
         raise UserError(
-            f'{checkpoint or model} is an encoder without a classifier, which knows no classes: fine-tune it first '
-            '(train.py --pretrained --pretrained-path FILE)'
+            f'{onnx or checkpoint or model} is an encoder without a classifier, which knows no classes: fine-tune it '
+            'first (train.py --pretrained --pretrained-path FILE)'
         )
+    if session:
+        return Predictor(saved, session, **options)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     with explain(f'--device {device}'):
         return Predictor(saved, device=device, **options)
@@ -89,6 +93,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError('--top and --batch-size must be at least 1')
     if args.output and not args.output.endswith(ENDINGS):
         raise UserError(f'--output {args.output} must end in {", ".join(ENDINGS)}')
+    if args.features and not args.features.endswith('.npy'):
+        raise UserError(f'--features {args.features} must end in .npy')
     if args.explain == '.' and not args.output.endswith('.html'):
         raise UserError('--explain needs a place for its pictures: --explain FOLDER, or --output FILE.html')
     if args.onnx and (args.explain or args.features):

@@ -24,7 +24,8 @@ TOLERANCE = 1e-3  # of logits, relative to the largest
 def _facts(saved: Saved) -> str:
     """What a reader has to know: images, classes, architecture."""
     data = {name: list(value) if isinstance(value, tuple) else value for name, value in saved.data_config.items()}
-    return json.dumps({'architecture': saved.architecture, 'data_config': data, 'class_names': saved.class_names})
+    facts = {'architecture': saved.architecture, 'data_config': data, 'class_names': saved.class_names}
+    return json.dumps({**facts, 'num_classes': saved.model.num_classes})
 
 
 def _example(saved: Saved, batch: int) -> torch.Tensor:
@@ -130,4 +131,4 @@ def open_onnx(path: str) -> tuple[Saved, Callable[[torch.Tensor], torch.Tensor]]
         return torch.from_numpy(np.concatenate(logits)[:count])
 
     data = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    return Saved(None, data, list(map(str, names))), run
+    return Saved(None, data, list(map(str, names)), record=facts), run

@@ -146,6 +146,8 @@ class Predictor:
                 tokens = self.model.forward_features(images)
                 pooled = self.model.forward_head(tokens, pre_logits=True).float().cpu().numpy()
             logits = self.run(images).float().cpu()
+        if logits.ndim != 2:
+            raise UserError('the model returns no logits, a row of classes an image: its head pools nothing')
         if not torch.isfinite(logits).all():
             raise UserError('the model returns values that are not finite: its weights are broken')
         scores, labels = logits.softmax(1).topk(min(self.top, logits.shape[1]))

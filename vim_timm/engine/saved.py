@@ -95,6 +95,7 @@ def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
     data_config = resolve_images(model, {key: settings[key] for key in _IMAGES if settings.get(key)})
     run = _run(content)
     names = class_names_in(content, path) or (_imagenet(model) if run.get('data_set') == 'IMNET' else [])
+    names = names if model.num_classes else []  # an encoder's data may well have had classes
     record = {key: value for key, value in content.items() if key in ('provenance', 'epoch')}
     record['history'] = history_of(content, path)
     return Saved(model.eval(), data_config, names, run, record)

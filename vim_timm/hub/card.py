@@ -51,6 +51,7 @@ class Facts:
         train: the command that trained the model, or ''.
         made: how it came about, by name: commit, versions, hardware, date, time.
         class_names: in the order of the outputs.
+        encoder: its outputs are features, no logits.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Facts:
     train: str = ''
     made: Mapping[str, str] = field(default_factory=dict)
     class_names: Sequence[str] = ()
+    encoder: bool = False
 
 
 def card(facts: Facts) -> str:
@@ -101,9 +103,10 @@ def _metadata(facts: Facts, dataset: str, hub_dataset: str) -> str:
         for place in (1, 5)
         if f'top{place}' in facts.result
     ]  # fmt: skip
+    use = 'image-feature-extraction' if facts.encoder else 'image-classification'
     data = ModelCardData(
-        library_name='timm', pipeline_tag='image-classification' if facts.class_names or results else None,
-        license=facts.license, tags=['timm', 'vim-timm', 'vision-mamba', 'image-classification'],
+        library_name='timm', pipeline_tag=use if facts.class_names or results or facts.encoder else None,
+        license=facts.license, tags=['timm', 'vim-timm', 'vision-mamba', use],
         datasets=[hub_dataset] if hub_dataset else None, model_name=facts.name if results else None,
         eval_results=results or None,
     )  # fmt: skip
@@ -130,7 +133,7 @@ model = timm.create_model('{facts.source}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = Image.open('image.png').convert('{'L' if facts.image[0] == 1 else 'RGB'}')
 with torch.no_grad():
-    scores = model(transform(image)[None]).softmax(1)
+    {'features' if facts.encoder else 'scores'} = model(transform(image)[None]){'' if facts.encoder else '.softmax(1)'}
 ```"""
 
 

@@ -119,6 +119,7 @@ def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[st
         train=train_command(saved.run) if ours else '',
         made=made,
         class_names=saved.class_names,
+        encoder=not saved.model.num_classes,
     )
 
 
