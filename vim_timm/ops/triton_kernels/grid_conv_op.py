@@ -26,7 +26,7 @@ class ConvLaunch(NamedTuple):
 
 
 CONV_FORWARD = ConvLaunch(16, 32, 4, 0, 1, 96)
-CONV_BACKWARD = ConvLaunch(16, 16, 4, 0, 2)
+CONV_BACKWARD = ConvLaunch(8, 16, 2, 0, 3)
 CONV_INPUT = ConvLaunch(8, 128, 4, 0, 2)
 
 

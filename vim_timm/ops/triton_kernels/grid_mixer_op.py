@@ -119,6 +119,7 @@ class GridMixer:
         weights = (given.D, given.delta_bias, given.rows, self.columns)
         ssd = ssd_of(operands.Ssd(x, delta, given.A_log, B, C, *weights), self.grid)
         ssd.kernels, ssd.decay_kernels = self.kernels['ssd_kernels'], self.kernels['decay_kernels']
+        ssd.sum_kernels = self.kernels['sum_kernels']
         ssd.chunk_kernels = self.kernels['ssd_chunk_kernels']
         ssd.chunk_gradient_kernels = self.kernels['ssd_chunk_gradient_kernels']
         return ssd

@@ -30,8 +30,8 @@ class MaskedConvLaunch(NamedTuple):
     registers: Optional[int] = None
 
 
-PLACES = PlacesLaunch(64, 8, 4)
-CONV_FORWARD = MaskedConvLaunch(8, 128, 4, 1)
+PLACES = PlacesLaunch(64, 8, 2)
+CONV_FORWARD = MaskedConvLaunch(16, 128, 4, 1)
 CONV_BACKWARD = MaskedConvLaunch(8, 32, 2, 4)
 CONV_INPUT = MaskedConvLaunch(16, 32, 2, 1)
 

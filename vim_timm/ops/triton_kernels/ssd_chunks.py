@@ -108,8 +108,7 @@ class ChunkedSsd(Ssd):
         chunks = self.chunks(1)
         grad_dt, grad_l = torch.empty_like(dt), torch.empty_like(s)
         grad_D = self.empty(self.batch * chunks, self.heads)
-        parts_B = self.empty(self.orders, self.batch, self.length, self.state)
-        parts_C = torch.empty_like(parts_B)
+        parts_B, parts_C = (self.empty(self.orders, *total.shape) for total in (grad_B, grad_C))
         part = self.empty(*self.x.shape, dtype=self.product_dtype) if self.orders == 2 else None
         for order in range(self.orders - 1, -1, -1):
             last = order == 0
@@ -131,8 +130,8 @@ class ChunkedSsd(Ssd):
                 self.length, self.heads, *at, *inputs, stride,
                 **constants, **self.constants, **BACKWARD_MATRICES.constants,
             )  # fmt: skip
-        torch.sum(parts_B, 0, out=grad_B)
-        torch.sum(parts_C, 0, out=grad_C)
+        self.add_parts(parts_B, grad_B)
+        self.add_parts(parts_C, grad_C)
         return grad_D, grad_dt, grad_l
 
     def decay_gradients(self, dt: Tensor, grad_delta: Tensor, *of_steps: Tensor) -> Tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import operands
-from .launch import INTERPRET, common_rows, or_else
+from .launch import INTERPRET, aligned_strides, common_rows, or_else
 
 MAX_LENGTH = 256  # a program has a row of scores in registers
 
@@ -48,6 +48,7 @@ BACKWARD_VALUES, BACKWARD_VALUES_SHORT = Launch(64, 4, 1, 1, 128), Launch(64, 4,
 SHORT = 64  # tokens up to which an image is one program, and its heads have programs of their own
 VALUES_SIZE = 32  # tokens i of a step of the gradients of values
 BACKWARD_SCORES = Launch(64, 4, 2, 1)
+SUM_SIZE = 2048  # numbers of each part that a program adds
 
 
 class Grid(NamedTuple):
@@ -97,13 +98,13 @@ class Ssd:
     span = MAX_LENGTH  # tokens over which s is cumulated
 
     def __init__(self, given: operands.Ssd, grid: Optional[Grid] = None) -> None:
-        from . import decay_kernels, ssd_chunk_gradient_kernels, ssd_chunk_kernels, ssd_kernels
+        from . import decay_kernels, ssd_chunk_gradient_kernels, ssd_chunk_kernels, ssd_kernels, sum_kernels
 
         x, delta, A_log, B, C, D, delta_bias, rows, columns, moves = given
         self.D, self.delta_bias, self.columns, self.moves = (
             None if vector is None else vector.contiguous() for vector in (D, delta_bias, columns, moves)
         )
-        self.decay_kernels, self.kernels = decay_kernels, ssd_kernels
+        self.decay_kernels, self.kernels, self.sum_kernels = decay_kernels, ssd_kernels, sum_kernels
         self.chunk_kernels, self.chunk_gradient_kernels = ssd_chunk_kernels, ssd_chunk_gradient_kernels
         self.x = x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
         self.delta = delta if delta.stride(-1) == 1 else delta.contiguous()
@@ -214,9 +215,18 @@ class Ssd:
             *grad.stride()[:2], *parts_B.stride()[-3:-1], *parts_C.stride()[-3:-1],
             **self.constants, **launch.constants,
         )  # fmt: skip
-        for parts, total in ((parts_B, grad_B), (parts_C, grad_C)):
-            if parts is not total:
-                torch.sum(parts, 0, out=total)
+        self.add_parts(parts_B, grad_B)
+        self.add_parts(parts_C, grad_C)
+
+    def add_parts(self, parts: Tensor, total: Tensor) -> None:
+        """Fills what `parts` made parts of."""
+        if parts is total:
+            return
+        rows, size = self.batch * self.length, SUM_SIZE // self.state
+        align, strides = aligned_strides(total)
+        self.sum_kernels.sum_rows[math.ceil(rows / size),](
+            parts, total, rows, self.length, *strides, COUNT=len(parts), N=self.state, BR=size, ALIGN=align
+        )
 
     def parts(self, count: int, total: Tensor) -> Tensor:
         """Float32 parts of a gradient, to add over their first axis; the gradient itself where it is the only one."""

@@ -1,7 +1,29 @@
-"""Triton kernel of sums over partial results, of several tensors in one launch: each alone takes as long as all."""
+"""Triton kernels of sums over partial results.
+
+Those of small tensors are one launch for several: each alone takes as long as all.
+"""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit(do_not_specialize=['rows', 'length', 'OUT_sb', 'OUT_sl'])
+def sum_rows(
+    PARTS, OUT, rows, length, OUT_sb, OUT_sl,
+    COUNT: tl.constexpr, N: tl.constexpr, BR: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """OUT (batch, L, N) of any row stride from PARTS (COUNT, batch, L, N) float32, added in order; `rows` are
+    batch * L. Strides of images and rows come in units of ALIGN numbers."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    column = tl.arange(0, N)[None, :]
+    inside = (row < rows)[:, None]
+    at = PARTS + tl.cast(row, tl.int64)[:, None] * N + column
+    total = tl.zeros([BR, N], tl.float32)
+    for part in tl.static_range(COUNT):
+        total += tl.load(at + part * tl.cast(rows, tl.int64) * N, mask=inside, other=0.0)
+    image, token = tl.cast(row // length, tl.int64), tl.cast(row % length, tl.int64)
+    to = OUT + (image * OUT_sb * ALIGN + token * OUT_sl * ALIGN)[:, None] + column
+    tl.store(to, total.to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=['r0', 'r1', 'r2', 'r3', 'r4', 'channels', 'c1', 'c2', 'c3', 'c4'])
