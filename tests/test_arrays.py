@@ -235,6 +235,14 @@ def test_statistics_are_those_of_each_channel(tmp_path):
     assert std == pytest.approx(everything.std((0, 2, 3)).tolist(), abs=1e-4)
 
 
+def test_statistics_that_are_not_chosen_are_measured(tmp_path):
+    write(tmp_path)
+    flags = [*RUN, '--data-dir', str(tmp_path), '--input-span', '0', '10000']
+    measured, _ = train.make_datasets(train.parse_args(flags), train.Hooks())
+    args, _ = train.make_datasets(train.parse_args([*flags, '--mean', '0.3']), train.Hooks())
+    assert args.mean == [0.3] and args.std == measured.std and len(args.std) == 13
+
+
 def test_thirteen_channels_train_and_are_evaluated_as_they_were_trained(tmp_path, capsys):
     write(tmp_path)
     flags = [*RUN, '--data-dir', str(tmp_path), '--input-span', '0', '10000', '--output', str(tmp_path / 'out')]

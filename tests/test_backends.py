@@ -178,6 +178,14 @@ def test_flops_of_a_model_do_not_depend_on_the_backend(name, kwargs, train):
     assert len(set(counts.values())) == 1, counts
 
 
+@pytest.mark.filterwarnings('ignore')  # what torch.jit.trace says of itself and of sizes
+def test_the_first_trace_of_a_process_is_like_the_second(monkeypatch):
+    monkeypatch.setattr(backends, '_announced', set())
+    model, images = timm.create_model('vim_nano_patch4_32', depth=1, embed_dim=32).eval(), torch.rand(1, 3, 32, 32)
+    traced = torch.jit.trace(model, images)  # it compares with a second one
+    assert torch.allclose(traced(images), model(images), atol=1e-6)
+
+
 def test_flops_of_a_training_step_are_about_thrice_those_of_inference():
     inference, step = (flops('auto', 'vim2_nano_patch4_32', GRID, train) for train in (False, True))
     assert 2.5 < step / inference < 3.01

@@ -118,9 +118,11 @@ def make_datasets(args: Settings, hooks: Hooks) -> tuple[Settings, list[Any]]:
     sets[1] = data.renumbered(sets[1], known, f'split {args.val_split!r}', f'split {args.train_split!r}')
     for split, dataset in zip((args.train_split, args.val_split), sets):
         args = match_classes(args, dataset, split)
-    if isinstance(sets[0], data.Arrays) and not args.chosen & {'mean', 'std'}:  # no model knows those of other channels
-        mean, std = data.channel_statistics(sets[0])
-        args = args.replace(mean=mean, std=std)
+    if (
+        isinstance(sets[0], data.Arrays) and not {'mean', 'std'} <= args.chosen
+    ):  # no model knows those of other channels
+        measured = dict(zip(('mean', 'std'), data.channel_statistics(sets[0])))
+        args = args.replace(**{name: measured[name] for name in measured if name not in args.chosen})
     return args, sets
 
 

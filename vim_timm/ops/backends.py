@@ -241,7 +241,8 @@ def choose(operator: str, operands: Any, x: torch.Tensor) -> str:
 def find(operator: str, operands: Any, x: torch.Tensor) -> Optional[Callable[[Any], Any]]:
     """The function that runs an operator, see `choose`; None where the caller composes it."""
     name = choose(operator, operands, x)
-    if not torch.compiler.is_compiling() and (operator, name) not in _announced:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # the limits' questions would be recorded
+    if not traced and (operator, name) not in _announced:
         _announce(operator, name, operands, x)
     return TABLE[operator][name].run if name else None
 
