@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
+from timm.task import ClassificationTask
 from torch.utils.data import IterableDataset
 
 from vim_timm import original, train, validate
 from vim_timm.data import class_names, make_dataset, renumbered
 from vim_timm.data.classes import read_class_map
+from vim_timm.engine import Hooks
 from vim_timm.engine.build import label_names
 from vim_timm.errors import UserError
 from vim_timm.hub import publish
@@ -175,6 +177,45 @@ class Named:
 
     def __getitem__(self, index):
         return None, index
+
+
+class Grey:
+    """Grey images whose class numbers begin with `first`."""
+
+    def __init__(self, first):
+        self.first = first
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return Image.new('L', (16, 16), 20 * index), self.first + index % 3
+
+
+@pytest.mark.parametrize('first, number', [(1, 3), (-1, -1)])
+@pytest.mark.parametrize('more', ['', '--workers 1', '--data-in-memory', '--mixup 0.5'])
+def test_class_numbers_that_the_model_has_not_are_named(first, number, more, tmp_path, monkeypatch, capsys):
+    hooks = Hooks(dataset=lambda split, training, args: Grey(first))
+    monkeypatch.setattr(train, 'train', lambda args, real=train.train: real(args, hooks))
+    line = [*RUN, '--data-dir', str(tmp_path), '--num-classes', '3', '--output', str(tmp_path), *more.split()]
+    assert train.main(line) == 3
+    error = capsys.readouterr().err
+    assert f'of the data has the class number {number}, and the model has classes 0 to 2' in error
+    assert error.count('\n') == 1
+
+
+def test_a_task_of_ones_own_takes_any_targets(tmp_path):
+    class Sum(ClassificationTask):
+        def forward(self, input, target):
+            output = self.trainable_module(input)
+            return {'loss': (output.sum(1) - target).square().mean(), 'output': output}
+
+    hooks = Hooks(
+        dataset=lambda split, training, args: Grey(40 if training else 0),
+        task=lambda model, args: Sum(model, device=torch.device('cpu'), verbose=False),
+    )
+    line = [*RUN, '--epochs', '1', '--data-dir', str(tmp_path), '--num-classes', '3', '--output', str(tmp_path)]
+    assert train.train(train.parse_args(line), hooks).rows
 
 
 def test_renumbering_goes_by_name():

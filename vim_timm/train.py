@@ -153,8 +153,9 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     data_config = build.resolve_images(model, vars(args))
     normalization = other_normalization(args, data_config)
     model = build.place_model(args, process, model, data_config['input_size'], not (args.mae or hooks.task))
-    train_data = data.train_loader(args, process, datasets[0], data_config)
-    loaders = (train_data, data.eval_loader(args, process, datasets[1], data_config, train_data.unreadable))
+    of_data = args.replace(num_classes=None) if hooks.task else args  # whose targets may be anything
+    train_data = data.train_loader(of_data, process, datasets[0], data_config)
+    loaders = (train_data, data.eval_loader(of_data, process, datasets[1], data_config, train_data.unreadable))
     task = make_task(args, process, model, data_config, hooks.loss, hooks.task)
     if 'eval_metric' not in args.chosen:
         args = args.replace(eval_metric=task.create_evaluator().default_metric)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import default_collate, get_worker_info
 
+from ..errors import TrainingStopped
+
 Key = tuple[int, int, int]  # epoch, position in the epoch, place in the data set (-1: it could not be read)
 
 
@@ -66,16 +68,18 @@ class Collate:
     Args:
         images: collates (image, 0) pairs, such as timm's `fast_collate`; the copies of an image that are augmented
             apart stand in blocks of a batch each.
+        classes: how many the model has, where targets are their numbers.
     """
 
-    def __init__(self, images: Callable[[list[Any]], Any]):
-        self.images = images
+    def __init__(self, images: Callable[[list[Any]], Any], classes: int | None = None):
+        self.images, self.classes = images, classes
 
     def __call__(self, samples: list[tuple[Any, Any, Key]]) -> tuple[Any, Labels]:
         images = self.images([(image, 0) for image, _, _ in samples])[0]
         images = torch.cat(images) if isinstance(images, list) else images
         targets = collate_targets([target for _, target, _ in samples])
         keys = torch.tensor([key for _, _, key in samples], dtype=torch.int64)
+        self._check(targets, keys)
         copies = len(images) // len(samples)
         if copies > 1:
             targets, keys = targets.repeat(copies, *[1] * (targets.ndim - 1)), keys.repeat(copies, 1)
@@ -83,3 +87,15 @@ class Collate:
             for tensor in (images, targets, keys):
                 tensor.share_memory_()
         return images, Labels(targets, keys, bool((keys[:, 2] >= 0).all()))
+
+    def _check(self, targets: torch.Tensor, keys: torch.Tensor) -> None:
+        """Refuse class numbers that the model has not: a device ends at them without saying why."""
+        if not self.classes or targets.ndim != 1 or targets.is_floating_point():
+            return
+        foreign = ((targets < 0) | (targets >= self.classes)).nonzero()
+        if len(foreign):
+            number, place = int(targets[foreign[0]]), int(keys[foreign[0], 2])
+            raise TrainingStopped(
+                f'image {place} of the data has the class number {number}, and the model has classes 0 to '
+                f'{self.classes - 1}: number them from 0, or set --num-classes'
+            )

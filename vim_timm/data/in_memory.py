@@ -108,14 +108,15 @@ class InMemory:
         self.erasing = Erasing(erasing, args.remode, args.recount) if erasing > 0 else None
         self.draws = [part.draws if part else 0 for part in (augment, self.erasing)]
         self.columns = [augment.columns if augment else 0, self.draws[1]]
-        self.images, self.labels = self._decode(samples, usual_workers(args))
+        collate = Collate(_stack, None if args.mae else args.num_classes)
+        self.images, self.labels = self._decode(samples, usual_workers(args), collate)
         places = self.labels.keys[:, 2]  # others stand where a sample could not be read
         self.replaced = not torch.equal(places, torch.arange(len(places), device=self.device))
 
-    def _decode(self, samples: Samples, workers: int) -> tuple[torch.Tensor, Labels]:
+    def _decode(self, samples: Samples, workers: int, collate: Collate) -> tuple[torch.Tensor, Labels]:
         batches = EpochBatches(len(samples), 256, samples.seed, rank=0, world=1, training=False, passes=1)
         loader = DataLoader(
-            samples, batch_sampler=batches, num_workers=workers, collate_fn=Collate(_stack), worker_init_fn=start_worker
+            samples, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=start_worker
         )
         images: list[torch.Tensor] = []
         labels: list[Labels] = []

@@ -83,6 +83,7 @@ class Loader:
         self.workers, self.started = usual_workers(args), False
         self.dataset: Dataset
         options: dict[str, Any] = {}
+        classes = None if args.mae else args.num_classes
         self.seed, self.generator = args.seed, torch.Generator()  # of the workers' own seeds
         chosen = None if training or args.validation_batch_size == AUTO else args.validation_batch_size
         self.batch_size = size = chosen or args.batch_size
@@ -117,7 +118,7 @@ class Loader:
             num_workers=self.workers,
             # without it each step waits for its copy
             pin_memory=process.device.type == 'cuda' or (args.pin_mem and process.device.type != 'cpu'),
-            collate_fn=Collate(fast_collate if self.prefetch else default_collate),
+            collate_fn=Collate(fast_collate if self.prefetch else default_collate, classes),
             # the readers of streams keep state from epoch to epoch, which a resumed run would not have
             persistent_workers=self.workers > 0 and not isinstance(self.dataset, Stream),
             generator=self.generator,
