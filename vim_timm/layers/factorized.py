@@ -79,6 +79,8 @@ class ChannelAttention(nn.Module):
 class FactorizedBlock(nn.Module):
     """Half a feed-forward, attention over a channel's patches, over a patch's channels, half a feed-forward."""
 
+    wants_layout = False
+
     def __init__(
         self,
         dim: int,
