@@ -31,17 +31,11 @@ def load_tile(MATRIX, rows, inside, columns, WIDTH: tl.constexpr, EXACT: tl.cons
 
 
 @triton.jit
-def halves(ab, BIAS, both, inside, BM: tl.constexpr, BH: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """a and b (BM, BH) of both side by side (BM, 2 BH), with their bias."""
-    if HAS_BIAS:
-        ab += tl.load(BIAS + both, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return tl.split(tl.permute(tl.reshape(ab, [BM, 2, BH]), [0, 2, 1]))
-
-
-@triton.jit
 def gate(ab, BIAS, both, inside, BM: tl.constexpr, BH: tl.constexpr, HAS_BIAS: tl.constexpr, FAST: tl.constexpr):
     """SiLU(a) b (BM, BH) of a and b side by side (BM, 2 BH), with their bias."""
-    a, b = halves(ab, BIAS, both, inside, BM, BH, HAS_BIAS)
+    if HAS_BIAS:
+        ab += tl.load(BIAS + both, mask=inside, other=0.0).to(tl.float32)[None, :]
+    a, b = tl.split(tl.permute(tl.reshape(ab, [BM, 2, BH]), [0, 2, 1]))
     return a * sigmoid(a, FAST) * b
 
 
@@ -128,20 +122,39 @@ def load_rows(MATRIX, rows, inside, columns, WIDTH: tl.constexpr, EXACT: tl.cons
 
 
 @triton.jit
-def store_tile(MATRIX, tile, rows, inside, columns, LAST: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
-    """Puts a tile into a contiguous matrix of WIDTH columns, without columns from LAST on; there are none, if EXACT."""
-    at = MATRIX + rows[:, None] * WIDTH + columns[None, :]
-    tile = tile.to(MATRIX.dtype.element_ty)
-    if EXACT:
-        tl.store(at, tile, mask=inside[:, None])
-    else:
-        tl.store(at, tile, mask=inside[:, None] & (columns < LAST)[None, :])
+def product_of_pieces(X, there, w0, w1, C: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr):
+    """X (rows, C), zeros where no row is there, @ weights, of whose channels w0 are the first and w1 others, if any."""
+    rows, c0 = tl.arange(0, there.shape[0]), tl.arange(0, w0.shape[0])
+    ab = tl.zeros([there.shape[0], w0.shape[1]], tl.float32)
+    ab = product(load_rows(X, rows, there, c0, C, EXACT), w0, ab, FAST)
+    if C > w0.shape[0]:
+        c1 = w0.shape[0] + tl.arange(0, w1.shape[0])
+        ab = product(load_rows(X, rows, there, c1, C, EXACT), w1, ab, FAST)
+    return ab
 
 
 @triton.jit
-def sum_pairs(tile, BM: tl.constexpr, BH: tl.constexpr):
-    """Sums (BM / 16, 8, BH) over the two of 16 rows of a tile that one thread has."""
-    return tl.sum(tl.reshape(tile, [BM // 16, 2, 8, BH]), 1)
+def inside_of(row, last, hidden, H: tl.constexpr, EXACT: tl.constexpr):
+    """Elements of a tile's lines before row `last`, and before unit H, as all are if EXACT."""
+    if EXACT:
+        return (row < last)[:, None]
+    else:
+        return (row < last)[:, None] & (hidden < H)
+
+
+@triton.jit
+def lines(ab, BM: tl.constexpr, BH: tl.constexpr):
+    """a and b (BH / 32 * BM, 32) of a tile's product, hidden units in order again; lines go through 8 rows, the tile's
+    groups of 16 rows, the group's halves, and groups of 32 units, as a thread has them."""
+    ab = tl.reshape(ab, [BM // 16, 2, 8, 2, BH // 32, 4, 4, 2])
+    a, b = tl.split(tl.permute(ab, [4, 1, 0, 2, 6, 5, 7, 3]))
+    return tl.reshape(a, [BH // 32 * BM, 32]), tl.reshape(b, [BH // 32 * BM, 32])
+
+
+@triton.jit
+def sum_halves(tile, BM: tl.constexpr, BH: tl.constexpr):
+    """Sums (BH / 32, BM / 2, 32) of a tile's lines over both halves of 16 rows, of which a thread has a row each."""
+    return tl.sum(tl.reshape(tile, [BH // 32, 2, BM // 2, 32]), 1)
 
 
 @triton.jit(do_not_specialize=['count', 'span'])
@@ -155,37 +168,50 @@ def swiglu_gradients(
     program's rows.
 
     A program owns columns, whose weights stay in shared memory in two pieces of C0 and C1 channels, powers of two (the
-    second may be 0), and walks over tiles of rows.
+    second may be 0), and walks over tiles of rows; the next tile is read, and its product made, at the end of a step.
+    Weights are in such an order that the four pairs of columns, 8 apart, which a thread has of 32 columns of a product
+    are 8 neighbouring hidden units, so that it loads and stores them at once, with no exchange through shared memory.
     """
     start = tl.program_id(1) * BH
-    half = tl.arange(0, 2 * BH) % BH
-    both, inside = start + half + tl.arange(0, 2 * BH) // BH * H, start + half < H
-    hidden = start + tl.arange(0, BH)
-    c0, c1 = tl.arange(0, C0), C0 + tl.arange(0, C1 if C1 > 0 else 1)
-    w0 = tl.trans(load_tile(WEIGHT, both, inside, c0, C, EXACT))
+    column = tl.arange(0, 2 * BH)
+    unit = start + column % BH // 32 * 32 + column // 2 % 4 * 8 + column // 8 % 4 * 2 + column % 2
+    both, inside = unit + column // BH * H, unit < H
+    w0 = tl.trans(load_tile(WEIGHT, both, inside, tl.arange(0, C0), C, EXACT))
+    w1 = w0
     if C1 > 0:
-        w1 = tl.trans(load_tile(WEIGHT, both, inside, c1, C, EXACT))
-    sums_a, sums_b = tl.zeros([BM // 16, 8, BH], tl.float32), tl.zeros([BM // 16, 8, BH], tl.float32)
-    rows = tl.arange(0, BM)
+        w1 = tl.trans(load_tile(WEIGHT, both, inside, C0 + tl.arange(0, C1), C, EXACT))
+    if HAS_BIAS:
+        bias = tl.load(BIAS + both, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sums_a, sums_b = tl.zeros([BH // 32, BM // 2, 32], tl.float32), tl.zeros([BH // 32, BM // 2, 32], tl.float32)
+    rows, line = tl.arange(0, BM), tl.arange(0, BH // 32 * BM)
+    row = line // 8 % (BM // 16) * 16 + line // (BM // 2) % 2 * 8 + line % 8
+    hidden = start + (line // BM * 32)[:, None] + tl.arange(0, 32)[None, :]
+    in_h, in_ab = row[:, None] * H + hidden, row[:, None] * (2 * H) + hidden
     first = tl.program_id(0) * span
-    for tile in range(first, tl.minimum(first + span, count), BM):
-        at, there = tl.cast(tile, tl.int64), tile + rows < count
-        grad = load_rows(GRAD + at * H, rows, there, hidden, H, EXACT)
-        ab = tl.zeros([BM, 2 * BH], tl.float32)
-        ab = product(load_rows(X + at * C, rows, there, c0, C, EXACT), w0, ab, FAST)
-        if C1 > 0:
-            ab = product(load_rows(X + at * C, rows, there, c1, C, EXACT), w1, ab, FAST)
-        a, b = halves(ab, BIAS, both, inside, BM, BH, HAS_BIAS)
+    last = tl.minimum(first + span, count)
+    at = tl.cast(first, tl.int64)
+    grad = tl.load(GRAD + at * H + in_h, mask=inside_of(first + row, last, hidden, H, EXACT), other=0.0)
+    ab = product_of_pieces(X + at * C, first + rows < last, w0, w1, C, EXACT, FAST)
+    for tile in range(first, last, BM):
+        if HAS_BIAS:
+            ab += bias
+        a, b = lines(ab, BM, BH)
         slope = sigmoid(a, FAST)
         silu = a * slope
         slope += silu * (1.0 - slope)
-        grad = grad.to(tl.float32)
-        grad_a, grad_b = grad * b * slope, grad * silu
-        sums_a += sum_pairs(grad_a, BM, BH)
-        sums_b += sum_pairs(grad_b, BM, BH)
-        store_tile(GRAD_AB + at * (2 * H), grad_a, rows, there, hidden, H, 2 * H, EXACT)
-        store_tile(GRAD_AB + at * (2 * H) + H, grad_b, rows, there, hidden, H, 2 * H, EXACT)
-        store_tile(GRAD + at * H, silu * b, rows, there, hidden, H, H, EXACT)
-    part = PART + tl.program_id(0) * (2 * H) + hidden
-    tl.store(part, tl.sum(tl.sum(sums_a, 0), 0), mask=hidden < H)
-    tl.store(part + H, tl.sum(tl.sum(sums_b, 0), 0), mask=hidden < H)
+        grad_h = grad.to(tl.float32)
+        grad_a, grad_b = grad_h * b * slope, grad_h * silu
+        sums_a += sum_halves(grad_a, BM, BH)
+        sums_b += sum_halves(grad_b, BM, BH)
+        at, there = tl.cast(tile, tl.int64), inside_of(tile + row, last, hidden, H, EXACT)
+        into = GRAD_AB + at * (2 * H) + in_ab
+        tl.store(into, grad_a.to(GRAD_AB.dtype.element_ty), mask=there)
+        tl.store(into + H, grad_b.to(GRAD_AB.dtype.element_ty), mask=there)
+        tl.store(GRAD + at * H + in_h, (silu * b).to(GRAD.dtype.element_ty), mask=there)
+        there = inside_of(tile + BM + row, last, hidden, H, EXACT)
+        grad = tl.load(GRAD + (at + BM) * H + in_h, mask=there, other=0.0)
+        ab = product_of_pieces(X + (at + BM) * C, tile + BM + rows < last, w0, w1, C, EXACT, FAST)
+    units = start + tl.arange(0, BH)
+    part = PART + tl.program_id(0) * (2 * H) + units
+    tl.store(part, tl.reshape(tl.sum(sums_a, 1), [BH]), mask=units < H)
+    tl.store(part + H, tl.reshape(tl.sum(sums_b, 1), [BH]), mask=units < H)

@@ -126,8 +126,8 @@ class WholeSwiGlu:
 
 
 class GradientTile(NamedTuple):
-    """Rows and hidden units of a step of `swiglu_gradients`, and its launch; programs on each multiprocessor that walk
-    over all rows."""
+    """Rows and hidden units, multiples of 16 and 32, of a step of `swiglu_gradients`, and its launch; programs on each
+    multiprocessor that walk over all rows."""
 
     rows: int
     hidden: int
