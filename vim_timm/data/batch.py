@@ -95,7 +95,8 @@ class Collate:
         foreign = ((targets < 0) | (targets >= self.classes)).nonzero()
         if len(foreign):
             number, place = int(targets[foreign[0]]), int(keys[foreign[0], 2])
+            which = f'image {place}' if keys[:, 2].any() else 'an image'  # a stream does not number them here
             raise TrainingStopped(
-                f'image {place} of the data has the class number {number}, and the model has classes 0 to '
+                f'{which} of the data has the class number {number}, and the model has classes 0 to '
                 f'{self.classes - 1}: number them from 0, or set --num-classes'
             )
