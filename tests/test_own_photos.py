@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -126,11 +127,35 @@ def test_other_data_have_splits_of_their_own():
         train.make_datasets(train.parse_args([*SMALL, '--dataset', 'digits', '--val-fraction', '0.2']), Hooks())
 
 
-def test_an_evaluation_on_training_images_is_said(tmp_path, capsys):
-    photos(tmp_path / 'train')
-    run = [*SMALL, str(tmp_path), '--val-split', 'train', '--epochs', '1', '--output', str(tmp_path / 'o')]
-    assert train.main(run) == 0
+@pytest.mark.parametrize('folder, flags', [
+    ('', '--val-split train'), ('', '--val-split training'), ('train', '--val-split validation'),
+    ('', '--train-split validation --val-split val'),
+])  # fmt: skip
+def test_an_evaluation_on_training_images_is_said(folder, flags, tmp_path, capsys):
+    photos(tmp_path / 'data' / 'train')
+    photos(tmp_path / 'data' / 'val')
+    run = [*SMALL, str(tmp_path / 'data' / folder), '--epochs', '1', '--output', str(tmp_path / 'o')]
+    assert train.main([*run, *flags.split()]) == 0
     assert 'the evaluation is on images that were trained on' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('layout', ['folder', 'tar'])
+def test_splits_with_files_of_one_name_are_two(layout, tmp_path):
+    for split in ('train', 'val'):
+        photos(tmp_path / 'data' / split, 2)
+    with tarfile.open(tmp_path / 'data.tar', 'w') as tar:
+        tar.add(tmp_path / 'data', '.')
+    root = tmp_path / ('data.tar' if layout == 'tar' else 'data')
+    _, sets = train.make_datasets(train.parse_args([*SMALL, str(root)]), Hooks())
+    assert not data.same_images(*sets) and data.same_images(sets[0], sets[0])
+
+
+@pytest.mark.parametrize('split, count', [('train', 1438), ('validation', 359), ('test', 359)])
+def test_a_split_of_the_digits_is_the_one_that_is_named(split, count):
+    args = validate.parse_args(
+        ['--model', 'vim_nano_patch4_32', '--pretrained', '--dataset', 'digits', '--in-chans', '1']
+    )
+    assert len(validate.make_dataset(args.replace(split=split))) == count
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,8 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
             trainer.progress.say(f'{folder} holds a run already: this one is {os.path.basename(trainer.folder)}')
         for split, dataset in zip((args.train_split, args.val_split), datasets):
             trainer.progress.say(data.describe(dataset, split, args))
-        if args.train_split == args.val_split and not (hooks.dataset or args.val_fraction):
+        same = args.train_split == args.val_split and not args.val_fraction or data.same_images(*datasets)
+        if same and not hooks.dataset:
             trainer.progress.say('both splits are the same: the evaluation is on images that were trained on')
         announce(args, trainer, model, data_config)
         for line in filter(

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .arrays import Arrays, channel_statistics
     from .batch import Batch
     from .classes import class_names, renumbered
-    from .datasets import check_labelled, describe, held_out_share, hold_out, is_labelled, make_dataset
+    from .datasets import check_labelled, describe, held_out_share, hold_out, is_labelled, make_dataset, same_images
     from .digits import Digits
     from .loading import Loader, eval_loader, train_loader
     from .sampling import seed_everything
@@ -17,7 +17,15 @@ _MODULES = {
     'arrays': ('Arrays', 'channel_statistics'),
     'batch': ('Batch',),
     'classes': ('class_names', 'renumbered'),
-    'datasets': ('check_labelled', 'describe', 'held_out_share', 'hold_out', 'is_labelled', 'make_dataset'),
+    'datasets': (
+        'check_labelled',
+        'describe',
+        'held_out_share',
+        'hold_out',
+        'is_labelled',
+        'make_dataset',
+        'same_images',
+    ),
     'digits': ('Digits',),
     'loading': ('Loader', 'eval_loader', 'train_loader'),
     'sampling': ('seed_everything',),
@@ -25,8 +33,8 @@ _MODULES = {
 
 __all__ = [
     'Arrays', 'Batch', 'Digits', 'Loader', 'channel_statistics', 'check_labelled', 'class_names', 'describe',
-    'eval_loader', 'held_out_share', 'hold_out', 'is_labelled', 'make_dataset', 'renumbered', 'seed_everything',
-    'train_loader',
+    'eval_loader', 'held_out_share', 'hold_out', 'is_labelled', 'make_dataset', 'renumbered', 'same_images',
+    'seed_everything', 'train_loader',
 ]  # fmt: skip
 
 __getattr__, __dir__ = attributes(

@@ -84,7 +84,7 @@ def make_dataset(args: Any, split: str, training: bool, channels: int) -> Any:
         raise UserError(f'--class-map orders the classes of a folder or tar, not those of {args.dataset}')
     check_data(args)
     if args.dataset == 'digits':
-        return Digits(training, mode)
+        return Digits(split_folder(split, ('train',)) != '', mode)
     with explain(f'{args.dataset or "image folder"} {args.data_dir or ""}, split {split!r}'):
         if arrays:
             return Arrays(_image_files(args, split, ENDINGS), channels, args.input_key or '', args.input_span)
@@ -199,6 +199,15 @@ def passed_over(reader: Any) -> str:
         hint = ': pip install pillow-heif' if why.endswith(tuple(PHONE)) else ''
         reasons.append(f'{len(names)} {why}{shown}{hint}')
     return f'; passed over: {", ".join(sorted(reasons))}' if reasons else ''
+
+
+def same_images(one: Any, other: Any) -> bool:
+    """Whether two splits of a folder or tar are the same files, under whichever names."""
+    readers: Any = [getattr(dataset, 'reader', None) for dataset in (one, other)]
+    if not all(isinstance(reader, Images) for reader in readers):
+        return False
+    files = [(reader.root, [file for file, _ in reader.samples]) for reader in readers]
+    return files[0] == files[1]
 
 
 def is_labelled(dataset: Any) -> bool:
