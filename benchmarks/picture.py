@@ -24,9 +24,10 @@ def accuracies(text: str) -> list[tuple[str, float, float]]:
 
 
 def speeds(text: str, model: str) -> list[tuple[int, float]]:
-    """Side (pixels) and inference over DeiT's of the size, from the GPU's table."""
+    """Side (pixels) and inference over DeiT's of the size, from the first table of models on a GPU."""
+    table = text[text.index('| model | size, batch | mode') :].split('\n\n')[0]
     row = re.compile(rf'^\| `{model}_patch16_224` \| (\d+), \d+ \| infer \|.*?\|.*?\| ([\d.]+) \|', re.M)
-    return [(int(side), float(ratio)) for side, ratio in row.findall(text)]
+    return [(int(side), float(ratio)) for side, ratio in row.findall(table)]
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ BUILDS = [] if cpu.unavailable() else library.instruction_sets()
 
 @pytest.fixture(autouse=True)
 def best_build():
+    torch._dynamo.reset()  # what other tests compiled of the same code counts as recompiles
     yield
     if BUILDS:
         library.select(BUILDS[0])
