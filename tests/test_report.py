@@ -465,6 +465,14 @@ def test_real_labels_need_no_class_folders_and_then_there_is_no_loss(tmp_path, c
     assert 'has no class folders' in capsys.readouterr().err
 
 
+def test_real_labels_are_not_those_of_chosen_classes(tmp_path, constant, capsys):
+    for name, text in (('real.json', json.dumps([[1]] * 6)), ('labels', '1\n0\n')):
+        (tmp_path / name).write_text(text)
+    flags = ['--real-labels', str(tmp_path / 'real.json'), '--valid-labels', str(tmp_path / 'labels')]
+    assert validate.main([*constant, *flags]) == 2
+    assert 'leave --valid-labels out' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('labels, message', [([[1]] * 5, 'another number'), (None, 'real.json')])
 def test_wrong_real_labels_end_in_a_sentence(tmp_path, constant, labels, message, capsys):
     if labels is not None:

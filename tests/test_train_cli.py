@@ -307,6 +307,14 @@ def test_weights_of_otherwise_normalized_images_are_remarked_on(few, run, capsys
             assert (remark in capsys.readouterr().out) is (not more)
 
 
+def test_a_resumed_run_says_that_its_images_are_others(few, tmp_path, capsys):
+    line = [*DIGITS.split(), '--output', str(tmp_path), '--experiment', 'a', '--resume', 'auto']
+    for flags, changed in (('', ''), ('', ''), ('--mean 0.3 --val-split train', 'val_split, mean'), ('', '')):
+        assert train.main([*line, *flags.split()]) == 0
+        said = [text for text in capsys.readouterr().out.splitlines() if text.startswith('other images')]
+        assert said == [f'other images than before ({changed}): epochs of the log do not compare'] * bool(changed)
+
+
 def test_early_stop(few, run):
     _, rows = run(
         DIGITS, *'--epochs 9 --lr 1e-9 --warmup-epochs 0 --early-stop-patience 2 --early-stop-min-delta 50'.split()

@@ -63,6 +63,21 @@ def check_held_out(saved: Any, args: Any, path: str) -> None:
             )
 
 
+def other_images(content: dict[str, Any], args: Any, data_config: dict[str, Any]) -> str:
+    """A remark where a resumed run prepares its images otherwise than before, or evaluates another split; else ''."""
+    saved, images = content.get('args'), content.get('data_config')
+    if not isinstance(saved, dict) or not isinstance(images, dict):
+        return ''
+    before = {**{name: saved.get(name) for name in ('dataset', 'val_split')}, **images}
+    now = {'dataset': args.dataset, 'val_split': args.val_split, **data_config}
+    found = [name for name in now if name in before and repr(_plain(before[name])) != repr(_plain(now[name]))]
+    return f'other images than before ({", ".join(found)}): epochs of the log do not compare' if found else ''
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def check_masking(saved: Any, args: Any, path: str) -> None:
     """Refuse to go on with a masked autoencoder whose losses would be others than those of its log so far.
 

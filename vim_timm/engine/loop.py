@@ -194,6 +194,8 @@ class Trainer:
             self.eval_batch = size  # another one would round the sums otherwise
             self.eval_data.rebatch(size)
         self.progress.say(f'resumed from {path}: epoch {self.epoch}, step {self.step}')
+        if remark := checkpoint.other_images(content, self.args, self.eval_data.data_config):
+            self.progress.say(remark)
 
     def _update_number(self, ahead: int = 0) -> int:
         return self.epoch * self.updates + -(-(self.step + ahead) // self.args.grad_accum_steps)

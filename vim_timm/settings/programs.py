@@ -94,6 +94,8 @@ def check(args: Settings) -> None:
         raise UserError(f'--amp needs float32 weights, not --model-dtype {args.model_dtype}')
     if getattr(args, 'pretrained_path', None) and not args.pretrained:
         raise UserError(f'--pretrained-path {args.pretrained_path} is not read without --pretrained: add it')
+    if getattr(args, 'real_labels', '') and args.valid_labels:
+        raise UserError("--real-labels are numbers of all of ImageNet's classes: leave --valid-labels out")
     if getattr(args, 'lr_base_scale', '') not in ('', 'linear', 'sqrt'):
         raise UserError(f'--lr-base-scale must be linear or sqrt, not {args.lr_base_scale!r}')
     splits = getattr(args, 'aug_splits', 0)
