@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from vim_timm import compare, train
-from vim_timm.report.comparison import best_numbers, comparison_page, differing, panels, read_runs
+from vim_timm.report.comparison import Run, best_numbers, comparison_page, differing, panels, read_runs
 
 
 def make_run(folder, accuracies, losses, **settings):
@@ -48,6 +48,15 @@ def test_the_best_of_each_run_and_of_all(runs):
         ['<b>', '2', '20 s', '101', '0.9 (epoch 1)', '58 (epoch 1)', '1 (epoch 1)'],
     ]
     assert winners == {(1, 4), (0, 5), (1, 6)}
+
+
+@pytest.mark.parametrize('column, less', [
+    ('eval_loss', True), ('ema_focalloss', True), ('eval_mse', True), ('ema_mae', True), ('eval_top1_err', True),
+    ('eval_psnr_of_mean_mse', False), ('eval_mean_psnr', False), ('ema_top1', False), ('eval_terrain', False),
+])  # fmt: skip
+def test_losses_and_errors_are_better_where_they_are_smaller(column, less):
+    rows = [{'epoch': 0, column: 1.0}, {'epoch': 1, column: 2.0}]
+    assert Run('a', rows, {}).best(column) == ((1.0, 0) if less else (2.0, 1))
 
 
 def test_curves_lie_over_each_other_in_one_colour_a_run(runs):

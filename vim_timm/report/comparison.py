@@ -18,7 +18,7 @@ COLOURS = (
 )  # fmt: skip
 PREFIXES = {'train': 'training', 'eval': 'evaluation', 'ema': 'moving average'}
 NAMES = {'top1': 'top-1 (%)', 'top5': 'top-5 (%)', 'lr': 'learning rate', 'images_per_second': 'images a second'}
-LESS_IS_BETTER = ('loss', 'mse', 'mae', 'err')
+ERRORS = ('mse', 'rmse', 'mae', 'err', 'error')
 OF_A_RUN = ('output', 'experiment', 'resume', 'workers', 'log_interval')  # settings that change no number
 
 
@@ -43,8 +43,9 @@ class Run:
 
 
 def less_is_better(column: str) -> bool:
-    """Whether a column of a log is an error."""
-    return any(word in column for word in LESS_IS_BETTER)
+    """Whether a column of a log is a loss or an error; PSNR of an error is not."""
+    words = column.split('_')
+    return 'loss' in column or ('psnr' not in words and any(word in words for word in ERRORS))
 
 
 def read_run(path: str) -> Run:
