@@ -10,9 +10,10 @@ import timm
 import torch
 from PIL import Image
 
-from vim_timm import export
+from vim_timm import export, validate
 from vim_timm.engine import explain
 from vim_timm.engine.saved import Saved
+from vim_timm.errors import UserError
 from vim_timm.predict import main, predictor
 
 NAMES = ['cat', 'dog', 'cow', 'hen', 'pig']
@@ -95,6 +96,12 @@ def test_three_lines_of_python(checkpoint, pictures):
     average = {one.file: one for one in predictor(checkpoint=checkpoint, top=1, use_ema=True)([str(pictures)])}
     assert all(len(one.classes) == len(one.scores) == 1 for one in trained.values())
     assert any(trained[file].scores != average[file].scores for file in trained)
+
+
+def test_python_takes_one_model_too(checkpoint):
+    for weights in ({}, dict(checkpoint=checkpoint, onnx='x.onnx')):
+        with pytest.raises(UserError, match='name the weights'):
+            predictor(**weights)
 
 
 def test_features_are_the_pooled_ones(checkpoint, pictures, tmp_path):
@@ -233,6 +240,9 @@ def test_occlusion_finds_the_only_place_that_matters():
     (['x.png', '--checkpoint', '{checkpoint}', '--explain'], '--explain needs a place'),
     (['x.png', '--onnx', 'a.onnx', '--features', 'f.npy'], 'look inside the model'),
     (['x.png', '--checkpoint', '{checkpoint}', '--features', 'f.csv'], 'must end in .npy'),
+    (['x.png', '--model', 'vim_nano_patch4_32', '--use-ema'], 'the moving average in a checkpoint'),
+    (['x.png', '--onnx', 'a.onnx', '--use-ema'], 'the moving average in a checkpoint'),
+    (['{empty}/a.jpg', '--checkpoint', '{empty}', '--use-ema'], 'holds one set of weights'),
     (['x.png', '--checkpoint', '{checkpoint}', '--top', '0'], 'at least 1'),
     (['{empty}/a.jpg', '--checkpoint', '{checkpoint}'], 'no image could be read'),
 ])  # fmt: skip
@@ -253,10 +263,16 @@ def test_a_model_that_pools_nothing_has_no_classes_to_name(checkpoint, pictures,
     assert 'returns no logits' in capsys.readouterr().err
 
 
+def test_an_average_is_that_of_a_checkpoint(tmp_path, capsys):
+    published = ['--model', 'vim_nano_patch4_32', '--use-ema']
+    assert export.main([*published, '--output', str(tmp_path / 'x.onnx')]) == 2
+    assert validate.main([*published, '--pretrained', '--dataset', 'digits']) == 2
+    assert capsys.readouterr().err.count('the moving average in a checkpoint') == 2
+
+
 def test_a_model_of_many_channels_says_that_files_have_not_so_many():
     model = timm.create_model('vim_nano_patch4_32', depth=1, embed_dim=32, in_chans=13).eval()
     from vim_timm.engine.predict import Predictor
-    from vim_timm.errors import UserError
 
     with pytest.raises(UserError, match='13 channels'):
         Predictor(Saved(model, timm.data.resolve_input_data_config(model, {}), []))

@@ -32,6 +32,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f'--output {args.output}: there is no such folder')
     if not (args.model or args.checkpoint):
         raise UserError('name the weights: --model NAME or --checkpoint FILE')
+    if args.use_ema and not args.checkpoint:
+        raise UserError('--use-ema takes the moving average in a checkpoint: name it with --checkpoint')
 
 
 def read(argv: Sequence[str]) -> argparse.Namespace:

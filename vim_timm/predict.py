@@ -43,16 +43,16 @@ def predictor(
     from .engine.predict import Predictor
     from .engine.saved import open_published, open_saved
 
+    if bool(onnx) == bool(model or checkpoint):
+        raise UserError('name the weights: --model NAME, --checkpoint FILE or --onnx FILE')
     if onnx:
         from .engine.graphs import open_onnx
 
         saved, session = open_onnx(onnx)
         classes = saved.record.get('num_classes', True)  # older files do not say
-    elif model or checkpoint:
+    else:
         saved = open_saved(checkpoint, model, use_ema) if checkpoint else open_published(model)
         classes, session = saved.model.num_classes, None
-    else:
-        raise UserError('name the weights: --model NAME, --checkpoint FILE or --onnx FILE')
     if not classes:
         raise UserError(
             f'{onnx or checkpoint or model} is an encoder without a classifier, which knows no classes: fine-tune it '
@@ -89,6 +89,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
     if sum(map(bool, (args.checkpoint or args.model, args.onnx))) != 1:
         raise UserError('name the weights: --model NAME, --checkpoint FILE or --onnx FILE')
+    if args.use_ema and not args.checkpoint:
+        raise UserError('--use-ema takes the moving average in a checkpoint: name it with --checkpoint')
     if args.top < 1 or args.batch_size < 1:
         raise UserError('--top and --batch-size must be at least 1')
     if args.output and not args.output.endswith(ENDINGS):

@@ -72,6 +72,8 @@ def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
         UserError: it cannot be read, does not say which model it holds, or the weights do not fit.
     """
     if os.path.isdir(path):
+        if use_ema:
+            raise UserError(f'the folder {path} holds one set of weights: leave --use-ema out')
         return open_published(f'local-dir:{path}')
     content, what = read_checkpoint(path), f'checkpoint {path}'
     settings = settings_of(content, what)
