@@ -304,6 +304,21 @@ def test_one_kernel_is_taken_where_its_waves_are_full(monkeypatch):
 
 
 @only_triton
+@pytest.mark.parametrize('channels', [6, 144])  # the forward pass is a kernel and a product, or one kernel
+def test_triton_kernels_add_a_float32_bias_as_it_is_under_autocast(channels, triton, monkeypatch):
+    monkeypatch.setattr(swiglu_op, 'tile_of', lambda given: swiglu_op.WHOLE[1] if channels == 144 else None)
+    one = torch.zeros(3, channels, device=DEVICE)
+    one[:, 0] = 1
+    weight, out = torch.zeros(8, channels, device=DEVICE), torch.eye(channels, 4, device=DEVICE)
+    weight[:, 0] = -100
+    bias, out_bias = torch.full((8,), 100.3, device=DEVICE), torch.zeros(channels, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = whole(one, weight, bias, out, out_bias)
+    wanted = law(*(x.double() for x in (one, weight, bias, out, out_bias)))
+    assert error(found, wanted) < 4e-3  # 2 with a bias that is rounded to 100.5
+
+
+@only_triton
 @pytest.mark.parametrize('place, shape', [(1, (8, 5)), (2, (6,))])
 def test_weights_of_other_shapes_are_refused_in_two_byte_types(place, shape, triton):
     given = [torch.randn(size, device=DEVICE).bfloat16() for size in ((3, 6), (8, 6), (8,), (5, 4), (5,))]

@@ -229,7 +229,8 @@ def masked_grid_mixer(given: operands.GridMixer) -> Tensor:
 
 def swiglu(given: operands.SwiGlu) -> Tensor:
     """The SwiGLU (..., C) in the dtype of products under autocast, else in x's; between the products it is float32."""
-    return torch.ops.vim_timm.triton_swiglu.default(*as_product_operands(*given))
+    x, weight, out = as_product_operands(given.x, given.weight, given.out)
+    return torch.ops.vim_timm.triton_swiglu.default(x, weight, given.bias, out, given.out_bias)
 
 
 def warmup(

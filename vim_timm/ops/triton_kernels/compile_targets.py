@@ -176,13 +176,14 @@ def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.d
     x, weight = (torch.empty([rows, dim], dtype=dtype, device='meta') for rows in (2 * 196, 2 * hidden))
     if dtype in GATED_DTYPES:
         recorder = Recorder(gated_product_kernels, capability, compiled)
-        GatedProduct(recorder, x, weight, weight.new_empty(2 * hidden)).forward()
-        given = operands.SwiGlu(x, weight, x.new_empty(2 * hidden), x.new_empty(dim, hidden), x.new_empty(dim))
+        bias, out_bias = (torch.empty([size], device='meta') for size in (2 * hidden, dim))
+        GatedProduct(recorder, x, weight, bias).forward()
+        given = operands.SwiGlu(x, weight, bias, x.new_empty(dim, hidden), out_bias)
         if capability == 90 and dim in WHOLE_CHANNELS:
             for tile in WHOLE:
                 WholeSwiGlu(recorder, given).forward(tile)
         if capability == 90 and dim <= GRADIENT_CHANNELS:
-            gradients = SwiGluGradients(recorder, x, weight, given.bias)
+            gradients = SwiGluGradients(recorder, x, weight, bias)
             gradients.backward(x.new_empty(len(x), hidden), GRADIENTS)
     ab = torch.empty([2 * 196, 2 * hidden], dtype=dtype, device='meta')
     gate = Gate(Recorder(swiglu_kernels, capability, compiled), ab)

@@ -1,9 +1,9 @@
 """A SwiGLU as one dispatcher op (opaque as in `scan_op`): torch's products, and a kernel for what is between them.
 
 In two-byte types the first product has its gate in its own kernel, so that [a, b] is not in memory, or the forward pass
-is one kernel. The backward pass keeps the tokens and computes the first product again, inside the kernel of [a, b]'s
-gradients or before it, where they take its place. The hidden layer, for the gradient of the second product's weight,
-takes that of its own gradient.
+is one kernel; biases come as they are, to be added to float32 sums. The backward pass keeps the tokens and computes the
+first product again, inside the kernel of [a, b]'s gradients or before it, where they take its place. The hidden layer,
+for the gradient of the second product's weight, takes that of its own gradient.
 """
 
 import math
@@ -208,11 +208,16 @@ class Gate:
         return parts.sum(0)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """torch's product, for which a bias that kernels take as it is must be of x's dtype."""
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
 def gate_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Gate:
     """The hidden layer of rows x."""
     from . import swiglu_kernels
 
-    return Gate(swiglu_kernels, F.linear(x, weight, bias))
+    return Gate(swiglu_kernels, linear(x, weight, bias))
 
 
 def takes_product(given: operands.SwiGlu) -> bool:
@@ -236,13 +241,13 @@ def rows_of(given: operands.SwiGlu) -> Tensor:
     """The SwiGLU of rows x, in the fewest kernels."""
     x, weight, bias, out, out_bias = given
     if not takes_product(given):
-        return F.linear(gate_of(x, weight, bias).forward(), out, out_bias)
+        return linear(gate_of(x, weight, bias).forward(), out, out_bias)
     from . import gated_product_kernels
 
     tile = tile_of(given)
     if tile is not None:
         return WholeSwiGlu(gated_product_kernels, given).forward(tile)
-    return F.linear(GatedProduct(gated_product_kernels, x, weight, bias).forward(), out, out_bias)
+    return linear(GatedProduct(gated_product_kernels, x, weight, bias).forward(), out, out_bias)
 
 
 def run(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias: Optional[Tensor]) -> Tensor:
@@ -296,7 +301,7 @@ def differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     tensors = ctx.saved_tensors
     gradients = torch.ops.vim_timm.triton_swiglu_backward.default(grad, *tensors[:4])
     # out_bias's is aten's sum, which torch.compile makes where it makes grad
-    grad_out_bias = None if tensors[4] is None else grad.reshape(-1, grad.shape[-1]).sum(0)
+    grad_out_bias = None if tensors[4] is None else grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
     return in_dtypes_of(tensors, (*gradients, grad_out_bias))
 
 
