@@ -300,11 +300,22 @@ def test_fine_tuning_from_a_checkpoint(tmp_path, few, run):
 
 def test_weights_of_otherwise_normalized_images_are_remarked_on(few, run, capsys):
     folder, _ = run(DIGITS, '--mean', '0.2', '--std', '0.9')
-    remark = f'{folder}/last.pth.tar are of images with --mean 0.2 --std 0.9, which is another normalization'
+    remark = f'{folder}/last.pth.tar are of a run with --mean 0.2 --std 0.9, and this one has others'
     for flag in (['--pretrained', '--pretrained-path'], ['--initial-checkpoint']):
         for more in ([], ['--mean', '0.2', '--std', '0.9']):
             run(DIGITS, *flag, str(folder / 'last.pth.tar'), *more, name='tuned')
             assert (remark in capsys.readouterr().out) is (not more)
+
+
+def test_weights_of_another_order_of_tokens_are_remarked_on(few, run, capsys):
+    flags = f'{BASE} --dataset digits --model vim_nano_patch4_32 --img-size 16 --in-chans 1'
+    small = ['--model-kwargs', 'depth=1', 'embed_dim=32']
+    folder, _ = run(flags, *small, 'class_token=head', 'drop_path_rate=0.1')
+    capsys.readouterr()
+    for more, remarked in (([], True), (['class_token=head'], False)):
+        run(flags, *small, *more, '--pretrained', '--pretrained-path', str(folder / 'last.pth.tar'), name='tuned')
+        said = 'are of a run with --model-kwargs class_token=head, and this one has others' in capsys.readouterr().out
+        assert said is remarked
 
 
 def test_a_resumed_run_says_that_its_images_are_others(few, tmp_path, capsys):

@@ -47,6 +47,7 @@ IMAGES = (
     '--input-img-mode', '--input-key', '--input-span', '--img-size', '--in-chans', '--input-size', '--crop-pct',
     '--mean', '--std', '--interpolation',
 )  # fmt: skip
+NOT_ENCODERS = (*AUTOENCODER, 'sigmoid')  # arguments of a masked autoencoder that its encoder has not
 UNWRITTEN = ('data', 'config', 'recipe', 'overwrite')  # what args.yaml need not say, as it says all the rest
 
 
@@ -60,19 +61,23 @@ def slow_average(args: Settings, updates: int) -> str:
     )
 
 
-def other_normalization(args: Settings, data_config: Mapping[str, Any]) -> str:
-    """A remark where the run begins with weights of a run whose images were normalized otherwise; else ''."""
+def other_origin(args: Settings, data_config: Mapping[str, Any]) -> str:
+    """A remark where the run begins with weights of a run that normalized images, or built its model, otherwise."""
     path = args.initial_checkpoint or args.pretrained_path
-    if not path or args.mean is not None or args.std is not None:
+    if not path:
         return ''
     theirs, flags = settings_of(read_checkpoint(path, mmap=True)), []
-    for name in ('mean', 'std'):
+    for name in ('mean', 'std') if args.mean is None and args.std is None else ():
         values, ours = tuple(theirs.get(name, ())), tuple(data_config[name])
         if len(values) == len(ours) and values != ours:
             flags.append(' '.join([f'--{name}', *(f'{value:g}' for value in values)]))
-    return (
-        f'the weights of {path} are of images with {" ".join(flags)}, which is another normalization' if flags else ''
-    )
+    kwargs = [
+        f'{name}={value}'
+        for name, value in theirs.get('model_kwargs', {}).items()
+        if args.model_kwargs.get(name) != value and 'drop' not in name and name not in NOT_ENCODERS
+    ]
+    flags += ['--model-kwargs', *kwargs] if kwargs else []
+    return f'the weights of {path} are of a run with {" ".join(flags)}, and this one has others' if flags else ''
 
 
 def match_classes(args: Settings, dataset: Any, split: str) -> Settings:
@@ -151,7 +156,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     if args.mae:
         args = args.replace(mask_ratio=model.mask_ratio, mae_loss=args.mae_loss or model.loss)
     data_config = build.resolve_images(model, vars(args))
-    normalization = other_normalization(args, data_config)
+    origin = other_origin(args, data_config)
     model = build.place_model(args, process, model, data_config['input_size'], not (args.mae or hooks.task))
     of_data = args.replace(num_classes=None) if hooks.task else args  # whose targets may be anything
     train_data = data.train_loader(of_data, process, datasets[0], data_config)
@@ -202,9 +207,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         if same and not hooks.dataset:
             trainer.progress.say('both splits are the same: the evaluation is on images that were trained on')
         announce(args, trainer, model, data_config)
-        for line in filter(
-            None, (remark, normalization, slow_average(args, trainer.updates * trainer.epochs), compiling)
-        ):
+        for line in filter(None, (remark, origin, slow_average(args, trainer.updates * trainer.epochs), compiling)):
             trainer.progress.say(line)
         if trainer.primary:
             # the next machine has its own device and cores
@@ -276,7 +279,7 @@ def _flags(rows: Sequence[Row], values: Mapping[str, Any], left_out: Sequence[st
 def fine_tuning_command(args: Settings, checkpoint: str) -> list[str]:
     """The beginning of a command line that trains a classifier from a pretrained encoder, on images prepared alike."""
     words = [*start(PROGRAM), '--model', args.model.removeprefix('mae_'), '--pretrained', '--pretrained-path']
-    kwargs = [f'{name}={value}' for name, value in args.model_kwargs.items() if name not in (*AUTOENCODER, 'sigmoid')]
+    kwargs = [f'{name}={value}' for name, value in args.model_kwargs.items() if name not in NOT_ENCODERS]
     images = [row for row in (*VALIDATE['data'], *VALIDATE['model']) if row[0] in IMAGES]
     return [*words, checkpoint, *(['--model-kwargs', *kwargs] if kwargs else []), *_flags(images, vars(args), ())]
 
