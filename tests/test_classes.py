@@ -362,3 +362,17 @@ class TestPublished:
         for names in (['b', 'a'], {'0': 'b', '1': 'a'}, {1: 'a', 0: 'b'}):
             assert label_names({'label_names': names}, 2) == ['b', 'a'] and label_names({'label_names': names}, 3) == []
         assert label_names({}, 2) == []
+
+
+def test_a_run_from_a_published_folder_is_evaluated_without_naming_it_again(trained, tmp_path, capsys):
+    """Its checkpoint says the registered model; an address is never taken from a file."""
+    checkpoint, folder = str(trained / 'a' / 'last.pth.tar'), tmp_path / 'hub'
+    assert publish.main([checkpoint, '--repo-id', 'o/x', '--output', str(folder), '--dry-run', '--no-evaluate']) == 0
+    line = [*RUN[2:], '--model', f'local-dir:{folder}', '--pretrained', '--epochs', '1']
+    assert train.main([*line, '--data-dir', str(trained / 'data'), '--output', str(tmp_path), '--experiment', 'b']) == 0
+    row = json.loads((tmp_path / 'b' / 'summary.json').read_text())[-1]
+    flags = ['--checkpoint', str(tmp_path / 'b' / 'last.pth.tar'), '--device', 'cpu', '--workers', '0']
+    result = tmp_path / 'r.json'
+    assert validate.main([*flags, '--results-file', str(result)]) == 0
+    found = json.loads(result.read_text())
+    assert found['model'] == 'test_vit' and found['loss'] == pytest.approx(row['eval_loss'], abs=1e-4)

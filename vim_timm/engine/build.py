@@ -112,6 +112,21 @@ def published_cfg(name: str) -> Mapping[str, Any]:
         return known.to_dict() if known else {}
 
 
+def registered(args: Settings) -> dict[str, Any]:
+    """Settings of the registered model that --model means where it names a repository or a folder; else {}.
+
+    A checkpoint holds them beside the name: whoever reads it asks no address for them.
+    """
+    with explain(f'model {args.model}'), explain_download(args.model):
+        found = described(args.model)
+    if found is None:
+        return {}
+    _, architecture, arguments = found
+    own = {name: value for name, value in arguments.items() if name not in ('img_size', 'in_chans', 'num_classes')}
+    pool = own.pop('global_pool', None)
+    return {'model': architecture, 'model_kwargs': {**own, **args.model_kwargs}, 'gp': args.gp or pool}
+
+
 def label_names(cfg: Mapping[str, Any], count: int) -> list[str]:
     """The names of `count` classes in a published configuration, by number; [] where it names others or none."""
     names = cfg.get('label_names') or ()

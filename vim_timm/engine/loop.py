@@ -22,7 +22,7 @@ from ..settings.flags import AUTO
 from ..step import Arrivals, RecordedStep, Update
 from ..tasks import Task
 from . import checkpoint, log
-from .build import learning_rate
+from .build import learning_rate, registered
 from .eval_batch import fit_batch
 from .evaluate import Metric, Watch, evaluate
 from .process import catch_signals
@@ -91,7 +91,7 @@ class Trainer:
         self.signals: list[int] = []
         self.stopping = False  # since a signal to any rank, which all ranks know
         self.trackers = log.Trackers(args) if self.primary else None
-        self.provenance = provenance(process)
+        self.provenance, self.registered = provenance(process), registered(args)
         self.eval_batch = 0  # that --validation-batch-size auto has chosen
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.step, self.nonfinite, self.skipped = args.start_epoch or 0, 0, 0, 0
@@ -124,6 +124,7 @@ class Trainer:
             'epoch': self.epoch - 1,
             'arch': self.args.model,
             'args': dict(vars(self.args)),
+            **({'registered': self.registered} if self.registered else {}),
             'optimizer': self.optimizer.state_dict(),
             'version': 2,
             **self.task.get_checkpoint_state(),

@@ -157,6 +157,8 @@ def settings_of(content: Mapping[str, Any], what: str = 'the checkpoint') -> dic
     """
     args = content.get('args')
     args = args if isinstance(args, dict) else getattr(args, '__dict__', {})
+    if isinstance(content.get('registered'), dict):  # of a model that the run named by an address
+        args = {**args, **content['registered']}
     if 'model' in content:  # DeiT-style: of its arguments only these mean the same
         args = {ours: args.get(theirs) for ours, theirs in (('model', 'model'), ('img_size', 'input_size'))}
     found = {name: _plain(args[name]) for name in INHERITED if args.get(name) is not None}
