@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vim_timm  # noqa: F401  registers the models
 from tests.golden_data import cases, load
 from tests.kernels import assert_agrees, conv, error, fields, pass_in_the_interpreter, scan, with_gradients
-from vim_timm.ops import Direction, mamba_ssm_adapter, triton_kernels
+from vim_timm.ops import Direction, Visible, backends, mamba_ssm_adapter, triton_kernels
 from vim_timm.ops.operands import Conv, Scan
 from vim_timm.ops.plain import reference
 from vim_timm.ops.triton_kernels import compile_targets
@@ -255,6 +255,9 @@ def test_limits_are_named_before_any_launch():
     if INTERPRETER:
         assert 'float64' in limit(torch.float64, 16)
         assert limit(torch.float32, 16) == ''
+    keep = torch.empty(32768, 1, dtype=torch.int64, device='meta')
+    refusal = backends.TABLE['visible_neighbours']['triton'].limit(Visible(keep, 0, 4, 4))
+    assert ('batches up to 32767' if INTERPRETER else 'CUDA tensors, not on meta') in refusal
 
 
 def test_warmup_leaves_no_gradients():

@@ -87,7 +87,7 @@ TABLE: Dict[str, Dict[str, Cell]] = {
         'triton': Cell(triton_kernels.masked_grid_mixer, triton_kernels.grid_mixer_limit),
     },
     'visible_neighbours': {
-        'triton': Cell(triton_kernels.visible_neighbours),
+        'triton': Cell(triton_kernels.visible_neighbours, triton_kernels.visible_neighbours_limit),
     },
     'rms_norm': {
         'cpu': Cell(cpu.rms_norm, cpu.rms_norm_limit),

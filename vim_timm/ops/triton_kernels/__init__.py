@@ -47,6 +47,7 @@ __all__ = [
     'swiglu_limit',
     'unavailable',
     'visible_neighbours',
+    'visible_neighbours_limit',
     'warmup',
 ]
 
@@ -74,15 +75,19 @@ def _find_reason() -> str:
     return ''
 
 
-def limit(x: Tensor) -> str:
-    """Why the kernels cannot run on tensors like x (B, L, D), in one sentence, or ''."""
+def batch_limit(x: Tensor) -> str:
+    """Why the kernels cannot run on tensors like x (B, ...), whatever their dtype, in one sentence, or ''."""
     if x.device.type != 'cuda' and not INTERPRET:
         return f'The triton backend runs on CUDA tensors, not on {x.device.type}.'
-    if x.dtype not in DTYPES:
-        return f'The triton backend takes float32, bfloat16 and float16, not {x.dtype}.'
     if x.shape[0] > 32767:
         return f'The triton backend takes batches up to 32767 (the grid of a GPU), not {x.shape[0]}.'
     return ''
+
+
+def limit(x: Tensor) -> str:
+    """Why the kernels cannot run on tensors like x (B, L, D), in one sentence, or ''."""
+    dtypes = '' if x.dtype in DTYPES else f'The triton backend takes float32, bfloat16 and float16, not {x.dtype}.'
+    return batch_limit(x) or dtypes
 
 
 def scan_limit(given: operands.Scan) -> str:
@@ -111,6 +116,10 @@ def grid_conv_limit(given: operands.GridConv) -> str:
 def grid_mixer_limit(given: operands.GridMixer) -> str:
     headdim = given.norm.shape[0] // given.A_log.shape[1]
     return limit(given.zxbcdt) or ssd_launch.size_limit(given.zxbcdt.shape[1], headdim, given.state)
+
+
+def visible_neighbours_limit(given: operands.Visible) -> str:
+    return batch_limit(given.keep)
 
 
 def swiglu_limit(given: operands.SwiGlu) -> str:

@@ -219,7 +219,7 @@ class Ssd:
         self.add_parts(parts_C, grad_C)
 
     def add_parts(self, parts: Tensor, total: Tensor) -> None:
-        """Fills what `parts` made parts of."""
+        """Fills a gradient (batch, L, N), of any row stride, with the sum of its `parts`, unless these are itself."""
         if parts is total:
             return
         rows, size = self.batch * self.length, SUM_SIZE // self.state
