@@ -218,6 +218,15 @@ def test_a_task_of_ones_own_takes_any_targets(tmp_path):
     assert train.train(train.parse_args(line), hooks).rows
 
 
+def test_a_loss_of_ones_own_may_pass_over_targets(tmp_path):
+    hooks = Hooks(
+        dataset=lambda split, training, args: Grey(-1 if training else 0),
+        loss=torch.nn.CrossEntropyLoss(ignore_index=-1),
+    )
+    line = [*RUN, '--epochs', '1', '--data-dir', str(tmp_path), '--num-classes', '3', '--output', str(tmp_path)]
+    assert train.train(train.parse_args(line), hooks).rows
+
+
 def test_renumbering_goes_by_name():
     same = Named(['a', 'b'])
     assert renumbered(same, ['a', 'b'], 'x', 'y') is same and renumbered(same, [], 'x', 'y') is same

@@ -326,6 +326,12 @@ def test_a_resumed_run_says_that_its_images_are_others(few, tmp_path, capsys):
         assert said == [f'other images than before ({changed}): epochs of the log do not compare'] * bool(changed)
 
 
+def test_weights_of_a_run_whose_settings_are_none_of_ours_are_a_beginning(few, run, tmp_path):
+    state = timm.create_model('test_vit', in_chans=1, img_size=16, num_classes=10).state_dict()
+    torch.save({'state_dict': state, 'args': {'model': 'hf-hub:organisation/name'}}, tmp_path / 'w.pth')
+    assert run(DIGITS, '--pretrained', '--pretrained-path', str(tmp_path / 'w.pth'))[1]
+
+
 def test_early_stop(few, run):
     _, rows = run(
         DIGITS, *'--epochs 9 --lr 1e-9 --warmup-epochs 0 --early-stop-patience 2 --early-stop-min-delta 50'.split()

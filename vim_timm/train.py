@@ -66,7 +66,10 @@ def other_origin(args: Settings, data_config: Mapping[str, Any]) -> str:
     path = args.initial_checkpoint or args.pretrained_path
     if not path:
         return ''
-    theirs, flags = settings_of(read_checkpoint(path, mmap=True)), []
+    try:
+        theirs, flags = settings_of(read_checkpoint(path, mmap=True)), []
+    except UserError:  # the model has its weights: a remark refuses nothing
+        return ''
     for name in ('mean', 'std') if args.mean is None and args.std is None else ():
         values, ours = tuple(theirs.get(name, ())), tuple(data_config[name])
         if len(values) == len(ours) and values != ours:
@@ -123,9 +126,8 @@ def make_datasets(args: Settings, hooks: Hooks) -> tuple[Settings, list[Any]]:
     sets[1] = data.renumbered(sets[1], known, f'split {args.val_split!r}', f'split {args.train_split!r}')
     for split, dataset in zip((args.train_split, args.val_split), sets):
         args = match_classes(args, dataset, split)
-    if (
-        isinstance(sets[0], data.Arrays) and not {'mean', 'std'} <= args.chosen
-    ):  # no model knows those of other channels
+    if isinstance(sets[0], data.Arrays) and not {'mean', 'std'} <= args.chosen:
+        # no model knows those of other channels
         measured = dict(zip(('mean', 'std'), data.channel_statistics(sets[0])))
         args = args.replace(**{name: measured[name] for name in measured if name not in args.chosen})
     return args, sets
@@ -158,7 +160,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     data_config = build.resolve_images(model, vars(args))
     origin = other_origin(args, data_config)
     model = build.place_model(args, process, model, data_config['input_size'], not (args.mae or hooks.task))
-    of_data = args.replace(num_classes=None) if hooks.task else args  # whose targets may be anything
+    of_data = args.replace(num_classes=None) if hooks.task or hooks.loss else args  # whose targets may be anything
     train_data = data.train_loader(of_data, process, datasets[0], data_config)
     loaders = (train_data, data.eval_loader(of_data, process, datasets[1], data_config, train_data.unreadable))
     task = make_task(args, process, model, data_config, hooks.loss, hooks.task)
