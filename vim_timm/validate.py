@@ -458,8 +458,8 @@ def _evaluate_choice(
 
 def write_results(path: str, rows: list[dict[str, Any]], kind: str) -> None:
     """Write result rows as CSV or JSON."""
-    as_json = json.dumps(rows if len(rows) != 1 else rows[0], indent=4) + '\n'
-    write_atomically(path, as_json if kind == 'json' else table(rows))
+    text = json.dumps(rows if len(rows) != 1 else rows[0], indent=4) + '\n' if kind == 'json' else table(rows)
+    write_atomically(path, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
