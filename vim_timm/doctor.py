@@ -74,8 +74,8 @@ def _choices() -> list[str]:
     devices = ['cpu'] + [name for name in ('cuda', 'mps', 'xpu') if getattr(torch, name).is_available()]
     lines = []
     for device in devices:
-        taken = {operator: ops.auto_backend(device, operator) for operator in ops.OPERATORS}
-        others = ', '.join(f'{operator} {name or "composed"}' for operator, name in taken.items() if operator != 'scan')
+        taken = {operator: ops.auto_backend(device, operator) or 'by others' for operator in ops.OPERATORS}
+        others = ', '.join(f'{operator} {name}' for operator, name in taken.items() if operator != 'scan')
         lines.append(f'{device}: {taken["scan"]} ({others})')
     forced = os.environ.get('VIM_TIMM_SCAN', 'auto')
     if forced != 'auto':
