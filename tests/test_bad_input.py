@@ -228,6 +228,7 @@ def test_checkpoint_with_other_classes(program, flag, refused, tmp_path):
 def test_results_that_could_not_be_written_are_refused_first(refused, weights):
     flags = [*COMMON, '--model', 'test_vit', '--num-classes', '10', '--checkpoint', str(weights)]
     assert 'nowhere' in refused([*flags, '--results-file', 'nowhere/results.csv'], validate)
+    assert 'is a folder' in refused([*flags, '--results-file', os.curdir], validate)
 
 
 def test_repeated_augmentation_needs_an_index():

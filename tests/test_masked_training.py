@@ -251,6 +251,13 @@ class TestTraining:
 
 
 class TestEvaluation:
+    def test_predictions_are_read_as_they_were_trained(self, tmp_path, capsys):
+        folder = pretrain(tmp_path, 'a', '--epochs', '1')
+        flags = ['--checkpoint', str(folder / 'last.pth.tar'), '--device', 'cpu', '--workers', '0']
+        assert validate.main([*flags, '--norm-pix-loss']) == 2
+        assert 'was trained without --norm-pix-loss' in capsys.readouterr().err
+        assert validate.main(flags) == 0
+
     def test_a_report(self, run, tmp_path):
         folder = tmp_path / 'report'
         flags = ['--mae', '--checkpoint', str(run / 'last.pth.tar'), '--use-ema', '--device', 'cpu', '--workers', '0']

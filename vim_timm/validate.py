@@ -47,7 +47,7 @@ from .report.names import is_wordnet_id, words
 from .settings import Process, Settings
 from .settings.flags import AUTO, VALIDATE
 from .settings.inherited import data_of, settings_of
-from .settings.masked import AUTOENCODER, is_autoencoder
+from .settings.masked import AUTOENCODER, check_target, is_autoencoder
 from .settings.parse import parse
 from .settings.programs import VALIDATE_PROGRAM as PROGRAM
 from .settings.programs import check, results_format, validate_settings
@@ -71,6 +71,7 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
         content = read_checkpoint(first.checkpoint)
         content.pop('optimizer', None)  # large, and nobody's here
         layer = settings_of(content, what)
+        check_target(first, layer, what)
         if first.chosen & {'img_size', 'input_size'}:
             layer = {name: value for name, value in layer.items() if name not in ('img_size', 'input_size')}
         found = _data_of(content, what, first)
@@ -96,8 +97,7 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     if not args.data_dir and not args.dataset:
         args = args.replace(dataset='digits')
     check(args)
-    kind = results_format(args)
-    args = args.replace(val_num_samples=args.num_samples, validation_batch_size=None, results_format=kind)
+    args = args.replace(val_num_samples=args.num_samples, validation_batch_size=None)
     if args.batch_size == AUTO:  # until it has been chosen
         args = args.replace(batch_size=USUAL_BATCH, validation_batch_size=AUTO)
     return args, content
@@ -488,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         print(failures[-1], flush=True)
                 rows.sort(key=lambda row: row.get('top1', -row.get('mse', 0)), reverse=True)
                 if rows and process.primary and args.results_file:
-                    write_results(args.results_file, rows, args.results_format)
+                    write_results(args.results_file, rows, results_format(args))
             if rows and process.primary:
                 print(f'--result\n{json.dumps(rows if len(choices) > 1 else rows[0], indent=4)}')
             if failures:

@@ -30,6 +30,18 @@ def autoencoder_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in AUTOENCODER if settings.get('mae') and settings.get(name) is not None}
 
 
+def check_target(args: Settings, saved: Mapping[str, Any], what: str) -> None:
+    """Refuse to read predictions of pixels as those of normalized patches.
+
+    Args:
+        args: chosen settings.
+        saved: settings of a checkpoint.
+        what: the checkpoint, in words.
+    """
+    if 'norm_pix_loss' in args.chosen and args.norm_pix_loss and saved.get('norm_pix_loss') is False:
+        raise UserError(f'{what} was trained without --norm-pix-loss, and predicts pixels themselves: leave it out')
+
+
 def check_masked(args: Settings) -> None:
     """Refuse what masked autoencoding, or anything else, would not use.
 

@@ -80,6 +80,8 @@ def validate_settings(argv: Sequence[str]) -> Settings:
         raise UserError('--use-ema takes the moving average in a checkpoint: name it with --checkpoint')
     if args.results_file and not os.path.isdir(os.path.dirname(args.results_file) or '.'):
         raise UserError(f'--results-file {args.results_file}: there is no such folder')
+    if os.path.isdir(args.results_file):
+        raise UserError(f'--results-file {args.results_file} is a folder: name a file in it')
     return args
 
 
