@@ -17,7 +17,7 @@ from processes import TRAIN, Python, ranks
 from vim_timm import data, train, validate
 from vim_timm.data.sampling import Stream
 from vim_timm.data.unreadable import Unreadable
-from vim_timm.engine.build import check_optimizer
+from vim_timm.engine.build import check_optimizer, make_training_model
 from vim_timm.errors import TrainingStopped, UserError
 from vim_timm.files import write_atomically
 from vim_timm.settings import Process
@@ -113,6 +113,13 @@ def folder(tmp_path):
         ('--scale 0.5 2', ['--scale', 'area']),
         ('--opt adamw --opt-betas 0.9', ['--opt-betas', '2 of them, not 1']),
         ('--opt adan --opt-betas 0.9 0.9', ['--opt-betas', '3 of them, not 2']),
+        ('--opt-kwargs lr=0.5', ['--opt-kwargs cannot set lr']),
+        ('--opt-kwargs opt=adamw', ['--opt-kwargs cannot set opt']),
+        ('--clip-grad 0', ['--clip-grad must be above 0']),
+        ('--layer-decay 0.7 --sched none', ['--layer-decay', '--sched constant']),
+        ('--split-bn', ['--split-bn', '--aug-splits']),
+        ('--loss asl --bce-loss', ['asl and bce', '--bce-loss']),
+        ('--jsd-loss --bce-loss --aug-splits 2', ['bce and jsd', '--jsd-loss']),
         ('--seed -1', ['--seed']),
         ('--max-unreadable -1', ['--max-unreadable']),
         ('--device-modules bogus_module', ['--device-modules', 'bogus_module']),
@@ -125,6 +132,12 @@ def test_train_refuses(flags, words, refused):
     message = refused([*BASE.split(), *flags.split()])
     for word in words:
         assert word in message
+
+
+def test_batch_norm_synchronized_on_cpus_is_refused():
+    args = train.parse_args([*BASE.split(), '--sync-bn'])
+    with pytest.raises(UserError, match='--sync-bn'):
+        make_training_model(args.replace(model='test_resnet', img_size=None), Process(world_size=2))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')

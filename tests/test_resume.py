@@ -19,6 +19,7 @@ from processes import TRAIN, VALIDATE, Python, finish, ranks
 from vim_timm import train, validate
 from vim_timm.data import Digits
 from vim_timm.engine import Hooks
+from vim_timm.engine.checkpoint import Saver
 from vim_timm.errors import Preempted
 
 KILLS = int(os.environ.get('VIM_TIMM_KILLS', '3'))
@@ -284,6 +285,20 @@ def test_plateau_schedule_and_early_stop_survive_a_resume(few, tmp_path):
     )
     first, second = load(tmp_path, 'whole')['history'], load(tmp_path, 'cut')['history']
     assert settled(first) == settled(second) and len(first) == 4  # one evaluation, and three without a better one
+
+
+@pytest.mark.parametrize('sched', ['multistep --decay-milestones 1 --lr 0.05', 'cosine --lr-noise 0 --lr 0.05'])
+def test_a_run_resumed_in_its_first_epoch_begins_with_its_learning_rate(sched, tmp_path, monkeypatch):
+    flags = [*BASE.split(), *EASY.split(), '--epochs', '2', '--recovery-interval', '4', '--output', str(tmp_path)]
+    flags += ['--sched', *sched.split()]
+    assert train.main([*flags, '--experiment', 'whole']) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, 'save_epoch', lambda *_: sys.exit('stopped'))
+        with pytest.raises(SystemExit):
+            train.train(train.parse_args([*flags, '--experiment', 'cut']))
+    assert [name[:11] for name in os.listdir(tmp_path / 'cut') if '.pth.tar' in name] == ['recovery-0-']
+    assert train.main([*flags, '--experiment', 'cut', '--resume', 'auto']) == 0
+    assert_same_run(tmp_path, 'whole', 'cut')
 
 
 def test_finished_run_resumes_to_nothing(few, tmp_path, capsys):

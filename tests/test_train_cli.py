@@ -217,6 +217,12 @@ def test_accumulated_gradients_are_those_of_the_large_batch(batch, accumulated, 
     assert max((one[name] - other[name]).abs().max() for name in one) < 1e-5
 
 
+def test_the_log_has_the_learning_rate_of_the_flag_whatever_share_of_it_layers_have(few, run, capsys):
+    _, rows = run(DIGITS, *'--layer-decay 0.5 --lr 2e-3 --warmup-epochs 0'.split())
+    assert rows[0]['lr'] == pytest.approx(2e-3)
+    assert 'lr 0.002 ' in capsys.readouterr().out
+
+
 def test_mnist_of_28_by_28_pixels_and_one_channel(tmp_path, run, evaluate):
     raw = tmp_path / 'data' / 'MNIST' / 'raw'
     raw.mkdir(parents=True)
@@ -358,6 +364,27 @@ def test_a_teacher_of_other_classes_teaches_features_alone(kind, status, tmp_pat
     assert status == 0 or 'knows 7 classes, and the student learns 10' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ('size', 'more', 'words'),
+    [(224, '', '224'), (16, '--kd-distill-type feature --kd-teacher-feature-dim 7', 'not the 64')],
+)
+def test_a_teacher_that_cannot_teach_here_is_refused_before_a_run(size, more, words, tmp_path, few, capsys):
+    teacher = timm.create_model('test_vit', num_classes=10, img_size=size, dynamic_img_size=False)
+    timm.models.save_for_hf(teacher, tmp_path / 'teacher', model_args=dict(img_size=size, dynamic_img_size=False))
+    flags = ['--kd-model-name', f'local-dir:{tmp_path / "teacher"}', *more.split(), '--in-chans', '3']
+    assert train.main([*DIGITS.split(), *flags, '--output', str(tmp_path / 'runs')]) == 2
+    error = capsys.readouterr().err
+    assert 'error: knowledge distillation: ' in error and words in error and not (tmp_path / 'runs').exists()
+
+
+def test_a_linear_probe_learns_from_features_of_a_teacher(tmp_path, few, run):
+    teacher = timm.create_model('test_vit3', num_classes=10, img_size=16)
+    timm.models.save_for_hf(teacher, tmp_path / 'teacher', model_args=dict(img_size=16))
+    flags = ['--kd-model-name', f'local-dir:{tmp_path / "teacher"}', '--kd-distill-type', 'feature', '--linear-probe']
+    _, rows = run(DIGITS, *flags, '--in-chans', '3')
+    assert np.isfinite(rows[-1]['train_loss'])
+
+
 @pytest.mark.parametrize('channels', [1, 3])
 def test_a_teacher_sees_images_normalized_as_it_wants_them(channels):
     size = (channels, 16, 16)
@@ -385,6 +412,12 @@ class Counted(torch.nn.Module):
         self.calls += 1
         loss = torch.nn.functional.cross_entropy(output, target)
         return loss * float('nan') if self.calls in self.bad else loss
+
+
+def test_an_epoch_without_a_finite_loss_has_none_in_the_log(few, tmp_path):
+    arguments = [*DIGITS.split(), '--output', str(tmp_path), '--experiment', 'a']
+    trainer = train.train(train.parse_args(arguments), Hooks(loss=Counted(range(100))))
+    assert trainer.rows[0]['skipped'] == trainer.batches and np.isnan(trainer.rows[0]['train_loss'])
 
 
 @pytest.mark.parametrize('precision', ['', '--amp --amp-dtype bfloat16', '--amp'])

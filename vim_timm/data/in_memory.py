@@ -35,6 +35,7 @@ def make_augmentation(args: Any, data_config: dict[str, Any], transform: Any) ->
         ('--grayscale-prob', args.grayscale_prob),
         ('--gaussian-blur-prob', args.gaussian_blur_prob),
         ('--aug-splits', args.aug_splits),
+        ('--resplit', args.resplit and args.reprob),
         ('--train-crop-mode', args.train_crop_mode not in (None, 'rrc')),
         ('--train-interpolation', interpolation not in ('random', 'bilinear', 'bicubic')),
     ):

@@ -217,6 +217,8 @@ def make_training_model(args: Settings, process: Process) -> torch.nn.Module:
         if args.split_bn:
             model = convert_splitbn_model(model, max(args.aug_splits, 2))
         if args.sync_bn and process.world_size > 1:
+            if process.device.type == 'cpu':
+                raise ValueError('--sync-bn: torch synchronizes batch norm on GPUs alone, leave it out')
             model = convert_sync_batchnorm(model)
     return model
 
@@ -250,6 +252,8 @@ def make_optimizer(args: Settings, process: Process, task: TrainingTask) -> torc
     """timm's optimizer for the parameters that the task trains, fused or in batches where it can be."""
     options = optimizer_kwargs(cfg=args.replace(lr=learning_rate(args, process.world_size)))
     with explain('optimizer'):
+        for name in sorted(args.opt_kwargs.keys() & options.keys()):
+            raise ValueError(f'--opt-kwargs cannot set {name}: a flag of its own does')
         options.update(fused_arguments(args.opt, process.device, args.opt_kwargs), **args.opt_kwargs)
         return batched(create_optimizer_v2(task.get_trainable_module() or task, **options))
 

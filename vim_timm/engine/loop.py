@@ -205,6 +205,11 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step(epoch, metric)
 
+    def _learning_rate(self) -> float:
+        """The learning rate that --lr names, before layers have their shares of it."""
+        group = max(self.optimizer.param_groups, key=lambda group: group.get('lr_scale', 1.0))
+        return group['lr'] / (group.get('lr_scale', 1.0) or 1.0)
+
     @property
     def _steps(self) -> list[int]:
         return [self.batches, self.args.grad_accum_steps]
@@ -213,9 +218,11 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, early stop or a signal."""
-        if self.scheduler is not None and self.epoch + self.step > 0 and self.args.sched != 'plateau':
-            self.scheduler.step(self.epoch)
-            self.scheduler.step_update(self._update_number())
+        if self.scheduler is not None and self.args.sched != 'plateau':
+            if self.epoch:  # no schedule is asked for epoch 0 or update 0: some would not say what a run begins with
+                self.scheduler.step(self.epoch)
+            if self._update_number():
+                self.scheduler.step_update(self._update_number())
         if self.primary:
             log.write_history(self.folder, self.rows)
         if self.trackers:
@@ -280,11 +287,11 @@ class Trainer:
             self.step += 1
             if self.trackers and self.step % args.log_interval == 0:
                 place = self.epoch * self.batches + self.step
-                rate = self.optimizer.param_groups[0]['lr']
+                rate = self._learning_rate()
                 self.arrivals.send(loss, functools.partial(self.trackers.step, place, rate, speed))
             if self.primary and (last or self.progress.due(self.step)):
                 say = self.progress.say if last or self.progress.stays else self.progress.show
-                rate = self.optimizer.param_groups[0]['lr']
+                rate = self._learning_rate()
                 self.arrivals.send(loss, functools.partial(self._show, say, self.step, rate, speed))
                 if args.save_images and (last or self.progress.stays):
                     self._save_images(self.train_data.finish(batch).images)
@@ -371,7 +378,8 @@ class Trainer:
         args, total = self.args, self.loss_sum.clone()
         if self.process.world_size > 1:
             dist.all_reduce(total)
-        row: dict[str, Any] = {'epoch': self.epoch, 'train_loss': float(total[0] / total[1].clamp(min=1))}
+        mean = float(total[0] / total[1])  # not a number where no loss was finite
+        row: dict[str, Any] = {'epoch': self.epoch, 'train_loss': mean}
         if (self.epoch + 1) % args.val_interval == 0 or self.epoch + 1 == self.epochs:
             try:
                 row.update(self._evaluate('eval'))
@@ -380,7 +388,7 @@ class Trainer:
             except Preempted:
                 self.stopping = True
                 self._save_recovery()
-        row['lr'] = self.optimizer.param_groups[0]['lr']
+        row['lr'] = self._learning_rate()
         row['skipped'] = self.skipped
         row['time'], row['images_per_second'] = self.clock.seconds(), self.rate
         self.rows.append(row)

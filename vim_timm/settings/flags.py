@@ -167,7 +167,7 @@ TRAIN: dict[str, list[Row]] = {
         ('--opt-betas', [float], None, 'its betas', SHARE),
         ('--momentum', float, 0.9, 'its momentum', at_least(0)),
         ('--weight-decay', float, 2e-5, 'weight decay', at_least(0)),
-        ('--clip-grad', float, None, 'clip gradients to this norm or value', at_least(0)),
+        ('--clip-grad', float, None, 'clip gradients to this norm or value', POSITIVE),
         ('--clip-mode', ('norm', 'value', 'agc'), 'norm', 'what --clip-grad limits'),
         ('--layer-decay', float, None, 'factor on the learning rate from each layer to the one below', at_least(0)),
         ('--layer-decay-min-scale', float, 0, 'its lower bound', at_least(0)),

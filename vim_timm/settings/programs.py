@@ -110,6 +110,13 @@ def check(args: Settings) -> None:
             raise UserError('--mixup and --cutmix do not go with --aug-splits')
     if 'jsd_loss' in args and (args.jsd_loss or args.loss == 'jsd') and not splits:
         raise UserError('the loss jsd needs --aug-splits of 2 or more')
+    if getattr(args, 'layer_decay', None) is not None and args.sched == 'none':
+        raise UserError('--layer-decay acts through a schedule, which --sched none has not: --sched constant')
+    if getattr(args, 'split_bn', False) and not (splits or args.resplit):
+        raise UserError('--split-bn splits batches as --aug-splits does: give it, or leave --split-bn out')
+    losses = [args.loss, args.bce_loss and 'bce', args.jsd_loss and 'jsd'] if 'jsd_loss' in args else []
+    if len(named := {*filter(None, losses)}) > 1:
+        raise UserError(f'{" and ".join(sorted(named))} are two losses (--loss, --bce-loss, --jsd-loss): give one')
     if 'aug_repeats' in args and args.aug_repeats and args.epoch_repeats > 1:
         raise UserError('--aug-repeats draws as many images an epoch as there are: leave --epoch-repeats out')
     if 'scale' in args and args.scale[1] > 1 and args.train_crop_mode in (None, 'rrc'):

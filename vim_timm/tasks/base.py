@@ -42,7 +42,7 @@ class Task(TrainingTask):
         """Training or evaluation mode."""
         super().train(mode)
         if self.linear_probe:
-            model = unwrap_model(self.get_trainable_module())
+            model: Any = unwrap_model(self.get_eval_model())
             model.eval()
             model.get_classifier().train(mode)
         return self

@@ -24,10 +24,9 @@ def make_task(
         loss: called with (output, target), in place of the one that the flags name.
     """
     loss = loss or _make_loss(settings)
-    common: dict[str, Any] = dict(device=process.device, dtype=process.dtype, verbose=False)
     if settings.kd_model_name:
-        return adopt(_distillation(settings, model, loss, common, data_config))
-    return adopt(timm.task.ClassificationTask(model, loss, **common))
+        return adopt(_distillation(settings, process, model, loss, data_config))
+    return adopt(timm.task.ClassificationTask(model, loss, device=process.device, dtype=process.dtype, verbose=False))
 
 
 def _make_loss(settings: Settings) -> torch.nn.Module:
@@ -62,9 +61,9 @@ def make_mixup(settings: Settings, multi_label: bool = False) -> Mixup | None:
 
 
 def _distillation(
-    settings: Settings, model: torch.nn.Module, loss: torch.nn.Module, common: dict[str, Any],
-    data_config: dict[str, Any],
-) -> timm.task.TrainingTask:  # fmt: skip
+    settings: Settings, process: Process, model: torch.nn.Module, loss: torch.nn.Module, data_config: dict[str, Any]
+) -> timm.task.TrainingTask:
+    common: dict[str, Any] = dict(device=process.device, dtype=process.dtype, verbose=False)
     weights = dict(distill_loss_weight=settings.distill_loss_weight, task_loss_weight=settings.task_loss_weight)
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         'feature': (
@@ -100,4 +99,20 @@ def _distillation(
                 buffer = getattr(owner, name)
                 adapted = adapt_to_chs(values[key], data_config['input_size'][0])
                 setattr(owner, name, buffer.new_tensor(adapted).view(1, -1, 1, 1))
+        _try_teacher(task, data_config['input_size'], process)
         return task
+
+
+@torch.no_grad()
+def _try_teacher(task: Any, size: tuple[int, int, int], process: Process) -> None:
+    """Let the teacher see images of the student's size, before anything is written; some take their own size alone."""
+    images = torch.zeros(1, *size, device=process.device, dtype=process.dtype)
+    features = isinstance(task, timm.task.FeatureDistillationTask)
+    task.eval()
+    with process.autocast():
+        taught = task.teacher(images, return_features=features)
+        if features and task.trainable_module(images)[1].shape != taught.shape:
+            raise ValueError(
+                f'--kd-teacher-feature-dim is not the {taught.shape[1]} that the teacher has: leave it out'
+            )
+    task.train()
