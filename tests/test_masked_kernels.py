@@ -15,6 +15,7 @@ from tests.kernels import assert_agrees, error, kept_bytes, pass_in_the_interpre
 from tests.test_ssd import DEVICE, GPU, INTERPRETER, TOLERANCE, kernels, mixer_operands
 from vim_timm.layers import BiSSD, Layout
 from vim_timm.ops import GridMixer, Ssd, Visible, fused_grid_mixer, use_scan_backend, visible_neighbours
+from vim_timm.ops.backends import TABLE
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.triton_kernels import masked_conv_launch, ssd_op
 from vim_timm.ops.triton_kernels.ssd_launch import precision
@@ -303,6 +304,15 @@ def test_kernels_follow_autocast_and_keep_little_of_places(triton):
         bytes_of_image = kept_bytes(lambda: run(3)) - kept_bytes(lambda: run(2))
     row = 104 if GPU else 2 * 32 + 2 * 16 + 2  # padded there
     assert bytes_of_image == 5 * (2 * (16 + row + 64 + 32) + 4 * 2 * (1 + 2) + 4 * 10)
+
+
+@kernels
+def test_kernels_leave_more_tokens_than_their_table_numbers_to_others(triton):
+    zxbcdt, *others = mixer_operands(1, 1, torch.float32)
+    for length, refused in ((7000, True), (6500, False)):
+        many = torch.empty(32767, length, zxbcdt.shape[2], device='meta')
+        given = GridMixer(many, *others, 1e-5, 16, True, 0, 100, 100, many)
+        assert ('tokens of masked images' in TABLE['masked_grid_mixer']['triton'].limit(given)) is refused
 
 
 @kernels

@@ -84,7 +84,7 @@ TABLE: Dict[str, Dict[str, Cell]] = {
     },
     'masked_grid_mixer': {
         'cpu': Cell(cpu.grid_mixer, cpu.grid_mixer_limit),
-        'triton': Cell(triton_kernels.masked_grid_mixer, triton_kernels.grid_mixer_limit),
+        'triton': Cell(triton_kernels.masked_grid_mixer, triton_kernels.masked_grid_mixer_limit),
     },
     'visible_neighbours': {
         'triton': Cell(triton_kernels.visible_neighbours, triton_kernels.visible_neighbours_limit),

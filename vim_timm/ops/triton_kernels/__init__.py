@@ -39,6 +39,7 @@ __all__ = [
     'grid_mixer',
     'grid_mixer_limit',
     'masked_grid_mixer',
+    'masked_grid_mixer_limit',
     'scan',
     'scan_limit',
     'ssd',
@@ -51,6 +52,7 @@ __all__ = [
     'warmup',
 ]
 
+MOST_VISIBLE = 2**31 // 10  # places in a table of neighbours are int32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _reason: Optional[str] = None
 
@@ -116,6 +118,12 @@ def grid_conv_limit(given: operands.GridConv) -> str:
 def grid_mixer_limit(given: operands.GridMixer) -> str:
     headdim = given.norm.shape[0] // given.A_log.shape[1]
     return limit(given.zxbcdt) or ssd_launch.size_limit(given.zxbcdt.shape[1], headdim, given.state)
+
+
+def masked_grid_mixer_limit(given: operands.GridMixer) -> str:
+    tokens = given.zxbcdt.shape[0] * given.zxbcdt.shape[1]
+    many = f'The triton backend takes up to {MOST_VISIBLE:,} tokens of masked images, not {tokens:,}.'
+    return grid_mixer_limit(given) or (many if tokens > MOST_VISIBLE else '')
 
 
 def visible_neighbours_limit(given: operands.Visible) -> str:

@@ -73,8 +73,7 @@ def load_neighbour(X, NEXT, inside, channels, in_channels, stride, FAST: tl.cons
 
 @triton.jit
 def load_neighbours(X, NEXT, step, inside, channels, in_channels, stride, row: tl.constexpr, FAST: tl.constexpr):
-    """Rows of the tokens that the three taps of one row of the kernel meet; NEXT is `step` farther for each tap."""
-    step = tl.cast(step, tl.int64)
+    """Rows of the tokens that the three taps of one row of the kernel meet."""
     NEXT += 3 * row * step
     return (
         load_neighbour(X, NEXT, inside, channels, in_channels, stride, FAST),
@@ -115,7 +114,7 @@ def masked_conv(
     y0, y1, y2 = load_neighbours(x_at, next_at, count, inside, channels, in_channels, X_sl, 1, FAST)
     z0, z1, z2 = load_neighbours(x_at, next_at, count, inside, channels, in_channels, X_sl, 2, FAST)
     y = along(along(along(offset, a0, a1, a2, x0, x1, x2), b0, b1, b2, y0, y1, y2), c0, c1, c2, z0, z1, z2)
-    own = tl.load(next_at + 4 * tl.cast(count, tl.int64), mask=inside, other=-1)
+    own = tl.load(next_at + 4 * count, mask=inside, other=-1)
     y = tl.where((own == token)[:, None], silu(y, SILU, FAST), float('nan'))
     to = Y + (image * Y_sb + token * Y_sl)[:, None] + channels[None, :]
     tl.store(to, y.to(Y.dtype.element_ty), mask=inside[:, None] & in_channels[None, :])
