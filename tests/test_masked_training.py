@@ -334,6 +334,10 @@ def test_mistakes_end_in_a_sentence(flags, words, tmp_path, capsys):
 def test_flags_of_masked_autoencoding_need_it(capsys):
     assert train.main([*BASE, '--mask-ratio', '0.5']) == 2
     assert 'add --mae' in capsys.readouterr().err
+    assert validate.main(['--checkpoint', 'x.pth.tar', '--mask-ratios', '0.5']) == 2
+    assert '--mask-ratios is for masked autoencoding: add --mae' in capsys.readouterr().err
+    assert validate.main(['--checkpoint', 'x.pth.tar', '--mae', '--mask-ratios', '0.5']) == 2
+    assert 'add --report FOLDER' in capsys.readouterr().err
 
 
 def test_an_encoder_predicts_no_classes_and_has_no_accuracy(run, tmp_path, capsys):

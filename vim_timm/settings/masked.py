@@ -13,7 +13,7 @@ AUTOENCODER = (
 )  # fmt: skip
 # arXiv 2111.06377, table 8: all that is augmented is where the image is cut out, and its side
 AUGMENTATION = {'scale': [0.2, 1.0], 'color_jitter': 0.0, 'train_interpolation': 'bicubic'}
-_OWN = (*AUTOENCODER, 'norm_pix_loss', 'mae_loss', 'gallery_interval', 'save_encoder')
+_OWN = (*AUTOENCODER, 'norm_pix_loss', 'mae_loss', 'gallery_interval', 'save_encoder', 'mask_ratios')
 _LABELLED = (
     'mixup', 'cutmix', 'cutmix_minmax', 'smoothing', 'loss', 'bce_loss', 'jsd_loss', 'aug_splits', 'reprob',
     'kd_model_name', 'linear_probe', 'head_init_scale', 'head_init_bias', 'real_labels', 'valid_labels', 'metrics_avg',
@@ -54,6 +54,8 @@ def check_masked(args: Settings) -> None:
             if args.mae:
                 raise UserError(f'{flag} is about labels or hides pixels itself: masked autoencoding goes without it')
             raise UserError(f'{flag} is for masked autoencoding: add --mae')
+    if 'mask_ratios' in args.chosen and not args.report:
+        raise UserError('--mask-ratios are those of the report: add --report FOLDER')
     folder = os.path.dirname(getattr(args, 'save_encoder', '')) or '.'
     if not os.path.isdir(folder):
         raise UserError(f'--save-encoder {args.save_encoder}: there is no such folder')
