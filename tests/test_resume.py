@@ -340,6 +340,17 @@ def test_two_processes_train_like_one(tmp_path):
     assert_same_run(tmp_path, 'adamw-2', 'again')
 
 
+def test_an_average_with_batch_norm_is_evaluated_as_it_is_saved(tmp_path):
+    flags = [*EASY.split(), '--model', 'test_resnet', '--model-ema', '--model-ema-decay', '0.5', '--epochs', '1']
+    flags += ['--batch-size', '8']  # of which the ranks' statistics differ more
+    finish(ranks(TRAIN, *words(tmp_path, 'a', *flags), count=2, folder=tmp_path))
+    results = ['--results-file', str(tmp_path / 'a.json'), '--device', 'cpu', '--workers', '0', '--use-ema']
+    assert validate.main(['--checkpoint', str(tmp_path / 'a' / 'last.pth.tar'), *results]) == 0
+    result, row = json.loads((tmp_path / 'a.json').read_text()), load(tmp_path, 'a')['history'][0]
+    assert result['loss'] == pytest.approx(row['ema_loss'], abs=2e-4)
+    assert result['top1'] == pytest.approx(row['ema_top1'], abs=1e-3)
+
+
 def test_evaluation_counts_every_image_once(tmp_path):
     """359 images do not divide by 2 or 3; the counts agree to the image."""
     here(tmp_path, 'a', *EASY.split(), '--epochs', '1')

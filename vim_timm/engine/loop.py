@@ -311,6 +311,8 @@ class Trainer:
                 self._save_recovery()
         if self.process.world_size > 1 and args.dist_bn:
             distribute_bn(self.task.get_trainable_module(), self.process.world_size, args.dist_bn == 'reduce')
+            if self.evaluates_ema():  # rank 0's, as in a checkpoint, so that a resumed run has no other
+                distribute_bn(self.task.get_trainable_module(ema=True), self.process.world_size)
         self.arrivals.flush()
         self.rate = round(speed.rate(), 1)
         if self.stopping:
