@@ -4,10 +4,9 @@
         [--compile] [--weights bfloat16]
 
 Both run in turn in one process, and the least time of each counts; on a CPU it is the process's processor time, of all
-threads, which other programs hardly add to. On a GPU tokens are bfloat16, by autocast or
-with `--weights bfloat16` as the weights are (inference alone), and a run is a CUDA graph, of eager layers or with
-`--compile` of compiled ones: eager runs of small encoders take as long as their launches. The last column is the share
-of the time.
+threads, which other programs hardly add to. On a GPU tokens are bfloat16, by autocast or with `--weights bfloat16` as
+the weights are (inference alone), and a run is a CUDA graph, of eager layers or with `--compile` of compiled ones:
+eager runs of small encoders take as long as their launches. The last column is the share of the time.
 """
 
 import argparse

@@ -20,7 +20,8 @@ from .ssd_launch import Grid
 
 
 def check(what: str, x: Optional[Tensor], shape: Tuple[int, ...], dtype: torch.dtype, tokens: Tensor) -> None:
-    """Raise ValueError for numbers of tokens' places past whose ends kernels would read; values are not looked at."""
+    """Raise ValueError where x, which says places of tokens, has not this shape and dtype, or lies on another device
+    than these: kernels would read past its ends. Its values are not looked at."""
     assert x is not None
     if x.shape != shape or x.dtype != dtype or x.device != tokens.device:
         raise ValueError(f'{what} are not {x.dtype} {list(x.shape)} on {x.device}')
