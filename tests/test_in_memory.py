@@ -219,7 +219,7 @@ def test_validate_agrees_with_itself(dataset, tmp_path):
     [
         '--aa original', '--aa rand-m9-tweights', '--color-jitter-prob 0.5', '--grayscale-prob 0.2',
         '--gaussian-blur-prob 0.2', '--train-crop-mode rkrc', '--train-interpolation lanczos', '--aug-splits 3',
-        '--no-prefetcher',
+        '--no-prefetcher', '--resplit --reprob 0.5',
     ],
 )  # fmt: skip
 def test_what_it_cannot_do_is_refused_by_name(flags, tmp_path, capsys):

@@ -187,6 +187,8 @@ def test_a_folder_in_the_place_of_a_value_is_named(flags, words, tmp_path, capsy
         ('--epochs 1', 0, 'no epochs of warm-up, not 5, for there is 1'),
         ('--epochs 10 --warmup-epochs 5', 5, ''),
         ('--epochs 5 --warmup-epochs 5', 5, 'the warm-up of 5 epochs does not end: there are 5'),
+        ('--epochs 5 --warmup-epochs 5 --lr-cycle-limit 2', 5, ''),
+        ('--epochs 5 --warmup-epochs 5 --cooldown-epochs 2', 5, ''),
         ('--epochs 3 --warmup-prefix', 5, ''),
         ('--epochs 3 --sched none', 5, ''),
     ],

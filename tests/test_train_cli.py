@@ -223,6 +223,23 @@ def test_the_log_has_the_learning_rate_of_the_flag_whatever_share_of_it_layers_h
     assert 'lr 0.002 ' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ('flags', 'said'),
+    [
+        ('--model-ema-decay 0.9 --model-ema-warmup', '--model-ema-decay, --model-ema-warmup: nothing follows'),
+        ('--model-ema --model-ema-decay 0.9', ''),
+        ('--mixup-off-epoch 1', '--mixup-off-epoch: nothing follows from it without --mixup or --cutmix'),
+        ('--cutmix 1 --mixup-off-epoch 1 --mixup-prob 1', ''),
+        ('--kd-distill-type feature', 'without --kd-model-name'),
+        ('--loss bce --bce-sum', ''),
+    ],
+)
+def test_it_is_said_what_flags_do_nothing_without_another(flags, said, few, run, capsys):
+    run(DIGITS, *flags.split())
+    output = capsys.readouterr().out
+    assert said in output and bool(said) == ('nothing follows' in output)
+
+
 def test_mnist_of_28_by_28_pixels_and_one_channel(tmp_path, run, evaluate):
     raw = tmp_path / 'data' / 'MNIST' / 'raw'
     raw.mkdir(parents=True)

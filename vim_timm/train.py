@@ -31,7 +31,7 @@ from .models.checkpoint import read_checkpoint
 from .report.curves import write_curves
 from .report.reconstruction import Gallery
 from .settings import Settings
-from .settings.fit import with_warmup
+from .settings.fit import idle_settings, with_warmup
 from .settings.flags import PRECISION, VALIDATE, Row
 from .settings.inherited import settings_of
 from .settings.masked import AUTOENCODER
@@ -209,7 +209,8 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
         if same and not hooks.dataset:
             trainer.progress.say('both splits are the same: the evaluation is on images that were trained on')
         announce(args, trainer, model, data_config)
-        for line in filter(None, (remark, origin, slow_average(args, trainer.updates * trainer.epochs), compiling)):
+        slow = slow_average(args, trainer.updates * trainer.epochs)
+        for line in filter(None, (remark, *idle_settings(args), origin, slow, compiling)):
             trainer.progress.say(line)
         if trainer.primary:
             # the next machine has its own device and cores

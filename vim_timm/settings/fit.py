@@ -1,6 +1,36 @@
 """Settings that nobody chose and that follow from others, where timm's default would not serve."""
 
+from .flags import TRAIN
 from .parse import Settings
+
+# settings that say how something is done, by those of which one turns it on
+SUBORDINATE = {
+    ('model_ema',): ('model_ema_decay', 'model_ema_warmup', 'model_ema_force_cpu'),
+    ('mixup', 'cutmix', 'cutmix_minmax'): ('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch'),
+    ('bce_loss', 'loss'): ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'),
+    ('reprob',): ('remode', 'recount'),
+    ('early_stop_patience',): ('early_stop_min_delta',),
+    ('kd_model_name',): (
+        'kd_distill_type', 'kd_loss_type', 'distill_loss_weight', 'task_loss_weight', 'kd_temperature',
+        'kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_token_distill_type',
+    ),
+}  # fmt: skip
+
+
+def _flag(name: str) -> str:
+    return f'--{name.replace("_", "-")}'
+
+
+def idle_settings(args: Settings) -> list[str]:
+    """A remark for each thing that is off although somebody chose how it is done."""
+    defaults = {row[0].split()[0]: row[2] for rows in TRAIN.values() for row in rows}
+    remarks = []
+    for switches, details in SUBORDINATE.items():
+        chosen = [_flag(name) for name in details if getattr(args, name) != defaults[_flag(name)]]
+        if chosen and not any(getattr(args, name) for name in switches):
+            needed = ' or '.join(map(_flag, switches))
+            remarks.append(f'{", ".join(chosen)}: nothing follows from it without {needed}')
+    return remarks
 
 
 def with_model(args: Settings) -> Settings:
@@ -20,6 +50,6 @@ def with_warmup(args: Settings) -> tuple[Settings, str]:
         warm = f'{share or "no"} epoch{"" if share == 1 else "s"} of warm-up, not {args.warmup_epochs}'
         said = f'{warm}, for there {"is" if args.epochs == 1 else "are"} {args.epochs} in all'
         return args.replace(warmup_epochs=share), f'{said} (--warmup-epochs sets it)'
-    if args.warmup_epochs < args.epochs:
+    if args.warmup_epochs < args.epochs or args.cooldown_epochs or args.lr_cycle_limit > 1:  # with those there are more
         return args, ''
     return args, f'the warm-up of {args.warmup_epochs} epochs does not end: there are {args.epochs} in all'
