@@ -20,7 +20,7 @@ from vim_timm import train, validate
 from vim_timm.data import Digits
 from vim_timm.engine import Hooks
 from vim_timm.engine.checkpoint import Saver
-from vim_timm.errors import Preempted
+from vim_timm.errors import Preempted, UserError
 
 KILLS = int(os.environ.get('VIM_TIMM_KILLS', '3'))
 BASE = '--dataset digits --model test_vit --img-size 16 --in-chans 1 --device cpu --batch-size 64 --log-interval 100'
@@ -296,6 +296,9 @@ def test_a_run_resumed_in_its_first_epoch_begins_with_its_learning_rate(sched, t
         patch.setattr(Saver, 'save_epoch', lambda *_: sys.exit('stopped'))
         with pytest.raises(SystemExit):
             train.train(train.parse_args([*flags, '--experiment', 'cut']))
+    for name, value in (('--seed', '7'), ('--aug-repeats', '2')):
+        with pytest.raises(UserError, match=f'middle of an epoch: resume it with {name} '):
+            train.train(train.parse_args([*flags, '--experiment', 'cut', '--resume', 'auto', name, value]))
     assert [name[:11] for name in os.listdir(tmp_path / 'cut') if '.pth.tar' in name] == ['recovery-0-']
     assert train.main([*flags, '--experiment', 'cut', '--resume', 'auto']) == 0
     assert_same_run(tmp_path, 'whole', 'cut')

@@ -95,6 +95,19 @@ def check_masking(saved: Any, args: Any, path: str) -> None:
             )
 
 
+def check_order(saved: Any, args: Any, path: str) -> None:
+    """Refuse to go on inside an epoch whose images were drawn in another order: some would come twice, others never.
+
+    Args:
+        saved: settings in the checkpoint of `path`.
+        args: settings of this run.
+    """
+    for name in ('seed', 'aug_repeats', 'epoch_repeats') if isinstance(saved, dict) else ():
+        if name in saved and saved[name] != getattr(args, name):
+            flag = f'--{name.replace("_", "-")} {shown(repr(saved[name]))}'
+            raise UserError(f'{path} is from the middle of an epoch: resume it with {flag}')
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, name: str, content: dict[str, Any], path: str) -> None:
     """Load the state of the optimizer `name` from a checkpoint; its learning rate, betas, ... stay those of this run.
 

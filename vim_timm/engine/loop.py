@@ -182,6 +182,7 @@ class Trainer:
                 raise UserError(
                     f'{path} is from the middle of an epoch: resume it with --batch-size {size} on {world} ranks'
                 )
+            checkpoint.check_order(content.get('args'), self.args, path)
             batches, accum = progress.get('steps', self._steps)
             if [batches, accum] != self._steps:
                 raise UserError(
