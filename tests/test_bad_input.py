@@ -106,6 +106,7 @@ def folder(tmp_path):
         ('--ratio 0 0', ['--ratio']),
         ('--cutmix-minmax 0.2', ['--cutmix-minmax']),
         ('--smoothing 2', ['--smoothing']),
+        ('--smoothing 1', ['--smoothing must be at most']),
         ('--aug-repeats -1', ['--aug-repeats']),
         ('--aug-repeats 2 --epoch-repeats 2', ['--aug-repeats', '--epoch-repeats']),
         ('--train-num-samples 100', ['--train-num-samples', 'stream']),

@@ -256,7 +256,7 @@ TRAIN: dict[str, list[Row]] = {
         ('--mixup-switch-prob', float, 0.5, 'probability of cutmix where both are on', SHARE),
         ('--mixup-mode', ('batch', 'pair', 'elem'), 'batch', 'what shares one mix'),
         ('--mixup-off-epoch', int, 0, 'no mixup from this epoch on (0: always)', at_least(0)),
-        ('--smoothing', float, 0.1, 'label smoothing', SHARE),
+        ('--smoothing', float, 0.1, 'label smoothing', at_least(0, 0.999)),
         ('--train-interpolation', (*_FILTERS, 'random'), 'random', 'resize interpolation in training'),
         ('--drop', float, 0.0, 'dropout rate', SHARE),
         ('--drop-connect', float, None, 'old name of --drop-path', SHARE),
