@@ -169,6 +169,20 @@ def test_a_flipped_bit_is_found_where_the_format_has_a_checksum(weights, tmp_pat
     read_checkpoint(path)
 
 
+def test_an_entry_that_says_it_is_a_folder_is_refused(weights, tmp_path):
+    """torch reads nothing of it, and takes what memory holds for its numbers."""
+    path = tmp_path / 'a.pth'
+    torch.save({'model': weights}, path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        name = max(archive.infolist(), key=lambda entry: entry.file_size).filename
+    header = content.rindex(f'{name}PK'.encode()) - 46  # in the directory at the end of the file, another follows
+    content[header + 38] |= 0x10
+    path.write_bytes(content)
+    for route, load in routes(path):
+        assert f'{name} is a folder' in refusal(load), route
+
+
 def test_a_file_saved_without_checksums_loads(weights, tmp_path):
     set_crc32_options = pytest.importorskip('torch.serialization').set_crc32_options
     set_crc32_options(False)

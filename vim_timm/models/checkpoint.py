@@ -15,6 +15,7 @@ from .unpickling import harmless
 
 _WEIGHTS = ('model', 'state_dict')
 _EMA_WEIGHTS = ('model_ema', 'state_dict_ema')
+_FOLDER = 0x10  # attribute of an entry of a zip file
 
 StateDict = Dict[str, torch.Tensor]
 
@@ -97,6 +98,8 @@ def _check_entries(path: Path) -> None:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or size > path.stat().st_size:
             raise CheckpointError(f'{path} is compressed: unpack it and save it with torch.save')
         for entry in entries:
+            if entry.file_size and (entry.is_dir() or entry.external_attr & _FOLDER):  # torch would read nothing of it
+                raise CheckpointError(f'{path} is damaged: {shown(entry.filename)} is a folder, and has content')
             if entry.CRC == 0:  # torch.serialization.set_crc32_options(False)
                 continue
             try:
