@@ -191,9 +191,9 @@ class TestResumedSettings:
             start('a', *flags, hooks=Hooks(loss=module))
         (path,) = tmp_path.glob('a/recovery-*')
         arguments = [*FLAGS, *map(str, flags), '--output', str(tmp_path), '--experiment', 'b', '--resume', str(path)]
-        for more in (['--grad-accum-steps', '1'], ['--epoch-repeats', '2']):
-            assert train.main([*arguments, *more]) == 2
-            assert '4 batches an epoch' in capsys.readouterr().err
+        for name, value, said in (('--grad-accum-steps', 1, '4 batches an epoch'), ('--epoch-repeats', 2, '')):
+            assert train.main([*arguments, name, str(value)]) == 2
+            assert (said or f'resume it with {name} 0') in capsys.readouterr().err
         assert train.main(arguments) == 0
 
     def test_the_best_epoch_is_the_best_by_the_metric_of_now(self, start):

@@ -182,13 +182,13 @@ class Trainer:
                 raise UserError(
                     f'{path} is from the middle of an epoch: resume it with --batch-size {size} on {world} ranks'
                 )
+            checkpoint.check_order(content.get('args'), self.args, path)
             batches, accum = progress.get('steps', self._steps)
             if [batches, accum] != self._steps:
                 raise UserError(
                     f'{path} is from the middle of an epoch: resume it with the same data, {batches} batches an epoch '
                     f'(not {self.batches}), and --grad-accum-steps {accum}'
                 )
-            checkpoint.check_order(content.get('args'), self.args, path)
             self._reset_loss(progress['loss'][self.process.rank])
         self.nonfinite, self.skipped = progress.get('nonfinite', 0), progress.get('skipped', 0)
         self.clock.before = seconds_of(content, path)
