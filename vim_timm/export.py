@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from .errors import UserError, run
-from .settings.parser import PUBLISHED, Parser
+from .settings.parser import PUBLISHED, Parser, check_average
 
 PROGRAM = 'export'
 ENDINGS = ('.onnx', '.pt2')
@@ -32,8 +32,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f'--output {args.output}: there is no such folder')
     if not (args.model or args.checkpoint):
         raise UserError('name the weights: --model NAME or --checkpoint FILE')
-    if args.use_ema and not args.checkpoint:
-        raise UserError('--use-ema takes the moving average in a checkpoint: name it with --checkpoint')
+    check_average(args)
 
 
 def read(argv: Sequence[str]) -> argparse.Namespace:

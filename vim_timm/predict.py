@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, explain, run
-from .settings.parser import PUBLISHED, Parser
+from .settings.parser import PUBLISHED, Parser, check_average
 
 if TYPE_CHECKING:
     from .engine.predict import Prediction, Predictor
@@ -89,8 +89,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
     if sum(map(bool, (args.checkpoint or args.model, args.onnx))) != 1:
         raise UserError('name the weights: --model NAME, --checkpoint FILE or --onnx FILE')
-    if args.use_ema and not args.checkpoint:
-        raise UserError('--use-ema takes the moving average in a checkpoint: name it with --checkpoint')
+    check_average(args)
     if args.top < 1 or args.batch_size < 1:
         raise UserError('--top and --batch-size must be at least 1')
     if args.output and not args.output.endswith(ENDINGS):

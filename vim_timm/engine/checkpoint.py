@@ -4,6 +4,7 @@ import contextlib
 import glob
 import itertools
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -52,15 +53,20 @@ def check_held_out(saved: Any, args: Any, path: str) -> None:
         return
     if not (saved['val_fraction'] or args.val_fraction):
         return
-    for name in ('val_fraction', 'seed', 'train_split'):
+    for flag, theirs, ours in _changed(saved, args, ('val_fraction', 'seed', 'train_split')):
+        raise UserError(
+            f'{path} held out other images: {flag} was {theirs} there and is {ours} here, so that images it was '
+            'trained on would be evaluated: give the same, or start from its weights with --pretrained '
+            '--pretrained-path'
+        )
+
+
+def _changed(saved: dict[str, Any], args: Any, names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Flags that have another value than in a checkpoint's settings: name, value there, value here."""
+    for name in names:
         theirs, ours = saved.get(name), getattr(args, name)
         if theirs != ours:
-            flag = f'--{name.replace("_", "-")}'
-            raise UserError(
-                f'{path} held out other images: {flag} was {shown(repr(theirs))} there and is {ours!r} here, so that '
-                'images it was trained on would be evaluated: give the same, or start from its weights with '
-                '--pretrained --pretrained-path'
-            )
+            yield f'--{name.replace("_", "-")}', shown(repr(theirs)), repr(ours)
 
 
 def other_images(content: dict[str, Any], args: Any, data_config: dict[str, Any]) -> str:
@@ -85,14 +91,14 @@ def check_masking(saved: Any, args: Any, path: str) -> None:
         saved: settings in the checkpoint of `path`.
         args: settings of this run.
     """
-    for name in ('mask_ratio', 'norm_pix_loss', 'mae_loss') if isinstance(saved, dict) and args.mae else ():
-        theirs, ours = saved.get(name), getattr(args, name)
-        if theirs not in (None, ours):
-            flag = f'--{name.replace("_", "-")}'
-            raise UserError(
-                f'{path} measured other losses: {flag} was {shown(repr(theirs))} there and is {ours!r} here: give the '
-                'same, or start from its weights with --pretrained --pretrained-path'
-            )
+    if not isinstance(saved, dict) or not args.mae:
+        return
+    known = [name for name in ('mask_ratio', 'norm_pix_loss', 'mae_loss') if saved.get(name) is not None]
+    for flag, theirs, ours in _changed(saved, args, known):
+        raise UserError(
+            f'{path} measured other losses: {flag} was {theirs} there and is {ours} here: give the same, or start from '
+            'its weights with --pretrained --pretrained-path'
+        )
 
 
 def check_order(saved: Any, args: Any, path: str) -> None:
@@ -102,10 +108,11 @@ def check_order(saved: Any, args: Any, path: str) -> None:
         saved: settings in the checkpoint of `path`.
         args: settings of this run.
     """
-    for name in ('seed', 'aug_repeats', 'epoch_repeats') if isinstance(saved, dict) else ():
-        if name in saved and saved[name] != getattr(args, name):
-            flag = f'--{name.replace("_", "-")} {shown(repr(saved[name]))}'
-            raise UserError(f'{path} is from the middle of an epoch: resume it with {flag}')
+    if not isinstance(saved, dict):
+        return
+    known = [name for name in ('seed', 'aug_repeats', 'epoch_repeats') if name in saved]
+    for flag, theirs, _ in _changed(saved, args, known):
+        raise UserError(f'{path} is from the middle of an epoch: resume it with {flag} {theirs}')
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, name: str, content: dict[str, Any], path: str) -> None:

@@ -106,3 +106,9 @@ class KeyValues(argparse.Action):
             except (RecursionError, MemoryError):
                 parser.error(f'{option_string}: a value is nested too deeply')
         setattr(namespace, self.dest, found)
+
+
+def check_average(args: Any) -> None:
+    """Refuse --use-ema without a checkpoint, which alone may hold a moving average."""
+    if args.use_ema and not args.checkpoint:
+        raise UserError('--use-ema takes the moving average in a checkpoint: name it with --checkpoint')

@@ -11,7 +11,7 @@ from .fit import with_model
 from .flags import TORCH_DATASETS, TRAIN, VALIDATE
 from .masked import AUGMENTATION, check_masked, is_autoencoder
 from .parse import Settings, build_parser, parse
-from .parser import Parser
+from .parser import Parser, check_average
 
 STREAMS = ('hfids/', 'tfds/', 'wds/')
 KINDS = ('torch/', 'hfds/', *STREAMS)  # of --dataset, before a name
@@ -76,8 +76,7 @@ def validate_settings(argv: Sequence[str]) -> Settings:
         runs = glob.glob(os.path.join('output', 'train', '*', 'model_best.pth.tar'))
         newest = f' (the newest run here has {max(runs, key=os.path.getmtime)})' if runs else ''
         raise UserError(f'name the weights: --checkpoint FILE, or --model NAME --pretrained{newest}')
-    if args.use_ema and not args.checkpoint:
-        raise UserError('--use-ema takes the moving average in a checkpoint: name it with --checkpoint')
+    check_average(args)
     if args.results_file and not os.path.isdir(os.path.dirname(args.results_file) or '.'):
         raise UserError(f'--results-file {args.results_file}: there is no such folder')
     if os.path.isdir(args.results_file):

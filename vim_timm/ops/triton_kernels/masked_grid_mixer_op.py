@@ -19,21 +19,22 @@ from .masked_conv_launch import MaskedConv, empty_neighbours, find_neighbours
 from .ssd_launch import Grid
 
 
-def check(what: str, x: Optional[Tensor], shape: Tuple[int, ...], dtype: torch.dtype, tokens: Tensor) -> None:
-    """Raise ValueError where x, which says places of tokens, has not this shape and dtype, or lies on another device
-    than these: kernels would read past its ends. Its values are not looked at."""
+def check(what: str, x: Optional[Tensor], shape: Tuple[int, ...], dtype: torch.dtype, tokens: Tensor) -> Tensor:
+    """x, which says places of tokens; raise ValueError where it has not this shape and dtype, or lies on another device
+    than they: kernels would read past its ends. Its values are not looked at."""
     assert x is not None
     if x.shape != shape or x.dtype != dtype or x.device != tokens.device:
         raise ValueError(f'{what} are not {x.dtype} {list(x.shape)} on {x.device}')
+    return x
 
 
 class MaskedGridMixer(GridMixer):
     def __init__(self, given: operands.GridMixer) -> None:
         super().__init__(given)
         batch, length, _ = given.zxbcdt.shape
-        check('neighbours of tokens', given.neighbours, (10, batch, length), torch.int32, given.zxbcdt)
-        assert given.neighbours is not None
-        self.neighbours = given.neighbours.contiguous()
+        shape = (10, batch, length)
+        neighbours = check('neighbours of tokens', given.neighbours, shape, torch.int32, given.zxbcdt)
+        self.neighbours = neighbours.contiguous()
         self.grid = Grid(given.prefix, 1, length - given.prefix)  # of what `columns` does not say
         self.columns = None if given.rows and given.A_log.shape[0] == 1 else self.neighbours[9]
 
@@ -48,8 +49,9 @@ def with_neighbours(given: operands.GridMixer) -> operands.GridMixer:
     if given.neighbours is not None:
         return given
     batch, kept = given.zxbcdt.shape[0], given.zxbcdt.shape[1] - given.prefix
-    check(f'places of {batch} x {kept} tokens on a grid', given.keep, (batch, kept), torch.int64, given.zxbcdt)
-    found = torch.ops.vim_timm.triton_visible_neighbours.default(given.keep, given.prefix, given.height, given.width)
+    what = f'places of {batch} x {kept} tokens on a grid'
+    keep = check(what, given.keep, (batch, kept), torch.int64, given.zxbcdt)
+    found = torch.ops.vim_timm.triton_visible_neighbours.default(keep, given.prefix, given.height, given.width)
     flat: Any = [*given[:-2], found, given.out_proj]  # torch 2.6 compiles no `_replace`
     return operands.GridMixer(*flat)
 
