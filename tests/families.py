@@ -239,6 +239,27 @@ def a_meta_model_runs_and_materializes(build: Build) -> None:
     assert real(images_for(model)).isfinite().all()
 
 
+def init_weights_draws_whatever_stands_in_the_heads_place(build: Build) -> None:
+    """Heads without a bias, of several layers, of none: what is drawn is finite, and a stem needs no bias either."""
+    width = build().embed_dim
+    for head in (
+        nn.Linear(width, 10, bias=False),
+        nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10, bias=False)),
+        nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, 10), nn.Dropout(0.1)),
+        nn.Sequential(nn.Unflatten(1, (width, 1)), nn.Conv1d(width, 10, 1, bias=False), nn.Flatten()),
+        nn.Sequential(),
+    ):
+        model = build()
+        model.head = head
+        stem = model.patch_embed.proj
+        stem.bias = None
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float('nan'))
+        model.init_weights()
+        assert model(images_for(model)).isfinite().all(), head
+
+
 def features_only_gives_maps(build: Build) -> None:
     whole = build()
     model = build(features_only=True, out_indices=(0, 2))
@@ -445,6 +466,7 @@ CHECKS = (
     a_double_precision_model_stays_close,
     autocast_trains_in_bfloat16,
     a_meta_model_runs_and_materializes,
+    init_weights_draws_whatever_stands_in_the_heads_place,
     features_only_gives_maps,
     a_refused_size_leaves_the_model_as_it_was,
     intermediates_are_the_blocks_outputs,

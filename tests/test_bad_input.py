@@ -17,6 +17,7 @@ from processes import TRAIN, Python, ranks
 from vim_timm import data, train, validate
 from vim_timm.data.sampling import Stream
 from vim_timm.data.unreadable import Unreadable
+from vim_timm.engine import build
 from vim_timm.engine.build import check_optimizer, make_training_model
 from vim_timm.errors import TrainingStopped, UserError
 from vim_timm.files import write_atomically
@@ -139,6 +140,14 @@ def test_batch_norm_synchronized_on_cpus_is_refused():
     args = train.parse_args([*BASE.split(), '--sync-bn'])
     with pytest.raises(UserError, match='--sync-bn'):
         make_training_model(args.replace(model='test_resnet', img_size=None), Process(world_size=2))
+
+
+def test_a_bias_that_a_classifier_has_not_is_refused(monkeypatch):
+    model = timm.create_model('test_vit')
+    model.head = torch.nn.Linear(64, 10, bias=False)
+    monkeypatch.setattr(build, 'make_model', lambda *_, **__: model)
+    with pytest.raises(UserError, match='--head-init-bias: .* has no bias'):
+        make_training_model(train.parse_args([*BASE.split(), '--head-init-bias', '-4']), Process())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')

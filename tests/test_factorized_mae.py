@@ -31,6 +31,16 @@ def test_the_published_sizes():
     assert sum(p.numel() for p in model.parameters()) == 19_156_224
 
 
+def test_init_weights_draws_whatever_stands_in_the_heads_place():
+    model = make().encoder
+    for head in (torch.nn.Linear(32, 10, bias=False), torch.nn.Sequential(torch.nn.BatchNorm1d(32))):
+        model.head = head
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, float('nan'))
+        model.init_weights()
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_channel_attention_is_attention_among_the_visible_tokens_of_a_patch():
     layer = ChannelAttention(8, 2).double()
     keep, _ = draw_masks()

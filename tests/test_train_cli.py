@@ -194,6 +194,7 @@ def test_vim_trains(model, few, run, evaluate):
         '--opt lookahead_adam --opt-eps 1e-6 --opt-betas 0.9 0.99',
         '--model-ema --model-ema-force-cpu --model-ema-warmup',
         '--head-init-scale 0.001 --head-init-bias -4 --gp avg',
+        '--model vim2_mnist --head-init-bias -4',
     ],
 )
 def test_flags_of_timm_train(flags, few, run):

@@ -208,7 +208,7 @@ def make_training_model(args: Settings, process: Process) -> torch.nn.Module:
             for parameter in model.get_classifier().parameters():  # type: ignore[operator]
                 parameter.mul_(args.head_init_scale)
         if args.head_init_bias is not None:
-            model.get_classifier().bias.fill_(args.head_init_bias)  # type: ignore[operator]
+            _logits_bias(model).fill_(args.head_init_bias)
         if args.linear_probe:
             model.requires_grad_(False)
             model.get_classifier().requires_grad_(True)  # type: ignore[operator]
@@ -221,6 +221,19 @@ def make_training_model(args: Settings, process: Process) -> torch.nn.Module:
                 raise ValueError('--sync-bn: torch synchronizes batch norm on GPUs alone, leave it out')
             model = convert_sync_batchnorm(model)
     return model
+
+
+def _logits_bias(model: Any) -> torch.Tensor:
+    """Bias of the classifier's last layer.
+
+    Raises:
+        ValueError: it has none.
+    """
+    layers = [layer for layer in model.get_classifier().modules() if getattr(layer, 'weight', None) is not None]
+    bias = layers[-1].bias if layers else None
+    if bias is None:
+        raise ValueError("--head-init-bias: the classifier's last layer has no bias")
+    return bias
 
 
 def learning_rate(args: Settings, world_size: int) -> float:

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import Block as AttentionBlock
 from vim_timm.layers.bimamba import BiMamba
 from vim_timm.layers.bissd import BiSSD
 from vim_timm.layers.block import Block
+from vim_timm.layers.draw import zero_bias
 from vim_timm.layers.norm import RmsNorm
 from vim_timm.layers.pos_embed import resample_pos_embed, sincos_pos_embed
 from vim_timm.layers.swiglu import SwiGluMlp
@@ -100,8 +101,7 @@ class PixelDecoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                zero_bias(module)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         nn.init.normal_(self.mask_token, std=0.02)

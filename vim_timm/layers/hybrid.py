@@ -7,6 +7,7 @@ import torch.nn as nn
 from timm.layers import register_notrace_module
 
 from vim_timm.layers.block import wants_layout
+from vim_timm.layers.draw import draw_linear
 from vim_timm.layers.token_order import Layout
 
 
@@ -55,9 +56,7 @@ class Hybrid(nn.Module):
             init(depth, scheme)
         for module in self.attention.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                draw_linear(module)
 
     def no_weight_decay(self) -> Set[str]:
         """Names of the parameters that weight decay must leave alone."""

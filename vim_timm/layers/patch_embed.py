@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, resample_patch_embed, to_2tuple
 
 from vim_timm.layers.autocast import as_product_operand
+from vim_timm.layers.draw import zero_bias
 from vim_timm.layers.masking import take_tokens
 from vim_timm.layers.plain import is_plain
 
@@ -132,7 +133,7 @@ class PatchEmbed(nn.Module):
         """
         fan_in = self.proj.weight[0].numel()
         nn.init.trunc_normal_(self.proj.weight, std=math.sqrt(1.0 / fan_in) / 0.87962566103423978)
-        nn.init.constant_(self.get_parameter('proj.bias'), 0.0)
+        zero_bias(self.proj)
 
     def _check_sizes(self, size: Tuple[int, int], patch: Tuple[int, int], stride: Tuple[int, int]) -> None:
         if not self.dynamic_img_pad:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, register_notrace_module
 from timm.models import checkpoint, generate_default_cfgs, register_model
 
+from vim_timm.layers.draw import zero_bias
 from vim_timm.layers.factorized import FactorizedBlock, FactorizedDecoder, factorized_positions
 from vim_timm.layers.masking import random_masking
 from vim_timm.layers.norm import LayerNorm, at_least_float32
@@ -168,9 +169,9 @@ class FactorizedViT(Trunk):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
+                zero_bias(module)
+            elif needs_reset and (reset := getattr(module, 'reset_parameters', None)):
+                reset()
         self.init_stem()
         self.init_head()
 

@@ -14,6 +14,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 
 from vim_timm.layers.block import Block
+from vim_timm.layers.draw import draw_linear
 from vim_timm.layers.masking import kept_patches, take_tokens
 from vim_timm.layers.norm import at_least_float32
 from vim_timm.layers.patch_embed import PatchEmbed, Size
@@ -182,8 +183,7 @@ class Trunk(nn.Module):
         """Draw the classifier."""
         for module in self.head.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                draw_linear(module)
 
     @torch.jit.ignore
     def classifier_name(self) -> str:

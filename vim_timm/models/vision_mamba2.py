@@ -15,6 +15,7 @@ from timm.models import generate_default_cfgs, register_model
 from vim_timm.layers.bissd import BiSSD, ConvType
 from vim_timm.layers.block import Block
 from vim_timm.layers.conv_stem import ConvStem
+from vim_timm.layers.draw import draw_linear
 from vim_timm.layers.norm import RmsNorm
 from vim_timm.layers.patch_embed import PatchEmbed, Size
 from vim_timm.layers.swiglu import SwiGluMlp
@@ -180,10 +181,9 @@ class VisionMamba2(Trunk):
 
     def init_head(self) -> None:
         """Draw the classifier; a hidden layer keeps what its constructor drew."""
-        last = self.head[-1] if isinstance(self.head, nn.Sequential) else self.head
-        if isinstance(last, nn.Linear):
-            nn.init.trunc_normal_(last.weight, std=0.02)
-            nn.init.zeros_(last.bias)
+        layers = list(self.head) if isinstance(self.head, nn.Sequential) else [self.head]
+        if layers and isinstance(layers[-1], nn.Linear):
+            draw_linear(layers[-1])
 
 
 register_family('a Vision Mamba 2 (vim2)', r'^blocks\.\d+\.mixer\.dt_bias$', r'^patch_embed\.')
