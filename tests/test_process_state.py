@@ -13,7 +13,7 @@ from process_state import STATES
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import ops
 from vim_timm.ops import Direction, GridConv, GridMixer, Linear, Mixer, Ssd, SwiGlu, Taps, Visible, Weights, backends
-from vim_timm.ops.operands import Conv, Norm, Scan
+from vim_timm.ops.operands import Conv, Noise, Norm, Pixels, Scan
 
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
 AVAILABLE = [status.name for status in ops.explain() if status.available]
@@ -65,6 +65,10 @@ def operands_of(operator, dtype, length):
         keep = torch.arange(1, length).expand(2, -1) if operator == 'masked_grid_mixer' else None
         height = length - 1 if keep is None else length
         return GridMixer(rows(2 * 32 + 2 * 16 + 2), *parameters, 1e-5, 16, True, 1, height, 1, keep)
+    if operator == 'random_mask':
+        return Noise(torch.rand(2, length), 2)
+    if operator == 'visible_pixels':
+        return Pixels(torch.randn(2, 3, 4, 6), torch.arange(2).expand(2, -1), 2, 3, dtype)
     if operator == 'visible_neighbours':
         return Visible(torch.arange(1, length).expand(2, -1), 1, length, 1)
     if operator == 'linear':

@@ -31,6 +31,13 @@ _ROPE_GRID = 14
 torch.fx.wrap('symmetric_ssd')  # a tracer that goes into the mixer all the same records calls of it
 
 
+def _padded_rows(weight: torch.Tensor, pad: int, dtype: torch.dtype) -> torch.Tensor:
+    """`F.pad` of rows with zeros and its cast, where autograd has not to see them: two kernels for three."""
+    padded = weight.new_zeros([weight.shape[0] + pad, weight.shape[1]], dtype=dtype)
+    padded[: weight.shape[0]] = weight
+    return padded
+
+
 def _pads_rows(x: torch.Tensor) -> bool:
     """Whether rows of a product that are no multiple of 8 long are slow on x's device."""
     return not isinstance(x, torch.fx.Proxy) and x.is_cuda
@@ -145,7 +152,11 @@ class BiSSD(StateSpaceMixer):
             pad = -(2 * (self.d_inner + self.d_state) + self.num_heads) % 8
             if pad and _pads_rows(x_BLC) and is_plain(self.in_proj):
                 weight, bias = self.in_proj.weight, self.in_proj.bias
-                return F.linear(x_BLC, F.pad(weight, [0, 0, 0, pad]), None if bias is None else F.pad(bias, [0, pad]))
+                if torch.is_grad_enabled():
+                    weight = F.pad(weight, [0, 0, 0, pad])
+                else:
+                    weight = _padded_rows(weight, pad, product_dtype(x_BLC))
+                return F.linear(x_BLC, weight, None if bias is None else F.pad(bias, [0, pad]))
         return self.project(x_BLC)
 
     def _fused(self, zxbcdt_BLE: torch.Tensor, layout: Layout) -> Optional[torch.Tensor]:

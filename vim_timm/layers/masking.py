@@ -7,6 +7,8 @@ from typing import Tuple
 
 import torch
 
+from vim_timm.ops import Noise, random_mask
+
 
 def check_ratio(ratio: float) -> None:
     """Raise ValueError for a mask ratio that removes nothing or everything."""
@@ -43,6 +45,9 @@ def random_masking(noise: torch.Tensor, ratio: float) -> Tuple[torch.Tensor, tor
         ValueError: no patch stays.
     """
     kept = num_kept(noise.shape[1], ratio)
+    drawn = random_mask(Noise(noise.detach(), kept))
+    if drawn is not None:
+        return drawn
     keep = noise.argsort(dim=1, stable=True)[:, :kept].sort(dim=1).values
     mask = torch.ones(noise.shape, device=noise.device, dtype=torch.float32).scatter(1, keep, 0.0)
     return keep, mask

@@ -8,10 +8,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, resample_patch_embed, to_2tuple
 
-from vim_timm.layers.autocast import as_product_operand
+from vim_timm.layers.autocast import as_product_operand, product_dtype
 from vim_timm.layers.draw import zero_bias
 from vim_timm.layers.masking import take_tokens
 from vim_timm.layers.plain import is_plain
+from vim_timm.ops import Pixels, visible_pixels
 
 Size = Union[int, Tuple[int, int]]
 
@@ -74,6 +75,10 @@ def embed_patches(
     if x.device.type != 'cuda' and keep is None:
         return as_tokens(F.conv2d(x, weight, bias, stride=weight.shape[2:]))
     patch, chans = weight.shape[2:], x.shape[1]
+    if keep is not None and not (x.requires_grad and torch.is_grad_enabled()):
+        pixels = visible_pixels(Pixels(x, keep, patch[0], patch[1], product_dtype(x)))
+        if pixels is not None:
+            return F.linear(pixels, weight.flatten(1), bias)
     rows, columns = x.shape[2] // patch[0], x.shape[3] // patch[1]
     x = x[:, :, : rows * patch[0], : columns * patch[1]]
     x = x.reshape(-1, chans, rows, patch[0], columns, patch[1]).permute(0, 2, 4, 1, 3, 5)

@@ -17,10 +17,24 @@ from vim_timm.ops.linear import linear
 from vim_timm.ops.mamba_compat import causal_conv1d, selective_scan
 from vim_timm.ops.mixer import fused_mixer
 from vim_timm.ops.norm import rms_norm
-from vim_timm.ops.operands import Direction, GridConv, GridMixer, Linear, Mixer, Ssd, SwiGlu, Taps, Visible, Weights
+from vim_timm.ops.operands import (
+    Direction,
+    GridConv,
+    GridMixer,
+    Linear,
+    Mixer,
+    Noise,
+    Pixels,
+    Ssd,
+    SwiGlu,
+    Taps,
+    Visible,
+    Weights,
+)
 from vim_timm.ops.scan import bidirectional_scan
-from vim_timm.ops.ssd import fused_grid_mixer, grid_conv, symmetric_ssd, visible_neighbours
+from vim_timm.ops.ssd import fused_grid_mixer, grid_conv, symmetric_ssd
 from vim_timm.ops.swiglu import swiglu
+from vim_timm.ops.visible import random_mask, visible_neighbours, visible_pixels
 
 __all__ = [
     'BACKENDS',
@@ -31,6 +45,8 @@ __all__ = [
     'GridMixer',
     'Linear',
     'Mixer',
+    'Noise',
+    'Pixels',
     'Ssd',
     'SwiGlu',
     'Taps',
@@ -48,6 +64,7 @@ __all__ = [
     'grid_conv',
     'linear',
     'probe_backends',
+    'random_mask',
     'rms_norm',
     'selective_scan',
     'set_scan_backend',
@@ -55,5 +72,6 @@ __all__ = [
     'symmetric_ssd',
     'use_scan_backend',
     'visible_neighbours',
+    'visible_pixels',
     'wants_any_derivative',
 ]

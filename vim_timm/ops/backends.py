@@ -16,7 +16,7 @@ import torch
 
 from vim_timm.ops import cpu, cuda, mamba_ssm_adapter, triton_kernels
 from vim_timm.ops.plain import chunked, export, reference, ssd
-from vim_timm.ops.registration import REFUSAL, transformed
+from vim_timm.ops.registration import REFUSAL, autocast_off, transformed
 
 _logger = logging.getLogger('vim_timm')
 
@@ -86,6 +86,12 @@ TABLE: Dict[str, Dict[str, Cell]] = {
         'cpu': Cell(cpu.grid_mixer, cpu.grid_mixer_limit),
         'triton': Cell(triton_kernels.masked_grid_mixer, triton_kernels.masked_grid_mixer_limit),
     },
+    'random_mask': {
+        'triton': Cell(triton_kernels.random_mask, triton_kernels.random_mask_limit),
+    },
+    'visible_pixels': {
+        'triton': Cell(triton_kernels.visible_pixels, triton_kernels.visible_pixels_limit),
+    },
     'visible_neighbours': {
         'triton': Cell(triton_kernels.visible_neighbours, triton_kernels.visible_neighbours_limit),
     },
@@ -115,6 +121,8 @@ KERNELS: Dict[str, Dict[str, str]] = {
     'grid_conv': {'cuda': 'triton'},
     'grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
     'masked_grid_mixer': {'cuda': 'triton', 'cpu': 'cpu'},
+    'random_mask': {'cuda': 'triton'},
+    'visible_pixels': {'cuda': 'triton'},
     'visible_neighbours': {'cuda': 'triton'},
     'rms_norm': {'cpu': 'cpu'},
     'linear': {'cpu': 'cpu'},
@@ -245,6 +253,15 @@ def find(operator: str, operands: Any, x: torch.Tensor) -> Optional[Callable[[An
     if not traced and (operator, name) not in _announced:
         _announce(operator, name, operands, x)
     return TABLE[operator][name].run if name else None
+
+
+def run_if_there(operator: str, operands: Any, x: torch.Tensor) -> Any:
+    """What a backend computes, outside autocast; None where the operator is composed of others."""
+    run = find(operator, operands, x)
+    if run is None:
+        return None
+    with autocast_off(x):
+        return run(operands)
 
 
 def require(operator: str, operands: Any, x: torch.Tensor) -> Callable[[Any], Any]:

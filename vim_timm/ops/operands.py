@@ -9,6 +9,7 @@ back: fields in their order, the backward direction's with the suffix `_b`, and 
 
 from typing import Any, NamedTuple, Optional, Tuple, get_args, get_type_hints
 
+import torch
 from torch import Tensor
 
 
@@ -164,6 +165,23 @@ class Visible(NamedTuple):
     width: int
 
 
+class Noise(NamedTuple):
+    """Operands of `ops.random_mask`: which patches of images are to be there."""
+
+    noise: Tensor  # a number of each patch (B, L)
+    kept: int  # how many patches of an image are to be there, those with the least noise
+
+
+class Pixels(NamedTuple):
+    """Operands of `ops.visible_pixels`."""
+
+    x: Tensor  # images (B, C, H, W), of any strides
+    keep: Tensor  # places (B, K) int64 of patches on the grid
+    height: int  # of a patch
+    width: int
+    dtype: torch.dtype  # of the result
+
+
 class Norm(NamedTuple):
     """Operands of `ops.rms_norm`."""
 
@@ -216,5 +234,6 @@ def schema(kind: Any, *without: str, suffix: str = '', absent: bool = False) -> 
         if hasattr(part, '_fields'):
             parts.append(schema(part, suffix='_b' if name == 'backward' else suffix, absent=optional))
         else:
-            parts.append(f'{part.__name__}{"?" if optional else ""} {name}{suffix}')
+            kind_name = 'ScalarType' if part is torch.dtype else part.__name__
+            parts.append(f'{kind_name}{"?" if optional else ""} {name}{suffix}')
     return ', '.join(parts)

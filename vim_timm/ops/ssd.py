@@ -5,8 +5,8 @@ from typing import Any, List, Optional
 import torch
 from torch import Tensor
 
-from vim_timm.ops.backends import find
-from vim_timm.ops.operands import GridConv, GridMixer, Ssd, Visible
+from vim_timm.ops.backends import find, run_if_there
+from vim_timm.ops.operands import GridConv, GridMixer, Ssd
 from vim_timm.ops.plain import ssd as plain
 from vim_timm.ops.registration import autocast_off
 
@@ -61,7 +61,7 @@ def grid_conv(conv: GridConv) -> Optional[Tensor]:
         ValueError: a backend has it, and the tokens are no such grid, or taps or bias do not fit them.
         RuntimeError: a forced backend cannot run.
     """
-    return _run_if_there('grid_conv', conv, conv.x)
+    return run_if_there('grid_conv', conv, conv.x)
 
 
 def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
@@ -93,25 +93,3 @@ def fused_grid_mixer(mixer: GridMixer) -> Optional[Tensor]:
         mixer = GridMixer(*fields)
     with autocast_off(mixer.zxbcdt):
         return run(mixer)
-
-
-def visible_neighbours(visible: Visible) -> Optional[Tensor]:
-    """Which tokens of masked images are neighbours, for `fused_grid_mixer`; the same for all blocks of a model.
-
-    Args:
-        visible: See `operands.Visible`.
-
-    Returns:
-        (10, B, L) int32: the token that each of nine taps meets at a token, -1 for none, and the tokens by columns of
-        their image. None where no backend looks them up.
-    """
-    return _run_if_there('visible_neighbours', visible, visible.keep)
-
-
-def _run_if_there(operator: str, operands: Any, x: Tensor) -> Optional[Tensor]:
-    """What a backend computes, outside autocast; None where the operator is composed of others."""
-    run = find(operator, operands, x)
-    if run is None:
-        return None
-    with autocast_off(x):
-        return run(operands)

@@ -2,8 +2,8 @@
 
 `scan` and `conv` compute what `ops.plain.reference` defines, `ssd` what `ops.plain.ssd` does, `grid_conv` a convolution
 on a grid, `grid_mixer` the inside of a mixer around both, `masked_grid_mixer` that of visible patches,
-`visible_neighbours` finds which of these are neighbours, and `swiglu` is a gated MLP, on NVIDIA GPUs; Triton is
-imported at the first call.
+`random_mask` chooses these, `visible_pixels` takes their pixels, `visible_neighbours` finds which are neighbours, and
+`swiglu` is a gated MLP, on NVIDIA GPUs; Triton is imported at the first call.
 The kernels were measured on compute capability 9.0 only; they compile for 8.0 to 12.0 (`compile_targets`).
 """
 
@@ -25,6 +25,7 @@ from . import (  # noqa: F401  define the operators
     ssd_launch,
     ssd_op,
     swiglu_op,
+    visible_op,
 )
 from .conv_op import MAX_WIDTH
 from .launch import INTERPRET, MAX_STATE
@@ -40,6 +41,8 @@ __all__ = [
     'grid_mixer_limit',
     'masked_grid_mixer',
     'masked_grid_mixer_limit',
+    'random_mask',
+    'random_mask_limit',
     'scan',
     'scan_limit',
     'ssd',
@@ -49,6 +52,8 @@ __all__ = [
     'unavailable',
     'visible_neighbours',
     'visible_neighbours_limit',
+    'visible_pixels',
+    'visible_pixels_limit',
     'warmup',
 ]
 
@@ -77,13 +82,18 @@ def _find_reason() -> str:
     return ''
 
 
-def batch_limit(x: Tensor) -> str:
-    """Why the kernels cannot run on tensors like x (B, ...), whatever their dtype, in one sentence, or ''."""
+def device_limit(x: Tensor) -> str:
+    """Why the kernels cannot run where x is, in one sentence, or ''."""
     if x.device.type != 'cuda' and not INTERPRET:
         return f'The triton backend runs on CUDA tensors, not on {x.device.type}.'
-    if x.shape[0] > 32767:
-        return f'The triton backend takes batches up to 32767 (the grid of a GPU), not {x.shape[0]}.'
     return ''
+
+
+def batch_limit(x: Tensor) -> str:
+    """Why the kernels cannot run on tensors like x (B, ...), whatever their dtype, in one sentence, or ''."""
+    if x.shape[0] > 32767:
+        return device_limit(x) or f'The triton backend takes batches up to 32767 (the grid of a GPU), not {x.shape[0]}.'
+    return device_limit(x)
 
 
 def limit(x: Tensor) -> str:
@@ -124,6 +134,14 @@ def masked_grid_mixer_limit(given: operands.GridMixer) -> str:
     tokens = given.zxbcdt.shape[0] * given.zxbcdt.shape[1]
     many = f'The triton backend takes up to {MOST_VISIBLE:,} tokens of masked images, not {tokens:,}.'
     return grid_mixer_limit(given) or (many if tokens > MOST_VISIBLE else '')
+
+
+def random_mask_limit(given: operands.Noise) -> str:
+    return device_limit(given.noise)
+
+
+def visible_pixels_limit(given: operands.Pixels) -> str:
+    return device_limit(given.x)
 
 
 def visible_neighbours_limit(given: operands.Visible) -> str:
@@ -232,6 +250,16 @@ def grid_mixer(given: operands.GridMixer) -> Tensor:
     """The gated norm of the state space dual of convolved tokens, in zxbcdt's dtype: (B, L, D), or (B, L, C) with
     out_proj."""
     return torch.ops.vim_timm.triton_grid_mixer.default(*given)[0]
+
+
+def random_mask(given: operands.Noise) -> Tuple[Tensor, Tensor]:
+    """Places (B, K) of the patches of least noise, and the mask (B, L)."""
+    return torch.ops.vim_timm.triton_random_mask.default(*given)
+
+
+def visible_pixels(given: operands.Pixels) -> Tensor:
+    """The pixels (B, K, C * height * width) of visible patches."""
+    return torch.ops.vim_timm.triton_visible_pixels.default(*given)
 
 
 def visible_neighbours(given: operands.Visible) -> Tensor:

@@ -157,6 +157,16 @@ def compile_masked_grid_mixer(capability: int, compiled: Compiled, dim: int, dty
     compile_mixer(mixer, capability, compiled)
 
 
+def compile_visible(capability: int, compiled: Compiled, dtype: torch.dtype) -> None:
+    """The choice of a quarter of the patches of an image, and their pixels in a dtype."""
+    from . import visible_kernels
+    from .visible_op import random_mask, visible_pixels
+
+    recorder = Recorder(visible_kernels, capability, compiled)
+    keep, _ = random_mask(recorder, torch.empty([2, 196], device='meta'), 49)
+    visible_pixels(recorder, operands.Pixels(torch.empty([2, 3, 224, 224], device='meta'), keep, 16, 16, dtype))
+
+
 def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
     """A SwiGLU of dim channels and four times as many hidden units, forward and backward."""
     from . import gated_product_kernels, swiglu_kernels
@@ -213,6 +223,7 @@ def check(capability: int, dim: int, state: int, dtype: torch.dtype) -> bool:
     for side in (14, 32):  # the latter in chunks
         compile_grid_mixer(capability, compiled, dim, dtype, side)
     compile_masked_grid_mixer(capability, compiled, dim, dtype)
+    compile_visible(capability, compiled, dtype)
     compile_swiglu(capability, compiled, dim // 2, dtype)  # 192 at D 384, as vim2_tiny has
     fits = True
     for key, kernel in compiled.items():
