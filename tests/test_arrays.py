@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import zipfile
 
@@ -266,6 +267,25 @@ def test_thirteen_channels_train_and_are_evaluated_as_they_were_trained(tmp_path
     found = json.loads((tmp_path / 'r.json').read_text())
     assert found['top1'] == 100 and found['loss'] == pytest.approx(row['eval_loss'], abs=1e-4)
     assert (tmp_path / 'report' / 'samples_right.png').exists()
+
+
+def test_arrays_of_another_folder_are_read_as_those_that_were_trained_on(tmp_path):
+    write(tmp_path / 'a', count=4)
+    for split in ('train', 'val'):
+        for file in (tmp_path / 'a' / split).glob('*/*.npy'):
+            np.save(file, np.load(file).clip(0).astype(np.uint16))  # which a span is not asked for
+    shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+    flags = [*RUN, '--data-dir', str(tmp_path / 'a'), '--input-span', '0', '10000', '--output', str(tmp_path / 'out')]
+    assert train.main([*flags, '--experiment', 'a', '--epochs', '1']) == 0
+    flags = ['--checkpoint', str(tmp_path / 'out' / 'a' / 'last.pth.tar'), '--workers', '0', '--device', 'cpu']
+    rows = []
+    for folder in 'ab':
+        result = str(tmp_path / f'{folder}.json')
+        more = ['--dataset', 'arrays', '--data-dir', str(tmp_path / folder), '--results-file', result]
+        assert validate.main([*flags, *more]) == 0
+        rows.append(json.loads((tmp_path / f'{folder}.json').read_text()))
+    assert rows[0] == rows[1]
+    assert validate.parse_args([*flags, *more, '--input-span', '0', '5']).input_span == [0, 5]
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,29 @@ def test_an_average_is_that_of_a_checkpoint(tmp_path, capsys):
     assert capsys.readouterr().err.count('the moving average in a checkpoint') == 2
 
 
+def test_pictures_are_read_in_the_mode_that_was_trained_with(checkpoint, pictures, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    usual, file = str(tmp_path / 'usual.json'), str(tmp_path / 'x.pth.tar')
+    assert main([str(pictures), '--checkpoint', str(checkpoint), '--output', usual]) == 0
+    content['args']['input_img_mode'] = 'HSV'
+    torch.save(content, file)
+    assert export.main(['--checkpoint', file, '--output', str(tmp_path / 'x.onnx')]) == 0
+    found = []
+    for weights in (['--checkpoint', file, '--explain', str(tmp_path / 'heat')], ['--onnx', str(tmp_path / 'x.onnx')]):
+        assert main([str(pictures), *weights, '--output', str(tmp_path / 'x.json')]) == 0
+        found.append(
+            [row['predictions'] for row in json.loads((tmp_path / 'x.json').read_text()) if 'error' not in row]
+        )
+    with open(usual) as opened:
+        assert found[0] != [row['predictions'] for row in json.load(opened) if 'error' not in row]
+    assert [[one['class'] for one in row] for row in found[0]] == [[one['class'] for one in row] for row in found[1]]
+    content['args']['input_img_mode'] = 'CMYK'
+    torch.save(content, file)
+    capsys.readouterr()
+    assert main([str(pictures), '--checkpoint', file]) == 2
+    assert 'the model takes 3 channels, which images of mode CMYK do not have' in capsys.readouterr().err
+
+
 def test_a_model_of_many_channels_says_that_files_have_not_so_many():
     model = timm.create_model('vim_nano_patch4_32', depth=1, embed_dim=32, in_chans=13).eval()
     from vim_timm.engine.predict import Predictor

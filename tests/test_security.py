@@ -227,7 +227,8 @@ MASKED = {
     'decoder_heads', 'decoder_pos_embed',
 }  # fmt: skip
 DATA = {'data_dir', 'class_map', 'dataset', 'val_split', 'val_fraction', 'input_img_mode', 'input_span'}
-ALL = MODEL | PRECISION | MASKED
+VALUES = {'input_img_mode', 'input_span'}
+ALL = MODEL | PRECISION | MASKED | VALUES
 
 
 def test_nothing_is_inherited_that_is_not_in_these_lists_and_in_the_document():
@@ -270,7 +271,7 @@ WRONG = {
     'interpolation': [3, 'a/b'], 'crop_mode': ['a', 3],
     'amp': ['yes', 1], 'amp_dtype': ['Tensor', 16], 'model_dtype': ['Tensor', 'int8'],
     'channels_last': ['x'], 'fast_norm': ['x'], 'mae': [1], 'mask_ratio': [2, '0.5'], 'decoder_depth': [10**9, 0],
-    'decoder': ['a/b'],
+    'decoder': ['a/b'], 'input_img_mode': ['Tensor', ''], 'input_span': [[0], 'ab', [0, float('nan')]],
 }  # fmt: skip
 
 

@@ -342,6 +342,15 @@ def test_weights_of_another_order_of_tokens_are_remarked_on(few, run, capsys):
         assert said is remarked
 
 
+def test_weights_of_a_run_that_read_other_pixels_are_remarked_on(few, run, capsys):
+    flags = f'{BASE} --dataset digits --model vim_nano_patch4_32 --img-size 16 --model-kwargs depth=1 embed_dim=32'
+    folder, _ = run(flags, '--input-img-mode', 'YCbCr')
+    for more in ([], ['--input-img-mode', 'YCbCr']):
+        run(flags, *more, '--pretrained', '--pretrained-path', str(folder / 'last.pth.tar'), name='tuned')
+        said = 'are of a run with --input-img-mode YCbCr, and this one has others' in capsys.readouterr().out
+        assert said is (not more)
+
+
 def test_a_resumed_run_says_that_its_images_are_others(few, tmp_path, capsys):
     line = [*DIGITS.split(), '--output', str(tmp_path), '--experiment', 'a', '--resume', 'auto']
     for flags, changed in (('', ''), ('', ''), ('--mean 0.3 --val-split train', 'val_split, mean'), ('', '')):

@@ -20,6 +20,7 @@ import yaml
 from timm.utils import random_seed, unwrap_model
 
 from . import data
+from .data.images import MODES
 from .engine import build
 from .engine.checkpoint import Saver
 from .engine.folder import in_folder, open_folder, planned_folder
@@ -62,7 +63,8 @@ def slow_average(args: Settings, updates: int) -> str:
 
 
 def other_origin(args: Settings, data_config: Mapping[str, Any]) -> str:
-    """A remark where the run begins with weights of a run that normalized images, or built its model, otherwise."""
+    """A remark where the run begins with weights of a run that read or normalized images otherwise, or built its model
+    otherwise."""
     path = args.initial_checkpoint or args.pretrained_path
     if not path:
         return ''
@@ -74,6 +76,10 @@ def other_origin(args: Settings, data_config: Mapping[str, Any]) -> str:
         values, ours = tuple(theirs.get(name, ())), tuple(data_config[name])
         if len(values) == len(ours) and values != ours:
             flags.append(' '.join([f'--{name}', *(f'{value:g}' for value in values)]))
+    channels = data_config['input_size'][0]
+    if channels in MODES and channels == theirs.get('input_size', (0,))[0] and args.dataset != 'arrays':
+        mode = theirs.get('input_img_mode') or MODES[channels]
+        flags += ['--input-img-mode', mode] if mode != (args.input_img_mode or MODES[channels]) else []
     kwargs = [
         f'{name}={value}'
         for name, value in theirs.get('model_kwargs', {}).items()

@@ -74,8 +74,9 @@ def other_images(content: dict[str, Any], args: Any, data_config: dict[str, Any]
     saved, images = content.get('args'), content.get('data_config')
     if not isinstance(saved, dict) or not isinstance(images, dict):
         return ''
-    before = {**{name: saved.get(name) for name in ('dataset', 'val_split')}, **images}
-    now = {'dataset': args.dataset, 'val_split': args.val_split, **data_config}
+    names = ('dataset', 'val_split', 'input_img_mode', 'input_span')
+    before = {**{name: saved.get(name) for name in names}, **images}
+    now = {**{name: getattr(args, name) for name in names}, **data_config}
     found = [name for name in now if name in before and repr(_plain(before[name])) != repr(_plain(now[name]))]
     return f'other images than before ({", ".join(found)}): epochs of the log do not compare' if found else ''
 

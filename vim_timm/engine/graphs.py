@@ -25,6 +25,7 @@ def _facts(saved: Saved) -> str:
     """What a reader has to know: images, classes, architecture."""
     data = {name: list(value) if isinstance(value, tuple) else value for name, value in saved.data_config.items()}
     facts = {'architecture': saved.architecture, 'data_config': data, 'class_names': saved.class_names}
+    facts.update({'input_img_mode': saved.image_mode} if saved.image_mode else {})
     return json.dumps({**facts, 'num_classes': saved.model.num_classes})
 
 
@@ -114,7 +115,8 @@ def open_onnx(path: str) -> tuple[Saved, Callable[[torch.Tensor], torch.Tensor]]
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
         facts: Any = json.loads(session.get_modelmeta().custom_metadata_map.get(KEY, '{}'))
         facts = facts if isinstance(facts, dict) else {}
-        data = settings_of({'args': {}, 'data_config': facts.get('data_config')}, f'ONNX file {path}')
+        known = {'input_img_mode': facts.get('input_img_mode')}
+        data = settings_of({'args': known, 'data_config': facts.get('data_config')}, f'ONNX file {path}')
         names = facts.get('class_names')
         if 'input_size' not in data or not isinstance(names, list):
             raise ValueError('it was not written by vim_timm.export, so nobody knows which images it takes')
@@ -131,4 +133,5 @@ def open_onnx(path: str) -> tuple[Saved, Callable[[torch.Tensor], torch.Tensor]]
         return torch.from_numpy(np.concatenate(logits)[:count])
 
     data = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    return Saved(None, data, list(map(str, names)), record=facts), run
+    mode = data.pop('input_img_mode', '')
+    return Saved(None, data, list(map(str, names)), record=facts, image_mode=mode), run

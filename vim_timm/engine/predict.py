@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from ..data.folder import natural_key
-from ..data.images import MODES, PHONE, image_endings, read_image
+from ..data.images import MODES, PHONE, channels_of, image_endings, read_image
 from ..errors import UserError, sentence
 from .process import usual_defaults
 from .saved import Saved
@@ -102,7 +102,9 @@ class Predictor:
         channels = saved.data_config['input_size'][0]
         if channels not in MODES:
             raise UserError(f'the model takes images of {channels} channels, which image files do not have')
-        self.mode = MODES[channels]
+        self.mode = saved.image_mode or MODES[channels]
+        if channels_of(self.mode) != channels:
+            raise UserError(f'the model takes {channels} channels, which images of mode {self.mode} do not have')
 
     def __call__(self, inputs: str | Iterable[str]) -> Iterator[Prediction]:
         """Predictions in the order of the files; one that cannot be read has an `error` and nothing else."""

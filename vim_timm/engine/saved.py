@@ -32,6 +32,7 @@ class Saved:
         class_names: in the order of its outputs; [] where nobody knows them.
         run: settings of its training run by flag, as the file has them: for a text, not to be acted on.
         record: what else its checkpoint holds, tensors apart: history, provenance, ...
+        image_mode: PIL mode in which its pictures were read; '' for the usual one of its number of channels.
     """
 
     model: Any
@@ -39,6 +40,7 @@ class Saved:
     class_names: list[str]
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    image_mode: str = ''
 
     @property
     def architecture(self) -> str:
@@ -100,7 +102,7 @@ def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
     names = names if model.num_classes else []  # an encoder's data may well have had classes
     record = {key: value for key, value in content.items() if key in ('provenance', 'epoch')}
     record['history'] = history_of(content, path)
-    return Saved(model.eval(), data_config, names, run, record)
+    return Saved(model.eval(), data_config, names, run, record, settings.get('input_img_mode', ''))
 
 
 def _run(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def as_csv(predictions: Sequence[Prediction]) -> str:
 
 def overlay(image: Image.Image, heat: np.ndarray, side: int = 2 * SIDE) -> Image.Image:
     """What the model saw in grey, coloured where it looks: `heat` (h, w) is 0 where it does not and 1 where most."""
-    picture = image.convert('L').convert('RGB')
+    picture = image.convert('RGB').convert('L').convert('RGB')  # Pillow makes no grey of HSV
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     picture = picture.resize(size, Image.Resampling.BICUBIC if scale < 4 else Image.Resampling.NEAREST)

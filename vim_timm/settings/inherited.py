@@ -112,6 +112,9 @@ INHERITED: dict[str, Rule] = {
     'decoder_depth': _whole(_LARGEST_DECODER // 100),
     'decoder_heads': _whole(_LARGEST_DECODER),
     'decoder_pos_embed': _word,
+    # of the values that images are read as, before their mean and deviation
+    'input_img_mode': _one_of(*_IMAGE_MODES),
+    'input_span': _several(_real(-1e9, 1e9), 2),
 }
 
 
@@ -135,8 +138,7 @@ LOCAL_DATA: dict[str, tuple[str, Rule]] = {
     'class_map': ('class_map', _is_local),
     'val_split': ('split', _word),
     'val_fraction': ('val_fraction', _real(0, 1)),
-    'input_img_mode': ('input_img_mode', _one_of(*_IMAGE_MODES)),
-    'input_span': ('input_span', _several(_real(-1e9, 1e9), 2)),
+    **{name: (name, INHERITED[name]) for name in ('input_img_mode', 'input_span')},
 }
 
 
