@@ -7,7 +7,6 @@ gradient from a float64 computation over the largest value there. Writes attenti
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Callable, Optional
 
 import torch
 
+from vim_timm.files import to_json
 from vim_timm.layers.attention import attention, attention_kernels, use_attention_kernel
 
 HEADS, WIDTH = 6, 64
@@ -94,7 +94,7 @@ def main() -> None:
                     flush=True,
                 )
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / 'attention.json').write_text(json.dumps(rows, indent=1))
+    (options.output / 'attention.json').write_text(to_json(rows))
 
 
 if __name__ == '__main__':

@@ -256,6 +256,8 @@ def measure(variants: list[Variant], begun: float) -> list[Variant]:
 
 def run(variants: list[Variant], options: argparse.Namespace, begun: float, images: int) -> list[dict[str, Any]]:
     """Train every variant with every seed, as far as the limit allows."""
+    from vim_timm.files import to_json
+
     rows: list[dict[str, Any]] = []
     waiting = [(seed, variant) for seed in options.seeds for variant in variants]
     busy: dict[Any, Variant] = {}
@@ -284,7 +286,7 @@ def run(variants: list[Variant], options: argparse.Namespace, begun: float, imag
             rows.append({**variant.facts, **result})
             longest = max(longest, result['seconds'])
             with open(options.output / 'equal_time.jsonl', 'a', encoding='utf-8') as file:
-                print(json.dumps(rows[-1]), file=file)
+                print(to_json(rows[-1], indent=None), end='', file=file)
             print(f'{time.perf_counter() - begun:.0f} s: {result}', flush=True)
     return rows
 

@@ -119,7 +119,8 @@ class Runs:
                 continue
             row = self.row(name)
             top1 = f'{row["eval_top1"]:.2f}' if 'eval_top1' in row else ''
-            print(f'| {name} | {row["epoch"] + 1} | {row["time"]:.0f} | {top1} | {row["eval_loss"]:.4f} |')
+            loss = 'not finite' if row['eval_loss'] is None else f'{row["eval_loss"]:.4f}'  # JSON has null for it
+            print(f'| {name} | {row["epoch"] + 1} | {row["time"]:.0f} | {top1} | {loss} |')
 
 
 def length(epochs: int) -> list[str]:

@@ -1,10 +1,12 @@
 """`benchmarks.masked_autoencoding` refuses what it would pass over in silence."""
 
+import argparse
 import sys
 
 import pytest
 
 from benchmarks import masked_autoencoding
+from vim_timm.engine.log import write_history
 
 
 def test_a_case_that_the_model_has_not_is_no_empty_table(monkeypatch, tmp_path):
@@ -12,3 +14,12 @@ def test_a_case_that_the_model_has_not_is_no_empty_table(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'argv', ['masked_autoencoding', *words, 'ratio 0.5', 'shuffled tokens'])
     with pytest.raises(SystemExit, match='^vim2_nano_patch4_32 has no shuffled tokens$'):
         masked_autoencoding.main()
+
+
+def test_a_loss_that_is_not_finite_is_said_to_be(tmp_path, capsys):
+    runs = masked_autoencoding.Runs(argparse.Namespace(output=tmp_path, model='m', seed=0, jobs=1), [])
+    runs.path('mae').mkdir()
+    (runs.path('mae') / 'done.txt').touch()
+    write_history(str(runs.path('mae')), [{'epoch': 0, 'time': 3.0, 'eval_loss': float('inf')}])
+    runs.table(['mae'])
+    assert '| mae | 1 | 3 |  | not finite |' in capsys.readouterr().out

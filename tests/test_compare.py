@@ -124,8 +124,8 @@ def test_a_run_without_an_epoch_is_named_and_costs_the_others_nothing(runs, tmp_
 
 
 def test_a_value_that_is_no_number_is_no_best_one_and_leaves_the_page_readable(tmp_path):
-    paths = [make_run(tmp_path / name, [1.0, 2.0], [float('nan'), loss]) for name, loss in (('a', 3.0), ('b', 4.0))]
-    runs = read_runs(paths)
+    losses = {'a': [float('nan'), 3.0], 'b': [float('-inf'), 4.0]}
+    runs = read_runs([make_run(tmp_path / name, [1.0, 2.0], values) for name, values in losses.items()])
     _, rows, winners = best_numbers(runs)
     assert [row[4] for row in rows] == ['3 (epoch 1)', '4 (epoch 1)'] and (0, 4) in winners and (1, 4) not in winners
     lines = data_of(comparison_page(runs))['panels'][0]['lines']

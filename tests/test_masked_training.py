@@ -398,6 +398,20 @@ class TestFewPatches:
         report = json.loads((tmp_path / 'report' / 'report.json').read_text())
         assert [row['mask_ratio'] for row in report['ratios']] == [0.25, 0.5, 0.75]
 
+    def test_errors_that_are_not_finite_come_last_and_are_null_in_json(self, small, tmp_path, capsys):
+        content = torch.load(small, weights_only=True)
+        torch.save(content, tmp_path / 'b.pth.tar')
+        content['state_dict']['norm.weight'].fill_(3e38)
+        for name in ('a', 'c'):
+            torch.save(content, tmp_path / f'{name}.pth.tar')
+        flags = [*self.FLAGS, '--checkpoint', str(tmp_path), '--report', str(tmp_path / 'report')]
+        assert validate.main([*flags, '--results-file', str(tmp_path / 'rows.json')]) == 0
+        paths = [tmp_path / 'rows.json', *(tmp_path / 'report' / name / 'report.json' for name in 'ab')]
+        rows, broken, whole = (json.loads(path.read_text(), parse_constant=pytest.fail) for path in paths)
+        assert json.loads(capsys.readouterr().out.split('--result')[1], parse_constant=pytest.fail) == rows
+        assert rows[0] == {**whole['result'], 'checkpoint': str(tmp_path / 'b.pth.tar')} and rows[0]['mse'] > 0
+        assert rows[1]['mse'] is rows[2]['mse'] is broken['result']['mse'] is None
+
     def test_a_chosen_one_is_refused(self, small, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(validate.reconstruction, 'measure', lambda *_, **__: pytest.fail('measured'))
         flags = [*self.FLAGS, '--checkpoint', str(small), '--report', str(tmp_path / 'report')]

@@ -528,6 +528,12 @@ def test_curves_have_a_panel_for_each_quantity():
     assert all(line.time is None for lines in curves.panels(old).values() for line in lines)
 
 
+def test_a_value_that_is_not_finite_is_no_best_one_of_the_curves(tmp_path):
+    for broken in (float('nan'), float('inf')):
+        rows = [{**ROWS[0], 'eval_top1': broken}, {**ROWS[0], 'epoch': 1}]
+        assert 'best top-1 accuracy, epoch 1' in open(curves.write_curves(str(tmp_path), rows)).read()
+
+
 def test_training_without_matplotlib_is_complete(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(extras.importlib.util, 'find_spec', lambda name: None)
     flags = '--device cpu --workers 0 --dataset digits --model test_vit --img-size 16 --in-chans 1 --epochs 1'

@@ -445,6 +445,8 @@ def test_an_epoch_without_a_finite_loss_has_none_in_the_log(few, tmp_path):
     arguments = [*DIGITS.split(), '--output', str(tmp_path), '--experiment', 'a']
     trainer = train.train(train.parse_args(arguments), Hooks(loss=Counted(range(100))))
     assert trainer.rows[0]['skipped'] == trainer.batches and np.isnan(trainer.rows[0]['train_loss'])
+    (row,) = json.loads((tmp_path / 'a' / 'summary.json').read_text(), parse_constant=pytest.fail)
+    assert row['train_loss'] is None and row['eval_loss'] == trainer.rows[0]['eval_loss']
 
 
 @pytest.mark.parametrize('precision', ['', '--amp --amp-dtype bfloat16', '--amp'])

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +69,12 @@ def table(rows: Sequence[Mapping[str, Any]], *first: str) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def to_json(content: Any, indent: int | None = 1) -> str:
+    """Content as JSON: numbers that are not finite, which JSON has not, are null; what it cannot hold is its str."""
+    plain = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=indent) + '\n'
 
 
 def _flush_folder(folder: str) -> None:

@@ -10,7 +10,7 @@ if __name__ == '__main__':  # the command line is read before torch is imported
 import functools
 import glob
 import itertools
-import json
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ from .engine.log import Progress, Speed
 from .engine.process import catch_signals, in_precision, start_process, usual_defaults
 from .engine.record import history_of
 from .errors import Preempted, UserError, explain, out_of_memory, run, sentence, shown
-from .files import table, write_atomically
+from .files import table, to_json, write_atomically
 from .layers.masking import num_kept
 from .models.checkpoint import class_names_in, read_checkpoint, select_weights
 from .models.load import check_size, load_content
@@ -458,7 +458,7 @@ def _evaluate_choice(
 
 def write_results(path: str, rows: list[dict[str, Any]], kind: str) -> None:
     """Write result rows as CSV or JSON."""
-    text = json.dumps(rows if len(rows) != 1 else rows[0], indent=4) + '\n' if kind == 'json' else table(rows)
+    text = to_json(rows if len(rows) != 1 else rows[0], indent=4) if kind == 'json' else table(rows)
     write_atomically(path, text)
 
 
@@ -486,11 +486,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     failures.append(f'{choice.get("checkpoint") or choice.get("model")}: {error}')
                     if process.primary:
                         print(failures[-1], flush=True)
-                rows.sort(key=lambda row: row.get('top1', -row.get('mse', 0)), reverse=True)
+                rows.sort(key=lambda row: max(-math.inf, row.get('top1', -row.get('mse', 0))), reverse=True)  # NaN last
                 if rows and process.primary and args.results_file:
                     write_results(args.results_file, rows, results_format(args))
             if rows and process.primary:
-                print(f'--result\n{json.dumps(rows if len(choices) > 1 else rows[0], indent=4)}')
+                print(f'--result\n{to_json(rows if len(choices) > 1 else rows[0], indent=4)}', end='')
             if failures:
                 raise UserError(f'{len(failures)} of {len(choices)} failed')
         finally:

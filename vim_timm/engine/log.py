@@ -3,7 +3,6 @@
 import datetime
 import importlib
 import io
-import json
 import os
 import shutil
 import sys
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..errors import UserError
-from ..files import table, write_atomically
+from ..files import table, to_json, write_atomically
 from ..settings import Process, Settings
 
 
@@ -183,7 +182,7 @@ class Speed:
 def write_history(folder: str, rows: list[dict[str, Any]]) -> None:
     """Write all epochs to summary.csv and summary.json. A resumed run thereby cuts the log back to its checkpoint."""
     write_atomically(os.path.join(folder, 'summary.csv'), table(rows, 'epoch'))
-    write_atomically(os.path.join(folder, 'summary.json'), json.dumps(rows, indent=1) + '\n')
+    write_atomically(os.path.join(folder, 'summary.json'), to_json(rows))
 
 
 class Trackers:

@@ -36,8 +36,8 @@ class Run:
     settings: dict[str, Any]
 
     def best(self, column: str) -> tuple[float, int] | None:
-        """The best value of a column and its epoch; None where it has no value."""
-        known = [(row[column], int(row['epoch'])) for row in self.rows if not math.isnan(row.get(column, math.nan))]
+        """The best finite value of a column and its epoch; None where it has none."""
+        known = [(row[column], int(row['epoch'])) for row in self.rows if math.isfinite(row.get(column, math.nan))]
         sign = -1 if less_is_better(column) else 1
         return max(known, key=lambda pair: (sign * pair[0], -pair[1])) if known else None
 

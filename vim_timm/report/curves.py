@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import math
 import os
 import statistics
 import sys
@@ -89,8 +90,8 @@ def _headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if rates:
         tiles['images a second, the median epoch'] = f'{statistics.median(rates):,.0f}'
     for column, title in (('eval_top1', 'best top-1 accuracy'), ('ema_top1', 'best top-1 of the moving average')):
-        known = [(float(row[column]), int(row['epoch'])) for row in rows if row.get(column) not in (None, '')]
-        if known:
+        values = [(float(row[column]), int(row['epoch'])) for row in rows if row.get(column) not in (None, '')]
+        if known := [pair for pair in values if math.isfinite(pair[0])]:
             value, epoch = max(known, key=lambda pair: (pair[0], -pair[1]))
             tiles[f'{title}, epoch {epoch}'] = f'{value:.2f} %'
     return tiles

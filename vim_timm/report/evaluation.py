@@ -4,7 +4,6 @@ import contextlib
 import csv
 import dataclasses
 import io
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import explain
-from ..files import printable, write_atomically
+from ..files import printable, to_json, write_atomically
 from . import plots, samples
 from .classification import classification_page
 from .confusion import balanced, view
@@ -172,11 +171,6 @@ def _predictions(evaluation: Evaluation) -> Iterable[list[Any]]:
 def _rounded(values: np.ndarray) -> list[Any]:
     """Plain numbers with two decimals; None for NaN."""
     return [None if value != value else round(value, 2) for value in values.tolist()]
-
-
-def to_json(content: Any) -> str:
-    """JSON for people."""
-    return json.dumps(content, indent=1, default=str) + '\n'
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

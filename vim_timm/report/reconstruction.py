@@ -15,13 +15,13 @@ from ..data import Batch, Loader
 from ..engine.evaluate import Watch, readable
 from ..engine.process import any_rank
 from ..errors import Preempted, UserError
-from ..files import table, write_atomically
+from ..files import table, to_json, write_atomically
 from ..layers.masking import sample_noise
 from ..settings import Process
 from ..tasks.masked import EVAL_SEED, MaskedImages, Reconstruction, psnr
 from . import page, plots
 from .chart import Line
-from .evaluation import open_folder, to_json
+from .evaluation import open_folder
 from .extras import require
 
 SAMPLES = 8  # of a gallery
