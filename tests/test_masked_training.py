@@ -169,6 +169,19 @@ class TestTraining:
         before, after = (torch.load(tmp_path / name / 'last.pth.tar', weights_only=True) for name in 'ab')
         assert after['data_config'] == before['data_config'] and tuned.exists()
 
+    def test_an_encoder_is_exported_and_measured_at_another_size(self, tmp_path, capsys):
+        """Whatever its decoder was told, and however the run named its channels."""
+        small = '--model mae_favit_small_patch16_224 --input-size 1 16 16 --epochs 1'
+        kwargs = '--model-kwargs depth=1 embed_dim=32 num_heads=2 patch_size=8 decoder_dim=32 decoder_depth=1'
+        more = '--dataset digits --device cpu --workers 0 --batch-size 359 --opt adamw --lr 1e-3'
+        run = pretrain(tmp_path, 'a', base=f'{small} {kwargs} {more}'.split()) / 'last.pth.tar'
+        assert export.main(['--checkpoint', str(run), '--output', str(tmp_path / 'x.onnx')]) == 0
+        flags = ['--checkpoint', str(run), '--mae', '--device', 'cpu', '--workers', '0']
+        assert validate.main([*flags, '--img-size', '24']) == 0
+        capsys.readouterr()
+        assert validate.main([*flags, '--input-size', '3', '16', '16']) == 2
+        assert 'another size (--num-classes, --img-size, --in-chans' in capsys.readouterr().err
+
     @pytest.mark.parametrize(('model', 'decoder'), [('mae_vim_tiny', 'vim'), ('mae_vim2_tiny', 'vim2')])
     def test_a_named_autoencoder_implies_it(self, model, decoder, tmp_path):
         wide = [flag.replace('vim_nano', model).replace('embed_dim=32', 'embed_dim=64') for flag in ADAM]

@@ -35,7 +35,7 @@ from .settings import Settings
 from .settings.fit import idle_settings, with_warmup
 from .settings.flags import PRECISION, VALIDATE, Row
 from .settings.inherited import settings_of
-from .settings.masked import AUTOENCODER
+from .settings.masked import NOT_ENCODERS
 from .settings.programs import TRAIN_PROGRAM as PROGRAM
 from .settings.programs import VALIDATE_PROGRAM, start
 from .settings.programs import check as check
@@ -48,7 +48,6 @@ IMAGES = (
     '--input-img-mode', '--input-key', '--input-span', '--img-size', '--in-chans', '--input-size', '--crop-pct',
     '--mean', '--std', '--interpolation',
 )  # fmt: skip
-NOT_ENCODERS = (*AUTOENCODER, 'sigmoid')  # arguments of a masked autoencoder that its encoder has not
 UNWRITTEN = ('data', 'config', 'recipe', 'overwrite')  # what args.yaml need not say, as it says all the rest
 
 

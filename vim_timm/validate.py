@@ -46,7 +46,7 @@ from .report.metrics import measure
 from .report.names import is_wordnet_id, words
 from .settings import Process, Settings
 from .settings.flags import AUTO, VALIDATE
-from .settings.inherited import data_of, settings_of
+from .settings.inherited import data_of, settings_of, without_size
 from .settings.masked import AUTOENCODER, check_target, is_autoencoder
 from .settings.parse import parse
 from .settings.programs import VALIDATE_PROGRAM as PROGRAM
@@ -70,10 +70,8 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     if first.checkpoint and os.path.isfile(first.checkpoint):
         content = read_checkpoint(first.checkpoint)
         content.pop('optimizer', None)  # large, and nobody's here
-        layer = settings_of(content, what)
+        layer = without_size(settings_of(content, what), first.chosen)
         check_target(first, layer, what)
-        if first.chosen & {'img_size', 'input_size'}:
-            layer = {name: value for name, value in layer.items() if name not in ('img_size', 'input_size')}
         found = _data_of(content, what, first)
         if (
             'seed' in first.chosen

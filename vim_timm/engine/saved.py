@@ -14,6 +14,7 @@ from ..errors import UserError, explain
 from ..models.checkpoint import class_names_in, read_checkpoint, select_weights
 from ..models.load import check_published, check_size, load_content
 from ..settings.inherited import settings_of
+from ..settings.masked import NOT_ENCODERS
 from .build import explain_download, label_names, resolve_images
 from .process import usual_defaults
 from .record import history_of
@@ -82,6 +83,8 @@ def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
     name = name or settings.get('model') or _architecture(path)
     if settings.get('mae'):  # what it holds as its model is the encoder, without a classifier
         name = name.removeprefix('mae_')
+        own = settings.get('model_kwargs', {})
+        settings['model_kwargs'] = {key: value for key, value in own.items() if key not in NOT_ENCODERS}
     name = get_deprecated_models().get(name) or name
     if not name:
         raise UserError(f'{path} does not say which model it holds: name it with --model')

@@ -173,6 +173,16 @@ def settings_of(content: Mapping[str, Any], what: str = 'the checkpoint') -> dic
     return found
 
 
+def without_size(settings: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:
+    """Settings without the size of the images where another is chosen; by --img-size its channels stay."""
+    if 'input_size' in chosen:
+        return {name: settings[name] for name in settings if name not in ('img_size', 'input_size', 'in_chans')}
+    if 'img_size' not in chosen:
+        return dict(settings)
+    channels = {'in_chans': settings['input_size'][0]} if 'input_size' in settings else {}
+    return {**{name: settings[name] for name in settings if name not in ('img_size', 'input_size')}, **channels}
+
+
 def data_of(content: Mapping[str, Any], what: str = 'the checkpoint', chosen: Collection[str] = ()) -> dict[str, Any]:
     """The local data that a training checkpoint was evaluated on, by settings of validate.py; {} where it names none.
 

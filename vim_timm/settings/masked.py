@@ -11,6 +11,7 @@ from .parse import Settings
 AUTOENCODER = (
     'mask_ratio', 'decoder', 'decoder_dim', 'decoder_depth', 'decoder_heads', 'decoder_pos_embed', 'channel_drop',
 )  # fmt: skip
+NOT_ENCODERS = (*AUTOENCODER, 'sigmoid')  # arguments of a masked autoencoder that its encoder has not
 # arXiv 2111.06377, table 8: all that is augmented is where the image is cut out, and its side
 AUGMENTATION = {'scale': [0.2, 1.0], 'color_jitter': 0.0, 'train_interpolation': 'bicubic'}
 _OWN = (*AUTOENCODER, 'norm_pix_loss', 'mae_loss', 'gallery_interval', 'save_encoder', 'mask_ratios')
