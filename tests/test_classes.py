@@ -204,6 +204,21 @@ def test_class_numbers_that_the_model_has_not_are_named(first, number, more, tmp
     assert error.count('\n') == 1
 
 
+def test_a_stand_in_is_not_taken_for_the_image_with_a_foreign_class_number(tmp_path, capsys):
+    class Broken(Grey):
+        def __getitem__(self, index):
+            if index == 3:
+                raise OSError('cut off')
+            image, target = super().__getitem__(index)
+            return image, 7 if index == 4 else target
+
+    hooks = Hooks(dataset=lambda split, training, args: Grey(0) if training else Broken(0))
+    line = [*RUN, '--epochs', '1', '--data-dir', str(tmp_path), '--num-classes', '3', '--output', str(tmp_path)]
+    with pytest.raises(UserError, match='^image 4 of the data has the class number 7,'):
+        train.train(train.parse_args(line), hooks)
+    assert 'unreadable image 3 of the evaluation split' in capsys.readouterr().out
+
+
 def test_a_task_of_ones_own_takes_any_targets(tmp_path):
     class Sum(ClassificationTask):
         def forward(self, input, target):

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from vim_timm.data import Batch
 from vim_timm.errors import UserError
 from vim_timm.hub import publish
 from vim_timm.models.masked_autoencoder import MaskedAutoencoder
-from vim_timm.report.reconstruction import measure, measure_bands, missing_numbers, reconstruct
+from vim_timm.report.reconstruction import Gallery, measure, measure_bands, missing_numbers, reconstruct
 from vim_timm.settings import Process
 from vim_timm.tasks.masked import MaskedImages, Reconstruction, patch_loss, psnr
 
@@ -384,6 +385,21 @@ def test_an_encoder_alone_is_refused(run, capsys):
     path = str(run.parent / 'encoder.safetensors')
     assert validate.main(['--mae', '--checkpoint', path, *MODEL.split(), '--dataset', 'digits', '--device', 'cpu']) == 2
     assert 'an encoder without its decoder' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('readable', 'said'), [(1, 'gallery: '), (0, 'no gallery: no image could be read')])
+def test_a_gallery_shows_the_first_images_that_can_be_read(readable, said, capsys, tmp_path):
+    batches = [make_batch([0, 1]), make_batch([2, 3])]
+    for batch in batches[: 2 - readable]:
+        batch.keys[:, 2] = -1
+    loader = SimpleNamespace(epoch=lambda epoch: iter(part._replace(complete=False) for part in batches))
+    trainer = SimpleNamespace(task=make_task(), epoch=1, folder=str(tmp_path), trackers=None)
+    trainer.progress, trainer.evaluates_ema = SimpleNamespace(say=print), lambda: False
+    gallery = Gallery(Process(), loader, 1)
+    gallery.draw(trainer)
+    assert said in capsys.readouterr().out
+    assert (tmp_path / 'reconstruction.png').exists() == bool(readable)
+    assert gallery.batch.places.tolist() == [2, 3] if readable else gallery.batch is None
 
 
 def test_pixels_that_are_no_numbers_are_refused():

@@ -89,10 +89,13 @@ class Collate:
         return images, Labels(targets, keys, bool((keys[:, 2] >= 0).all()))
 
     def _check(self, targets: torch.Tensor, keys: torch.Tensor) -> None:
-        """Refuse class numbers that the model has not: a device ends at them without saying why."""
+        """Refuse class numbers that the model has not: a device ends at them without saying why.
+
+        A stand-in for an image that could not be read is not counted, and is refused where it stands for itself.
+        """
         if not self.classes or targets.ndim != 1 or targets.is_floating_point():
             return
-        foreign = ((targets < 0) | (targets >= self.classes)).nonzero()
+        foreign = (((targets < 0) | (targets >= self.classes)) & (keys[:, 2] >= 0)).nonzero()
         if len(foreign):
             number, place = int(targets[foreign[0]]), int(keys[foreign[0], 2])
             which = f'image {place}' if keys[:, 2].any() else 'an image'  # a stream does not number them here

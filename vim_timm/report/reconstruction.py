@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -104,12 +103,10 @@ class Gallery:
         """Write reconstruction.png and reconstruction-EPOCHS.png into the run's folder."""
         try:
             require(['matplotlib'])
+            self.batch = self.batch or first(self.loader)
         except UserError as error:  # training goes on without pictures
             trainer.progress.say(f'no gallery: {error}')
             return
-        if self.batch is None:
-            (batch,) = islice(self.loader.epoch(0), 1)
-            self.batch = first(readable(batch))
         result = reconstruct(trainer.task, self.process, self.batch, trainer.evaluates_ema())
         png = draw(trainer.task, result)
         path = os.path.join(trainer.folder, 'reconstruction.png')
@@ -169,8 +166,7 @@ def measure_bands(
 
 def galleries(task: MaskedImages, loader: Loader, process: Process, ratios: Sequence[float]) -> list[bytes]:
     """A gallery (PNG) of this rank's first images for each mask ratio."""
-    (batch,) = islice(loader.epoch(0), 1)
-    batch, pngs = first(readable(batch)), []
+    batch, pngs = first(loader), []
     for ratio in ratios:
         with hiding(task, ratio):
             pngs.append(draw(task, reconstruct(task, process, batch, False)))
@@ -182,8 +178,15 @@ def notes(task: MaskedImages) -> list[str]:
     return [' '.join(EXPLANATIONS.split()), *([ORACLE] if task.norm_pix_loss else [])]
 
 
-def first(batch: Batch) -> Batch:
-    """The images of a batch that a gallery shows."""
+def first(loader: Loader) -> Batch:
+    """The images that a gallery shows, of this rank's first batch that has one which could be read.
+
+    Raises:
+        UserError: there is none.
+    """
+    batch = next((batch for batch in map(readable, loader.epoch(0)) if len(batch.keys)), None)
+    if batch is None:
+        raise UserError('no image could be read')
     return Batch(batch.images[:SAMPLES], batch.targets[:SAMPLES], batch.keys[:SAMPLES])
 
 
