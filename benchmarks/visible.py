@@ -4,9 +4,10 @@
         [--compile] [--weights bfloat16]
 
 Both run in turn in one process, and the least time of each counts; on a CPU it is the process's processor time, of all
-threads, which other programs hardly add to. On a GPU tokens are bfloat16, by autocast or with `--weights bfloat16` as
-the weights are (inference alone), and a run is a CUDA graph, of eager layers or with `--compile` of compiled ones:
-eager runs of small encoders take as long as their launches. The last column is the share of the time.
+threads, which other programs hardly add to, on a GPU the device's between two events. There tokens are bfloat16, by
+autocast or with `--weights bfloat16` as the weights are (inference alone), and a run is a CUDA graph, of eager layers
+or with `--compile` of compiled ones: eager runs of small encoders take as long as their launches. The masks are drawn
+in the run. The last column is the share of the time.
 """
 
 import argparse
@@ -51,8 +52,25 @@ def encoders(name: str, args: argparse.Namespace, train: bool) -> list[Callable[
     return [recorded(once) for once in runs] if args.device.startswith('cuda') else runs
 
 
+def processor_seconds(run: Callable[[], None]) -> float:
+    """Seconds of a run by the processors' time."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def device_seconds(run: Callable[[], None]) -> float:
+    """Seconds of a run on the GPU."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
 def recorded(run: Callable[[], None]) -> Callable[[], None]:
-    """The run as a CUDA graph, and waiting for its end."""
+    """The run as a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -61,12 +79,7 @@ def recorded(run: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run()
-
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return replay
+    return graph.replay
 
 
 def main() -> None:
@@ -81,7 +94,7 @@ def main() -> None:
     parser.add_argument('--weights', choices=('float32', 'bfloat16'), default='float32')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    clock = time.process_time if args.device == 'cpu' else time.perf_counter
+    seconds_of = processor_seconds if args.device == 'cpu' else device_seconds
     print(f'| encoder | | all patches | {100 * args.ratio:g} % hidden | share |\n|---|---|---|---|---|')
     for name in args.models:
         for train in (False, True) if args.weights == 'float32' else (False,):
@@ -89,11 +102,9 @@ def main() -> None:
             best = [float('inf')] * 2
             for _ in range(args.repeats + 1):  # the first is a warm-up, and never the least
                 for i, run in enumerate(runs):
-                    start = clock()
-                    run()
-                    best[i] = min(best[i], clock() - start)
-            times = ' | '.join(f'{1000 * seconds:.1f} ms' for seconds in best)
-            print(f'| `{name}` | {"train" if train else "infer"} | {times} | {best[1] / best[0]:.2f} |', flush=True)
+                    best[i] = min(best[i], seconds_of(run))
+            times = ' | '.join(f'{1000 * seconds:.2f} ms' for seconds in best)
+            print(f'| `{name}` | {"train" if train else "infer"} | {times} | {best[1] / best[0]:.3f} |', flush=True)
 
 
 if __name__ == '__main__':

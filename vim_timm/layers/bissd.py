@@ -32,8 +32,9 @@ torch.fx.wrap('symmetric_ssd')  # a tracer that goes into the mixer all the same
 
 
 def _padded_rows(weight: torch.Tensor, pad: int, dtype: torch.dtype) -> torch.Tensor:
-    """`F.pad` of rows with zeros and its cast, where autograd has not to see them: two kernels for three."""
-    padded = weight.new_zeros([weight.shape[0] + pad, weight.shape[1]], dtype=dtype)
+    """`F.pad` of rows and its cast by one kernel, where autograd has not to see them: the rows hold anything, as nobody
+    reads their products."""
+    padded = weight.new_empty([weight.shape[0] + pad, weight.shape[1]], dtype=dtype)
     padded[: weight.shape[0]] = weight
     return padded
 

@@ -19,15 +19,15 @@ def random_mask(NOISE, KEEP, MASK, length, kept, NOISE_sb, NOISE_sl, BT: tl.cons
     for first in range(0, length, BT):
         t = first + tl.arange(0, BT)
         own = tl.load(NOISE + t * NOISE_sl, mask=t < length, other=0)[:, None]
-        rank = tl.zeros([BT], tl.int32)
+        count = tl.zeros([BT, BU], tl.int32)  # of those before a patch; summed once, at the end
         for other_first in range(0, length, BU):
             u = other_first + tl.arange(0, BU)
             other = tl.load(NOISE + u * NOISE_sl, mask=u < length, other=0)[None, :]
             none = (own != own) & (other != other)
             less = (other < own) | ((own != own) & (other == other))
             tie = ((other == own) | none) & (u[None, :] < t[:, None])
-            rank += tl.sum(((less | tie) & (u < length)[None, :]).to(tl.int32), 1)
-        visible = (rank < kept) & (t < length)
+            count += ((less | tie) & (u < length)[None, :]).to(tl.int32)
+        visible = (tl.sum(count, 1) < kept) & (t < length)
         places = before + tl.cumsum(visible.to(tl.int32), 0) - 1
         tl.store(KEEP + places, t.to(tl.int64), mask=visible)
         tl.store(MASK + t, tl.where(visible, 0.0, 1.0), mask=t < length)

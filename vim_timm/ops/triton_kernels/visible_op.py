@@ -11,8 +11,8 @@ from .. import operands
 from ..operands import schema
 from ..registration import register_inference
 
-MASK_TOKENS, MASK_OTHERS, MASK_WARPS = 256, 16, 4  # of a step of `random_mask`
-PIXELS, PIXEL_WARPS = 1024, 4  # of a program of `visible_pixels`
+MASK_TOKENS, MASK_OTHERS, MASK_WARPS = 256, 32, 8  # of a step of `random_mask`
+PIXELS, PIXEL_WARPS = 512, 4  # of a program of `visible_pixels`
 
 
 def power_of_two(count: int, most: int) -> int:
