@@ -333,6 +333,8 @@ def an_image_does_not_depend_on_its_batch(build: Build) -> None:
         torch.testing.assert_close(model(image.unsqueeze(0))[0], logits, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model(images.flip(0)).flip(0), together, rtol=1e-5, atol=1e-6)
     assert torch.equal(model(images), together)
+    assert model(images[:0]).shape == (0, 10)
+    assert model.forward_intermediates(images[:0])[1][0].shape == (0, model.embed_dim, *model.patch_embed.grid_size)
 
 
 def embedding_and_encoding_are_the_features(build: Build) -> None:

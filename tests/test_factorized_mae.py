@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from einops import rearrange
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import vim_timm  # noqa: F401  registers the models
 from vim_timm.layers.factorized import ChannelAttention
@@ -56,6 +57,23 @@ def test_channel_attention_is_attention_among_the_visible_tokens_of_a_patch():
                 own = [d for d, i in there if len(i)].index(c)
                 expected = layer(rearrange(group, 'c d -> 1 c 1 d'))[0, own, 0]
                 assert torch.allclose(output[b, c, t], expected, atol=1e-12)
+
+
+def test_no_image_is_a_batch_too():
+    model, none = make(), torch.rand(0, 3, 16, 16)
+    pred, mask = model(none)
+    assert pred.shape == (0, 48, 16) and mask.shape == (0, 48)
+    assert model.unpatchify(model.patchify(none), (16, 16)).shape == none.shape
+    assert model.forward_intermediates(none)[1][0].shape == (0, 32, 4, 4)
+
+
+@pytest.mark.parametrize('size', [16, 18])
+def test_torchvisions_extractor_takes_it(size):
+    model = make(img_size=size, num_classes=5).encoder.eval()
+    images = torch.rand(2, 3, size, size)
+    found = create_feature_extractor(model, {'blocks.0.drop_path': 'block', 'head': 'logits'})(images)
+    torch.testing.assert_close(found['logits'], model(images))
+    assert found['block'].shape == (2, 3, 1 + -((-size // 4) ** 2), 32)
 
 
 def test_a_scripted_classifier_gives_its_logits():

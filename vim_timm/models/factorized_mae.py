@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Literal, Optional, Sequence, Set, Tuple, Uni
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, register_notrace_module
+from timm.layers import calculate_drop_path_rates, register_notrace_function, register_notrace_module
 from timm.models import checkpoint, generate_default_cfgs, register_model
 
 from vim_timm.layers.draw import zero_bias
@@ -28,10 +28,17 @@ from vim_timm.models.masked_autoencoder import Grid, MaskedAutoencoder
 from vim_timm.models.trunk import Trunk
 
 # they decide by a tensor or its size, which a tracer has not
-for _name in ('at_least_float32', 'check_channels', 'factorized_positions'):
+for _name in ('at_least_float32', 'check_channels', 'check_matches', 'factorized_positions', 'pad_images'):
     torch.fx.wrap(_name)
 
 __all__ = ['FactorizedAutoencoder', 'FactorizedViT']
+
+
+@register_notrace_function
+def pad_images(x: torch.Tensor, value: torch.Tensor, patch: Tuple[int, int]) -> torch.Tensor:
+    """Images (B, C, H, W) with rows and columns of `value` (1,) until patches tile them."""
+    rows, columns = -x.shape[2] % patch[0], -x.shape[3] % patch[1]
+    return F.pad(x - value, [0, columns, 0, rows]) + value if rows or columns else x
 
 
 @register_notrace_module  # the image's size decides whether it pads
@@ -88,9 +95,7 @@ class ChannelPatchEmbed(PatchEmbed):
         batch, channels, height, width = x.shape
         if self.strict_img_size:
             check_matches(height, width, self.img_size)
-        pad = [-height % self.patch_size[0], -width % self.patch_size[1]]
-        if pad[0] or pad[1]:
-            x = F.pad(x - self.pad_value, [0, pad[1], 0, pad[0]]) + self.pad_value
+        x = pad_images(x, self.pad_value, self.patch_size)
         x = self.proj(x.flatten(0, 1).unsqueeze(1)).flatten(2).transpose(1, 2)
         return x.reshape(batch, channels, x.shape[1], x.shape[2])
 
@@ -356,7 +361,7 @@ class FactorizedAutoencoder(MaskedAutoencoder):
         if noise.shape[0] != batch or noise.shape[1] not in (total, total + channels):
             raise ValueError(f'noise is {tuple(noise.shape)}, not {(batch, total)}, a number for each patch')
         keep, mask = random_masking(noise[:, :total].reshape(batch * channels, count), self.mask_ratio)
-        keep, mask = keep.reshape(batch, channels, -1), mask.reshape(batch, channels, count)
+        keep, mask = keep.unflatten(0, [batch, channels]), mask.unflatten(0, [batch, channels])
         if present is None and noise.shape[1] > total and self.training:
             present = self._draw_channels(noise[:, total:])
         if present is not None:
@@ -380,12 +385,12 @@ class FactorizedAutoencoder(MaskedAutoencoder):
     def patchify(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) -> what `forward` predicts of them, (B, L, p * p)."""
         patches = super().patchify(x.flatten(0, 1).unsqueeze(1))
-        return patches.reshape(x.shape[0], -1, patches.shape[-1])
+        return patches.unflatten(0, [x.shape[0], x.shape[1]]).flatten(1, 2)
 
     def unpatchify(self, patches: torch.Tensor, size: Grid) -> torch.Tensor:
         """The inverse of `patchify`, for images of size (H, W)."""
-        by_channel = patches.reshape(patches.shape[0] * self.in_chans, -1, patches.shape[-1])
-        return super().unpatchify(by_channel, size).reshape(-1, self.in_chans, *size)
+        by_channel = patches.unflatten(1, [self.in_chans, -1]).flatten(0, 1)
+        return super().unpatchify(by_channel, size).reshape(patches.shape[0], self.in_chans, *size)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:

@@ -439,7 +439,7 @@ class Trunk(nn.Module):
         intermediates = [y[:, self.num_prefix_tokens :] for y in outputs]
         if output_fmt == 'NCHW':
             intermediates = [
-                y.transpose(1, 2).reshape(y.shape[0], -1, height, width).contiguous() for y in intermediates
+                y.transpose(1, 2).reshape(y.shape[0], y.shape[2], height, width).contiguous() for y in intermediates
             ]
 
         if output_dict:
