@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 import vim_timm  # noqa: F401  registers the models with timm
 from vim_timm import data, train
 from vim_timm.engine.process import start_process
@@ -68,11 +70,13 @@ def main() -> None:
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--images', type=int, default=2000, help='images to count for each row')
     parser.add_argument('--aa', default='', help='a policy, such as rand-m9-mstd0.5-inc1')
-    parser.add_argument('--device', default='cpu', help='where the batches go')
+    parser.add_argument('--device', help='where the batches go, and are normalized (default: a GPU if there is one)')
     options = parser.parse_args()
-    common = f'--img-size {options.size} --batch-size {options.batch_size} --device {options.device}'
+    device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    common = f'--img-size {options.size} --batch-size {options.batch_size} --device {device}'
     common += f' --aa {options.aa}' if options.aa else ''
-    print(f'{options.size} px, {len(os.sched_getaffinity(0))} cores, img/s (processors, ms an image)')
+    cores = len(os.sched_getaffinity(0))
+    print(f'{options.size} px, {cores} cores, batches on {device}, img/s (processors, ms an image)')
     print('| loading processes | JPEG folder | webdataset shards |')
     print('|---|---|---|', flush=True)
     with tempfile.TemporaryDirectory() as target:

@@ -159,15 +159,15 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             for opt in options.opts:
                 row = dict(common, model=model, size=size, batch=batch, way=way, opt=opt, repeats=repeats)
                 found.append(dict(row, log_interval=50))
-    return [
-        row for row in found if row['way'] in options.ways and (not options.models or row['model'] in options.models)
-    ]
+    wanted = {'model': options.models, 'batch': options.batches, 'way': options.ways}
+    return [row for row in found if all(not names or row[key] in names for key, names in wanted.items())]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
     parser.add_argument('--models', nargs='*', help='only these')
+    parser.add_argument('--batches', nargs='*', type=int, help='only these')
     parser.add_argument('--ways', nargs='*', choices=tuple(WAYS), default=list(WAYS))
     parser.add_argument('--opts', nargs='*', default=['adamw', 'nadamuon'])
     parser.add_argument('--epochs', type=int, default=4, help='epochs of train.py, each beside a block of raw steps')

@@ -1,4 +1,4 @@
-"""The choice of visible patches and their pixels as dispatcher ops: a launch each, where aten takes 14 and 7."""
+"""The choice of visible patches and their pixels as dispatcher ops: a launch each, where aten takes 13 and 6."""
 
 import importlib
 import math
