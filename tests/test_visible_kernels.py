@@ -125,6 +125,21 @@ def test_one_graph_holds_the_masks_and_pixels():
     assert all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:]))
 
 
+@kernels
+@pytest.mark.parametrize('masked', [False, True])
+def test_kernels_do_not_read_what_pads_rows_in_inference(masked, triton, monkeypatch):
+    """It is NaN here, where no memory is used that nothing has written."""
+    monkeypatch.setattr('vim_timm.layers.bissd._pads_rows', lambda x: True)
+    mixer = BiSSD(32, d_state=16, headdim=16, orders='column').to(DEVICE)
+    x, keep = torch.randn(2, 6, 32, device=DEVICE), kept_of((3, 4), 6, 2, DEVICE) if masked else None
+    layout = Layout((3, 4) if masked else (2, 3), [], keep)
+    with torch.no_grad():
+        assert mixer._project(x)[..., mixer.in_proj.out_features :].isnan().all()
+        found = mixer(x, layout)
+    with use_scan_backend('torch'):
+        assert error(found, mixer(x, layout)) < 1e-4
+
+
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_rows_padded_for_inference_give_the_bits_of_those_for_training(bias, dtype, monkeypatch):
