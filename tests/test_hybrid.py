@@ -10,6 +10,7 @@ import vim_timm  # noqa: F401  registers the models
 from vim_timm.layers import attention
 from vim_timm.layers.attention import Attention, attention_kernels, use_attention_kernel
 from vim_timm.layers.hybrid import Hybrid
+from vim_timm.layers.token_order import Layout
 
 SMALL = dict(img_size=16, embed_dim=32, depth=4, num_heads=2, num_classes=5)
 
@@ -76,8 +77,32 @@ def test_mix_weighs_the_branches(mix, share):
     torch.testing.assert_close(hybrid(x, None), weight * ssm(x) + (1 - weight) * other(x))
 
 
+class InFloat32(nn.Linear):
+    def forward(self, x):
+        with torch.autocast('cpu', enabled=False):
+            return super().forward(x.float())
+
+
+@pytest.mark.parametrize('path', ['ssm.out_proj', 'attention.proj'])
+def test_a_branch_that_stays_in_float32_under_autocast_is_mixed(path):
+    mixer, (parent, name) = small(depth=1).blocks[0].mixer, path.split('.')
+    layer = getattr(getattr(mixer, parent), name)
+    own = InFloat32(layer.in_features, layer.out_features, layer.bias is not None)
+    own.load_state_dict(layer.state_dict())
+    x, layout = torch.randn(2, 16, 32, requires_grad=True), Layout((4, 4), [], None)
+    with torch.autocast('cpu', torch.bfloat16):
+        expected = mixer(x, layout)
+        setattr(getattr(mixer, parent), name, own)
+        found = mixer(x, layout)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float(), rtol=0.05, atol=0.05)
+    found.square().sum().backward()
+    assert own.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
-    'attn_blocks, expected', [('all', [0, 1, 2, 3]), ('every_fourth', [3]), ((1, 2), [1, 2]), ([], [])]
+    'attn_blocks, expected',
+    [('all', [0, 1, 2, 3]), ('every_fourth', [3]), ((1, 2), [1, 2]), ([], []), (iter([1, 2]), [1, 2])],
 )
 def test_blocks_with_attention(attn_blocks, expected):
     model = small(attn_blocks=attn_blocks)
@@ -99,6 +124,7 @@ def test_every_parameter_of_both_branches_learns(ssm):
         (dict(mix='vector'), "mix must be 'scalar' or 'channel'"),
         (dict(attn_blocks='some'), "attn_blocks must be 'all', 'every_fourth' or numbers from 0 to 3"),
         (dict(attn_blocks=[4]), 'numbers from 0 to 3'),
+        (dict(attn_blocks=2), 'numbers from 0 to 3'),
         (dict(num_heads=5), 'num_heads must divide embed_dim 32'),
         (dict(weight_init='jax'), "weight_init must be ''"),
     ],

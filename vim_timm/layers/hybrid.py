@@ -4,11 +4,22 @@ from typing import Any, Literal, Set
 
 import torch
 import torch.nn as nn
-from timm.layers import register_notrace_module
+from timm.layers import register_notrace_function, register_notrace_module
 
 from vim_timm.layers.block import wants_layout
 from vim_timm.layers.draw import draw_linear
+from vim_timm.layers.norm import at_least_float32
 from vim_timm.layers.token_order import Layout
+
+torch.fx.wrap('blend')  # it decides by tensors, which a tracer has not
+
+
+@register_notrace_function
+def blend(x: torch.Tensor, y: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    """w * y + (1 - w) * x with w = sigmoid(mix); in float32 where a wrapped layer keeps one so under autocast."""
+    if x.dtype != y.dtype:
+        x, y = at_least_float32(x), at_least_float32(y)
+    return torch.lerp(x, y, mix.sigmoid().to(y.dtype))
 
 
 @register_notrace_module  # its branches decide by tensors what runs
@@ -74,4 +85,4 @@ class Hybrid(nn.Module):
             y = self.ssm(x, layout)
         else:
             y = self.ssm(x)
-        return torch.lerp(self.attention(x), y, self.mix.sigmoid().to(y.dtype))
+        return blend(self.attention(x), y, self.mix)

@@ -6,7 +6,7 @@ Vision Mamba 2's (`layers.bissd`) or Vision Mamba's (arXiv 2401.09417); attentio
 """
 
 from functools import partial
-from typing import Any, Dict, List, Literal, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, List, Literal, Optional, Sequence, Union
 
 import torch.nn as nn
 from timm.layers import Mlp, calculate_drop_path_rates
@@ -39,11 +39,12 @@ def _blocks_with_attention(attn_blocks: AttnBlocks, depth: int) -> List[int]:
         return list(range(depth))
     if attn_blocks == 'every_fourth':
         return list(range(3, depth, 4))
-    if isinstance(attn_blocks, str) or not all(isinstance(i, int) and 0 <= i < depth for i in attn_blocks):
+    numbers: List[Any] = list(attn_blocks) if isinstance(attn_blocks, Iterable) else [None]
+    if not all(isinstance(i, int) and 0 <= i < depth for i in numbers):
         raise ValueError(
             f"attn_blocks must be 'all', 'every_fourth' or numbers from 0 to {depth - 1}, not {attn_blocks!r}"
         )
-    return list(attn_blocks)
+    return numbers
 
 
 class VisionMambaHybrid(Trunk):
