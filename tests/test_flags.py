@@ -31,7 +31,7 @@ TIMM = {
     '--lr': None, '--lr-base': 0.1, '--lr-base-size': 256, '--lr-base-scale': '', '--lr-noise': None,
     '--lr-noise-pct': 0.67, '--lr-noise-std': 1.0, '--lr-cycle-mul': 1.0, '--lr-cycle-decay': 0.5,
     '--lr-cycle-limit': 1, '--lr-k-decay': 1.0, '--warmup-lr': 1e-5, '--min-lr': 0, '--epochs': 300,
-    '--epoch-repeats': 0.0, '--start-epoch': None, '--decay-milestones': [90, 180, 270], '--decay-epochs': 90,
+    '--epoch-repeats': 0.0, '--start-epoch': None, '--decay-milestones': [90, 180, 270], '--decay-epochs': None,
     '--warmup-epochs': 5, '--warmup-prefix': False, '--cooldown-epochs': 0, '--patience-epochs': 10,
     '--decay-rate': 0.1, '--no-aug': False, '--train-crop-mode': None, '--scale': [0.08, 1.0],
     '--ratio': [0.75, 4 / 3], '--hflip': 0.5, '--vflip': 0.0, '--color-jitter': 0.4, '--color-jitter-prob': None,

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from vim_timm import data, predict, train, validate
 from vim_timm.data.__main__ import main as look
@@ -19,7 +21,7 @@ from vim_timm.errors import UserError
 from vim_timm.hub import publish
 from vim_timm.hub.repeat import data_flags
 from vim_timm.report.samples import as_picture
-from vim_timm.settings.fit import with_warmup
+from vim_timm.settings.fit import undecayed, with_warmup
 
 DOCS = Path(__file__).parents[1] / 'docs'
 SMALL = '--model test_vit --img-size 32 --workers 0 --device cpu --batch-size 8 --opt adamw --lr 1e-3'.split()
@@ -196,6 +198,31 @@ def test_a_folder_in_the_place_of_a_value_is_named(flags, words, tmp_path, capsy
 def test_a_warm_up_that_nobody_chose_does_not_eat_the_run(flags, epochs, said):
     args, remark = with_warmup(train.parse_args(['--data-dir', 'x', *flags.split()]))
     assert args.warmup_epochs == epochs and remark.startswith(said) and bool(remark) == bool(said)
+
+
+@pytest.mark.parametrize('more', ['', '--sched-on-updates', '--warmup-prefix', '--cooldown-epochs 1'])
+@pytest.mark.parametrize('decay', ['', '--decay-epochs 1', '--decay-epochs 2', '--decay-epochs 9', '--decay-epochs 10'])
+@pytest.mark.parametrize('sched', ['step', 'multistep --decay-milestones 9', 'multistep', 'wsd', 'rsqrt'])
+@pytest.mark.parametrize('epochs', [1, 2, 3, 6, 10, 11])
+def test_a_schedule_that_does_not_decay_is_said_or_refused(sched, decay, more, epochs):
+    """As timm's own schedule has it, whose defaults those of the flags are."""
+    flags = f'--data-dir x --epochs {epochs} --sched {sched} {decay} {more} --warmup-epochs {min(1, epochs - 1)}'
+    args = train.parse_args(flags.split())
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    try:
+        schedule, total = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=20)
+    except ValueError:
+        with pytest.raises(UserError, match=f'^--sched {args.sched}'):
+            undecayed(args)
+        return
+    rates = []
+    for time in range(20 * total if args.sched_on_updates else total):
+        schedule.step_update(time) if args.sched_on_updates else schedule.step(time)
+        rates.append(optimizer.param_groups[0]['lr'])
+    stable = 1.0
+    if args.sched == 'rsqrt':  # which falls all the time: what matters is its last decay
+        stable = ((len(rates) - 1) / schedule.warmup_t) ** -0.5
+    assert (rates[-1] < 0.999 * stable) == (not undecayed(args)), rates
 
 
 def test_fewer_pictures_than_a_batch_name_the_flag(tmp_path, capsys):

@@ -32,7 +32,7 @@ from .models.checkpoint import read_checkpoint
 from .report.curves import write_curves
 from .report.reconstruction import Gallery
 from .settings import Settings
-from .settings.fit import idle_settings, with_warmup
+from .settings.fit import idle_settings, undecayed, with_warmup
 from .settings.flags import PRECISION, VALIDATE, Row
 from .settings.inherited import settings_of
 from .settings.masked import NOT_ENCODERS
@@ -154,6 +154,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     process = start_process(args)
     random_seed(args.seed)
     args, remark = with_warmup(args)
+    constant = undecayed(args)
     args, datasets = make_datasets(args, hooks)
     for dataset in () if args.mae or hooks.task else datasets:
         data.check_labelled(dataset)
@@ -215,7 +216,7 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
             trainer.progress.say('both splits are the same: the evaluation is on images that were trained on')
         announce(args, trainer, model, data_config)
         slow = slow_average(args, trainer.updates * trainer.epochs)
-        for line in filter(None, (remark, *idle_settings(args), origin, slow, compiling)):
+        for line in filter(None, (remark, constant, *idle_settings(args), origin, slow, compiling)):
             trainer.progress.say(line)
         if trainer.primary:
             # the next machine has its own device and cores

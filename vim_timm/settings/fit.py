@@ -1,5 +1,6 @@
 """Settings that nobody chose and that follow from others, where timm's default would not serve."""
 
+from ..errors import UserError
 from .flags import TRAIN
 from .parse import Settings
 
@@ -53,3 +54,39 @@ def with_warmup(args: Settings) -> tuple[Settings, str]:
     if args.warmup_epochs < args.epochs or args.cooldown_epochs or args.lr_cycle_limit > 1:  # with those there are more
         return args, ''
     return args, f'the warm-up of {args.warmup_epochs} epochs does not end: there are {args.epochs} in all'
+
+
+def undecayed(args: Settings) -> str:
+    """A remark where the schedule's decay, as timm reads the settings, falls behind the last epoch; else ''.
+
+    Raises:
+        UserError: the schedule cannot be: wsd's decay has no place in the epochs, or rsqrt's has no time scale.
+    """
+    if args.sched in ('step', 'multistep'):
+        flag = '--decay-epochs' if args.sched == 'step' else '--decay-milestones'
+        first = (args.decay_epochs or 90) if args.sched == 'step' else min(args.decay_milestones, default=args.epochs)
+        late = first >= args.epochs if args.sched_on_updates else first > args.epochs - 1  # the rate of its start
+        return f'the learning rate does not decay in {args.epochs} epochs: {flag} is {first:g}' if late else ''
+    if args.sched not in ('wsd', 'rsqrt'):
+        return ''
+    epochs = args.epochs if args.warmup_prefix else args.epochs - args.warmup_epochs
+    decay = args.decay_epochs or 0.2
+    decay = decay * epochs if decay < 1 else decay
+    steps = decay if args.sched_on_updates else round(decay)
+    if epochs < 1:
+        raise UserError(f'--sched {args.sched} has no epoch after the warm-up: fewer --warmup-epochs')
+    if steps > epochs:
+        raise UserError(f'--sched {args.sched}: --decay-epochs {decay:g} is more than the {epochs} after the warm-up')
+    if args.sched == 'rsqrt' and not args.warmup_epochs:
+        raise UserError('--sched rsqrt takes its time scale from the warm-up: give --warmup-epochs 1 or more')
+    if not steps:
+        raise UserError(
+            f'--sched {args.sched} decays over {decay:g} epochs, which is none: --decay-epochs 1 or more, or '
+            '--sched-on-updates'
+        )
+    if steps > 1 or args.sched_on_updates or args.cooldown_epochs:
+        return ''
+    return (
+        f'the decay of --sched {args.sched} begins with the last epoch, whose rate is still the one before it: '
+        '--sched-on-updates, more --decay-epochs, or --cooldown-epochs 1'
+    )
