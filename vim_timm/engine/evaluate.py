@@ -1,5 +1,6 @@
 """Evaluation that counts every sample exactly once, on any number of ranks."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -86,16 +87,21 @@ def evaluate(
         on_all: called once on every rank with all outputs (N, ...), targets (N, ...) and places (N,) on the CPU, in the
             data set's order.
 
+    Where an output is no number or infinite, so is no metric a number: the largest of such outputs is any of them.
+
     Raises:
         Preempted: a signal came.
     """
     evaluator, steps, count = task.create_evaluator(), len(loader), 0
+    broken = torch.zeros((), dtype=torch.int64, device=process.device)
     parts: list[Predicted] = []
     on_gpu = process.device.type == 'cuda'
     if watch:
         watch.progress.wait_for(f'{loader.awaited} to evaluate')
     for step, (output, batch) in enumerate(predictions(task, loader, process, ema), 1):
         evaluator.update(output, batch.targets)
+        if isinstance(output, torch.Tensor):  # minus infinity is what hides a class
+            broken += (~(output < torch.inf)).reshape(len(output), -1).any(1).sum()
         if metrics or on_all:
             kept = (output, batch.targets, batch.places)
             parts.append(tuple(part.to('cpu', non_blocking=on_gpu) for part in kept))  # type: ignore[arg-type]
@@ -115,10 +121,10 @@ def evaluate(
         raise Preempted('stopped by a signal in an evaluation: start it again')
     loader.unreadable.share(process.world_size)
     result = dict(evaluator.compute(distributed=process.world_size > 1))
+    total = torch.stack([torch.full_like(broken, count), broken])
     if process.world_size > 1:
-        total = torch.tensor(count, device=process.device)
         dist.all_reduce(total)
-        count = int(total)
+    count, wrong = map(int, total.tolist())
     if metrics or on_all:
         if on_gpu:
             torch.cuda.synchronize(process.device)  # once, not for every batch
@@ -126,4 +132,11 @@ def evaluate(
         if on_all:
             on_all((outputs, targets, places))
         result.update({name: float(metric(outputs, targets)) for name, metric in (metrics or {}).items()})
+    if wrong:
+        result = dict.fromkeys(result, math.nan)
+        if watch:
+            watch.progress.say(
+                f'outputs are not finite for {wrong} of {count} images, and no metric counts: the weights are broken, '
+                'or too large for the precision (--amp-dtype bfloat16, or none)'
+            )
     return {**result, 'count': count}
