@@ -269,6 +269,21 @@ def features_only_gives_maps(build: Build) -> None:
     assert [output.shape[1:] for output in outputs] == [(whole.embed_dim, *whole.patch_embed.grid_size)] * 2
 
 
+def raw_outputs_of_blocks_are_in_timms_order_or_refused(build: Build) -> None:
+    whole = build()
+    images, grid = images_for(whole), whole.patch_embed.grid_size
+    for extractor in ('hook', 'fx'):
+        if whole.class_token in ('middle', 'double'):
+            with pytest.raises(ValueError, match=f"feature_cls '{extractor}' .* leave it out"):
+                build(features_only=True, feature_cls=extractor)
+            continue
+        raw = build(features_only=True, feature_cls=extractor)(images)
+        maps = build(features_only=True, feature_cls='Getter')(images)
+        for tokens, expected in zip(raw, maps, strict=True):
+            patches = tokens[:, whole.num_prefix_tokens :].transpose(1, 2)
+            torch.testing.assert_close(patches.unflatten(2, grid), expected)
+
+
 def intermediates_are_the_blocks_outputs(build: Build) -> None:
     model = build()
     images = images_for(model)
@@ -470,6 +485,7 @@ CHECKS = (
     a_meta_model_runs_and_materializes,
     init_weights_draws_whatever_stands_in_the_heads_place,
     features_only_gives_maps,
+    raw_outputs_of_blocks_are_in_timms_order_or_refused,
     a_refused_size_leaves_the_model_as_it_was,
     intermediates_are_the_blocks_outputs,
     pruning_leaves_a_model_that_uses_all_it_has,

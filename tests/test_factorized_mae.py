@@ -32,6 +32,12 @@ def test_the_published_sizes():
     assert sum(p.numel() for p in model.parameters()) == 19_156_224
 
 
+def test_raw_outputs_of_blocks_of_channels_are_refused():
+    for extractor in ('hook', 'fx'):
+        with pytest.raises(ValueError, match='this FactorizedViT are not one class token'):
+            timm.create_model('test_favit', features_only=True, feature_cls=extractor)
+
+
 def test_init_weights_draws_whatever_stands_in_the_heads_place():
     model = make().encoder
     for head in (torch.nn.Linear(32, 10, bias=False), torch.nn.Sequential(torch.nn.BatchNorm1d(32))):

@@ -5,8 +5,10 @@ from typing import Any, Callable, Dict, Type, TypeVar
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
+from timm.models._features import FeatureGetterNet
 
 from vim_timm.models.pretrained import on_disk
+from vim_timm.models.trunk import Trunk
 
 Model = TypeVar('Model', bound=nn.Module)
 
@@ -45,10 +47,33 @@ def build_model(
         variant: Name of the registered model.
         filter_fn: The family's `checkpoint_filter_fn`.
         kwargs: Arguments of the variant, overridden by the caller's.
+
+    Raises:
+        ValueError: a feature extractor that would return tokens in another order than timm's.
     """
     if pretrained:
         kwargs = on_disk(variant, kwargs)
+    extractor = kwargs.get('feature_cls', 'getter')
+    getter = (extractor.lower() if isinstance(extractor, str) else extractor) in ('getter', FeatureGetterNet)
+
+    def build(**arguments: Any) -> Model:
+        model = cls(**arguments)
+        if not getter and isinstance(model, Trunk):
+            _check_order(model, extractor)
+        return model
+
     feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
     return build_model_with_cfg(
-        cls, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **kwargs
+        build, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **kwargs
     )
+
+
+def _check_order(model: Trunk, extractor: Any) -> None:
+    """Refuse raw outputs of blocks that would be read as a class token and patches in rows, and are others."""
+    by_channel = model.cls_token is not None and model.cls_token.ndim > 3
+    shuffled = model.random_token_order or model.random_class_position
+    if by_channel or shuffled or model.class_token not in ('head', 'none'):
+        raise ValueError(
+            f"feature_cls {extractor!r} gives the blocks' raw outputs, which in this {type(model).__name__} are not "
+            'one class token and then the patches in rows: leave it out, for maps'
+        )
