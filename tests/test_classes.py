@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 from vim_timm import original, train, validate
 from vim_timm.data import class_names, make_dataset, renumbered
-from vim_timm.data.classes import read_class_map
+from vim_timm.data.classes import read_class_map, read_valid_labels
 from vim_timm.engine import Hooks
 from vim_timm.engine.build import label_names
 from vim_timm.errors import UserError
@@ -273,8 +273,11 @@ def test_class_maps_that_cannot_be_meant(content, words, tmp_path):
 
 
 def test_class_maps(tmp_path):
-    (tmp_path / 'map.txt').write_text('b\na\n\n')
-    assert read_class_map('map.txt', str(tmp_path)) == {'b': 0, 'a': 1}
+    for start in ('', '\ufeff'):  # the mark that editors of Windows begin a file with
+        (tmp_path / 'map.txt').write_text(f'{start}b\na\n\n', encoding='utf-8')
+        assert read_class_map('map.txt', str(tmp_path)) == {'b': 0, 'a': 1}
+        (tmp_path / 'labels.txt').write_text(f'{start}7\n3\n', encoding='utf-8')
+        assert read_valid_labels(str(tmp_path / 'labels.txt')) == [7, 3]
     (tmp_path / 'map.pkl').write_bytes(pickle.dumps({'a': 1, 'A': 1, 'b': 0}))
     mapping = read_class_map('map.pkl', str(tmp_path))
     assert mapping == {'a': 1, 'A': 1, 'b': 0}

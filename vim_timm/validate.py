@@ -413,7 +413,7 @@ def candidates(args: Settings) -> list[dict[str, Any]]:
         files = [file for ending in ENDINGS for file in glob.glob(f'{folder}/*{ending}')]
         return [dict(checkpoint=file) for file in sorted(files, key=natural_key)]
     if os.path.isfile(args.model):
-        with open(args.model, encoding='utf-8') as file:
+        with open(args.model, encoding='utf-8-sig') as file:
             return [dict(model=line.strip()) for line in file if line.strip()]
     if not args.checkpoint and (args.model == 'all' or '*' in args.model):
         pattern = '' if args.model == 'all' else args.model

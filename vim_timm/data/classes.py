@@ -44,7 +44,7 @@ def read_class_map(path: str, root: str | None) -> dict[Any, int]:
             if not indices or not all(isinstance(index, int) and index >= 0 for index in indices.values()):
                 raise ValueError('it must map class names to whole numbers from 0')
             return indices
-        with open(path if os.path.exists(path) else os.path.join(root or '', path), encoding='utf-8') as file:
+        with open(path if os.path.exists(path) else os.path.join(root or '', path), encoding='utf-8-sig') as file:
             names = [line.strip() for line in file.read().rstrip().splitlines()]
         name, count = Counter(names).most_common(1)[0] if names else ('', 0)
         if count != 1:
@@ -58,7 +58,7 @@ def read_valid_labels(path: str) -> list[int]:
     Raises:
         UserError: it cannot be read, or does not name different classes.
     """
-    with explain(f'--valid-labels {path}'), open(path, encoding='utf-8') as file:
+    with explain(f'--valid-labels {path}'), open(path, encoding='utf-8-sig') as file:
         labels = [int(line) for line in file.read().split('\n') if line.strip()]
         number, count = Counter(labels).most_common(1)[0] if labels else (0, 0)
         if count != 1:
