@@ -25,6 +25,13 @@ def test_report_names_versions_devices_and_the_choice_of_auto():
 def test_report_says_what_the_environment_forces(monkeypatch):
     monkeypatch.setenv('VIM_TIMM_SCAN', 'reference')
     assert 'VIM_TIMM_SCAN=reference overrides this' in doctor.report()
+    monkeypatch.setenv('VIM_TIMM_ATTN', 'math')
+    assert 'VIM_TIMM_ATTN=math is forced' in doctor.report()
+    for name, choice in (('VIM_TIMM_SCAN', 'reference'), ('VIM_TIMM_ATTN', 'flash')):
+        monkeypatch.setenv(name, 'nope')
+        assert f'{name}=nope is unknown: choose auto, {choice}, ' in doctor.report()
+        monkeypatch.setenv(name, '')
+        assert f'{name}=' not in doctor.report()
 
 
 def test_runs_as_a_module():

@@ -12,7 +12,7 @@ if __name__ == '__main__':  # the command line is read before torch is imported
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -20,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from timm.models._hub import hf_split
 
 from vim_timm import __version__, ops
-from vim_timm.layers.attention import attention_kernels
+from vim_timm.layers.attention import KERNELS, attention_kernels
 
 from .errors import UserError, run
 from .models.checkpoint import CheckpointError
@@ -69,6 +69,14 @@ def _backends() -> list[str]:
     ]  # fmt: skip
 
 
+def _forced(variable: str, known: Iterable[str], effect: str) -> list[str]:
+    """A line on what an environment variable forces, if anything; every model refuses an unknown name."""
+    name, names = os.environ.get(variable) or 'auto', [other for other in known if other != 'auto']
+    if name == 'auto':
+        return []
+    return [f'{variable}={name} ' + (effect if name in names else f'is unknown: choose auto, {", ".join(names)}')]
+
+
 def _choices() -> list[str]:
     """The backend that `auto` takes for each operator on each device type, and what VIM_TIMM_SCAN forces."""
     devices = ['cpu'] + [name for name in ('cuda', 'mps', 'xpu') if getattr(torch, name).is_available()]
@@ -77,10 +85,7 @@ def _choices() -> list[str]:
         taken = {operator: ops.auto_backend(device, operator) or 'by others' for operator in ops.OPERATORS}
         others = ', '.join(f'{operator} {name}' for operator, name in taken.items() if operator != 'scan')
         lines.append(f'{device}: {taken["scan"]} ({others})')
-    forced = os.environ.get('VIM_TIMM_SCAN', 'auto')
-    if forced != 'auto':
-        lines.append(f'VIM_TIMM_SCAN={forced} overrides this')
-    return lines
+    return lines + _forced('VIM_TIMM_SCAN', ops.BACKENDS, 'overrides this')
 
 
 def _attention() -> list[str]:
@@ -90,10 +95,7 @@ def _attention() -> list[str]:
     for device in devices:
         for name, reason in attention_kernels(device):
             lines.append(f'{device}: {name}: ' + (f'not available: {reason}' if reason else 'available'))
-    forced = os.environ.get('VIM_TIMM_ATTN', 'auto')
-    if forced != 'auto':
-        lines.append(f'VIM_TIMM_ATTN={forced} is forced')
-    return lines
+    return lines + _forced('VIM_TIMM_ATTN', KERNELS, 'is forced')
 
 
 def report() -> str:
