@@ -403,3 +403,24 @@ def test_a_run_from_a_published_folder_is_evaluated_without_naming_it_again(trai
     assert validate.main([*flags, '--results-file', str(result)]) == 0
     found = json.loads(result.read_text())
     assert found['model'] == 'test_vit' and found['loss'] == pytest.approx(row['eval_loss'], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('names', 'kind', 'status'),
+    [
+        (['ant', 'bee', 'cow'], 'logit', 0), (['cow', 'ant', 'bee'], 'logit', 2), (['cow', 'ant', 'bee'], 'feature', 0),
+        (['x', 'y', 'z'], 'logit', 0), (['cow', 'cow', 'ant'], 'logit', 0),
+    ],
+)  # fmt: skip
+def test_a_teacher_has_the_numbers_of_the_students_classes(names, kind, status, trained, tmp_path, capsys):
+    """Else each class would learn the logit of another one."""
+    teacher = timm.create_model('test_vit', num_classes=3, img_size=16, in_chans=1)
+    config = dict(label_names=names, num_classes=3)
+    timm.models.save_for_hf(teacher, tmp_path / 'teacher', config, model_args=dict(img_size=16, in_chans=1))
+    flags = [*RUN, '--epochs', '1', '--data-dir', str(trained / 'data'), '--output', str(tmp_path), '--experiment', 'a']
+    flags += ['--kd-model-name', f'local-dir:{tmp_path / "teacher"}', '--kd-distill-type', kind]
+    assert train.main(flags) == status
+    if status:
+        assert "gives the class 'ant' the number 1, and in this data it is 0" in capsys.readouterr().err
+        (tmp_path / 'map.txt').write_text('\n'.join(names))
+        assert not (tmp_path / 'a').exists() and train.main([*flags, '--class-map', str(tmp_path / 'map.txt')]) == 0

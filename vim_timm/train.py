@@ -170,6 +170,8 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
     train_data = data.train_loader(of_data, process, datasets[0], data_config)
     loaders = (train_data, data.eval_loader(of_data, process, datasets[1], data_config, train_data.unreadable))
     task = make_task(args, process, model, data_config, hooks.loss, hooks.task)
+    if not hooks.task:
+        build.check_teacher(args, train_data.classes)
     if 'eval_metric' not in args.chosen:
         args = args.replace(eval_metric=task.create_evaluator().default_metric)
     optimizer = build.make_optimizer(args, process, task)

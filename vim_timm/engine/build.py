@@ -153,6 +153,29 @@ def published_classes(name: str) -> tuple[int, list[str], bool]:
     return count, names, False
 
 
+def check_teacher(args: Settings, classes: Sequence[str]) -> None:
+    """Refuse a teacher that gives a class of the student another number: the student would learn another one's logit.
+
+    Args:
+        classes: the student's by number; [] where they have no names.
+
+    Raises:
+        UserError: there is such a class.
+    """
+    if not args.kd_model_name or args.kd_distill_type == 'feature':
+        return
+    _, known, _ = published_classes(args.kd_model_name)
+    numbers = {name: number for number, name in enumerate(known)}
+    if len(numbers) < len(known):  # a name of several classes tells nothing
+        return
+    for number, name in enumerate(classes):
+        if numbers.get(name, number) != number:
+            raise UserError(
+                f'{args.kd_model_name} gives the class {name!r} the number {numbers[name]}, and in this data it is '
+                f"{number}: list the teacher's classes in their order with --class-map, or --kd-distill-type feature"
+            )
+
+
 def make_model(args: Settings, **kwargs: Any) -> torch.nn.Module:
     """The model that the flags describe, with its weights; `kwargs` go to `timm.create_model` too.
 
