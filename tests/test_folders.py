@@ -154,8 +154,18 @@ class TestResumedSettings:
         ('flags', 'words'),
         [
             (['--opt', 'sgd'], '--opt adamw'),
-            (['--weight-decay', '0'], 'does not fit'),
-            (['--layer-decay', '0.5'], 'does not fit'),
+            (
+                ['--weight-decay', '0'],
+                'other groups of parameters (--weight-decay was 2e-05 there and is 0.0 here): give the same',
+            ),
+            (
+                ['--layer-decay', '0.5'],
+                'other groups of parameters (--layer-decay was None there and is 0.5 here): give the same',
+            ),
+            (
+                ['--linear-probe'],
+                'other groups of parameters (--linear-probe was False there and is True here): give the same',
+            ),
         ],
     )
     def test_what_cannot_be_in_force_is_refused(self, flags, words, start, tmp_path, capsys):

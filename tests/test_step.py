@@ -145,7 +145,7 @@ def test_state_of_another_memory_layout_is_taken_over():
             del group['fused']  # of a run before there was such a thing
         args, other, optimizer = start(f'--opt adamw --lr 1e-3{layout}')
         other.load_state_dict(task.state_dict())
-        load_optimizer(optimizer, 'adamw', saved, 'file')
+        load_optimizer(optimizer, args, saved, 'file')
         update = Update(args, Process(), other, optimizer, torch.amp.GradScaler('cpu', enabled=False))
         run(other, lambda loss, n, update=update: update(torch.isfinite(loss), n, False), 2)
         assert all(group['fused'] for group in optimizer.param_groups)

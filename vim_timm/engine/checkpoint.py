@@ -16,6 +16,7 @@ from ..models.load import load_content
 from .record import progress_of
 
 EXTENSION = '.pth.tar'
+GROUPING = ('weight_decay', 'layer_decay', 'layer_decay_no_opt_scale', 'linear_probe')  # settings that group parameters
 
 
 def load_weights(model: torch.nn.Module, path: str, use_ema: bool | None = False) -> None:
@@ -116,25 +117,38 @@ def check_order(saved: Any, args: Any, path: str) -> None:
         raise UserError(f'{path} is from the middle of an epoch: resume it with {flag} {theirs}')
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, name: str, content: dict[str, Any], path: str) -> None:
-    """Load the state of the optimizer `name` from a checkpoint; its learning rate, betas, ... stay those of this run.
+def load_optimizer(optimizer: torch.optim.Optimizer, args: Any, content: dict[str, Any], path: str) -> None:
+    """Load an optimizer's state from a checkpoint; its learning rate, betas, ... stay those of this run.
+
+    Args:
+        args: settings of this run.
 
     Raises:
-        UserError: the checkpoint of `path` is another optimizer's.
+        UserError: the checkpoint of `path` is another optimizer's, or one of other groups of parameters.
     """
-    args = content.get('args') or {}
-    saved = args.get('opt') if isinstance(args, dict) else getattr(args, 'opt', None)
-    if isinstance(saved, str) and saved.lower() != name.lower():
+    before = content.get('args') or {}
+    before = before if isinstance(before, dict) else vars(before)
+    saved = before.get('opt')
+    if isinstance(saved, str) and saved.lower() != args.opt.lower():
         raise UserError(
-            f'{path} has the state of --opt {saved}, not of {name}: --no-resume-opt takes its weights alone'
+            f'{path} has the state of --opt {saved}, not of {args.opt}: --no-resume-opt takes its weights alone'
         )
     settings: list[dict[str, Any]] = [
         {key: value for key, value in group.items() if key != 'params' and not key.endswith('step')}  # those count
         for group in optimizer.param_groups
     ]
     saved = content['optimizer']
-    own = itertools.chain(settings, itertools.repeat({}))  # a checkpoint with more groups is refused by torch
-    groups = [{**theirs, **ours} for theirs, ours in zip(saved['param_groups'], own)]
+    both = (saved['param_groups'], optimizer.param_groups)
+    theirs, ours = ([len(group['params']) for group in groups] for groups in both)
+    if theirs != ours:
+        known = [name for name in GROUPING if name in before]
+        found = [f'{flag} was {there} there and is {here} here' for flag, there, here in _changed(before, args, known)]
+        why = ', '.join(found) or ', '.join(f'--{name.replace("_", "-")}' for name in GROUPING) + ' change them'
+        raise UserError(
+            f'{path} has the state of other groups of parameters ({why}): give the same, or --no-resume-opt takes its '
+            'weights alone'
+        )
+    groups = [{**there, **here} for there, here in zip(saved['param_groups'], settings)]
     optimizer.load_state_dict({**saved, 'param_groups': groups})
 
 

@@ -172,7 +172,7 @@ class Trainer:
                 for row in self.rows:
                     self._schedule(row['epoch'] + 1, row.get(self.metric))
             if not self.args.no_resume_opt:
-                checkpoint.load_optimizer(self.optimizer, self.args.opt, content, path)
+                checkpoint.load_optimizer(self.optimizer, self.args, content, path)
                 if self.scaler.is_enabled() and 'amp_scaler' in content:
                     self.scaler.load_state_dict(content['amp_scaler'])
         progress = content.get('progress', {})
