@@ -9,6 +9,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import vim_timm  # noqa: F401  registers the models
 from vim_timm.layers.factorized import ChannelAttention
 from vim_timm.layers.masking import random_masking
+from vim_timm.models.factorized_mae import pad_images
 from vim_timm.ops import use_scan_backend
 
 SMALL = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=32, depth=2, num_heads=4)
@@ -155,6 +156,16 @@ def test_padding_has_the_learned_value():
 def resized(embed):
     embed.set_input_size(20)
     return embed
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_padding_changes_no_pixel(dtype):
+    images, value = torch.randn(2, 3, 18, 17).to(dtype), torch.full([1], 3.3, dtype=dtype, requires_grad=True)
+    padded = pad_images(images, value, (4, 4))
+    assert padded.shape == (2, 3, 20, 20) and torch.equal(padded[:, :, :18, :17], images)
+    assert (padded[:, :, 18:] == value).all() and (padded[:, :, :, 17:] == value).all()
+    padded.float().sum().backward()
+    assert value.grad == 2 * 3 * (20 * 20 - 18 * 17)
 
 
 def test_sigmoid_ends_in_pixels():

@@ -38,7 +38,10 @@ __all__ = ['FactorizedAutoencoder', 'FactorizedViT']
 def pad_images(x: torch.Tensor, value: torch.Tensor, patch: Tuple[int, int]) -> torch.Tensor:
     """Images (B, C, H, W) with rows and columns of `value` (1,) until patches tile them."""
     rows, columns = -x.shape[2] % patch[0], -x.shape[3] % patch[1]
-    return F.pad(x - value, [0, columns, 0, rows]) + value if rows or columns else x
+    if rows == 0 and columns == 0:
+        return x
+    inside = torch.zeros([1, 1, x.shape[2], x.shape[3]], dtype=x.dtype, device=x.device)
+    return F.pad(x, [0, columns, 0, rows]) + value * F.pad(inside, [0, columns, 0, rows], value=1.0)
 
 
 @register_notrace_module  # the image's size decides whether it pads
