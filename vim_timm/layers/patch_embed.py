@@ -75,10 +75,11 @@ def embed_patches(
     if x.device.type != 'cuda' and keep is None:
         return as_tokens(F.conv2d(x, weight, bias, stride=weight.shape[2:]))
     patch, chans = weight.shape[2:], x.shape[1]
-    if keep is not None and not (x.requires_grad and torch.is_grad_enabled()):
-        pixels = visible_pixels(Pixels(x, keep, patch[0], patch[1], product_dtype(x)))
-        if pixels is not None:
-            return F.linear(pixels, weight.flatten(1), bias)
+    if not torch.jit.is_scripting():
+        if keep is not None and not (x.requires_grad and torch.is_grad_enabled()):
+            pixels = visible_pixels(Pixels(x, keep, patch[0], patch[1], product_dtype(x)))
+            if pixels is not None:
+                return F.linear(pixels, weight.flatten(1), bias)
     rows, columns = x.shape[2] // patch[0], x.shape[3] // patch[1]
     x = x[:, :, : rows * patch[0], : columns * patch[1]]
     x = x.reshape(-1, chans, rows, patch[0], columns, patch[1]).permute(0, 2, 4, 1, 3, 5)
