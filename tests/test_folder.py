@@ -159,6 +159,19 @@ def test_a_tar_in_a_tar_is_a_folder_and_is_read_where_it_lies(tmp_path):
         assert reader[place][0].read() == (tmp_path / path).read_bytes()
 
 
+def test_of_one_name_in_a_tar_the_last_file_counts(tmp_path):
+    """As where it is unpacked; `tar -r` and `tar -u` leave what they replace in the file."""
+    touch(tmp_path / 'old', 'cat/a.png', 'cat/b.png')
+    with tarfile.open(tmp_path / 'x.tar', 'w') as tar:
+        tar.add(tmp_path / 'old', '.')
+    picture(200).save(tmp_path / 'new.png')
+    with tarfile.open(tmp_path / 'x.tar', 'a') as tar:
+        tar.add(tmp_path / 'new.png', 'cat/a.png')
+    reader = Images(str(tmp_path / 'x.tar'), PNG)
+    assert listing(reader) == [('cat/a.png', 0), ('cat/b.png', 0)]
+    assert reader[0][0].read() == (tmp_path / 'new.png').read_bytes()
+
+
 def test_a_damaged_tar_ends_in_a_sentence(tmp_path):
     path = tmp_path / 'x.tar'
     path.write_bytes(b'no tar at all' * 100)

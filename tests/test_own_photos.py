@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -150,6 +151,19 @@ def test_splits_with_files_of_one_name_are_two(layout, tmp_path):
     root = tmp_path / ('data.tar' if layout == 'tar' else 'data')
     _, sets = train.make_datasets(train.parse_args([*SMALL, str(root)]), Hooks())
     assert not data.same_images(*sets) and data.same_images(sets[0], sets[0])
+
+
+@pytest.mark.parametrize('linked', [('val',), ('val/ant', 'val/bee', 'val/cow'), ('val/ant',)])
+def test_a_split_of_links_to_the_other_ones_folders_is_the_same(linked, tmp_path):
+    photos(tmp_path / 'train', 2)
+    if linked != ('val',):
+        photos(tmp_path / 'val', 2)
+    for name in linked:
+        if (tmp_path / name).exists():
+            shutil.rmtree(tmp_path / name)
+        (tmp_path / name).symlink_to(tmp_path / name.replace('val', 'train'))
+    _, sets = train.make_datasets(train.parse_args([*SMALL, str(tmp_path)]), Hooks())
+    assert data.same_images(*sets) == (linked != ('val/ant',))
 
 
 @pytest.mark.parametrize('split, count', [('train', 1438), ('validation', 359), ('test', 359)])

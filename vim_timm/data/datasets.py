@@ -202,12 +202,14 @@ def passed_over(reader: Any) -> str:
 
 
 def same_images(one: Any, other: Any) -> bool:
-    """Whether two splits of a folder or tar are the same files, under whichever names."""
+    """Whether two splits of a folder or tar are the same files, under whichever names, or links to folders."""
     readers: Any = [getattr(dataset, 'reader', None) for dataset in (one, other)]
     if not all(isinstance(reader, Images) for reader in readers):
         return False
-    files = [(reader.root, [file for file, _ in reader.samples]) for reader in readers]
-    return files[0] == files[1]
+    files = [[file for file, _ in reader.samples] for reader in readers]
+    folders = {os.path.dirname(file.name) for file in files[0]} if files[0] == files[1] else set()
+    places = [[os.path.realpath(os.path.join(reader.root, folder)) for folder in folders] for reader in readers]
+    return bool(folders) and places[0] == places[1]
 
 
 def is_labelled(dataset: Any) -> bool:

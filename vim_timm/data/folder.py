@@ -272,8 +272,9 @@ def _list_members(file: IO[bytes], below: str, start: int) -> Iterator[tuple[Fil
         start: where it begins in the outermost one.
     """
     with tarfile.open(fileobj=file, mode='r:') as tar:
-        for member in tar:
-            name = posixpath.normpath(posixpath.join(below, member.name.lstrip('/')))
+        # of one name the last counts, as where a tar is unpacked: `tar -r` and `tar -u` leave the ones before it there
+        members = {posixpath.normpath(posixpath.join(below, member.name.lstrip('/'))): member for member in tar}
+        for name, member in members.items():
             inner = tar.extractfile(member) if member.isreg() else None
             if any(map(_is_hidden, name.split('/'))):
                 if not member.isdir():
