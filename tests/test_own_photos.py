@@ -18,10 +18,12 @@ from vim_timm.data.__main__ import main as look
 from vim_timm.data.folder import Images
 from vim_timm.data.survey import near_duplicates, survey
 from vim_timm.engine import Hooks
+from vim_timm.engine.record import held_out_of
 from vim_timm.errors import UserError
 from vim_timm.hub import publish
 from vim_timm.hub.repeat import data_flags
 from vim_timm.report.samples import as_picture
+from vim_timm.settings import Settings
 from vim_timm.settings.fit import undecayed, with_warmup
 
 DOCS = Path(__file__).parents[1] / 'docs'
@@ -56,6 +58,32 @@ def test_what_is_held_out_follows_from_seed_and_names(tmp_path):
     before = set(held_out(here)[1])
     Image.new('RGB', (8, 8)).save(here / 'ant' / 'new.jpg')
     assert len(before - set(held_out(here)[1])) <= 1  # one more picture does not mix all others anew
+
+
+def test_what_was_trained_on_is_not_evaluated_though_images_come_and_go(tmp_path, capsys):
+    """A share of more images is more of them, so that some of those before would change their part."""
+    root = photos(tmp_path / 'data')
+    run = [*SMALL, str(root), '--output', str(tmp_path), '--experiment', 'a']
+    assert train.main([*run, '--epochs', '1']) == 0
+    trained, out = held_out(root)
+    for path in [*root.glob('*/*.jpg')]:
+        path.with_name(f'more-{path.name}').write_bytes(path.read_bytes())
+    (root / out[0]).unlink()
+    assert set(held_out(root)[1]) & set(trained)
+    args, content = validate.read_args(['--checkpoint', str(tmp_path / 'a' / 'last.pth.tar')])
+    evaluated = validate.make_dataset(args, content).filenames()
+    assert not set(evaluated) & set(trained) and set(out[1:]) <= set(evaluated) and len(evaluated) > len(out)
+    assert len(validate.make_dataset(args.replace(seed=43), content)) == 12  # the user's own choice
+    assert train.main([*run, '--epochs', '2', '--resume', 'auto']) == 0
+    assert 'some that are evaluated from now on it was trained on' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('bounds', [[], {'ant': 1}, {1: 'a'}])
+def test_bounds_of_a_damaged_checkpoint_are_none(bounds):
+    args = Settings({'val_fraction': 0.2, 'seed': 42})
+    content = {'args': dict(vars(args)), 'held_out': bounds}
+    with pytest.raises(UserError, match='x is damaged: it does not say which images'):
+        held_out_of(content, args, 'x')
 
 
 @pytest.mark.parametrize('count, share, expected', [(1, 0.5, 0), (2, 0.1, 1), (2, 0.9, 1), (10, 0.25, 2), (10, 0.9, 9)])
@@ -171,7 +199,7 @@ def test_a_split_of_the_digits_is_the_one_that_is_named(split, count):
     args = validate.parse_args(
         ['--model', 'vim_nano_patch4_32', '--pretrained', '--dataset', 'digits', '--in-chans', '1']
     )
-    assert len(validate.make_dataset(args.replace(split=split))) == count
+    assert len(validate.make_dataset(args.replace(split=split), {})) == count
 
 
 @pytest.mark.parametrize(

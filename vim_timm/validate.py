@@ -31,7 +31,7 @@ from .engine.eval_batch import fit_batch
 from .engine.evaluate import Metric, Predicted, Watch, evaluate
 from .engine.log import Progress, Speed
 from .engine.process import catch_signals, in_precision, start_process, usual_defaults
-from .engine.record import history_of
+from .engine.record import held_out_of, history_of
 from .errors import Preempted, UserError, explain, out_of_memory, run, sentence, shown
 from .files import table, to_json, write_atomically
 from .layers.masking import num_kept
@@ -127,10 +127,11 @@ def _data_of(content: Mapping[str, Any], what: str, first: Settings) -> dict[str
     return {}
 
 
-def make_dataset(args: Settings) -> Any:
-    """The data set that the settings name, or what training held out of it."""
+def make_dataset(args: Settings, content: Mapping[str, Any]) -> Any:
+    """The data set that the settings name, or what the run of the checkpoint held out of it."""
     dataset = data.make_dataset(args, args.split, False, input_channels(args))
-    return data.hold_out(dataset, args.val_fraction, args.seed)[1] if args.val_fraction else dataset
+    bounds = held_out_of(content, args, args.checkpoint) if args.val_fraction else {}
+    return data.hold_out(dataset, args.val_fraction, args.seed, bounds)[1] if args.val_fraction else dataset
 
 
 @usual_defaults()
@@ -156,7 +157,7 @@ def validate(
         require()
         open_folder(args.report)
         history = history_of(content, args.checkpoint)
-    dataset = make_dataset(args)
+    dataset = make_dataset(args, content)
     if args.report or args.metrics_avg or not args.real_labels:
         data.check_labelled(dataset)
     labels = read_valid_labels(args.valid_labels) if args.valid_labels else None
@@ -204,7 +205,7 @@ def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]
     if args.report:
         require()
         open_folder(args.report)
-    dataset = make_dataset(args)
+    dataset = make_dataset(args, content)
     args = args.replace(model=build.current_name(args.model))
     model: Any
     model, parameters, data_config = _ready_model(args, process, None, content)

@@ -3,7 +3,7 @@
 import copy
 import functools
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from PIL import Image
@@ -148,8 +148,11 @@ def held_out_share(args: Any) -> float:
     return DEFAULT_SHARE
 
 
-def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
+def hold_out(dataset: Any, share: float, seed: int, bounds: Mapping[str, str] | None = None) -> tuple[Any, Any]:
     """Two parts of a data set of files: what stays for training, and a share of each class to evaluate on.
+
+    Args:
+        bounds: of a run that held images out before, in whose part they stay.
 
     Raises:
         UserError: it is no such data set, or the second part would be empty.
@@ -161,7 +164,7 @@ def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
     for held_out in (False, True):
         part = copy.copy(dataset)
         part.reader = copy.copy(reader)
-        part.reader.keep(share, seed, held_out)
+        part.reader.keep(share, seed, held_out, bounds)
         parts.append(part)
     if not len(parts[1]):
         raise UserError(f'--val-fraction {share:g} holds out no image of {reader.root}: a class needs two of them')

@@ -50,6 +50,7 @@ class Images(Reader):
     Attributes:
         root: where files lie: the directory, or the tar.
         share: in words, which part of the files this is; '' for all.
+        bounds: of each class by name, the largest draw of a file's name by which `keep` holds it out.
         class_to_idx: class numbers by name; empty without class folders.
         samples: (file, class number).
         labelled: whether files lie in class folders.
@@ -66,6 +67,7 @@ class Images(Reader):
     ):  # fmt: skip
         super().__init__()
         self.passed_over: dict[str, list[str]] = {}
+        self.bounds: dict[str, str] = {}
         self.tar = os.path.isfile(root)
         self.root = os.path.join(root, folder) if folder and not self.tar else root
         folders: dict[str, list[File]] = {}  # of each class folder the files that are data
@@ -91,21 +93,32 @@ class Images(Reader):
         self.samples.sort(key=lambda sample: (natural_key(sample[0].name), sample[0].name))
         self.share = ''
 
-    def keep(self, fraction: float, seed: int, held_out: bool) -> None:
+    def keep(self, fraction: float, seed: int, held_out: bool, bounds: Mapping[str, str] | None = None) -> None:
         """Keep one of two parts of each class: the share that is held out for evaluation, or the rest.
 
         Which file is in which part depends on the seed and the names in its class alone, not on where the folder lies.
 
         Args:
             fraction: share of a class to hold out, rounded; of two images and more at least one is in either part.
+            bounds: what `self.bounds` was when the images were parted before: those in these classes stay in their
+                part, whichever have come or gone since.
         """
+        names: dict[int, str] = {}
+        for name, label in self.class_to_idx.items():
+            names.setdefault(label, name)
+        self.bounds = {}  # not those of the reader that this is a copy of
         by_class: dict[int, list[File]] = {}
         for file, label in self.samples:
             by_class.setdefault(label, []).append(file)
         chosen: set[File] = set()
-        for files in by_class.values():
-            count = min(max(round(fraction * len(files)), 1), len(files) - 1)
-            chosen.update(sorted(files, key=lambda file: (_draw(seed, file.name), file.name))[:count])
+        for label, files in by_class.items():
+            draws = {file: _draw(seed, file.name) for file in files}
+            bound = (bounds or {}).get(names.get(label, ''))
+            if bound is None:
+                count = min(max(round(fraction * len(files)), 1), len(files) - 1)
+                bound = sorted(draws.values())[count - 1] if count else ''
+            self.bounds[names.get(label, '')] = bound
+            chosen.update(file for file, draw in draws.items() if draw <= bound)
         self.share = f', of {len(self.samples)} in all: --val-fraction {fraction:g} of each class, by --seed {seed}'
         self.samples = [sample for sample in self.samples if (sample[0] in chosen) == held_out]
 
@@ -158,8 +171,8 @@ class Images(Reader):
         return posixpath.basename(name) if basename else os.path.join(self.root, name) if absolute else name
 
 
-def _draw(seed: int, name: str) -> bytes:
-    return hashlib.blake2b(f'{seed} {name}'.encode(errors='surrogatepass'), digest_size=8).digest()
+def _draw(seed: int, name: str) -> str:
+    return hashlib.blake2b(f'{seed} {name}'.encode(errors='surrogatepass'), digest_size=8).hexdigest()
 
 
 def natural_key(name: str) -> list[str | int]:

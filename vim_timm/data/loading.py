@@ -73,6 +73,7 @@ class Loader:
     ):  # fmt: skip
         dataset, mode = Pictures.of(dataset), getattr(dataset, 'image_mode', '')
         self.classes, self.unreadable, self.data_config = class_names(dataset), unreadable, data_config
+        self.bounds: dict[str, str] = getattr(getattr(dataset, 'reader', None), 'bounds', {})
         for part in transform if isinstance(transform, tuple) else [transform]:
             keep_posterizing(part)
         if args.data_in_memory and getattr(dataset, 'floating', False):

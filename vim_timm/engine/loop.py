@@ -27,7 +27,7 @@ from .eval_batch import fit_batch
 from .evaluate import Metric, Watch, evaluate
 from .process import catch_signals
 from .provenance import provenance
-from .record import eval_batch_of, history_of, progress_of, seconds_of
+from .record import eval_batch_of, held_out_of, history_of, progress_of, seconds_of
 
 
 @dataclasses.dataclass
@@ -141,6 +141,7 @@ class Trainer:
                 for name, value in self.eval_data.data_config.items()
             },
             'provenance': self.provenance,
+            **({'held_out': self.eval_data.bounds} if self.args.val_fraction else {}),
         }  # fmt: skip
         if self.scaler.is_enabled():
             state['amp_scaler'] = self.scaler.state_dict()
@@ -198,6 +199,11 @@ class Trainer:
         self.progress.say(f'resumed from {path}: epoch {self.epoch}, step {self.step}')
         if remark := checkpoint.other_images(content, self.args, self.eval_data.data_config):
             self.progress.say(remark)
+        before, now = held_out_of(content, self.args, path), self.eval_data.bounds
+        if any(now.get(name, bound) > bound for name, bound in before.items()):
+            self.progress.say(
+                f'{path} held out of other images than these: some that are evaluated from now on it was trained on'
+            )
 
     def _update_number(self, ahead: int = 0) -> int:
         return self.epoch * self.updates + -(-(self.step + ahead) // self.args.grad_accum_steps)

@@ -56,6 +56,22 @@ def eval_batch_of(checkpoint: Mapping[str, Any], path: str) -> int:
     return _counted(path, 'eval_batch', (checkpoint.get('progress') or {}).get('eval_batch', 0))
 
 
+def held_out_of(checkpoint: Mapping[str, Any], settings: Any, path: str) -> dict[str, str]:
+    """By which bounds (`Images.keep`) the run held out its images; {} where settings ask for others, or it did not.
+
+    Raises:
+        UserError: they are no bounds.
+    """
+    run, bounds = checkpoint.get('args'), checkpoint.get('held_out')
+    if bounds is None or not isinstance(run, dict):
+        return {}
+    if any(run.get(name) != getattr(settings, name) for name in ('val_fraction', 'seed')):
+        return {}
+    if not isinstance(bounds, dict) or not all(isinstance(word, str) for pair in bounds.items() for word in pair):
+        raise UserError(f'{path} is damaged: it does not say which images were held out')
+    return bounds
+
+
 def _counted(path: str, name: str, value: Any) -> int:
     if type(value) is not int or not 0 <= value <= 2**53:
         raise UserError(f'{path} is damaged: its {name} is {shown(repr(value))}')
