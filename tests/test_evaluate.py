@@ -1,11 +1,14 @@
-"""What an evaluation counts: outputs that are numbers."""
+"""What an epoch and its evaluation count: steps that were made, and outputs that are numbers."""
 
 import math
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
 from vim_timm import train
+from vim_timm.data import Digits
+from vim_timm.engine import Hooks
 from vim_timm.tasks import Task
 
 RUN = (
@@ -47,3 +50,24 @@ def test_minus_infinity_hides_a_class(few, tmp_path, monkeypatch):
     monkeypatch.setattr(Task, 'predict', hidden)
     arguments = train.parse_args([*RUN.split(), '--output', str(tmp_path), '--experiment', 'a'])
     assert train.train(arguments).rows[0]['eval_top1'] == 100
+
+
+class Stream(IterableDataset):
+    """Digits without an index, of which there are fewer than it says."""
+
+    def __init__(self, dataset):
+        self.dataset, self.image_mode = dataset, dataset.image_mode
+
+    def __len__(self):
+        return 200
+
+    def __iter__(self):
+        items = map(self.dataset.__getitem__, range(150))
+        return ((self.transform(image), target) for image, target in items)
+
+
+def test_an_epoch_of_a_stream_that_ends_before_its_time_is_said(tmp_path, capsys):
+    arguments = train.parse_args([*RUN.split(), '--output', str(tmp_path), '--num-classes', '10'])
+    hooks = Hooks(dataset=lambda split, training, args: Stream(Digits(training, 'L')) if training else None)
+    assert len(train.train(arguments, hooks).rows) == 2
+    assert 'epoch 1 had 2 steps, not 3: the data has fewer samples than it says' in capsys.readouterr().out

@@ -25,6 +25,7 @@ from vim_timm.data.sampling import Samples, Stream
 from vim_timm.data.unreadable import Unreadable
 from vim_timm.engine.predict import image_files
 from vim_timm.errors import TrainingStopped, UserError
+from vim_timm.settings import Process
 
 PNG = {'.png'}
 TINY = (
@@ -423,3 +424,22 @@ def test_unreadable_samples_of_a_web_data_set_are_named_and_counted_once(tmp_pat
     ]  # fmt: skip
     with pytest.raises(TrainingStopped, match='3 unreadable images'):
         list(Stream(dataset, 0, 0, Unreadable(2)))
+
+
+def test_a_process_that_reads_shards_has_one_and_a_rank_too(tmp_path):
+    """A process without a shard would end the epoch early, a rank without one would be waited for."""
+    webdataset = pytest.importorskip('webdataset')
+    content = io.BytesIO()
+    picture().save(content, format='PNG')
+    for shard in range(3):
+        with webdataset.TarWriter(str(tmp_path / f'a-{shard:03}.tar')) as tar:
+            for i in range(20):
+                tar.write({'__key__': f'{shard}-{i}', 'png': content.getvalue(), 'cls': '0'})
+    flags = ['--dataset', 'wds/a', '--num-classes', '1', '--train-num-samples', '60']
+    args = arguments(tmp_path, *flags).replace(workers=4, batch_size=8)
+    dataset = data.make_dataset(args, 'a-{000..002}.tar', True, 3)
+    config = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear', crop_pct=1.0)
+    with pytest.raises(UserError, match='3 shards are too few for 4 ranks'):
+        data.train_loader(args, Process(world_size=4), dataset, config)
+    loader = data.train_loader(args, Process(), dataset, config)
+    assert loader.workers == 3 and sum(1 for _ in loader.epoch(0)) == len(loader) == 9

@@ -92,6 +92,9 @@ class Loader:
             if training and args.aug_repeats:
                 raise UserError(f'--aug-repeats needs images with an index, not the stream {args.dataset}')
             dataset.transform = _Prepared(mode, transform)  # type: ignore[attr-defined]
+            if training and args.dataset.startswith('wds/'):
+                shards = len(dataset.reader.split_info.filenames)  # type: ignore[attr-defined]
+                self.workers = min(self.workers, self._share_of(shards, process.world_size))
             if hasattr(dataset, 'set_loader_cfg'):
                 dataset.set_loader_cfg(num_workers=self.workers)  # type: ignore[attr-defined]
             if not training and args.dataset.startswith('wds/'):
@@ -141,6 +144,17 @@ class Loader:
             raise UserError(
                 f'{len(dataset)} training images do not fill one batch of {size}{each}: a smaller --batch-size'
             )
+
+    @staticmethod
+    def _share_of(shards: int, ranks: int) -> int:
+        """Shards of each rank, at least. A process without one would read nothing, and the epoch would end early.
+
+        Raises:
+            UserError: there are too few. A rank that has none would never make the step that the others wait for.
+        """
+        if shards < ranks:
+            raise UserError(f'{shards} shards are too few for {ranks} ranks: write more of them, or start fewer ranks')
+        return shards // ranks
 
     def _try_one(self, channels: int) -> None:
         """Prepare the first image, before anything is written.

@@ -316,6 +316,11 @@ class Trainer:
             due = every and self.step // every > (self.step - group) // every
             if update and not last and (due or self.stopping):
                 self._save_recovery()
+        if self.step < self.batches:
+            self.progress.say(
+                f'epoch {self.epoch} had {self.step} steps, not {self.batches}: the data has fewer samples than it '
+                'says (--train-num-samples)'
+            )
         if self.process.world_size > 1 and args.dist_bn:
             distribute_bn(self.task.get_trainable_module(), self.process.world_size, args.dist_bn == 'reduce')
             if self.evaluates_ema():  # rank 0's, as in a checkpoint, so that a resumed run has no other
