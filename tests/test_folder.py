@@ -443,3 +443,8 @@ def test_a_process_that_reads_shards_has_one_and_a_rank_too(tmp_path):
         data.train_loader(args, Process(world_size=4), dataset, config)
     loader = data.train_loader(args, Process(), dataset, config)
     assert loader.workers == 3 and sum(1 for _ in loader.epoch(0)) == len(loader) == 9
+    (tmp_path / 'map.txt').write_text('cow\n')
+    args = args.replace(class_map=str(tmp_path / 'map.txt'), workers=0)
+    loader = data.train_loader(args, Process(), data.make_dataset(args, 'a-{000..002}.tar', True, 3), config)
+    with pytest.raises(UserError, match='--class-map does not list 0, a label of the data'):
+        next(iter(loader.epoch(0)))

@@ -100,6 +100,15 @@ class RepeatedBatches(EpochBatches):
         return self.rank + self.world * torch.arange(len(indices)), indices
 
 
+def _refuse_unlisted(dataset: Any, error: KeyError) -> None:
+    """Raise a UserError for a label that a timm reader looked up in --class-map in vain."""
+    if getattr(getattr(dataset, 'reader', None), 'remap_class', False):
+        raise UserError(
+            f'--class-map does not list {error.args[0]!r}, a label of the data: it takes the labels as the data has '
+            'them'
+        ) from error
+
+
 class Samples(Dataset):
     """A data set fetched by key, with each sample's own seed; unreadable images are named, counted and replaced.
 
@@ -126,6 +135,9 @@ class Samples(Dataset):
                 if self.mode:
                     image = to_mode(image, self.mode)
             except UserError:
+                raise
+            except KeyError as error:
+                _refuse_unlisted(self.dataset, error)
                 raise
             except UNREADABLE as error:
                 if getattr(error, 'errno', None) in SHORTAGES:
@@ -205,6 +217,9 @@ class Stream(IterableDataset):
                     yield *next(source), (epoch, 0, 0)
                 except StopIteration:
                     return
+        except KeyError as error:
+            _refuse_unlisted(self.dataset, error)
+            raise
         except UNREADABLE as error:
             if isinstance(error, UserError):
                 raise
