@@ -35,6 +35,11 @@ def random_mask(kernels: Any, noise: Tensor, kept: int) -> Tuple[Tensor, Tensor]
 
 def visible_pixels(kernels: Any, given: operands.Pixels) -> Tensor:
     x, keep, height, width, _ = given
+    if keep.ndim != 2 or len(keep) != len(x) or keep.dtype != torch.int64 or keep.device != x.device:
+        raise ValueError(
+            f'places of patches are {keep.dtype} {list(keep.shape)} on {keep.device}, not torch.int64 '
+            f'[{len(x)}, patches] on {x.device}'
+        )
     out = fake_pixels(*given)
     batch, kept, size = out.shape
     block = power_of_two(size, PIXELS)
