@@ -1,6 +1,6 @@
 """The Triton kernels that choose visible patches and take their pixels give the bits of aten's composition.
 
-The interpreter must be chosen before Triton is imported: a run without a GPU starts one with TRITON_INTERPRET=1.
+A run without a GPU has them in the interpreter that `test_masked_kernels` starts.
 """
 
 import pytest
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import vim_timm  # noqa: F401  registers the models
-from tests.kernels import error, pass_in_the_interpreter
+from tests.kernels import error
 from tests.test_masked_kernels import Calls, kept_of
-from tests.test_ssd import DEVICE, GPU, INTERPRETER, kernels
+from tests.test_ssd import DEVICE, GPU, kernels
 from vim_timm.layers import BiSSD, Layout
 from vim_timm.layers.masking import random_masking
 from vim_timm.layers.patch_embed import embed_patches
@@ -19,12 +19,6 @@ from vim_timm.ops import Pixels, use_scan_backend, visible_pixels
 
 SMALL = dict(depth=2, embed_dim=32, headdim=16, d_state=16)
 CUT = 0 if GPU else 2**-7  # the interpreter cuts numbers to bfloat16 where GPUs round
-
-
-@pytest.mark.skipif(GPU or INTERPRETER, reason='this run has the kernels itself')
-@pytest.mark.timeout(900)
-def test_all_of_this_in_the_interpreter():
-    pass_in_the_interpreter([__file__], 'kernel')
 
 
 @kernels
