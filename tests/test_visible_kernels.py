@@ -90,7 +90,7 @@ def test_kernels_read_no_pixel_outside_the_grid(triton):
     assert pixels.isnan().all(-1).tolist() == [[True, False], [True, False]]
     assert pixels[:, 1].isfinite().all()
     for wrong in (keep[:1], keep[0], keep.int()):  # past whose ends it would read, or whose numbers are cut
-        with pytest.raises(ValueError, match='places of patches are'):
+        with pytest.raises(ValueError, match='places of patches of 2 images are not'):
             visible_pixels(Pixels(torch.randn(2, 3, 8, 13, device=DEVICE), wrong, 4, 4, torch.float32))
 
 

@@ -130,8 +130,9 @@ def _data_of(content: Mapping[str, Any], what: str, first: Settings) -> dict[str
 def make_dataset(args: Settings, content: Mapping[str, Any]) -> Any:
     """The data set that the settings name, or what the run of the checkpoint held out of it."""
     dataset = data.make_dataset(args, args.split, False, input_channels(args))
-    bounds = held_out_of(content, args, args.checkpoint) if args.val_fraction else {}
-    return data.hold_out(dataset, args.val_fraction, args.seed, bounds)[1] if args.val_fraction else dataset
+    if not args.val_fraction:
+        return dataset
+    return data.hold_out(dataset, args.val_fraction, args.seed, held_out_of(content, args, args.checkpoint))[1]
 
 
 @usual_defaults()

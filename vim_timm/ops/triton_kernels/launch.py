@@ -33,6 +33,17 @@ def common_rows(*tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
     return tuple(t.contiguous() for t in tensors)
 
 
+def check(
+    what: str, x: Optional[torch.Tensor], shape: Tuple[int, ...], dtype: torch.dtype, tokens: torch.Tensor
+) -> torch.Tensor:
+    """x, which says places of tokens; raise ValueError where it has not this shape and dtype, or lies on another device
+    than they: kernels would read past its ends. Its values are not looked at."""
+    assert x is not None
+    if x.shape != shape or x.dtype != dtype or x.device != tokens.device:
+        raise ValueError(f'{what} are not {x.dtype} {list(x.shape)} on {x.device}')
+    return x
+
+
 def alignment(*tensors: torch.Tensor) -> int:
     """The largest power of two, up to 16, of bytes that divides the address of every row of the tensors."""
     numbers = [16]

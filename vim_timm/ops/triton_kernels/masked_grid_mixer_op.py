@@ -5,7 +5,7 @@ found by an operator of its own, once for all blocks; the state space dual sees 
 decays alone.
 """
 
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Tuple
 
 import torch
 from torch import Tensor
@@ -15,17 +15,9 @@ from ..operands import schema
 from ..registration import Kernel, masked_grid_mixer_flops, register, register_inference
 from . import grid_mixer_op
 from .grid_mixer_op import GridMixer, differentiate_by, gradients, save_operands
+from .launch import check
 from .masked_conv_launch import MaskedConv, empty_neighbours, find_neighbours
 from .ssd_launch import Grid
-
-
-def check(what: str, x: Optional[Tensor], shape: Tuple[int, ...], dtype: torch.dtype, tokens: Tensor) -> Tensor:
-    """x, which says places of tokens; raise ValueError where it has not this shape and dtype, or lies on another device
-    than they: kernels would read past its ends. Its values are not looked at."""
-    assert x is not None
-    if x.shape != shape or x.dtype != dtype or x.device != tokens.device:
-        raise ValueError(f'{what} are not {x.dtype} {list(x.shape)} on {x.device}')
-    return x
 
 
 class MaskedGridMixer(GridMixer):

@@ -1,6 +1,5 @@
 """The choice of visible patches and their pixels as dispatcher ops: a launch each, where aten takes 13 and 6."""
 
-import importlib
 import math
 from typing import Any, Tuple
 
@@ -10,39 +9,30 @@ from torch import Tensor
 from .. import operands
 from ..operands import schema
 from ..registration import register_inference
+from .launch import check
 
 MASK_TOKENS, MASK_OTHERS, MASK_WARPS = 256, 32, 8  # of a step of `random_mask`
 PIXELS, PIXEL_WARPS = 512, 4  # of a program of `visible_pixels`
 
 
-def power_of_two(count: int, most: int) -> int:
-    """The least one that is no less than count, or `most`."""
-    return min(most, 1 << max(0, count - 1).bit_length())
-
-
 def random_mask(kernels: Any, noise: Tensor, kept: int) -> Tuple[Tensor, Tensor]:
-    noise = (
-        noise.float() if noise.dtype in (torch.bfloat16, torch.float16) else noise
-    )  # which the interpreter does not order
+    if noise.dtype in (torch.bfloat16, torch.float16):  # which the interpreter does not order
+        noise = noise.float()
     keep, mask = fake_mask(noise, kept)
     batch, length = noise.shape
     kernels.random_mask[(batch,)](
         noise, keep, mask, length, kept, *noise.stride(),
-        BT=power_of_two(length, MASK_TOKENS), BU=MASK_OTHERS, num_warps=MASK_WARPS,
+        BT=min(MASK_TOKENS, 1 << (length - 1).bit_length()), BU=MASK_OTHERS, num_warps=MASK_WARPS,
     )  # fmt: skip
     return keep, mask
 
 
 def visible_pixels(kernels: Any, given: operands.Pixels) -> Tensor:
     x, keep, height, width, _ = given
-    if keep.ndim != 2 or len(keep) != len(x) or keep.dtype != torch.int64 or keep.device != x.device:
-        raise ValueError(
-            f'places of patches are {keep.dtype} {list(keep.shape)} on {keep.device}, not torch.int64 '
-            f'[{len(x)}, patches] on {x.device}'
-        )
+    check(f'places of patches of {len(x)} images', keep, (len(x), keep.shape[-1]), torch.int64, x)
     out = fake_pixels(*given)
     batch, kept, size = out.shape
-    block = power_of_two(size, PIXELS)
+    block = min(PIXELS, 1 << (size - 1).bit_length())
     kernels.visible_pixels[batch * kept, math.ceil(size / block)](
         x, keep, out, kept, x.shape[2] // height, x.shape[3] // width, *x.stride(), *keep.stride(),
         CHANNELS=x.shape[1], P=height, Q=width, BE=block, num_warps=PIXEL_WARPS,
@@ -50,14 +40,11 @@ def visible_pixels(kernels: Any, given: operands.Pixels) -> Tensor:
     return out
 
 
-def load_kernels() -> Any:
-    """The module of both kernels, which imports Triton."""
-    return importlib.import_module('.visible_kernels', __package__)
-
-
 def run_mask(noise: Tensor, kept: int) -> Tuple[Tensor, Tensor]:
+    from . import visible_kernels
+
     with torch.cuda.device_of(noise):
-        return random_mask(load_kernels(), noise, kept)
+        return random_mask(visible_kernels, noise, kept)
 
 
 def fake_mask(noise: Tensor, kept: int) -> Tuple[Tensor, Tensor]:
@@ -66,9 +53,11 @@ def fake_mask(noise: Tensor, kept: int) -> Tuple[Tensor, Tensor]:
 
 
 def run_pixels(*flat: Any) -> Tensor:
+    from . import visible_kernels
+
     given = operands.Pixels(*flat)
     with torch.cuda.device_of(given.x):
-        return visible_pixels(load_kernels(), given)
+        return visible_pixels(visible_kernels, given)
 
 
 def fake_pixels(x: Tensor, keep: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
