@@ -251,6 +251,21 @@ def test_operands_may_lie_anywhere(emulator):
     assert all(torch.equal(f, w) for f, w in zip(found, wanted))
 
 
+@pytest.mark.parametrize('some', [slice(1, None), slice(3, 9)], ids=['all', 'some'])
+def test_parameters_of_two_bytes_are_their_float32_copies(some, emulator, monkeypatch):
+    copies, single_copies = [], mixer_op.single_copies
+    monkeypatch.setattr(mixer_op, 'single_copies', lambda some: copies.append(len(some)) or single_copies(some))
+    tensors = operands(2, 9, 64, 12, out=24, device='cpu')
+    tensors[some] = [t.to(torch.bfloat16) for t in tensors[some]]
+    singles = [tensors[0], *(t.float() for t in tensors[1:])]
+    weight = torch.randn(2, 9, 24)
+    wanted, found = with_gradients(mixer, singles, weight), with_gradients(mixer, tensors, weight)
+    assert torch.equal(found[0], wanted[0])
+    for tensor, f, w in zip(tensors, found[1:], wanted[1:]):
+        assert f.dtype == tensor.dtype and torch.equal(f, w.to(f.dtype))
+    assert copies == [min(14, len(tensors[some]))] * 2  # a launch in the forward pass, a launch in the backward pass
+
+
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
 def test_plain_cpp_notices_a_missing_wait(tmp_path, monkeypatch):
     for source in nvrtc.SOURCES.glob('*.cu*'):

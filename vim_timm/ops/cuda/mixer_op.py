@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import math
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,15 @@ def aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype != dtype or not x.is_contiguous():  # calls that change nothing cost the host more than the question
         x = x.to(dtype).contiguous()
     return x.clone() if x.data_ptr() % 16 else x
+
+
+def single_copies(parameters: List[Tensor]) -> List[Tensor]:
+    """Float32 copies as the kernels take them, all by one launch; a number of elements is a multiple of 4."""
+    sizes = [parameter.numel() for parameter in parameters]
+    whole = torch.empty(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+    copies = [part.view(p.shape) for part, p in zip(whole.split(sizes), parameters)]
+    torch._foreach_copy_(copies, parameters)
+    return copies
 
 
 def pair(buffer: Tensor, first: int, rows: int, columns: int) -> Tensor:
@@ -131,15 +140,16 @@ class Mixer:
         xz, forward, backward, self.scale, self.out_proj, self.out_bias = given
         self.xz = aligned(xz, xz.dtype)
         addresses: List[int] = []
-        self.copies: List[Tensor] = []  # have to live as long as their addresses
+        others: Dict[int, Tensor] = {}  # parameters that the kernels cannot take, by their place
         single = torch.float32
-        for p in (*forward, *backward):
+        for place, p in enumerate((*forward, *backward)):
             at = 0 if p is None else p.data_ptr()
-            # asked before `aligned` is called: 14 calls a block cost the host more than these questions
             if p is not None and (at % 16 or p.dtype is not single or not p.is_contiguous()):
-                self.copies.append(aligned(p, single))
-                at = self.copies[-1].data_ptr()
+                others[place] = p
             addresses.append(at)
+        self.copies = single_copies([*others.values()]) if others else []  # have to live as long as their addresses
+        for place, copy in zip(others, self.copies):
+            addresses[place] = copy.data_ptr()
         self.at = Addresses(*zip(addresses[:DIRECTION], addresses[DIRECTION:]))
         self.batch, self.length, _ = xz.shape
         self.dim, *axes, self.width = forward.conv.shape
@@ -441,6 +451,9 @@ def differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     *tensors, out_proj, out_bias = ctx.saved_tensors
     grad_xz, weights = torch.ops.vim_timm.cuda_mixer_backward.default(grad, *tensors, ctx.scale, out_proj)
     shapes = all_shapes(operands.Mixer.of(*tensors, ctx.scale, out_proj))
+    dtype = tensors[1].dtype
+    if dtype != weights.dtype and all(p is None or p.dtype == dtype for p in (*tensors, out_proj)):
+        weights = weights.to(dtype)  # all by one launch
     found = weights.split([*map(math.prod, shapes)])
     grads: List[Tensor] = [grad_xz]
     for dt_bias, A_log, D, conv, conv_bias, dt, x_proj in (found[:DIRECTION], found[DIRECTION : 2 * DIRECTION]):
