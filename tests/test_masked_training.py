@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from processes import TRAIN, finish, ranks
+from PIL import Image
+from processes import TRAIN, VALIDATE, finish, ranks
 from safetensors.torch import load_file
 from test_resume import load
 
 from vim_timm import export, predict, train, validate
 from vim_timm.data import Batch
+from vim_timm.data.unreadable import Unreadable
 from vim_timm.errors import UserError
 from vim_timm.hub import publish
 from vim_timm.models.masked_autoencoder import MaskedAutoencoder
@@ -292,6 +294,21 @@ class TestEvaluation:
         assert all((folder / f'gallery_{percent}.png').exists() for percent in (25, 50, 75, 90))
         assert 'oracle' in (folder / 'report.html').read_text()
 
+    @pytest.mark.parametrize('damaged', [(1, 3), (0, 2, 4)])
+    def test_no_process_waits_for_one_without_readable_images(self, damaged, run, tmp_path):
+        folder = tmp_path / 'validation' / 'class'
+        folder.mkdir(parents=True)
+        for number in range(5):
+            Image.new('L', (16, 16), 40 * number).save(folder / f'{number}.png')
+        for number in damaged:
+            (folder / f'{number}.png').write_bytes(b'')
+        flags = f'--mae --checkpoint {run}/last.pth.tar --data-dir {tmp_path} --device cpu --workers 0'.split()
+        one, two, report = (str(tmp_path / name) for name in ('one.csv', 'two.csv', 'report'))
+        assert validate.main([*flags, '--results-file', one]) == 0
+        finish(ranks(VALIDATE, *flags, '--results-file', two, '--report', report, count=2, folder=tmp_path))
+        assert (tmp_path / 'one.csv').read_text() == (tmp_path / 'two.csv').read_text()
+        assert (tmp_path / 'report' / 'gallery_50.png').exists() == (0 not in damaged)
+
     def test_metrics_by_hand(self):
         images, output = torch.rand(2, 3, 12, 12), torch.rand(2, 3, 12, 12)
         mask = torch.zeros(2, 3, 12, 12)
@@ -308,6 +325,8 @@ class TestEvaluation:
         task = MaskedImages(model, {'input_size': (5, 8, 8), 'mean': (0.5,), 'std': (0.5,)})
 
         class Loader:
+            unreadable = Unreadable(0)
+
             def epoch(self, epoch):
                 yield Batch(torch.randn(6, 5, 8, 8), torch.zeros(6), torch.arange(18).view(6, 3))
 
@@ -387,7 +406,9 @@ def test_an_encoder_alone_is_refused(run, capsys):
     assert 'an encoder without its decoder' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(('readable', 'said'), [(1, 'gallery: '), (0, 'no gallery: no image could be read')])
+@pytest.mark.parametrize(
+    ('readable', 'said'), [(1, 'gallery: '), (0, 'no gallery: none of the images of the first process could be read')]
+)
 def test_a_gallery_shows_the_first_images_that_can_be_read(readable, said, capsys, tmp_path):
     batches = [make_batch([0, 1]), make_batch([2, 3])]
     for batch in batches[: 2 - readable]:

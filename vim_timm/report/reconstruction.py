@@ -24,6 +24,7 @@ from .evaluation import open_folder
 from .extras import require
 
 SAMPLES = 8  # of a gallery
+NOTHING = 'none of the images of the first process could be read'
 WINDOW = 11  # sides of SSIM's Gaussian window of deviation 1.5
 COLUMNS = {
     'mask_ratio': 'hidden', 'mse': 'MSE', 'mae': 'MAE', 'mean_psnr': 'mean of PSNR (dB)',
@@ -103,9 +104,12 @@ class Gallery:
         """Write reconstruction.png and reconstruction-EPOCHS.png into the run's folder."""
         try:
             require(['matplotlib'])
-            self.batch = self.batch or first(self.loader)
         except UserError as error:  # training goes on without pictures
             trainer.progress.say(f'no gallery: {error}')
+            return
+        self.batch = self.batch or first(self.loader)
+        if self.batch is None:
+            trainer.progress.say(f'no gallery: {NOTHING}')
             return
         result = reconstruct(trainer.task, self.process, self.batch, trainer.evaluates_ema())
         png = draw(trainer.task, result)
@@ -165,8 +169,10 @@ def measure_bands(
 
 
 def galleries(task: MaskedImages, loader: Loader, process: Process, ratios: Sequence[float]) -> list[bytes]:
-    """A gallery (PNG) of this rank's first images for each mask ratio."""
+    """A gallery (PNG) of this rank's first images for each mask ratio; none where it has none."""
     batch, pngs = first(loader), []
+    if batch is None:
+        return []
     for ratio in ratios:
         with hiding(task, ratio):
             pngs.append(draw(task, reconstruct(task, process, batch, False)))
@@ -178,16 +184,12 @@ def notes(task: MaskedImages) -> list[str]:
     return [' '.join(EXPLANATIONS.split()), *([ORACLE] if task.norm_pix_loss else [])]
 
 
-def first(loader: Loader) -> Batch:
-    """The images that a gallery shows, of this rank's first batch that has one which could be read.
-
-    Raises:
-        UserError: there is none.
-    """
-    batch = next((batch for batch in map(readable, loader.epoch(0)) if len(batch.keys)), None)
-    if batch is None:
-        raise UserError('no image could be read')
-    return Batch(batch.images[:SAMPLES], batch.targets[:SAMPLES], batch.keys[:SAMPLES])
+def first(loader: Loader) -> Batch | None:
+    """The images that a gallery shows, of this rank's first batch that has one which could be read, if one has."""
+    for batch in map(readable, loader.epoch(0)):
+        if len(batch.keys):
+            return Batch(batch.images[:SAMPLES], batch.targets[:SAMPLES], batch.keys[:SAMPLES])
+    return None
 
 
 def measure_missing(
@@ -223,6 +225,7 @@ def _batches(loader: Loader, process: Process, watch: Watch | None) -> Any:
             break
     if any_rank(bool(watch and watch.signals), process):
         raise Preempted('stopped by a signal in an evaluation: start it again')
+    loader.unreadable.share(process.world_size)
 
 
 def _add(sums: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None:
@@ -233,12 +236,21 @@ def _add(sums: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None
 
 
 def _means(sums: Mapping[str, torch.Tensor], process: Process) -> tuple[dict[str, float], int]:
-    """Means over the images of all ranks, and the number of images."""
-    stacked = torch.stack(list(sums.values()))
+    """Means over the images of all ranks, some of which may have none, and the number of images.
+
+    Raises:
+        UserError: there is no image at all.
+    """
+    mine = {name: both.tolist() for name, both in sums.items()}
+    shares: list[Any] = [mine]
     if process.world_size > 1:
-        dist.all_reduce(stacked)
-    totals, counts = stacked.unbind(dim=1)
-    return dict(zip(sums, (totals / counts).tolist())), int(counts.max())
+        shares = [None] * process.world_size
+        dist.all_gather_object(shares, mine)
+    names = list(dict.fromkeys(name for share in shares for name in share))
+    if not names:
+        raise UserError('no image could be read')
+    totals, counts = np.sum([[share.get(name, (0, 0)) for name in names] for share in shares], axis=0).T
+    return dict(zip(names, (totals / counts).tolist())), int(counts.max())
 
 
 def scores(task: MaskedImages, process: Process, batch: Batch, ema: bool = False) -> dict[str, torch.Tensor]:
@@ -271,7 +283,7 @@ class ReconstructionReport:
         facts: Further lines for the summary, by name.
         ratios: `measure` at several mask ratios.
         bands: `measure_missing` for several numbers of missing channels.
-        galleries: A gallery (PNG) for each of the ratios.
+        galleries: A gallery (PNG) for each of the ratios, or none.
         notes: What has to be said of the numbers.
     """
 
@@ -334,6 +346,8 @@ def _page(report: ReconstructionReport, bands: bytes) -> str:
             f'<div class="card">{_table(report.bands, BANDS)}</div></div>',
         ]
     body.append('<h2 id="gallery">Gallery</h2>')
+    if not report.galleries:
+        body.append(f'<p>No gallery: {NOTHING}.</p>')
     for ratio, png in zip(report.ratios, report.galleries):
         text = f'{100 * ratio["mask_ratio"]:g} % hidden'
         body.append(f'<h3>{text}</h3>{page.figure(png, text)}')
