@@ -16,15 +16,16 @@ import torch
 from logs import settled
 from PIL import Image
 from timm.data.loader import adapt_to_chs
+from timm.task import ClassificationTask
 
 from vim_timm import train, validate
 from vim_timm.data import Digits
-from vim_timm.engine import Hooks
+from vim_timm.engine import Hooks, build
 from vim_timm.engine.checkpoint import Saver
 from vim_timm.engine.saved import open_saved
 from vim_timm.errors import TrainingStopped
 from vim_timm.settings import Process
-from vim_timm.tasks import make_task
+from vim_timm.tasks import adopt, make_task
 
 BASE = '--device cpu --workers 0 --batch-size 64 --log-interval 100 --opt adamw --lr 1e-3 --epochs 1'
 DIGITS = f'{BASE} --dataset digits --model test_vit --img-size 16 --in-chans 1'
@@ -410,6 +411,31 @@ def test_a_linear_probe_learns_from_features_of_a_teacher(tmp_path, few, run):
     flags = ['--kd-model-name', f'local-dir:{tmp_path / "teacher"}', '--kd-distill-type', 'feature', '--linear-probe']
     _, rows = run(DIGITS, *flags, '--in-chans', '3')
     assert np.isfinite(rows[-1]['train_loss'])
+
+
+@pytest.mark.parametrize('name', ['levit_128s', 'deit_tiny_distilled_patch16_224', 'repvit_m0_9', 'mambaout_femto'])
+def test_classifiers_of_several_layers_and_those_that_timm_averages(name):
+    """Logits are scaled, biased and probed, whatever layers make them."""
+
+    def make(*flags):
+        args = train.parse_args(['--data-dir', '.', '--model', name, '--num-classes', '3', *flags])
+        torch.manual_seed(0)
+        model = build.make_training_model(args, Process())
+        return model, adopt(ClassificationTask(model, device=torch.device('cpu'), verbose=False))
+
+    images, logits = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)), []
+    for flags in (['0'], ['0', '--head-init-scale', '3'], ['5', '--head-init-scale', '0']):
+        model, _ = make('--head-init-bias', *flags)
+        logits.append(model.eval()(images))
+    torch.testing.assert_close(logits[1], 3 * logits[0])
+    torch.testing.assert_close(logits[2], torch.full_like(logits[0], 5))
+    model, task = make('--linear-probe')
+    task.linear_probe = True
+    trained = {name.split('.')[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and trained <= {'head', 'head_dist'}
+    task.train()
+    training = {name.split('.')[0] for name, module in model.named_modules() if name and module.training}
+    assert trained <= training <= {'head', 'head_dist'}
 
 
 @pytest.mark.parametrize('channels', [1, 3])

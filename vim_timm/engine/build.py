@@ -22,6 +22,7 @@ from ..models.load import check_published, model_of
 from ..models.pretrained import described
 from ..settings import Process, Settings
 from ..step import batched, fused_arguments
+from ..tasks.base import classifiers
 from .checkpoint import load_weights
 
 
@@ -227,14 +228,18 @@ def make_training_model(args: Settings, process: Process) -> torch.nn.Module:
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint, use_ema=None)
     with explain(f'model {args.model}'), torch.no_grad():
-        if args.head_init_scale is not None:
-            for parameter in model.get_classifier().parameters():  # type: ignore[operator]
-                parameter.mul_(args.head_init_scale)
-        if args.head_init_bias is not None:
-            _logits_bias(model).fill_(args.head_init_bias)
+        for layer in _last_layers(model) if {args.head_init_scale, args.head_init_bias} != {None} else ():
+            if args.head_init_scale is not None:
+                for parameter in layer.parameters():
+                    parameter.mul_(args.head_init_scale)
+            if args.head_init_bias is not None:
+                if layer.bias is None:
+                    raise ValueError("--head-init-bias: the classifier's last layer has no bias")
+                layer.bias.fill_(args.head_init_bias)
         if args.linear_probe:
             model.requires_grad_(False)
-            model.get_classifier().requires_grad_(True)  # type: ignore[operator]
+            for head in classifiers(model):
+                head.requires_grad_(True)
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
         if args.split_bn:
@@ -246,17 +251,10 @@ def make_training_model(args: Settings, process: Process) -> torch.nn.Module:
     return model
 
 
-def _logits_bias(model: Any) -> torch.Tensor:
-    """Bias of the classifier's last layer.
-
-    Raises:
-        ValueError: it has none.
-    """
-    layers = [layer for layer in model.get_classifier().modules() if getattr(layer, 'weight', None) is not None]
-    bias = layers[-1].bias if layers else None
-    if bias is None:
-        raise ValueError("--head-init-bias: the classifier's last layer has no bias")
-    return bias
+def _last_layers(model: Any) -> list[Any]:
+    """The layers that make logits: of each classifier the last one with weights."""
+    layers = ([layer for layer in head.modules() if hasattr(layer, 'weight')] for head in classifiers(model))
+    return [found[-1] for found in layers if found]
 
 
 def learning_rate(args: Settings, world_size: int) -> float:

@@ -44,7 +44,8 @@ class Task(TrainingTask):
         if self.linear_probe:
             model: Any = unwrap_model(self.get_eval_model())
             model.eval()
-            model.get_classifier().train(mode)
+            for head in classifiers(model):
+                head.train(mode)
         return self
 
     def prepare(self, batch: Batch, epoch: int) -> Batch:
@@ -92,6 +93,14 @@ class Task(TrainingTask):
 
     def end_epoch(self, trainer: Any) -> None:
         """Called on every rank when an epoch's evaluation, checkpoint and log are done, with the Trainer."""
+
+
+def classifiers(model: Any) -> list[torch.nn.Module]:
+    """The classifiers of a model of timm's, whose logits it averages: mostly one, two of those for distillation."""
+    found = model.get_classifier()
+    if hasattr(found, 'head_dist'):  # RepViT's module of two
+        return [found.head, found.head_dist]
+    return list(found) if isinstance(found, tuple) else [found]
 
 
 def adopt(task: TrainingTask) -> Task:
