@@ -245,6 +245,16 @@ def test_workers_do_not_change_the_run(workers, few, tmp_path):
     assert_same_run(tmp_path, 'one', 'other')
 
 
+@pytest.mark.parametrize('more', [[], ['--model-ema-force-cpu']])
+def test_an_average_in_two_bytes_is_rounded_alike_after_a_resume(more, tmp_path):
+    flags = '--no-aug --workers 0 --opt adamw --lr 1e-3 --warmup-epochs 0 --model-dtype bfloat16 --model-ema'.split()
+    here(tmp_path, 'whole', *flags, *more, '--epochs', '2')
+    resumed = str(tmp_path / 'whole' / 'checkpoint-0.pth.tar')
+    here(tmp_path, 'again', *flags, *more, '--epochs', '2', '--resume', resumed)
+    whole, again = (torch.load(tmp_path / name / 'last.pth.tar')['state_dict_ema'] for name in ('whole', 'again'))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
 def test_log_is_cut_back_to_the_checkpoint(few, tmp_path):
     flags = [*BASE.split(), *EASY.split(), '--output', str(tmp_path), '--experiment', 'a', '--epochs', '3']
     assert train.main(flags) == 0

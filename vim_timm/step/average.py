@@ -40,6 +40,10 @@ class Average:
         """Move the average by `weight` after update `number`, unless `bad` () is 1."""
         if self.pairs is None:
             if self.waits:
+                average: Any = self.task.get_trainable_module(ema=True)
+                rounding = getattr(average, '_sr_generator', None)
+                if rounding is not None:  # a resumed run has none of the draws before it
+                    rounding.manual_seed(average.stochastic_rounding_seed + number)
                 self.task.update_ema(step=number)
             return
         averages, weights = ([t for t in tensors if t.is_floating_point()] for tensors in self.pairs)
