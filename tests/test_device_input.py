@@ -96,11 +96,11 @@ def erased(count, mode, images=3000, size=(24, 32)):
         yield (result != 100).any(1), result
 
 
-@pytest.mark.parametrize('count', [1, 3])
-def test_erased_boxes_are_spread_as_timms(count):
+@pytest.mark.parametrize('count, size', [(1, (24, 32)), (3, (24, 32)), (1, (8, 96))])
+def test_erased_boxes_are_spread_as_timms(count, size):
     torch.manual_seed(0)
     found = []
-    for mask, _ in erased(count, 'const'):
+    for mask, _ in erased(count, 'const', size=size):
         area, some = mask.float().mean((1, 2)), mask.any(2).any(1)
         rows, columns = mask.any(2).sum(1).float(), mask.any(1).sum(1).float()
         first = mask.any(2).float().argmax(1).float(), mask.any(1).float().argmax(1).float()
