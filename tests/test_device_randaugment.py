@@ -110,6 +110,19 @@ def test_operations_and_magnitudes_are_drawn_as_timms(config, monkeypatch):
     assert levels.min() >= 0 and levels.max() == pytest.approx(float(theirs.max()), abs=0.3)
 
 
+@pytest.mark.parametrize('config', ['rand-m25-mmax30-n3-p1', 'rand-m30-mmax30-n2-p1-inc1', 'rand-n0'])
+def test_levels_beyond_the_usual_and_no_layers_are_spread_as_timms(config):
+    transform = rand_augment_transform(config, dict(img_mean=FILL, translate_const=100))
+    keep_posterizing(transform)
+    ours, image, count = RandAugment(transform), next(pictures(2, size=(8, 9))), 3000
+    random.seed(0)
+    np.random.seed(0)
+    theirs = np.stack([transform(Image.fromarray(image)) for _ in range(count)]).mean(0)
+    uniform = torch.rand(count, ours.draws, generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(image).permute(2, 0, 1).float().expand(count, -1, -1, -1)
+    assert np.abs(ours(images, uniform).mean(0).permute(1, 2, 0).numpy() - theirs).max() < 10
+
+
 def test_half_of_the_images_are_bicubic_where_timm_draws_it():
     ours = RandAugment(policy('Rotate', 9, resample=None))
     both = [RandAugment(policy('Rotate', 9, resample=kind)) for kind in (CUBIC, LINEAR)]

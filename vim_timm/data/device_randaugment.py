@@ -61,7 +61,7 @@ class RandAugment:
             images: (B, C, H, W), whole numbers of 0..255 as float32.
             uniform: (B, draws) in [0, 1).
         """
-        for numbers in uniform.split(DRAWS, 1):
+        for numbers in uniform.unflatten(1, (self.layers, DRAWS)).unbind(1):
             images = self._layer(images, numbers)
         return images
 
@@ -163,7 +163,7 @@ def grey_tables(
     level, factor = level[:, None, None], factor[:, None, None]
 
     def posterized(bits: torch.Tensor) -> torch.Tensor:
-        step = torch.exp2(8 - bits).round_()
+        step = torch.exp2((8 - bits).clamp_(min=0)).round_()
         return (grey / step).floor_() * step
 
     def solarized(threshold: torch.Tensor) -> torch.Tensor:
