@@ -174,6 +174,9 @@ def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.d
         GATED_DTYPES,
         GRADIENT_CHANNELS,
         GRADIENTS,
+        NARROW,
+        NARROW_CHANNELS,
+        PRODUCT,
         WHOLE,
         WHOLE_CHANNELS,
         Gate,
@@ -187,7 +190,8 @@ def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.d
     if dtype in GATED_DTYPES:
         recorder = Recorder(gated_product_kernels, capability, compiled)
         bias, out_bias = (torch.empty([size], device='meta') for size in (2 * hidden, dim))
-        GatedProduct(recorder, x, weight, bias).forward()
+        narrow = capability == 90 and dim <= NARROW_CHANNELS
+        GatedProduct(recorder, x, weight, bias).forward(NARROW if narrow else PRODUCT)
         given = operands.SwiGlu(x, weight, bias, x.new_empty(dim, hidden), out_bias)
         if capability == 90 and dim in WHOLE_CHANNELS:
             for tile in WHOLE:
