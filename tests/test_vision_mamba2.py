@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import vim_timm  # noqa: F401  registers the models
-from vim_timm.layers import BiSSD, Layout
+from vim_timm.layers import BiSSD, Layout, token_order
 from vim_timm.layers.token_order import hidden_before
 
 
@@ -82,6 +82,26 @@ def test_patches_are_all_of_the_grid_or_those_that_are_kept():
     torch.testing.assert_close(
         model.encode(patches, grid, keep=keep)[0], model.encode(patches[:, :5], grid, keep=keep)[0]
     )
+
+
+@pytest.mark.parametrize(
+    'name, arguments, looks',
+    [
+        ('test_vim2', dict(), True),
+        ('test_vim2', dict(conv='1d'), False),
+        ('test_vim2', dict(rope=True), False),
+        ('test_vim2', dict(bc_norm=True), False),
+        ('test_vim2', dict(gap_decay=True), False),
+        ('test_vim_hybrid', dict(), True),
+        ('test_vim_hybrid', dict(ssm='mamba'), False),
+    ],
+    ids=str,
+)
+def test_neighbours_of_visible_patches_are_looked_up_for_mixers_that_use_them(name, arguments, looks, monkeypatch):
+    model, asked = timm.create_model(name, img_size=64, **arguments), []
+    monkeypatch.setattr(token_order, 'visible_neighbours', asked.append)
+    model.encode(*model.embed(torch.randn(1, 3, 64, 64)), keep=torch.tensor([[0, 3, 5]]))
+    assert bool(asked) == looks
 
 
 def test_columns_of_an_image_are_the_rows_of_its_transpose():

@@ -116,6 +116,8 @@ class BiSSD(StateSpaceMixer):
         self.rope, self.gap_decay = rope, gap_decay
         self.rope_grid = _ROPE_GRID  # side to which positions are scaled
         self.conv_type = conv
+        # of masked images in the fused mixer, see `_fused`
+        self.wants_neighbours = conv == '2d' and not (bc_norm or rope or gap_decay)
         channels = d_inner + 2 * d_state
         self.in_proj = nn.Linear(dim, d_inner + channels + self.num_heads, bias=False, **dd)
         self.conv2d = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, **dd) if conv == '2d' else None

@@ -52,7 +52,7 @@ def scan_layout(
     """Where the tokens of a trunk's blocks stand.
 
     Args:
-        wanted: Whether a block looks at what stands beside what.
+        wanted: Whether a block's mixer may look at its `neighbours`.
     """
     prefix = prefix_places(class_token, num_patches)
     neighbours: Optional[torch.Tensor] = None

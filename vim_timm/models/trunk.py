@@ -48,7 +48,7 @@ class Trunk(nn.Module):
     """
 
     # a subclass's own annotations would hide Final ones
-    __constants__ = ['dynamic_img_size', 'class_token', 'rope', 'rope_residual', 'wants_layout']
+    __constants__ = ['dynamic_img_size', 'class_token', 'rope', 'rope_residual', 'wants_neighbours']
 
     def __init__(
         self,
@@ -102,8 +102,7 @@ class Trunk(nn.Module):
             raise ValueError(f"random_class_position needs class_token 'middle' or 'head', not {class_token!r}")
         if rope is not None and embed_dim % 4:
             raise ValueError(f'rope needs an embed_dim divisible by 4, not {embed_dim}')
-        self.wants_layout = any(block.wants_layout for block in blocks)
-        if (random_token_order or random_class_position) and self.wants_layout:
+        if (random_token_order or random_class_position) and any(block.wants_layout for block in blocks):
             raise ValueError('a random scan order does not go with mixers that need to know where tokens stand')
         self.num_prefix_tokens = PREFIX_TOKENS[class_token]
         self._check_pool(global_pool)
@@ -131,6 +130,7 @@ class Trunk(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim, **dd)) if pos_embed else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks = nn.ModuleList(blocks)
+        self.wants_neighbours = any(getattr(module, 'wants_neighbours', False) for module in self.blocks.modules())
         self.feature_info = [
             dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=patch_embed.feat_ratio())
             for i in range(len(self.blocks))
@@ -348,7 +348,7 @@ class Trunk(nn.Module):
             grid = patch_grid
         if keep is not None:
             x = kept_patches(x, keep, grid[0] * grid[1])
-        layout = scan_layout(grid, self.class_token, x.shape[1], keep, self.wants_layout)
+        layout = scan_layout(grid, self.class_token, x.shape[1], keep, self.wants_neighbours)
         x = self._with_prefix(x)
         x = self.pos_drop(x)
         if self.residual_in_fp32:
