@@ -191,6 +191,8 @@ def test_refusals():
         make()(torch.randn(1, 4, 16, 16))
     with pytest.raises(ValueError, match='smaller than a patch'):
         make(img_size=3)
+    with pytest.raises(ValueError, match='mlp_ratio must be'):
+        make(mlp_ratio=0)
     with pytest.raises(ValueError, match='FactorizedViT'):
         make(encoder='test_vim', num_heads=None)
 

@@ -126,12 +126,31 @@ def test_every_parameter_of_both_branches_learns(ssm):
         (dict(attn_blocks=[4]), 'numbers from 0 to 3'),
         (dict(attn_blocks=2), 'numbers from 0 to 3'),
         (dict(num_heads=5), 'num_heads must divide embed_dim 32'),
+        (dict(mlp_ratio=-1), 'mlp_ratio must be 0 for none, or more'),
+        (dict(ssm='mamba', headdim=32), "headdim 32 needs ssm 'ssd'"),
         (dict(weight_init='jax'), "weight_init must be ''"),
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         small(**arguments)
+
+
+def test_a_width_that_the_usual_heads_do_not_divide_takes_those_of_the_sentence():
+    with pytest.raises(ValueError, match=r'headdim 64 does not divide the 96 channels .* use one of \[8, 16, 32, 48'):
+        small(embed_dim=48)
+    assert small(embed_dim=48, headdim=48).blocks[0].mixer.ssm.num_heads == 2
+
+
+def test_blocks_without_an_mlp():
+    model = small(mlp_ratio=0)
+    assert all(block.mlp is None for block in model.blocks)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 5)
+
+
+def test_every_norm_has_the_epsilon_that_is_asked_for():
+    norms = [module for module in small(norm_eps=1e-3).modules() if isinstance(module, nn.RMSNorm)]
+    assert len(norms) == 4 * 3 + 1 and {norm.eps for norm in norms} == {1e-3}
 
 
 def test_what_weight_decay_leaves_alone():

@@ -93,16 +93,19 @@ class FactorizedBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f'{num_heads} heads do not divide a width of {dim}')
+        hidden = int(dim * mlp_ratio)
+        if hidden < 1:
+            raise ValueError(f'mlp_ratio must be more than 0, at least 1 / {dim} of this width, not {mlp_ratio}')
         self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp1 = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp1 = Mlp(dim, hidden, drop=proj_drop, **dd)
         self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
         self.patch_attn = Attention(dim, num_heads, qkv_bias=True, proj_drop=proj_drop, **dd)
         self.norm3 = LayerNorm(dim, eps=1e-6, **dd)
         self.channel_attn = ChannelAttention(dim, num_heads, proj_drop, **dd)
         self.norm4 = LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp2 = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp2 = Mlp(dim, hidden, drop=proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(

@@ -67,6 +67,7 @@ class VisionMambaHybrid(Trunk):
         mix: Literal['scalar', 'channel'] = 'scalar',
         expand: int = 2,
         d_state: Optional[int] = None,
+        headdim: Optional[int] = None,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         norm_layer: Literal['rmsnorm', 'layernorm'] = 'rmsnorm',
@@ -102,7 +103,8 @@ class VisionMambaHybrid(Trunk):
             mix: One learned weight of the branches for a block ('scalar') or for every channel ('channel').
             expand: Channels of the state space branch as a multiple of embed_dim.
             d_state: State size, None for the branch's usual one.
-            mlp_ratio: Width of the MLP as a multiple of embed_dim.
+            headdim: Channels of the 'ssd' branch that share their decay, None for 64.
+            mlp_ratio: Width of the MLP as a multiple of embed_dim, 0 for blocks without one.
             qkv_bias: Bias in the attention branch's first product.
             norm_layer: 'rmsnorm' or 'layernorm'.
             norm_eps: Epsilon of every norm.
@@ -127,15 +129,23 @@ class VisionMambaHybrid(Trunk):
             raise ValueError(f'ssm must be one of {", ".join(_BRANCHES)}, not {ssm!r}')
         if weight_init not in ('', 'skip'):
             raise ValueError(f"weight_init must be '' or 'skip', not {weight_init!r}")
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f'num_heads must divide embed_dim {embed_dim}, which {num_heads} does not')
+        if mlp_ratio < 0:
+            raise ValueError(f'mlp_ratio must be 0 for none, or more, not {mlp_ratio}')
+        if headdim is not None and ssm != 'ssd':
+            raise ValueError(f"headdim {headdim} needs ssm 'ssd': each channel of {ssm!r} has a decay of its own")
         norm = partial(get_norm_layer(norm_layer), eps=norm_eps)
         with_attention = _blocks_with_attention(attn_blocks, depth)
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
-        state: Dict[str, Any] = {} if d_state is None else {'d_state': d_state}
+        hidden = int(embed_dim * mlp_ratio)
+        branch: Dict[str, Any] = dict(expand=expand, proj_drop=proj_drop_rate, **dd)
+        branch |= {name: size for name, size in (('d_state', d_state), ('headdim', headdim)) if size is not None}
+        if ssm == 'ssd':
+            branch['norm_eps'] = norm_eps  # the other has no norm
 
         def mixer(i: int) -> nn.Module:
-            space = _BRANCHES[ssm](embed_dim, expand=expand, proj_drop=proj_drop_rate, **state, **dd)
+            space = _BRANCHES[ssm](embed_dim, **branch)
             if i not in with_attention:
                 return space
             attention = Attention(
@@ -157,7 +167,7 @@ class VisionMambaHybrid(Trunk):
                 Block(
                     embed_dim,
                     mixer(i),
-                    Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=proj_drop_rate, **dd),
+                    Mlp(embed_dim, hidden, drop=proj_drop_rate, **dd) if hidden else None,
                     norm,
                     init_values,
                     drop_path_rates[i],
