@@ -79,6 +79,13 @@ def arguments_are_strict(build: Build) -> None:
     for pool in ('catavgmax', 'map'):
         with pytest.raises(AssertionError, match='global_pool'):
             build(global_pool=pool)
+    for size in ('img_size', 'patch_size', 'in_chans', 'embed_dim', 'depth'):
+        for value in (0, -1, 8.0, 'small'):
+            with pytest.raises(ValueError, match=f'{size} must be a whole number of at least 1, not {value!r}'):
+                build(**{size: value})
+    for rate in (-0.1, 2, '0.1'):
+        with pytest.raises(ValueError, match='drop_path_rate must be a number from 0 to 1'):
+            build(drop_path_rate=rate)
 
 
 def get_classifier_is_the_head(build: Build) -> None:

@@ -72,7 +72,7 @@ class BiMamba(StateSpaceMixer):
             proj_drop: Dropout of the output.
 
         Raises:
-            ValueError: unknown `scan`.
+            ValueError: unknown `scan`, or no channels.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -80,6 +80,8 @@ class BiMamba(StateSpaceMixer):
             raise ValueError(f"scan must be 'bidirectional', 'shared' or 'forward', not {scan!r}")
         probe_backends()
         d_inner = int(expand * dim)
+        if d_inner < 1 or (dt_rank != 'auto' and dt_rank < 1):
+            raise ValueError(f'expand {expand} and dt_rank {dt_rank} leave a mixer of width {dim} without channels')
         self.d_state = d_state
         self.d_conv = d_conv
         self.dt_rank = math.ceil(dim / 16) if dt_rank == 'auto' else dt_rank

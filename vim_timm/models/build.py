@@ -1,9 +1,11 @@
 """Configurations and models as timm's registry wants them."""
 
+from numbers import Integral
 from typing import Any, Callable, Dict, Type, TypeVar
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg
 from timm.models._features import FeatureGetterNet
 
@@ -11,6 +13,10 @@ from vim_timm.models.pretrained import on_disk
 from vim_timm.models.trunk import Trunk
 
 Model = TypeVar('Model', bound=nn.Module)
+
+# arguments that count something; those of images may be a pair
+_COUNTS = ('in_chans', 'embed_dim', 'depth', 'num_heads', 'd_state', 'd_conv', 'headdim', 'head_hidden')
+_SIDES = ('img_size', 'patch_size', 'stride')
 
 
 def cfg(**kwargs: Any) -> Dict[str, Any]:
@@ -49,8 +55,10 @@ def build_model(
         kwargs: Arguments of the variant, overridden by the caller's.
 
     Raises:
-        ValueError: a feature extractor that would return tokens in another order than timm's.
+        ValueError: an argument that is no size or no rate, or a feature extractor that would return tokens in another
+            order than timm's.
     """
+    _check_numbers(kwargs)
     if pretrained:
         kwargs = on_disk(variant, kwargs)
     extractor = kwargs.get('feature_cls', 'getter')
@@ -66,6 +74,17 @@ def build_model(
     return build_model_with_cfg(
         build, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **kwargs
     )
+
+
+def _check_numbers(arguments: Dict[str, Any]) -> None:
+    """Refuse sizes and rates of which torch would make a model that computes nothing, or a traceback."""
+    for name, value in arguments.items():
+        numbers = to_2tuple(value) if name in _SIDES else (value,)
+        if value is not None and name in _COUNTS + _SIDES:
+            if len(numbers) > 2 or not all(isinstance(number, Integral) and int(number) > 0 for number in numbers):
+                raise ValueError(f'{name} must be a whole number of at least 1, not {value!r}')
+        if name.endswith('_rate') and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            raise ValueError(f'{name} must be a number from 0 to 1, not {value!r}')
 
 
 def _check_order(model: Trunk, extractor: Any) -> None:
