@@ -189,6 +189,7 @@ class Signalling(Digits):
 def test_signal_in_an_evaluation(when, tmp_path, capsys):
     """Of the trained weights, of their average, and of both in the next epoch."""
     flags = [*BASE.split(), *HARD.split(), '--workers', '0', '--epochs', '2', '--output', str(tmp_path)]
+    flags += ['--sched-on-updates'] if when == 2 else []
     hooks = Hooks(dataset=lambda split, training, args: None if training else Signalling(train=False))
     Signalling.times = Signalling.when = 0
     train.train(train.parse_args([*flags, '--experiment', 'whole']), hooks)

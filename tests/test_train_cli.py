@@ -225,6 +225,12 @@ def test_the_log_has_the_learning_rate_of_the_flag_whatever_share_of_it_layers_h
     assert 'lr 0.002 ' in capsys.readouterr().out
 
 
+def test_the_log_has_the_learning_rate_of_the_last_update(few, run, capsys):
+    _, rows = run(DIGITS, *'--sched-on-updates --lr 2e-3 --warmup-epochs 0 --epochs 2'.split())
+    shown = re.findall(r'lr (\S+) ', capsys.readouterr().out)
+    assert [f'{row["lr"]:.3g}' for row in rows] == shown and 0 < rows[1]['lr'] < rows[0]['lr'] < 2e-3
+
+
 @pytest.mark.parametrize(
     ('flags', 'said'),
     [

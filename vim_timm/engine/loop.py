@@ -27,7 +27,7 @@ from .eval_batch import fit_batch
 from .evaluate import Metric, Watch, evaluate
 from .process import catch_signals
 from .provenance import provenance
-from .record import eval_batch_of, held_out_of, history_of, progress_of, seconds_of
+from .record import eval_batch_of, held_out_of, history_of, progress_of, rate_of, seconds_of
 
 
 @dataclasses.dataclass
@@ -84,6 +84,7 @@ class Trainer:
         self.progress = log.Progress(self.primary, args.log_interval if by_steps else None)
         self.clock = log.Clock()
         self.rate: float | None = None  # images a second of the epoch
+        self.last_rate = self._learning_rate()  # of the last update
         self.update = Update(args, process, task, optimizer, self.scaler)
         record = functools.partial(RecordedStep, self.update, self._forward_backward, args.grad_accum_steps > 1)
         self.recorded = record() if args.cuda_graph else None
@@ -133,6 +134,7 @@ class Trainer:
                 'epoch': self.epoch, 'step': self.step, 'loss': losses, 'nonfinite': self.nonfinite,
                 'skipped': self.skipped, 'batch': [self.args.batch_size, self.process.world_size],
                 'steps': self._steps, 'seconds': self.clock.seconds(), 'eval_batch': self.eval_batch,
+                'rate': self.last_rate,
             },
             'history': self.rows,
             'class_names': self.train_data.classes,
@@ -192,6 +194,7 @@ class Trainer:
                 )
             self._reset_loss(progress['loss'][self.process.rank])
         self.nonfinite, self.skipped = progress.get('nonfinite', 0), progress.get('skipped', 0)
+        self.last_rate = rate_of(content, path, self.last_rate)
         self.clock.before = seconds_of(content, path)
         if self.args.validation_batch_size == AUTO and (size := eval_batch_of(content, path)):
             self.eval_batch = size  # another one would round the sums otherwise
@@ -309,6 +312,7 @@ class Trainer:
                 finite.fill_(True)
                 if args.synchronize_step and self.process.device.type == 'cuda':
                     torch.cuda.synchronize()
+                self.last_rate = self._learning_rate()
                 if self.scheduler is not None:
                     self.scheduler.step_update(number)
             self.arrivals.advance()
@@ -402,7 +406,7 @@ class Trainer:
             except Preempted:
                 self.stopping = True
                 self._save_recovery()
-        row['lr'] = self._learning_rate()
+        row['lr'] = self.last_rate
         row['skipped'] = self.skipped
         row['time'], row['images_per_second'] = self.clock.seconds(), self.rate
         self.rows.append(row)

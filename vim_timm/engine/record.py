@@ -47,6 +47,18 @@ def seconds_of(checkpoint: Mapping[str, Any], path: str) -> float:
     return float(seconds)
 
 
+def rate_of(checkpoint: Mapping[str, Any], path: str, default: float) -> float:
+    """The learning rate of the run's last update.
+
+    Raises:
+        UserError: it is no number.
+    """
+    rate = (checkpoint.get('progress') or {}).get('rate', default)
+    if type(rate) not in (int, float):
+        raise UserError(f'{path} is damaged: its learning rate is {shown(repr(rate))}')
+    return rate
+
+
 def eval_batch_of(checkpoint: Mapping[str, Any], path: str) -> int:
     """The evaluation's batch that --validation-batch-size auto chose for the run; 0 where it has chosen none yet.
 
