@@ -218,6 +218,8 @@ def test_names_known_without_timm_are_timms():
     assert used <= set(flags.SCHEDULES) and set(flags.SCHEDULES) - used == {'none'}
     policies = re.findall(r"name == '(\w+)'", inspect.getsource(timm.data.auto_augment.auto_augment_policy))
     assert {*policies, 'rand', 'augmix'} == set(flags.POLICIES.known)
+    sets = re.findall(r"name == '(\w+)'", inspect.getsource(timm.data.auto_augment.rand_augment_choices))
+    assert set(sets) == set(flags.POLICIES.sets)
     source = inspect.getsource(timm.data.dataset_factory.create_dataset)
     others = re.findall(r"name == '(\w+)'", source)
     assert {*others, *timm.data.dataset_factory._TORCH_BASIC_DS} == set(flags.TORCH_DATASETS)

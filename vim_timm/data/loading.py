@@ -35,14 +35,27 @@ from .unreadable import Unreadable
 from .workers import start_worker, usual_workers, watched
 
 
+def operations(transform: Any) -> Iterator[auto_augment.AugmentOp]:
+    """All operations of timm's policies in a transform, or in a tuple of them."""
+    if isinstance(transform, auto_augment.AugmentOp):
+        yield transform
+    parts = [transform] if isinstance(transform, (list, tuple)) else []
+    for part in itertools.chain(*parts, *(getattr(transform, name, ()) for name in ('transforms', 'ops', 'policy'))):
+        yield from operations(part)
+
+
 def keep_posterizing(transform: Any) -> None:
     """Let timm's posterize have zero bits, a black image: Pillow 12 raises where it drew that before."""
-    for name in ('transforms', 'ops', 'policy'):
-        for part in getattr(transform, name, ()):
-            for step in part if isinstance(part, (list, tuple)) else [part]:
-                keep_posterizing(step)
-    if getattr(transform, 'aug_fn', None) is auto_augment.posterize:
-        transform.aug_fn = _posterize
+    for operation in operations(transform):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+
+
+def _check_filter(transform: Any, interpolation: str) -> None:
+    """Refuse a filter by which Pillow can resize, and cannot turn, shear or shift."""
+    moved = {'Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'TranslateXRel', 'TranslateYRel'}
+    if interpolation in ('box', 'hamming', 'lanczos') and moved & {part.name for part in operations(transform)}:
+        raise ValueError(f'Pillow cannot turn images by {interpolation}: --train-interpolation bicubic')
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
@@ -74,8 +87,7 @@ class Loader:
         dataset, mode = Pictures.of(dataset), getattr(dataset, 'image_mode', '')
         self.classes, self.unreadable, self.data_config = class_names(dataset), unreadable, data_config
         self.bounds: dict[str, str] = getattr(getattr(dataset, 'reader', None), 'bounds', {})
-        for part in transform if isinstance(transform, tuple) else [transform]:
-            keep_posterizing(part)
+        keep_posterizing(transform)
         if args.data_in_memory and getattr(dataset, 'floating', False):
             raise UserError('--data-in-memory keeps pictures of 8 bits, not arrays: leave it out')
         self.training, self.splits = training, args.aug_splits if training else 0
@@ -262,18 +274,20 @@ def train_loader(args: Any, process: Process, dataset: Any, data_config: dict[st
     """Loader of the training split with timm's augmentation flags."""
     splits, prefetches = max(args.aug_splits, 0), _prefetches(args, dataset)
     jitter = _colour_jitter(args, dataset)
+    own = args.no_aug or not args.train_interpolation
+    interpolation = data_config['interpolation'] if own else args.train_interpolation
     with explain('augmentation'):
         transform = create_transform(
             data_config['input_size'], is_training=True, no_aug=args.no_aug, train_crop_mode=args.train_crop_mode,
             scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip, color_jitter=jitter,
             color_jitter_prob=args.color_jitter_prob, grayscale_prob=args.grayscale_prob or 0.0,
             gaussian_blur_prob=args.gaussian_blur_prob or 0.0, auto_augment=args.aa,
-            interpolation=data_config['interpolation'] if args.no_aug or not args.train_interpolation
-            else args.train_interpolation,
+            interpolation=interpolation,
             mean=data_config['mean'], std=data_config['std'], crop_pct=data_config['crop_pct'], re_prob=args.reprob,
             re_mode=args.remode, re_count=args.recount, re_num_splits=(splits or 2) if args.resplit else 0,
             use_prefetcher=prefetches, separate=splits > 0,
         )  # fmt: skip
+        _check_filter(transform, interpolation)
     augment = make_augmentation(args, data_config, transform) if args.data_in_memory and not args.no_aug else None
     transform = PILToTensor() if augment else transform
     unreadable = Unreadable(args.max_unreadable, usual_workers(args))

@@ -16,7 +16,7 @@ Row = tuple[str, Any, Any, str] | tuple[str, Any, Any, str, Range | Names]
 
 # what timm has, which is not imported to read a command line; tests/test_command_lines.py compares
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'plateau', 'wsd', 'rsqrt', 'constant', 'none')
-POLICIES = Names(('rand', 'augmix', 'original', 'originalr', 'v0', 'v0r', '3a'))
+POLICIES = Names(('rand', 'augmix', 'original', 'originalr', 'v0', 'v0r', '3a'), ('weights', '3a', '3aw'))
 TORCH_DATASETS = (
     'cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'inaturalist', 'inat', 'places365', 'qmnist', 'imagenet',
     'image_folder', 'folder',

@@ -46,16 +46,28 @@ class Range:
 
 @dataclass(frozen=True)
 class Names:
-    """Words whose part before the first `-` is one of `known`; the rest belongs to what it names."""
+    """Words of parts between `-`: a name, then arguments with a number each, or of `rand` with a set's name after `t`.
+
+    timm passes over an argument without a number, and over a set that it does not know.
+    """
 
     known: tuple[str, ...]
+    sets: tuple[str, ...] = ()
 
     def refusal(self, value: str) -> str:
         """Why a word is none of these, or ''."""
-        name = value.partition('-')[0]
-        if not value or name in self.known:
+        name, *arguments = value.split('-')
+        if not value:
             return ''
-        return f'must begin with one of {", ".join(self.known)}, not {name!r}{meant(name, self.known)}'
+        if name not in self.known:
+            return f'must begin with one of {", ".join(self.known)}, not {name!r}{meant(name, self.known)}'
+        for argument in arguments:
+            if name == 'rand' and argument.startswith('t'):
+                if argument[1:] not in self.sets:
+                    return f'has one of t{", t".join(self.sets)} for its operations, not {argument!r}'
+            elif not any(map(str.isdigit, argument)):
+                return f'needs a number in {argument!r}, one of the arguments of {value!r}'
+        return ''
 
 
 ANY = Range()
