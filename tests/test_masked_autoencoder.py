@@ -271,6 +271,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match='side by side'):
             MaskedAutoencoder('vim_tiny_patch16_stride8_224', img_size=64, depth=1)
 
+    def test_layers_before_the_patches(self):
+        encoder = timm.create_model('vit_tiny_r_s16_p8_224', depth=1)
+        with pytest.raises(ValueError, match='side by side .* other layers before them, a HybridEmbed'):
+            MaskedAutoencoder(encoder)
+
     def test_other_models(self):
         with pytest.raises(ValueError, match='not ResNet'):
             MaskedAutoencoder(timm.create_model('resnet18'))

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Literal, Optional, Set, Tuple, Uni
 import timm
 import torch
 import torch.nn as nn
-from timm.layers import to_2tuple
+from timm.layers import PatchEmbed, to_2tuple
 from timm.models import checkpoint_seq, generate_default_cfgs, group_parameters, register_model
 from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import VisionTransformer
@@ -133,12 +133,12 @@ class MaskedAutoencoder(nn.Module):
             )
         embed: Any = encoder.patch_embed
         self.patch_size: Tuple[int, int] = to_2tuple(embed.patch_size)
+        wanted = 'a masked autoencoder needs patches side by side that see nothing of each other, and this encoder'
+        if isinstance(encoder, VisionTransformer) and not isinstance(embed, PatchEmbed):
+            raise ValueError(f'{wanted} has other layers before them, a {type(embed).__name__}')
         seen, step = to_2tuple(embed.proj.kernel_size), to_2tuple(embed.proj.stride)
         if not seen == step == self.patch_size:
-            raise ValueError(
-                'a masked autoencoder needs patches side by side that see nothing of each other, and this encoder '
-                f'looks at {seen} in steps of {step} for patches of {self.patch_size}'
-            )
+            raise ValueError(f'{wanted} looks at {seen} in steps of {step} for patches of {self.patch_size}')
         self.in_chans: int = getattr(encoder, 'in_chans', embed.proj.in_channels)
         # what timm's factory gives to the models that it makes
         self.pretrained_cfg = self.default_cfg = getattr(encoder, 'pretrained_cfg', {})
