@@ -288,6 +288,20 @@ def test_arrays_of_another_folder_are_read_as_those_that_were_trained_on(tmp_pat
     assert validate.parse_args([*flags, *more, '--input-span', '0', '5']).input_span == [0, 5]
 
 
+def test_measured_statistics_that_are_not_those_of_the_weights_are_told(tmp_path, capsys):
+    for folder, factor in (('a', 1), ('b', 2)):
+        write(tmp_path / folder, count=4)
+        for file in (tmp_path / folder).glob('*/*/*.npy'):
+            np.save(file, np.load(file) // factor)
+    flags = [*RUN, '--input-span', '0', '10000', '--epochs', '1', '--output', str(tmp_path / 'out'), '--data-dir']
+    assert train.main([*flags, str(tmp_path / 'a'), '--experiment', 'a']) == 0
+    weights = ['--pretrained', '--pretrained-path', str(tmp_path / 'out' / 'a' / 'last.pth.tar')]
+    for folder in 'ab':
+        capsys.readouterr()
+        assert train.main([*flags, str(tmp_path / folder), *weights, '--experiment', f'{folder}-again']) == 0
+        assert ('are of a run with --mean 0.' in capsys.readouterr().out) == (folder == 'b')
+
+
 @pytest.mark.parametrize(
     'flags, words',
     [

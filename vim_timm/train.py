@@ -71,7 +71,7 @@ def other_origin(args: Settings, data_config: Mapping[str, Any]) -> str:
         theirs, flags = settings_of(read_checkpoint(path, mmap=True)), []
     except UserError:  # the model has its weights: a remark refuses nothing
         return ''
-    for name in ('mean', 'std') if args.mean is None and args.std is None else ():
+    for name in ('mean', 'std') if not {'mean', 'std'} & args.chosen else ():  # arrays' are measured
         values, ours = tuple(theirs.get(name, ())), tuple(data_config[name])
         if len(values) == len(ours) and values != ours:
             flags.append(' '.join([f'--{name}', *(f'{value:g}' for value in values)]))
