@@ -87,6 +87,25 @@ def test_bands_that_pillow_would_drop_or_round_are_kept():
     assert (read_array(stored(tifffile.imwrite, deep, photometric='rgb'), 'x.tif', 3) == VALUES[:3]).all()
 
 
+@pytest.mark.parametrize('kind', ['>u2', '>i2', '>u4', '>i4', '>f4', '>f8'])
+@pytest.mark.parametrize('compression', [None, 'zlib'])
+def test_bytes_of_either_order_are_the_same_numbers(kind, compression):
+    tifffile = pytest.importorskip('tifffile')
+    values = (VALUES[:3] % 1000).astype(kind)
+    together, apart = tiff(values, byteorder='>', compression=compression), io.BytesIO()
+    with tifffile.TiffWriter(apart, byteorder='>') as writer:  # a call a page
+        for page in values:
+            writer.write(page, photometric='minisblack', compression=compression)
+    apart.seek(0)
+    for file in (together, apart):
+        assert (read_array(file, 'x.tif', 3) == values).all()
+
+
+def test_bands_that_pillow_cannot_read_are_no_remark(capfd):
+    read_array(tiff(VALUES.transpose(1, 2, 0), planarconfig='contig'), 'x.tif', 13)
+    assert capfd.readouterr() == ('', '')
+
+
 def test_a_smaller_copy_in_a_file_is_no_channel():
     tifffile = pytest.importorskip('tifffile')
     file = io.BytesIO()

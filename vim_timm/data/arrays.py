@@ -10,7 +10,13 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image, ImageSequence
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, SAMPLESPERPIXEL
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    COMPRESSION,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLEFORMAT,
+    SAMPLESPERPIXEL,
+)
 from torch.utils.data import Dataset
 
 from ..errors import UserError, sentence
@@ -180,6 +186,7 @@ def _with_pillow(content: bytes) -> np.ndarray:
     if b'+' in content[:4]:  # a BigTIFF, which Pillow reads in part
         raise _NotAsStored
     bands: list[np.ndarray] = []
+    logging.getLogger('PIL.TiffImagePlugin').addHandler(logging.NullHandler())  # it remarks on bands left to tifffile
     with Image.open(io.BytesIO(content), formats=['TIFF']) as image:
         for page in ImageSequence.Iterator(image):
             tags = page.tag_v2  # type: ignore[attr-defined]
@@ -190,6 +197,8 @@ def _with_pillow(content: bytes) -> np.ndarray:
             colour = tags.get(PHOTOMETRIC_INTERPRETATION) == _COLOUR and samples == 3 and bits == {8}
             if not (grey or colour) or (bits == {8} and set(tags.get(SAMPLEFORMAT, (1,))) != {1}):
                 raise _NotAsStored
+            if content[:2] == b'MM' and tags.get(COMPRESSION, 1) != 1 and page.mode in ('I', 'F'):
+                raise _NotAsStored  # Pillow swaps bytes that its decompressor has swapped already
             values = np.asarray(page)
             bands += [values] if values.ndim == 2 else list(values.transpose(2, 0, 1))
     return np.stack(bands)
@@ -200,12 +209,14 @@ def _with_tifffile(content: bytes) -> np.ndarray:
 
     logging.getLogger('tifffile').addHandler(logging.NullHandler())  # what it logs of damaged files is said once, here
     with tifffile.TiffFile(io.BytesIO(content)) as tiff:
-        if len(tiff.series) != 1:
-            raise ValueError(f'it has {len(tiff.series)} groups of pages that differ in size or type')
-        series = tiff.series[0]
-        if series.nbytes > _MOST_BYTES:
-            raise ValueError(f'it claims {series.nbytes / 2**30:.0f} GiB')
-        if series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        groups = tiff.series  # each page that tifffile wrote by a call of its own is one
+        if len({(group.shape, group.axes, group.dtype) for group in groups}) != 1:
+            raise ValueError(f'it has {len(groups)} groups of pages that differ in size or type')
+        size = sum(group.nbytes for group in groups)
+        if size > _MOST_BYTES:
+            raise ValueError(f'it claims {size / 2**30:.0f} GiB')
+        if any(group.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE for group in groups):
             raise ValueError('its values are places in a palette')
-        values = np.moveaxis(series.asarray(), (series.axes.index('Y'), series.axes.index('X')), (-2, -1))
-    return values.reshape(-1, *values.shape[-2:])
+        axes = groups[0].axes.index('Y'), groups[0].axes.index('X')
+        bands = [np.moveaxis(group.asarray(), axes, (-2, -1)) for group in groups]
+    return np.concatenate([values.reshape(-1, *values.shape[-2:]) for values in bands])
