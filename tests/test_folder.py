@@ -426,6 +426,25 @@ def test_unreadable_samples_of_a_web_data_set_are_named_and_counted_once(tmp_pat
         list(Stream(dataset, 0, 0, Unreadable(2)))
 
 
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_epoch_of_a_web_data_set_depends_on_its_number_alone(workers, tmp_path):
+    webdataset = pytest.importorskip('webdataset')
+    with webdataset.TarWriter(str(tmp_path / 'a-000.tar')) as tar:
+        for i in range(20):
+            content = saved(np.full((8, 8), i, np.uint8), 'PNG').read()
+            tar.write({'__key__': str(i), 'png': content, 'cls': str(i)})
+    flags = ['--dataset', 'wds/a', '--num-classes', '20', '--train-num-samples', '20', '--no-aug']
+    args = arguments(tmp_path, *flags).replace(workers=workers, batch_size=5)
+    config = dict(input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), interpolation='bilinear', crop_pct=1.0)
+    epochs = []
+    for before in ([], [0, 1]):
+        loader = data.train_loader(args, Process(), data.make_dataset(args, 'a-000.tar', True, 1), config)
+        for epoch in before:
+            list(loader.epoch(epoch))
+        epochs += [torch.cat([batch.targets for batch in loader.epoch(epoch)]).tolist() for epoch in (2, 3)]
+    assert epochs[0] == epochs[2] != epochs[1] == epochs[3]
+
+
 def test_a_process_that_reads_shards_has_one_and_a_rank_too(tmp_path):
     """A process without a shard would end the epoch early, a rank without one would be waited for."""
     webdataset = pytest.importorskip('webdataset')

@@ -209,6 +209,9 @@ class Stream(IterableDataset):
         log, handler = logging.getLogger('timm.data.readers.reader_wds'), _Skipped(self.unreadable)
         log.addHandler(handler)
         try:
+            reader: Any = getattr(self.dataset, 'reader', None)
+            if worker is None and hasattr(reader, 'worker_seed'):  # in a process of its own it would begin anew
+                reader.ds, reader.worker_seed = None, self.seed * 1_000_003 + int(self.epoch)
             source = iter(self.dataset)
             for place in range(1 << 62):
                 epoch = int(self.epoch)
