@@ -106,6 +106,12 @@ class TestTask:
             assert torch.allclose(scores[1], difference.square().mean()) and scores[2].isclose(difference.abs().mean())
         assert torch.equal(result.composite[~hidden], images[~hidden])
 
+    def test_infinite_predictions_are_no_pixels(self):
+        model = tiny().eval()
+        with torch.no_grad():
+            model.decoder.pred.bias[:] = torch.inf
+        assert make_task(model).predict(make_batch([0, 1])).isfinite().sum() == 0
+
     def test_normalized_targets_are_put_back_with_the_true_patchs_statistics(self):
         task, batch = make_task(norm_pix_loss=True), make_batch([0])
         model = task.eval().autoencoder()

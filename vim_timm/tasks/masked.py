@@ -3,6 +3,7 @@
 Source: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -198,8 +199,9 @@ class MaskedImages(Task):
         return Reconstruction(self.pixels(images), self.pixels(model.unpatchify(pred, size)), hidden, loss)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalized images -> pixels in 0..1, clamped."""
-        return (images.float() * self.std + self.mean).clamp(0, 1)
+        """Normalized images -> pixels in 0..1, clamped; infinite ones are no numbers."""
+        values = images.float() * self.std + self.mean
+        return values.masked_fill(values.isinf(), math.nan).clamp(0, 1)
 
     def _losses(
         self, model: MaskedAutoencoder, images: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor
