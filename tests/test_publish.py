@@ -12,6 +12,7 @@ import torch
 import yaml
 from hub_server import TOKEN, sha256
 from huggingface_hub import ModelCard
+from PIL import Image
 from test_hub_download import hub  # noqa: F401  a fixture
 
 from vim_timm import train
@@ -89,6 +90,28 @@ def test_the_card_tells_of_the_run(published):
     assert code.index('import vim_timm') < code.index('create_model')
     assert yaml.safe_load((published / 'args.yaml').read_text())['model_kwargs'] == {'depth': 1, 'embed_dim': 32}
     assert (published / 'summary.csv').read_text().startswith('epoch,train_loss')
+
+
+@pytest.mark.parametrize(
+    ('told', 'line'),
+    [
+        ({'dataset': 'arrays'}, 'channels = torch.rand(3, 16, 16)'),
+        ({'input_img_mode': 'YCbCr'}, "Image.open('image.png').convert('YCbCr')"),
+    ],
+)
+def test_the_code_of_the_card_reads_images_as_they_were_trained_on(told, line, run, tmp_path, monkeypatch):
+    content = torch.load(run / 'last.pth.tar', weights_only=True)
+    content['args'].update(told)
+    torch.save(content, tmp_path / 'last.pth.tar')
+    words = ['--repo-id', 'org/x', '--output', str(tmp_path / 'x'), '--dry-run', '--no-evaluate']
+    assert main([str(tmp_path / 'last.pth.tar'), *words]) == 0
+    code = re.search(r'```python\n(.*?)```', (tmp_path / 'x' / 'README.md').read_text(), re.DOTALL)[1]
+    assert line in code
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (20, 20)).save('image.png')
+    found = {}
+    exec(code.replace('hf-hub:org/x', f'local-dir:{tmp_path / "x"}'), found)
+    assert found['scores'].shape == (1, 10)
 
 
 def test_neither_path_nor_name_of_this_machine_is_told(run, published):

@@ -52,6 +52,7 @@ class Facts:
         made: how it came about, by name: commit, versions, hardware, date, time.
         class_names: in the order of the outputs.
         encoder: its outputs are features, no logits.
+        mode: PIL mode of its pictures; '' for arrays of channels, which are none.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Facts:
     made: Mapping[str, str] = field(default_factory=dict)
     class_names: Sequence[str] = ()
     encoder: bool = False
+    mode: str = 'RGB'
 
 
 def card(facts: Facts) -> str:
@@ -123,18 +125,24 @@ def _summary(facts: Facts, dataset: str) -> str:
 
 
 def _usage(facts: Facts) -> str:
-    return f"""```python
-import timm
-import torch
-import vim_timm  # first: it registers the model
-from PIL import Image
-
-model = timm.create_model('{facts.source}', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = Image.open('image.png').convert('{'L' if facts.image[0] == 1 else 'RGB'}')
-with torch.no_grad():
-    {'features' if facts.encoder else 'scores'} = model(transform(image)[None]){'' if facts.encoder else '.softmax(1)'}
-```"""
+    imports = ['import timm', 'import torch', 'import vim_timm  # first: it registers the model']
+    if facts.mode:
+        imports.append('from PIL import Image')
+        image = f"""transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = transform(Image.open('image.png').convert('{facts.mode}'))"""
+    else:
+        size = ', '.join(map(str, facts.image))
+        image = f"""channels = torch.rand({size})  # yours, in 0..1 as they were in training
+mean, std = (torch.tensor(model.pretrained_cfg[name]).view(-1, 1, 1) for name in ('mean', 'std'))
+image = (channels - mean) / std"""
+    lines = [
+        *imports,
+        f"\nmodel = timm.create_model('{facts.source}', pretrained=True).eval()",
+        image,
+        'with torch.no_grad():',
+        f'    {"features" if facts.encoder else "scores"} = model(image[None]){"" if facts.encoder else ".softmax(1)"}',
+    ]
+    return '\n'.join(['```python', *lines, '```'])
 
 
 def _accuracy(facts: Facts, dataset: str) -> str:

@@ -27,6 +27,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from timm.models import get_deprecated_models, get_pretrained_cfg
 
+from ..data.images import MODES
 from ..engine.build import published_cfg
 from ..engine.saved import Saved, open_saved
 from ..errors import UserError, explain, run
@@ -103,12 +104,13 @@ def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[st
     if args.use_ema:
         made['weights'] = 'their moving average'
     parameters = sum(parameter.numel() for parameter in saved.model.parameters())
+    size = saved.data_config['input_size']
     return Facts(
         name=args.repo_id.rpartition('/')[2],
         source=source,
         architecture=saved.architecture,
         parameters=parameters,
-        image=saved.data_config['input_size'],
+        image=size,
         dtype='float16' if args.half else 'float32',
         license=args.license,
         notes=saved.model.pretrained_cfg.get('notes') or () if derived else (),
@@ -120,6 +122,7 @@ def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[st
         made=made,
         class_names=saved.class_names,
         encoder=not saved.model.num_classes,
+        mode='' if saved.run.get('dataset') == 'arrays' else saved.image_mode or MODES.get(size[0], ''),
     )
 
 
