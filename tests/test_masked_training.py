@@ -346,6 +346,9 @@ class TestEvaluation:
         assert 'ssim_output' not in row and row['mse_of_neighbour'] > 0 and model.mask_ratio == 0.75
 
 
+FACTORIZED = '--model mae_favit_small_patch16_224 --model-kwargs patch_size=8 embed_dim=32 depth=1 num_heads=4'
+
+
 @pytest.mark.parametrize(
     ('flags', 'words'),
     [
@@ -358,7 +361,10 @@ class TestEvaluation:
         ('--linear-probe', ['--linear-probe', 'labels']),
         ('--model resnet18 --model-kwargs', ['ResNet']),
         ('--img-size 3', ['3']),
-        ('--channel-drop 0.2', ['channel_drop']),
+        ('--channel-drop 0.2', ['MaskedAutoencoder has no channel_drop']),
+        (f'{FACTORIZED} --decoder vim', ['FactorizedAutoencoder has no decoder']),
+        (f'{FACTORIZED} --decoder-pos-embed learned'.replace('mae_', ''), ['no decoder_pos_embed']),
+        (f'{FACTORIZED} sigmoid=True --mean 0 --std 1 --norm-pix-loss', ['sigmoid=True', 'leave one out']),
         ('--eval-metric top1', ['--eval-metric', 'mean_psnr']),
         ('--save-encoder nowhere/encoder.safetensors', ['nowhere']),
     ],

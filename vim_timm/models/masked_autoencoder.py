@@ -25,6 +25,7 @@ from vim_timm.models.checkpoint import CheckpointError, check_weights, read_chec
 from vim_timm.models.families import describe_family, register_family
 from vim_timm.models.trunk import Trunk
 from vim_timm.settings.inherited import settings_of
+from vim_timm.settings.masked import AUTOENCODER
 
 __all__ = ['MaskedAutoencoder']
 
@@ -115,10 +116,13 @@ class MaskedAutoencoder(nn.Module):
         """Check and take an encoder, or one by its name with arguments; the first part of a constructor.
 
         Raises:
-            TypeError: encoder_args for an encoder that is there already.
+            TypeError: encoder_args for an encoder that is there already, or of another autoencoder.
             ValueError: see the constructor.
         """
         check_ratio(mask_ratio)
+        for name in AUTOENCODER:
+            if name in encoder_args:
+                raise TypeError(f'{type(self).__name__} has no {name}')
         if isinstance(encoder, str):
             encoder = timm.create_model(encoder, **common, **encoder_args)
         elif encoder_args:

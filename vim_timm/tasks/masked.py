@@ -138,7 +138,7 @@ class MaskedImages(Task):
             seed: With a sample's epoch and position, what its mask in training depends on.
 
         Raises:
-            UserError: norm_pix_loss of images that patches do not tile, or a sigmoid over pixels that are not in 0..1.
+            UserError: norm_pix_loss of images that patches do not tile, or a sigmoid over what is not in 0..1.
         """
         super().__init__(device=device, dtype=dtype, verbose=False)
         size = data_config['input_size'][1:]
@@ -148,6 +148,8 @@ class MaskedImages(Task):
         mean, std = (
             torch.tensor(adapt_to_chs(data_config[name], channels), dtype=torch.float32) for name in ('mean', 'std')
         )
+        if getattr(model, 'sigmoid', False) and norm_pix_loss:
+            raise UserError('sigmoid=True predicts pixels in 0..1, and --norm-pix-loss others: leave one out')
         if getattr(model, 'sigmoid', False) and not (torch.all(mean == 0) and torch.all(std == 1)):
             raise UserError('sigmoid=True predicts pixels in 0..1: add --mean 0 --std 1')
         self.trainable_module: Any = model
