@@ -247,7 +247,8 @@ def card_of(run, checkpoint, tmp_path, monkeypatch, **changes) -> str:
     """The card of the run's model, after changes of its settings."""
     saved = publish.open_saved(str(checkpoint), '', False)
     saved.run = {**saved.run, **changes}
-    saved.model.pretrained_cfg = {**saved.model.pretrained_cfg, 'notes': ['Weights for non-commercial use.']}
+    theirs = dict(tag='theirs_in1k', origin_url='https://theirs', notes=['Weights for non-commercial use.'])
+    saved.model.pretrained_cfg = {**saved.model.pretrained_cfg, **theirs}
     monkeypatch.setattr(publish, 'open_saved', lambda *_: saved)
     line = [str(checkpoint), '--repo-id', 'org/x', '--dry-run', '--no-evaluate', '--output', str(tmp_path / 'x')]
     assert main(line) == 0
@@ -260,6 +261,18 @@ def test_a_run_from_other_weights_keeps_the_notes_of_their_licence(run, tmp_path
     for change in (dict(pretrained=True), dict(initial_checkpoint='clients/acme/vim_t.pth')):
         text = card_of(run, checkpoint, tmp_path, monkeypatch, **change)
         assert 'non-commercial' in text and 'acme' not in text
+
+
+def test_the_configuration_is_of_the_runs_weights_and_not_of_those_of_its_models_name(run, tmp_path, monkeypatch):
+    for change, kept in (dict(), set()), (dict(pretrained=True), {'origin_url', 'notes'}):
+        card_of(run, run / 'last.pth.tar', tmp_path, monkeypatch, **change)
+        cfg = json.loads((tmp_path / 'x' / 'config.json').read_text())['pretrained_cfg']
+        assert cfg.keys() & {'tag', 'origin_url', 'notes'} == kept
+    monkeypatch.undo()
+    line = [str(run / 'last.pth.tar'), '--repo-id', 'org/x', '--dry-run', '--no-evaluate', '--license', 'mit']
+    assert main([*line, '--output', str(tmp_path / 'x')]) == 0
+    assert json.loads((tmp_path / 'x' / 'config.json').read_text())['pretrained_cfg']['license'] == 'mit'
+    assert ModelCard((tmp_path / 'x' / 'README.md').read_text()).data.license == 'mit'
 
 
 def test_images_of_a_folder_have_the_name_that_is_given_them(run, tmp_path):

@@ -90,7 +90,7 @@ def _result(path: str) -> dict[str, Any]:
 def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[str, Any]) -> Facts:
     """What the card of a model tells, but for its accuracy."""
     shown = {name: without_path(name, value) for name, value in flags.items()}
-    ours = bool(saved.run) and 'data_set' not in saved.run
+    ours = _ours(saved)
     # from weights that have a licence of their own
     derived = not ours or any(saved.run.get(name) for name in ('pretrained', 'initial_checkpoint'))
     history = saved.record.get('history') or []
@@ -126,6 +126,21 @@ def facts(args: argparse.Namespace, saved: Saved, source: str, flags: Mapping[st
     )
 
 
+def _ours(saved: Saved) -> bool:
+    """Whether a run of train.py made the weights, not the original's."""
+    return bool(saved.run) and 'data_set' not in saved.run
+
+
+def configuration(saved: Saved, told: Facts) -> dict[str, Any]:
+    """The configuration of a model's own weights: its name has that of the weights which are usually loaded by it."""
+    cfg = {**saved.model.pretrained_cfg, 'license': told.license}
+    if _ours(saved):
+        cfg.pop('tag', None)  # which tells, for instance, that classes are ImageNet's
+        if not told.notes:
+            cfg = {name: value for name, value in cfg.items() if name not in ('origin_url', 'notes')}
+    return cfg
+
+
 def _split(flags: Mapping[str, Any]) -> str:
     """What was evaluated, in words."""
     split, share = str(flags.get('split', 'validation')), flags.get('val_fraction')
@@ -147,6 +162,7 @@ def write(args: argparse.Namespace, folder: Path, source: str) -> None:
         except UserError as error:
             raise UserError(f'{error}; a result of validate.py (--results-file) goes into --results') from error
     private = [value for value in saved.run.values() if isinstance(value, str) and os.path.isabs(value)]
+    saved.model.pretrained_cfg = configuration(saved, told)
     with replacing(folder) as new:
         write_folder(new, saved, args.half)
         if data is not None:
