@@ -264,6 +264,12 @@ class TestBadInput:
         self.refused(['in.pth', 'out.safetensors'], 'Vim')
         self.refused(['in.pth', 'out.safetensors', '--model', 'vim_tiny'], 'does not fit')
 
+    def test_names_of_this_package(self):
+        model = timm.create_model('vim_nano_patch4_32')
+        torch.save(model.state_dict(), self.folder / 'in.pth')
+        self.refused(['in.pth', 'out.safetensors'], 'already: name its model')
+        convert(self.folder / 'in.pth', self.folder / 'out.safetensors', 'vim_nano_patch4_32')
+
     def test_unknown_model(self, deit_file):
         self.refused([deit_file, 'out.safetensors', '--model', 'vim_huge'], 'vim_huge')
         self.refused([deit_file, 'out.safetensors', '--model', 'vit_tiny_patch16_224'], 'not a Vim')

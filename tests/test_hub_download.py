@@ -371,6 +371,11 @@ def test_the_environment_names_hub_cache_and_proxy(proxy, tmp_path):
     assert list((tmp_path / 'home').rglob('model.safetensors'))
 
 
+def test_a_model_without_published_weights_says_so():
+    with pytest.raises(RuntimeError, match='no weights are published for vim2_mnist: leave out pretrained'):
+        timm.create_model('vim2_mnist', pretrained=True)
+
+
 def test_no_configuration_claims_weights_that_it_has_not():
     """A tag of ours has a place for its weights only once they are there."""
     for name, cfg in published().items():

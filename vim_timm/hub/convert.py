@@ -205,6 +205,10 @@ def infer_arguments(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         dt_proj, conv = state_dict[f'{mixer}dt_proj.weight'], state_dict[f'{mixer}conv1d.weight']
         d_inner, d_state = state_dict[f'{mixer}A_log'].shape
     except KeyError as missing:
+        if 'blocks.0.mixer.dt_proj.weight' in state_dict:
+            raise CheckpointError(
+                'the checkpoint has the names of this package already: name its model (--model), whose weights it has'
+            ) from None
         family = describe_family(set(state_dict))
         raise CheckpointError(f'not a checkpoint of the original Vim but of {family}: it has no {missing}') from None
     embed_dim, channels, patch_size, _ = patch.shape

@@ -66,6 +66,7 @@ def on_disk(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
 
     Raises:
         CheckpointError: a folder without weights, or packaged weights that were changed.
+        RuntimeError: there are none.
         huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: they cannot be downloaded.
     """
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')).to_dict()
@@ -84,6 +85,11 @@ def on_disk(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         cfg.update(source='', file=str(file), custom_load=_UNDESCRIBED if unknown else True)
     elif cfg.get('url'):
         cfg.update(custom_load=True)  # timm downloads it, we read it
+    elif not cfg.get('state_dict'):
+        raise RuntimeError(
+            f'no weights are published for {variant}: leave out pretrained for random ones, or name a file '
+            '(--pretrained-path or --checkpoint on a command line)'
+        )
     return {**kwargs, 'pretrained_cfg': cfg, 'pretrained_cfg_overlay': None}
 
 
