@@ -191,6 +191,10 @@ def test_refusals():
         make()(torch.randn(1, 4, 16, 16))
     with pytest.raises(ValueError, match='smaller than a patch'):
         make(img_size=3)
+    encoder = make().encoder
+    patches, grid = encoder.embed(torch.randn(2, encoder.in_chans, 16, 16))
+    with pytest.raises(ValueError, match='does not go with patches of'):
+        encoder.encode(patches, grid, torch.zeros(1, encoder.in_chans, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match='mlp_ratio must be'):
         make(mlp_ratio=0)
     with pytest.raises(ValueError, match='FactorizedViT'):

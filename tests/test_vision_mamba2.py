@@ -79,6 +79,8 @@ def test_patches_are_all_of_the_grid_or_those_that_are_kept():
     keep = torch.arange(5)[None]
     with pytest.raises(ValueError, match='8 patches are neither all of the grid nor the 5 of keep'):
         model.encode(patches[:, :8], grid, keep=keep)
+    with pytest.raises(ValueError, match='visible patches of 1 images do not go with 2 images'):
+        model.encode(patches.expand(2, -1, -1), grid, keep=keep)
     torch.testing.assert_close(
         model.encode(patches, grid, keep=keep)[0], model.encode(patches[:, :5], grid, keep=keep)[0]
     )

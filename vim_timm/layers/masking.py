@@ -62,8 +62,10 @@ def kept_patches(x: torch.Tensor, keep: torch.Tensor, patches: int) -> torch.Ten
     """The kept patches (B, K, D) of x: of all `patches` of a grid, or of those that are kept already.
 
     Raises:
-        ValueError: x has another number of them.
+        ValueError: x has another number of them, or of images.
     """
+    if x.shape[0] != keep.shape[0]:
+        raise ValueError(f'places of the visible patches of {keep.shape[0]} images do not go with {x.shape[0]} images')
     if x.shape[1] == patches:
         return take_tokens(x, keep)
     if x.shape[1] != keep.shape[1]:

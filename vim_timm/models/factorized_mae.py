@@ -221,6 +221,9 @@ class FactorizedViT(Trunk):
         Returns:
             Tokens (B, C, 1 + K, D), class tokens first, before the last norm, and the outputs of the blocks in `take`.
             Those of channels that are not there mean nothing.
+
+        Raises:
+            ValueError: keep is of other images.
         """
         return self._run_channels(patches, grid, keep, list(take), len(self.blocks) - 1, present)
 
@@ -250,6 +253,8 @@ class FactorizedViT(Trunk):
         places: Optional[torch.Tensor] = None
         visible: Optional[torch.Tensor] = None
         if keep is not None:
+            if x.shape[:2] != keep.shape[:2]:
+                raise ValueError(f'keep of {list(keep.shape)} does not go with patches of {list(x.shape)}')
             x = x.gather(2, keep.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
             places = F.pad(keep + 1, [1, 0])  # place 0 is the class token's
         if places is not None or present is not None:
