@@ -121,6 +121,8 @@ def folder(tmp_path):
         ('--scale 0.5 2', ['--scale', 'area']),
         ('--opt adamw --opt-betas 0.9', ['--opt-betas', '2 of them, not 1']),
         ('--opt adan --opt-betas 0.9 0.9', ['--opt-betas', '3 of them, not 2']),
+        ('--opt adahessian', ['--opt adahessian', 'second derivatives']),
+        ('--opt lookahead_adahessian', ['second derivatives']),
         ('--opt-kwargs lr=0.5', ['--opt-kwargs cannot set lr']),
         ('--opt-kwargs opt=adamw', ['--opt-kwargs cannot set opt']),
         ('--clip-grad 0', ['--clip-grad must be above 0']),

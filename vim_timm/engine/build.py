@@ -270,13 +270,15 @@ def check_optimizer(name: str, betas: Sequence[float] | None = None) -> None:
     """Refuse an optimizer that timm does not know, or that takes another number of betas, before a model is built.
 
     Raises:
-        UserError: there is none of that name, or the betas are not its own.
+        UserError: there is none of that name, it needs second derivatives, or the betas are not its own.
     """
     known = [str(name) for name in list_optimizers()]
     plain = name.lower().removeprefix('lookahead_')
     if plain not in known:
         raise UserError(f'--opt {name}: there is no such optimizer{meant(plain, known, 3)}')
     info = get_optimizer_info(plain)
+    if info.second_order:
+        raise UserError(f'--opt {name} takes second derivatives, which a training step here has not')
     first_alone = plain in ('adafactor', 'cadafactor')  # they take one beta as well as several
     if betas and info.has_betas and len(betas) != info.num_betas and not first_alone:
         raise UserError(f'--opt-betas: {name} has {info.num_betas} of them, not {len(betas)}')
