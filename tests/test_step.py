@@ -135,6 +135,21 @@ def test_which_optimizers_are_fused():
     assert not fused_arguments('adamw', torch.device('mps'), {})
 
 
+def test_ranks_of_an_optimizer_that_draws_numbers_keep_the_same_weights():
+    args, weights = start('--opt kron --lr 1e-2')[0], []
+    for rank in range(2):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 4)
+        optimizer = make_optimizer(args, Process(rank=rank, world_size=2), make_task(args, Process(), model, CONFIG))
+        for step in range(4):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, step + 1.0)
+            torch.manual_seed(rank)  # as the loop does
+            optimizer.step()
+        weights.append(model.weight.detach())
+    assert torch.equal(*weights)
+
+
 def test_state_of_another_memory_layout_is_taken_over():
     """torch's fused kernels for CPUs go through memory, whatever the strides."""
     after = []

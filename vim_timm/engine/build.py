@@ -14,6 +14,7 @@ from timm.data import ImageNetInfo, resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import get_deprecated_models, get_pretrained_cfg
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
+from timm.optim.kron import Kron
 from timm.task import TrainingTask
 from torch.nn.parallel import DistributedDataParallel
 
@@ -290,7 +291,10 @@ def make_optimizer(args: Settings, process: Process, task: TrainingTask) -> torc
     with explain('optimizer'):
         for name in sorted(args.opt_kwargs.keys() & options.keys()):
             raise ValueError(f'--opt-kwargs cannot set {name}: a flag of its own does')
-        options.update(fused_arguments(args.opt, process.device, args.opt_kwargs), **args.opt_kwargs)
+        options.update(fused_arguments(args.opt, process.device, args.opt_kwargs))
+        if process.world_size > 1 and get_optimizer_info(args.opt.lower().rpartition('_')[2]).opt_class is Kron:
+            options['deterministic'] = True  # by random vectors of its own each rank would get other weights
+        options.update(args.opt_kwargs)
         return batched(create_optimizer_v2(task.get_trainable_module() or task, **options))
 
 
