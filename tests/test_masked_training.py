@@ -19,7 +19,15 @@ from vim_timm.data.unreadable import Unreadable
 from vim_timm.errors import UserError
 from vim_timm.hub import publish
 from vim_timm.models.masked_autoencoder import MaskedAutoencoder
-from vim_timm.report.reconstruction import Gallery, measure, measure_bands, missing_numbers, reconstruct
+from vim_timm.report.reconstruction import (
+    Gallery,
+    caption,
+    hiding,
+    measure,
+    measure_bands,
+    missing_numbers,
+    reconstruct,
+)
 from vim_timm.settings import Process
 from vim_timm.tasks.masked import MaskedImages, Reconstruction, patch_loss, psnr
 
@@ -433,6 +441,14 @@ def test_a_gallery_shows_the_first_images_that_can_be_read(readable, said, capsy
     assert said in capsys.readouterr().out
     assert (tmp_path / 'reconstruction.png').exists() == bool(readable)
     assert gallery.batch.places.tolist() == [2, 3] if readable else gallery.batch is None
+
+
+def test_a_caption_counts_the_patches_that_are_hidden():
+    """A mask ratio says no more than about how many: of 16 patches 90 % are 15."""
+    task = make_task()
+    assert caption(task, (16, 16)).startswith('Mask ratio 50 %: 8 of 16 patches are hidden')
+    with hiding(task, 0.9):
+        assert caption(task, (16, 16)).startswith('Mask ratio 90 %: 15 of 16 patches are hidden')
 
 
 def test_pixels_that_are_no_numbers_are_refused():

@@ -15,7 +15,7 @@ from ..engine.evaluate import Watch, readable
 from ..engine.process import any_rank
 from ..errors import Preempted, UserError
 from ..files import table, to_json, write_atomically
-from ..layers.masking import sample_noise
+from ..layers.masking import num_kept, sample_noise
 from ..settings import Process
 from ..tasks.masked import EVAL_SEED, MaskedImages, Reconstruction, psnr
 from . import page, plots
@@ -27,28 +27,31 @@ SAMPLES = 8  # of a gallery
 NOTHING = 'none of the images of the first process could be read'
 WINDOW = 11  # sides of SSIM's Gaussian window of deviation 1.5
 COLUMNS = {
-    'mask_ratio': 'hidden', 'mse': 'MSE', 'mae': 'MAE', 'mean_psnr': 'mean of PSNR (dB)',
+    'mask_ratio': 'mask ratio', 'mse': 'MSE', 'mae': 'MAE', 'mean_psnr': 'mean of PSNR (dB)',
     'psnr_of_mean_mse': 'PSNR of mean MSE (dB)', 'ssim_composite': 'SSIM, composite', 'ssim_output': 'SSIM, output',
     'mse_of_visible_mean': 'MSE of the visible mean', 'mae_of_visible_mean': 'MAE of the visible mean',
     'mse_of_neighbour': 'MSE of the next channel', 'mae_of_neighbour': 'MAE of the next channel', 'loss': 'loss',
 }  # fmt: skip
 BANDS = {'missing': 'missing channels', 'mse_present': 'MSE, others', 'mse_missing': 'MSE, missing ones'}
-EXPLANATIONS = """MSE, MAE and PSNR are over hidden pixels alone and divided by their number, for pixels in 0 to 1 and
-predictions clamped to that. The composite has the original pixels where they were visible; the output is all
-predicted, also where the loss asks for nothing. The visible mean fills every channel with the mean of its visible
-pixels."""
+EXPLANATIONS = """Of L patches at a mask ratio r, L * (1 - r) rounded down stay visible. MSE, MAE and PSNR are over
+hidden pixels alone and divided by their number, for pixels in 0 to 1 and predictions clamped to that. The composite has
+the original pixels where they were visible; the output is all predicted, also where the loss asks for nothing. The
+visible mean fills every channel with the mean of its visible pixels."""
 ORACLE = (
     'The model predicts patches without their mean and standard deviation (--norm-pix-loss). To show and to measure '
     'pixels, those of the true patch are put back, which the model does not know: an oracle.'
 )
 
 
-def caption(task: MaskedImages) -> str:
-    """What the pictures of a gallery are."""
+def caption(task: MaskedImages, size: tuple[int, int]) -> str:
+    """What the pictures of a gallery are, of images of a size (H, W)."""
     model = task.autoencoder()
+    patches = model.num_patches(size) // (model.in_chans if model.by_channel else 1)
+    hidden = patches - num_kept(patches, model.mask_ratio)
     text = (
-        f'{100 * model.mask_ratio:g} % of the patches are hidden (grey). In the reconstruction hidden patches are as '
-        'predicted, the others are pasted from the original.'
+        f'Mask ratio {100 * model.mask_ratio:g} %: {hidden} of {patches} patches '
+        f'{"of each channel " if model.by_channel else ""}are hidden (grey). In the reconstruction hidden patches are '
+        'as predicted, the others are pasted from the original.'
     )
     if model.in_chans not in (1, 3):
         text += f' Channel 1 of {model.in_chans} is shown.'
@@ -79,7 +82,7 @@ def draw(task: MaskedImages, result: Reconstruction) -> bytes:
         [_picture(images[i]) for images in (result.images, masked, result.composite)]
         for i in range(min(SAMPLES, len(result.images)))
     ]
-    return plots.reconstructions(triples, caption(task))
+    return plots.reconstructions(triples, caption(task, (result.images.shape[2], result.images.shape[3])))
 
 
 def _picture(image: torch.Tensor) -> np.ndarray:
@@ -349,7 +352,7 @@ def _page(report: ReconstructionReport, bands: bytes) -> str:
     if not report.galleries:
         body.append(f'<p>No gallery: {NOTHING}.</p>')
     for ratio, png in zip(report.ratios, report.galleries):
-        text = f'{100 * ratio["mask_ratio"]:g} % hidden'
+        text = f'Mask ratio {100 * ratio["mask_ratio"]:g} %'
         body.append(f'<h3>{text}</h3>{page.figure(png, text)}')
     settings = page.table(['name', 'value'], {**report.facts, **row}.items(), text=2)
     body += ['<h2 id="settings">Settings</h2>', f'<div class="card">{settings}</div>']
