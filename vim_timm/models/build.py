@@ -15,7 +15,8 @@ from vim_timm.models.trunk import Trunk
 Model = TypeVar('Model', bound=nn.Module)
 
 # arguments that count something; those of images may be a pair
-_COUNTS = ('in_chans', 'embed_dim', 'depth', 'num_heads', 'd_state', 'd_conv', 'headdim', 'head_hidden')
+_OF_MIXERS = ('num_heads', 'd_state', 'd_conv', 'headdim')
+_COUNTS = ('in_chans', 'embed_dim', 'depth', *_OF_MIXERS, 'head_hidden', 'decoder_dim', 'decoder_heads')
 _SIDES = ('img_size', 'patch_size', 'stride')
 
 
