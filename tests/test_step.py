@@ -135,6 +135,21 @@ def test_which_optimizers_are_fused():
     assert not fused_arguments('adamw', torch.device('mps'), {})
 
 
+@pytest.mark.parametrize('name', ['nadam', 'lookahead_nadam'])
+def test_numbers_of_an_optimizer_keep_their_bits_in_a_resumed_run(name):
+    args = start(f'--opt {name} --lr 1e-2')[0]
+    model = torch.nn.Linear(6, 4).bfloat16()
+    first, second = (timm.optim.create_optimizer_v2(model, name, lr=0.01) for _ in range(2))
+    for _ in range(3):
+        model(torch.ones(2, 6, dtype=torch.bfloat16)).sum().backward()
+        first.step()
+    load_optimizer(second, args, {'optimizer': copy.deepcopy(first.state_dict())}, 'a')
+    before, after = (optimizer.state_dict()['state'] for optimizer in (first, second))
+    for place, values in before.items():
+        assert values['mu_product'].dtype == torch.float32
+        assert all(torch.equal(value, after[place][key]) for key, value in values.items())
+
+
 def test_ranks_of_an_optimizer_that_draws_numbers_keep_the_same_weights():
     args, weights = start('--opt kron --lr 1e-2')[0], []
     for rank in range(2):

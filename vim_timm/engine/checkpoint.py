@@ -150,6 +150,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, args: Any, content: dict[st
         )
     groups = [{**there, **here} for there, here in zip(saved['param_groups'], settings)]
     optimizer.load_state_dict({**saved, 'param_groups': groups})
+    inner = getattr(optimizer, '_base_optimizer', optimizer)  # of timm's Lookahead
+    # torch gives numbers such as NAdam's mu_product the type of their parameter, in which they may lose bits
+    for group, mine in zip(groups, optimizer.param_groups):
+        for place, parameter in zip(group['params'], mine['params']):
+            state = inner.state.get(parameter, {})
+            for name, value in saved['state'].get(place, {}).items():
+                if isinstance(value, torch.Tensor) and value.ndim == 0 < parameter.ndim and name in state:
+                    state[name] = value.to(state[name].device, copy=True)
 
 
 class Saver:
