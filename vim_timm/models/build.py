@@ -1,6 +1,6 @@
 """Configurations and models as timm's registry wants them."""
 
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Callable, Dict, Type, TypeVar
 
 import torch.nn as nn
@@ -84,7 +84,7 @@ def _check_numbers(arguments: Dict[str, Any]) -> None:
         if value is not None and name in _COUNTS + _SIDES:
             if len(numbers) > 2 or not all(isinstance(number, Integral) and int(number) > 0 for number in numbers):
                 raise ValueError(f'{name} must be a whole number of at least 1, not {value!r}')
-        if name.endswith('_rate') and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+        if name.endswith('_rate') and not (isinstance(value, Real) and 0 <= float(value) <= 1):
             raise ValueError(f'{name} must be a number from 0 to 1, not {value!r}')
 
 
