@@ -84,7 +84,7 @@ def arguments_are_strict(build: Build) -> None:
         for value in (0, -1, 8.0, 'small'):
             with pytest.raises(ValueError, match=f'{size} must be a whole number of at least 1, not {value!r}'):
                 build(**{size: value})
-    build(depth=numpy.int64(2), drop_path_rate=numpy.float32(0.1))
+    build(embed_dim=numpy.int64(32), drop_path_rate=numpy.float32(0.1))
     for rate in (-0.1, 2, '0.1'):
         with pytest.raises(ValueError, match='drop_path_rate must be a number from 0 to 1'):
             build(drop_path_rate=rate)
