@@ -190,9 +190,9 @@ def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.d
     if dtype in GATED_DTYPES:
         recorder = Recorder(gated_product_kernels, capability, compiled)
         bias, out_bias = (torch.empty([size], device='meta') for size in (2 * hidden, dim))
-        narrow = capability == 90 and dim <= NARROW_CHANNELS
-        GatedProduct(recorder, x, weight, bias).forward(NARROW if narrow else PRODUCT)
         given = operands.SwiGlu(x, weight, bias, x.new_empty(dim, hidden), out_bias)
+        narrow = capability == 90 and dim <= NARROW_CHANNELS
+        GatedProduct(recorder, given).forward(NARROW if narrow else PRODUCT)
         if capability == 90 and dim in WHOLE_CHANNELS:
             for tile in WHOLE:
                 WholeSwiGlu(recorder, given).forward(tile)

@@ -50,11 +50,12 @@ def store_rows(OUT, BIAS, y, rows, count, columns, N: tl.constexpr, HAS_BIAS: tl
 
 @triton.jit(do_not_specialize=['count'])
 def gated_product(
-    X, WEIGHT, BIAS, OUT, count,
-    C: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
+    X, WEIGHT, BIAS, OUT, OTHER, CAST, count,
+    C: tl.constexpr, H: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
+    BN: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """OUT (count, H) = SiLU(a) b for [a, b] = X (count, C) WEIGHT (2 H, C)^T + BIAS.
+    """OUT (count, H) = SiLU(a) b for [a, b] = X (count, C) WEIGHT (2 H, C)^T + BIAS; CAST (N) = OTHER, the next
+    product's bias, which would be a launch of its own.
 
     Programs go through GROUP tiles of rows, then to the next columns, so that few tiles of both operands are in use at
     a time.
@@ -75,6 +76,10 @@ def gated_product(
     hidden = start + tl.arange(0, BH)
     out = gate(ab, BIAS, both, inside, BM, BH, HAS_BIAS, FAST).to(OUT.dtype.element_ty)
     tl.store(OUT + rows[:, None] * H + hidden[None, :], out, mask=(rows < count)[:, None] & (hidden < H)[None, :])
+    if N > 0:
+        if tl.program_id(0) == 0:
+            n = tl.arange(0, BN)
+            tl.store(CAST + n, tl.load(OTHER + n, mask=n < N).to(CAST.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=['count'])

@@ -57,22 +57,28 @@ def product_tile(channels: int, device: torch.device) -> Tile:
 class GatedProduct:
     """SiLU(a) b for [a, b] = x weight^T + bias in one launch, of rows x in a two-byte type."""
 
-    def __init__(self, kernels: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:
-        self.kernels, self.x, self.weight = kernels, x.contiguous(), weight.contiguous()
-        self.bias = None if bias is None else bias.contiguous()
+    def __init__(self, kernels: Any, given: operands.SwiGlu) -> None:
+        self.kernels, self.x, self.weight = kernels, given.x.contiguous(), given.weight.contiguous()
+        self.bias, self.out_bias = (None if b is None else b.contiguous() for b in (given.bias, given.out_bias))
 
-    def forward(self, tile: Tile) -> Tensor:
-        (rows, channels), hidden = self.x.shape, self.weight.shape[0] // 2
-        out = torch.empty((rows, hidden), dtype=self.x.dtype, device=self.x.device)
+    def forward(self, tile: Tile) -> Tuple[Tensor, Optional[Tensor]]:
+        """The hidden layer, and out_bias in x's dtype, which torch's product wants it in."""
+        x, other = self.x, self.out_bias
+        (rows, channels), hidden = x.shape, self.weight.shape[0] // 2
+        out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+        cast, others = other, 0
+        if other is not None and other.dtype != x.dtype:
+            cast, others = torch.empty_like(other, dtype=x.dtype), len(other)
         step = min(tile.channels, max(16, 1 << (channels - 1).bit_length()))
         grid = (math.ceil(rows / tile.rows) * math.ceil(hidden / tile.hidden),)
         self.kernels.gated_product[grid](
-            self.x, self.weight, or_else(self.bias, self.x), out, rows,
-            C=channels, H=hidden, BM=tile.rows, BH=tile.hidden, BC=step, GROUP=tile.group,
-            HAS_BIAS=self.bias is not None, EXACT=channels % step == 0 and hidden % tile.hidden == 0,
-            FAST=not INTERPRET, num_warps=tile.warps, num_stages=tile.stages,
+            x, self.weight, or_else(self.bias, x), out, or_else(other, x), or_else(cast, x), rows,
+            C=channels, H=hidden, N=others, BM=tile.rows, BH=tile.hidden, BC=step,
+            BN=1 << max(0, others - 1).bit_length(), GROUP=tile.group, HAS_BIAS=self.bias is not None,
+            EXACT=channels % step == 0 and hidden % tile.hidden == 0, FAST=not INTERPRET,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return out
+        return out, cast
 
 
 class WholeTile(NamedTuple):
@@ -254,8 +260,8 @@ def rows_of(given: operands.SwiGlu) -> Tensor:
     whole = tile_of(given)
     if whole is not None:
         return WholeSwiGlu(gated_product_kernels, given).forward(whole)
-    tile = product_tile(x.shape[1], x.device)
-    return linear(GatedProduct(gated_product_kernels, x, weight, bias).forward(tile), out, out_bias)
+    hidden, out_bias = GatedProduct(gated_product_kernels, given).forward(product_tile(x.shape[1], x.device))
+    return F.linear(hidden, out, out_bias)
 
 
 def run(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias: Optional[Tensor]) -> Tensor:
