@@ -16,6 +16,7 @@ from safetensors import safe_open
 import vim_timm  # noqa: F401  registers the models
 from vim_timm.hub import from_original, load_original_file
 from vim_timm.hub.convert import _image_and_stride, convert, find_architecture, infer_arguments, main
+from vim_timm.models.checkpoint import CheckpointError
 
 MIDCLS = 'bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2'
 TINY = f'vim_tiny_patch16_224_{MIDCLS}'
@@ -195,6 +196,15 @@ class TestConvert:
         convert(tmp_path / 'in.pth', tmp_path / 'out.safetensors', name=TINY)
         with safe_open(tmp_path / 'out.safetensors', 'pt') as file:
             assert file.metadata()['architecture'] == 'vim_tiny_patch16_224'
+
+    def test_a_checkpoint_is_not_written_over(self, tmp_path):
+        torch.save(original_weights(), tmp_path / 'in.pth')
+        before = (tmp_path / 'in.pth').read_bytes()
+        (tmp_path / 'link.pth').symlink_to('in.pth')
+        for destination in ('in.pth', 'link.pth'):
+            with pytest.raises(CheckpointError, match=f'{destination} is the checkpoint itself'):
+                convert(tmp_path / 'in.pth', tmp_path / destination, name=TINY)
+        assert (tmp_path / 'in.pth').read_bytes() == before and (tmp_path / 'link.pth').is_symlink()
 
     def test_converting_never_resamples(self, tmp_path):
         torch.save(original_weights(), tmp_path / 'in.pth')

@@ -276,6 +276,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match='side by side .* other layers before them, a HybridEmbed'):
             MaskedAutoencoder(encoder)
 
+    def test_patches_dropped_twice(self):
+        with pytest.raises(ValueError, match='patch_drop_rate does not go'):
+            MaskedAutoencoder('test_vit', patch_drop_rate=0.5)
+
     def test_other_models(self):
         with pytest.raises(ValueError, match='not ResNet'):
             MaskedAutoencoder(timm.create_model('resnet18'))

@@ -287,9 +287,11 @@ def convert(
 
     Raises:
         FileNotFoundError: no folder to write into.
-        CheckpointError: the source cannot be read, is of another family or does not fit.
+        CheckpointError: the source cannot be read, is of another family, does not fit or is the destination.
         RuntimeError: timm does not know `name`.
     """
+    if Path(destination).exists() and os.path.samefile(source, destination):
+        raise CheckpointError(f'{destination} is the checkpoint itself: name another file to write')
     checkpoint = read_checkpoint(source, mmap=True)
     check_sum(source, sha256)
     state_dict = select_weights(checkpoint, use_ema, f'checkpoint {source}')

@@ -140,6 +140,8 @@ class MaskedAutoencoder(nn.Module):
         wanted = 'a masked autoencoder needs patches side by side that see nothing of each other, and this encoder'
         if isinstance(encoder, VisionTransformer) and not isinstance(embed, PatchEmbed):
             raise ValueError(f'{wanted} has other layers before them, a {type(embed).__name__}')
+        if not isinstance(getattr(encoder, 'patch_drop', nn.Identity()), nn.Identity):
+            raise ValueError('patch_drop_rate does not go with a masked autoencoder, which hides patches itself')
         seen, step = to_2tuple(embed.proj.kernel_size), to_2tuple(embed.proj.stride)
         if not seen == step == self.patch_size:
             raise ValueError(f'{wanted} looks at {seen} in steps of {step} for patches of {self.patch_size}')
