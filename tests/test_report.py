@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from processes import VALIDATE, finish, ranks
 from safetensors.torch import save_file
+from timm.task import ClassificationEvaluator
 from torch.utils.data import IterableDataset
 
 from vim_timm import train, validate
@@ -121,6 +122,33 @@ def test_calibration_error_is_the_gap_between_score_and_accuracy():
     assert scores.ece == pytest.approx(90 - 50, abs=0.01)
     assert scores.reliability['count'].tolist() == [8]
     assert (scores.reliability['score'][0], scores.reliability['accuracy'][0]) == pytest.approx((90, 50), abs=0.01)
+
+
+def test_calibration_error_is_that_of_the_bins_beside_it_where_scores_are_one():
+    logits = torch.zeros(200, 2)
+    logits[:100, 0], logits[100:, 0] = 3, 200  # scores of 0.95, all right, and of 1.0, of which four fifths are
+    targets = (torch.arange(200) >= 180).long()
+    scores, sure = measure(logits, targets, torch.arange(200), 'ab'), 1 / (1 + np.exp(-3))
+    assert scores.reliability['count'].tolist() == [200]
+    assert scores.ece == pytest.approx(100 * ((1 + sure) / 2 - 0.9), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    'logits',
+    [
+        torch.zeros(50, 300),
+        torch.randn(500, 1000, generator=torch.Generator().manual_seed(0)).mul(0.01).bfloat16().float(),  # many ties
+        torch.randn(500, 10, generator=torch.Generator().manual_seed(0)) * 1e-8,  # probabilities are tied
+        torch.arange(10.0).mul(200).expand(3, 10),  # all others' probabilities are zero
+    ],
+)
+def test_a_report_counts_right_what_the_accuracy_counts(logits):
+    best = logits.topk(5).indices
+    scores = measure(logits, best[:, 0], torch.arange(len(logits)), [])
+    assert scores.correct.all() and (scores.top_classes == best[:, :3].numpy()).all()
+    evaluator = ClassificationEvaluator()
+    evaluator.update(logits, best[:, 0])
+    assert evaluator.compute()['top1'] == 100
 
 
 def test_classes_without_images_have_no_recall():

@@ -42,7 +42,7 @@ from .report import reconstruction
 from .report.evaluation import Evaluation, open_folder, write_report
 from .report.extras import require
 from .report.facts import facts
-from .report.metrics import measure
+from .report.metrics import best_classes, measure
 from .report.names import is_wordnet_id, words
 from .settings import Process, Settings
 from .settings.flags import AUTO, VALIDATE
@@ -386,7 +386,7 @@ def _more_metrics(args: Settings, metrics: Mapping[str, Metric] | None) -> dict[
 
             def metric(logits, targets, place=place):
                 scores = precision_recall_fscore_support(
-                    targets, logits.argmax(1), average=args.metrics_avg, zero_division=0
+                    targets, best_classes(logits)[:, 0], average=args.metrics_avg, zero_division=0
                 )
                 return 100 * scores[place]
 

@@ -152,7 +152,8 @@ class Predictor:
             raise UserError('the model returns no logits, a row of classes an image: its head pools nothing')
         if not torch.isfinite(logits).all():
             raise UserError('the model returns values that are not finite: its weights are broken')
-        scores, labels = logits.softmax(1).topk(min(self.top, logits.shape[1]))
+        labels = logits.topk(min(self.top, logits.shape[1])).indices  # some probabilities are tied where logits are not
+        scores = logits.softmax(1).gather(1, labels)
         heat = None
         if self.explain:
             heat = self.explain(self.model, images, labels[:, 0].to(self.device)).cpu().numpy()

@@ -1,4 +1,4 @@
-"""What a classifier gets right and wrong, as numbers. scikit-learn and torchmetrics compute them."""
+"""What a classifier gets right and wrong, as numbers. scikit-learn computes all but the calibration error."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -52,6 +52,14 @@ class Scores:
         return self.predicted == self.targets
 
 
+def best_classes(logits: torch.Tensor) -> torch.Tensor:
+    """Classes (N, <= 5) of logits (N, C), best first, as timm's accuracy takes them, of ties too.
+
+    Probabilities are tied where logits are not: they are rounded near 1, and vanish far below.
+    """
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+
+
 def measure(logits: torch.Tensor, targets: torch.Tensor, places: torch.Tensor, names: Sequence[str]) -> Scores:
     """All numbers of a report from logits (N, C) and targets (N,) on the CPU.
 
@@ -59,7 +67,6 @@ def measure(logits: torch.Tensor, targets: torch.Tensor, places: torch.Tensor, n
         UserError: some logits are not finite, there is no image, or a target is no class of the model's.
     """
     from sklearn.metrics import confusion_matrix
-    from torchmetrics.functional.classification import multiclass_calibration_error
 
     if not len(targets):
         raise UserError('no image could be read: no report')
@@ -70,16 +77,16 @@ def measure(logits: torch.Tensor, targets: torch.Tensor, places: torch.Tensor, n
     if int(targets.max()) >= count:
         raise UserError(f'the data set has label {int(targets.max())}, but the model {count} classes')
     names = [*names[:count], *map(str, range(len(names), count))]
-    probabilities = logits.softmax(dim=1)
-    top_scores, top_classes = (part.numpy() for part in probabilities.topk(min(TOP, count), dim=1))
+    best = best_classes(logits)[:, :TOP]
+    top_scores, top_classes = logits.softmax(dim=1).gather(1, best).numpy(), best.numpy()
     labels, predicted = targets.numpy(), top_classes[:, 0]
-    ece = multiclass_calibration_error(probabilities, targets, num_classes=count, n_bins=BINS) if count > 1 else 0.0
+    reliability = _reliability(predicted == labels, top_scores[:, 0])
     return Scores(
         names, labels, places.numpy(), top_classes, top_scores,
         *_precision_and_recall(labels, predicted, count),
         confusion=confusion_matrix(labels, predicted, labels=np.arange(count)),
-        ece=100 * float(ece),
-        reliability=_reliability(predicted == labels, top_scores[:, 0]),
+        ece=float(np.average(abs(reliability['score'] - reliability['accuracy']), weights=reliability['count'])),
+        reliability=reliability,
     )  # fmt: skip
 
 
