@@ -6,7 +6,8 @@
 A raw step is forward, loss, backward and optimizer (fused AdamW, or the optimizer of the row) on one fixed batch. Both
 run in turn in one process, an epoch of `train.py` and as many raw steps, and each counts with its fastest epoch: other
 programs slow both alike, and nothing makes one faster than it is. At one thread of a CPU the ratio of processor time,
-which other programs hardly touch, stands beside that of the clock. `first` is the time to the end of the first step.
+which other programs hardly touch, stands beside that of the clock. `first` is the time to the log's first line, the end
+of step 50, with reading the data and compiling.
 Rows go to train.json in --output, each measured in a process of its own.
 """
 
@@ -156,7 +157,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     for model, size, batch, ways in GPU_ROWS:
         repeats = max(1, round(100 * batch / 1438))  # about a hundred steps an epoch
         for way in ways:
-            for opt in options.opts:
+            for opt in options.opts or ('adamw', 'nadamuon'):
                 row = dict(common, model=model, size=size, batch=batch, way=way, opt=opt, repeats=repeats)
                 found.append(dict(row, log_interval=50))
     wanted = {'model': options.models, 'batch': options.batches, 'way': options.ways}
@@ -168,8 +169,8 @@ def main() -> None:
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
     parser.add_argument('--models', nargs='*', help='only these')
     parser.add_argument('--batches', nargs='*', type=int, help='only these')
-    parser.add_argument('--ways', nargs='*', choices=tuple(WAYS), default=list(WAYS))
-    parser.add_argument('--opts', nargs='*', default=['adamw', 'nadamuon'])
+    parser.add_argument('--ways', nargs='*', choices=tuple(WAYS), help='only these')
+    parser.add_argument('--opts', nargs='*', help='optimizers (default: adamw and nadamuon)')
     parser.add_argument('--epochs', type=int, default=4, help='epochs of train.py, each beside a block of raw steps')
     parser.add_argument('--raw-steps', type=int, default=100, help='most raw steps a block')
     parser.add_argument('--threads', type=int, help='threads of torch (default: as it chooses)')
@@ -179,8 +180,10 @@ def main() -> None:
     if options.row:
         print(json.dumps(measure(json.loads(options.row))))
         return
+    if options.device == 'cpu' and (options.models or options.batches or options.ways or options.opts):
+        parser.error('--models, --batches, --ways and --opts choose among the rows of a GPU: leave them out')
     found = []
-    print('| model | size, batch | way, optimizer | train.py, img/s | raw step | ratio | first step, s |')
+    print('| model | size, batch | way, optimizer | train.py, img/s | raw step | ratio | first 50 steps, s |')
     print('|---|---|---|---|---|---|---|', flush=True)
     for row in rows(options):
         words = [sys.executable, '-m', 'benchmarks.train', '--row', json.dumps(row)]
