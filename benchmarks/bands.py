@@ -10,9 +10,13 @@ imitates Sentinel-2's multispectral tiles as far as three colours allow:
    bands differ by more than a factor;
 2. blur: bands of 20 and 60 m a pixel are averaged over 2 x 2 and 4 x 4 pixels and enlarged again;
 3. noise: Gaussian, of deviation 0.01 at 10 m, 0.015 at 20 m, 0.02 at 60 m.
+
+BANDS is there when all of it is: until then it is BANDS.part.
 """
 
 import argparse
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +59,13 @@ def bands(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', type=Path, help='folder of images, SPLIT/CLASS/*')
-    parser.add_argument('target', type=Path, help='folder to make')
+    parser.add_argument('target', type=Path, help='folder to make, which is not there yet')
     parser.add_argument('--images', type=int, default=10000, help='images of the training split; of others a fifth')
     args = parser.parse_args()
+    if args.target.exists():
+        sys.exit(f'{args.target} is there: images that were made before would stay in it')
+    unfinished = args.target.with_name(f'{args.target.name}.part')
+    shutil.rmtree(unfinished, ignore_errors=True)
     rng = np.random.default_rng(0)
     for split in sorted(path for path in args.source.iterdir() if path.is_dir()):
         files = sorted(split.glob('*/*'))
@@ -66,9 +74,10 @@ def main() -> None:
             with Image.open(file) as picture:
                 image = np.asarray(picture.convert('RGB'))
             image = image[: image.shape[0] // 4 * 4, : image.shape[1] // 4 * 4]
-            path = args.target / split.name / file.parent.name / f'{file.stem}.npy'
+            path = unfinished / split.name / file.parent.name / f'{file.stem}.npy'
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, bands(image, rng))
+    unfinished.rename(args.target)
 
 
 if __name__ == '__main__':

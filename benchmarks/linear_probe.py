@@ -5,7 +5,7 @@
 `FOLDER` has train/CLASS/* and validation/CLASS/*. Features are averaged over patches and computed once, from images as
 evaluation prepares them; the classifier is scikit-learn's logistic regression on standardized features. A share below 1
 takes that part of each class's training images. Unlike `--linear-probe` of `train.py` there is no augmentation, so that
-a CPU is enough. Prints a table in Markdown: top-1 on the validation images.
+a CPU is enough. Prints a table in Markdown: top-1 on the validation images, and seconds of the classifier alone.
 """
 
 import argparse
@@ -25,15 +25,16 @@ import vim_timm  # noqa: F401  registers the models
 
 
 def features(model: torch.nn.Module, folder: Path, device: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, C) and classes (N) of a folder's images."""
+    """Features (N, C) and class names (N) of a folder's images."""
     transform = create_transform(**resolve_model_data_config(model))
-    loader = DataLoader(ImageFolder(str(folder), transform), 256, num_workers=1)
+    images_of = ImageFolder(str(folder), transform)
+    loader = DataLoader(images_of, 256, num_workers=1)
     found, classes = [], []
     for images, targets in loader:
         with torch.inference_mode():
             found.append(model(images.to(device)).float().cpu().numpy())
         classes.append(targets.numpy())
-    return np.concatenate(found), np.concatenate(classes)
+    return np.concatenate(found), np.array(images_of.classes)[np.concatenate(classes)]
 
 
 def part(classes: np.ndarray, share: float) -> np.ndarray:
@@ -51,9 +52,8 @@ def main() -> None:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--seed', type=int, default=0, help='of the random weights')
     args = parser.parse_args()
-    print('| features | labels | top-1 | seconds |\n|---|---|---|---|')
+    print('| features | labels | top-1 | seconds of the classifier |\n|---|---|---|---|')
     for name in ('pretrained', 'random'):
-        start = time.perf_counter()
         torch.manual_seed(args.seed)
         overlay = {'file': str(args.encoder), 'num_classes': -1}
         weights = {'pretrained': True, 'pretrained_cfg_overlay': overlay} if name == 'pretrained' else {}
@@ -61,6 +61,7 @@ def main() -> None:
         x, y = features(model, args.data_dir / 'train', args.device)
         x_val, y_val = features(model, args.data_dir / 'validation', args.device)
         for share in args.shares:
+            start = time.perf_counter()
             places = part(y, share)
             scaler = StandardScaler().fit(x[places])
             classifier = LogisticRegression(C=0.1, max_iter=300).fit(scaler.transform(x[places]), y[places])

@@ -1,0 +1,66 @@
+"""Measuring programs take the images that they say."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import bands, explain, linear_probe
+from benchmarks import train as of_train
+from vim_timm import train
+
+
+def write_images(folder, count=5):
+    """Images of 8 x 8 pixels, all of one grey level."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new('RGB', (8, 8), (number,) * 3).save(folder / f'{number}.png')
+
+
+def test_bands_of_another_run_are_not_mixed_with_these(monkeypatch, tmp_path):
+    write_images(tmp_path / 'colours' / 'train' / 'a', 10)
+    target = tmp_path / 'bands'
+    monkeypatch.setattr(sys, 'argv', ['bands', str(tmp_path / 'colours'), str(target), '--images', '8'])
+    (tmp_path / 'bands.part' / 'train' / 'a').mkdir(parents=True)
+    (tmp_path / 'bands.part' / 'train' / 'a' / 'cut.npy').touch()
+    bands.main()
+    assert len(list(target.glob('*/*/*'))) == 8
+    with pytest.raises(SystemExit, match='bands is there'):
+        bands.main()
+
+
+def test_a_probe_knows_classes_by_name(tmp_path):
+    write_images(tmp_path / 'train' / 'b')
+    write_images(tmp_path / 'validation' / 'a')
+    write_images(tmp_path / 'validation' / 'b')
+    model = torch.nn.Flatten()
+    _, train_classes = linear_probe.features(model, tmp_path / 'train', 'cpu')
+    _, classes = linear_probe.features(model, tmp_path / 'validation', 'cpu')
+    assert train_classes.tolist() == ['b'] * 5 and classes.tolist() == ['a'] * 5 + ['b'] * 5
+    assert len(linear_probe.part(classes, 0.4)) == 4
+
+
+def test_maps_are_of_images_that_the_run_held_out(monkeypatch, tmp_path):
+    for name in 'ab':
+        write_images(tmp_path / 'data' / name, 20)
+    common = '--device cpu --batch-size 4 --workers 0 --epochs 1 --warmup-epochs 0 --img-size 8 --model-kwargs depth=1'
+    words = f'--data-dir {tmp_path / "data"} --model vim_nano_patch4_32 {common} --output {tmp_path} --experiment run'
+    assert train.main(words.split()) == 0
+    taken = []
+    monkeypatch.setattr(
+        explain, 'measure', lambda model, images, labels, heat: taken.append((images, labels)) or (0, 0)
+    )
+    for count in ('6', '100'):
+        monkeypatch.setattr(sys, 'argv', ['explain', str(tmp_path / 'run' / 'last.pth.tar'), '--images', count])
+        explain.main()
+    first, last = taken[0][1], taken[-1][1]
+    assert len(first) == 6 and first.unique().tolist() == [0, 1]
+    assert len(last) == 8  # a fifth of either class, where there are no more
+
+
+def test_flags_that_choose_rows_of_a_gpu_are_not_passed_over(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', 'train --device cpu --models vim_tiny_patch4_32'.split())
+    with pytest.raises(SystemExit):
+        of_train.main()
+    assert 'leave them out' in capsys.readouterr().err
