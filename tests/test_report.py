@@ -509,6 +509,21 @@ def test_wrong_real_labels_end_in_a_sentence(tmp_path, constant, labels, message
     assert message in capsys.readouterr().err
 
 
+def test_real_labels_are_numbers_of_imagenet_s_own_classes(tmp_path, constant, capsys):
+    real = ['--real-labels', str(tmp_path / 'real.json')]
+    (tmp_path / 'real.json').write_text(json.dumps([[1], [6], [0], [], [0, 1], [0]]))
+    assert validate.main([*constant, *real]) == 2
+    assert 'it has the class number 6, and the model has classes 0 to 5' in capsys.readouterr().err
+    (tmp_path / 'real.json').write_text(json.dumps([[1], [1], [0], [], [0, 1], [0]]))
+    names = [f'n0000000{number}' for number in range(6)]
+    for number, name in enumerate(names):
+        (tmp_path / 'validation' / f'n{number}').rename(tmp_path / 'validation' / name)
+    assert validate.main([*constant, *real]) == 0
+    (tmp_path / 'map.txt').write_text('\n'.join(reversed(names)))
+    assert validate.main([*constant, *real, '--class-map', str(tmp_path / 'map.txt')]) == 2
+    assert 'the model has them otherwise' in capsys.readouterr().err
+
+
 def test_test_time_pooling_is_for_models_with_a_map_of_features(tmp_path, weights, capsys):
     assert validate.main([*weights, '--test-pool']) == 2
     assert 'token model' in capsys.readouterr().err

@@ -24,7 +24,7 @@ from timm.task import ClassificationTask
 from timm.utils import decay_batch_step, natural_key, reparameterize_model
 
 from . import data
-from .data.classes import read_valid_labels
+from .data.classes import is_wordnet_id, read_valid_labels
 from .data.real_labels import read_real_labels, real_accuracy
 from .engine import build
 from .engine.eval_batch import fit_batch
@@ -43,7 +43,7 @@ from .report.evaluation import Evaluation, open_folder, write_report
 from .report.extras import require
 from .report.facts import facts
 from .report.metrics import best_classes, measure
-from .report.names import is_wordnet_id, words
+from .report.names import words
 from .settings import Process, Settings
 from .settings.flags import AUTO, VALIDATE
 from .settings.inherited import data_of, settings_of, without_size
@@ -164,7 +164,7 @@ def validate(
     labels = read_valid_labels(args.valid_labels) if args.valid_labels else None
     args = args.replace(model=build.current_name(args.model))
     args, dataset, names = _name_classes(args, dataset, labels, content)
-    real = read_real_labels(args.real_labels, dataset) if args.real_labels else None
+    real = read_real_labels(args.real_labels, dataset, names, args.num_classes) if args.real_labels else None
     model, parameters, data_config = _ready_model(args, process, labels, content)
     loader = data.eval_loader(args, process, dataset, data_config)
     task = adopt(ClassificationTask(model, device=process.device, dtype=process.dtype, verbose=False))

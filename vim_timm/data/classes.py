@@ -22,6 +22,11 @@ def class_names(dataset: Any) -> list[str]:
     return []
 
 
+def is_wordnet_id(name: str) -> bool:
+    """Whether it is such a name as those of ImageNet's folders: n01440764."""
+    return name[:1] == 'n' and name[1:].isdecimal() and len(name) == 9
+
+
 def _by_number(indices: Mapping[Any, int]) -> list[str]:
     names: dict[int, str] = {}
     for name, index in indices.items():

@@ -1,18 +1,24 @@
 """ImageNet ReaL: L. Beyer et al., Are we done with ImageNet?, 2020 (arXiv:2006.07159)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.data import RealLabelsImagenet
 
 from ..errors import UserError, explain
+from .classes import is_wordnet_id
 
 
-def read_real_labels(path: str, dataset: Any) -> RealLabelsImagenet:
+def read_real_labels(path: str, dataset: Any, classes: Sequence[str], count: int | None) -> RealLabelsImagenet:
     """ReaL labels from a JSON file, for the images of ImageNet's validation split, which are known by their names.
 
+    Args:
+        classes: the model's, by number, as far as they are known.
+        count: how many the model has, where that is known.
+
     Raises:
-        UserError: the file cannot be read, or the images are others.
+        UserError: the file cannot be read, the images are others, or the model's class numbers are not ImageNet's.
     """
     if not hasattr(dataset, 'filenames'):
         raise UserError('--real-labels goes by file names: give the images as a folder or tar in --data-dir')
@@ -26,6 +32,11 @@ def read_real_labels(path: str, dataset: Any) -> RealLabelsImagenet:
             ) from error
         if not set(names) <= set(real.real_labels):
             raise ValueError('it has labels for the images ILSVRC2012_val_*.JPEG only, and the data set has others')
+        largest = max((label for labels in real.real_labels.values() for label in labels), default=0)
+        if count and largest >= count:
+            raise ValueError(f'it has the class number {largest}, and the model has classes 0 to {count - 1}')
+        if all(map(is_wordnet_id, classes)) and list(classes) != sorted(classes):
+            raise ValueError("its numbers are those of ImageNet's classes by name, and the model has them otherwise")
     return real
 
 

@@ -4,10 +4,7 @@ from collections import Counter
 
 from timm.data import ImageNetInfo
 
-
-def is_wordnet_id(name: str) -> bool:
-    """Whether it is such a name as those of ImageNet's folders: n01440764."""
-    return name[:1] == 'n' and name[1:].isdecimal() and len(name) == 9
+from ..data.classes import is_wordnet_id
 
 
 def words(names: list[str]) -> list[str]:
