@@ -8,7 +8,8 @@
 
     1. some processes at a time train an epoch of half the images: kernels are compiled, steps recorded
     2. one after the other, alone on the device, each trains another, which tells the variant's images a second
-    3. --budget seconds at that rate are so many passes over the training images, fixed before any result is known
+    3. --budget seconds at that rate are so many passes over the training images, fixed before any result is known; a
+       variant that has not time for one is named and left out
     4. a training of so many passes for each seed, --jobs side by side: that changes its seconds, not its steps
 
 All variants with the first seed come first. No training begins that would end after --limit seconds of this program.
@@ -259,7 +260,11 @@ def run(variants: list[Variant], options: argparse.Namespace, begun: float, imag
     from vim_timm.files import to_json
 
     rows: list[dict[str, Any]] = []
-    waiting = [(seed, variant) for seed in options.seeds for variant in variants]
+    passes = {variant: round(options.budget * variant.facts['rate'] / images, 3) for variant in variants}
+    for variant in variants:
+        if passes[variant] < 1:
+            print(f'{variant.name}: left out, {options.budget:g} s are {passes[variant]:.2f} passes', flush=True)
+    waiting = [(seed, variant) for seed in options.seeds for variant in variants if passes[variant] >= 1]
     busy: dict[Any, Variant] = {}
     longest = 0.0
     while waiting or busy:
@@ -270,8 +275,7 @@ def run(variants: list[Variant], options: argparse.Namespace, begun: float, imag
         for task in [(seed, v) for seed, v in waiting if v not in busy.values()][: max(0, options.jobs - len(busy))]:
             waiting.remove(task)
             seed, variant = task
-            passes = max(1.0, round(options.budget * variant.facts['rate'] / images, 3))
-            variant.tell(json.dumps({'variant': variant.name, 'seed': seed, 'passes': passes}))
+            variant.tell(json.dumps({'variant': variant.name, 'seed': seed, 'passes': passes[variant]}))
             busy[variant.process.stdout] = variant
         heard, _, _ = select.select(list(busy), [], [], max(0.0, left)) if busy else ([], [], [])
         if busy and not heard:

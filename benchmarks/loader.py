@@ -29,7 +29,7 @@ def write_shards(files: list[Path], target: Path, count: int) -> None:
     classes = sorted({path.parent.name for path in files})
     (target / '_info.json').write_text('{}')  # timm asks for it
     for shard in range(count):
-        with tarfile.open(target / f'train-{shard:04d}.tar', 'w') as tar:
+        with tarfile.open(target / f'train-{shard:04d}.tar', 'w', dereference=True) as tar:
             for place, path in enumerate(files[shard::count]):
                 name, label = f'{shard:04d}{place:06d}', target / 'label'
                 label.write_text(str(classes.index(path.parent.name)))

@@ -1,12 +1,15 @@
 """Measuring programs take the images that they say."""
 
+import argparse
 import sys
+import tarfile
+import time
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bands, explain, linear_probe
+from benchmarks import bands, equal_time, explain, linear_probe, loader
 from benchmarks import train as of_train
 from vim_timm import train
 
@@ -57,6 +60,22 @@ def test_maps_are_of_images_that_the_run_held_out(monkeypatch, tmp_path):
     first, last = taken[0][1], taken[-1][1]
     assert len(first) == 6 and first.unique().tolist() == [0, 1]
     assert len(last) == 8  # a fifth of either class, where there are no more
+
+
+def test_a_variant_too_slow_for_one_pass_is_not_given_more_time(tmp_path, capsys):
+    slow = object.__new__(equal_time.Variant)  # without its process
+    slow.name, slow.facts = 'slow', {'rate': 40.0}
+    options = argparse.Namespace(seeds=[0], budget=5.0, jobs=1, limit=60.0, output=tmp_path)
+    assert equal_time.run([slow], options, time.perf_counter(), images=400) == []
+    assert 'slow: left out, 5 s are 0.50 passes' in capsys.readouterr().out
+
+
+def test_shards_hold_the_images_that_links_lead_to(tmp_path):
+    write_images(tmp_path / 'a', 1)
+    (tmp_path / 'link.png').symlink_to(tmp_path / 'a' / '0.png')
+    loader.write_shards([tmp_path / 'link.png'], tmp_path, 1)
+    with tarfile.open(tmp_path / 'train-0000.tar') as tar:
+        assert all(member.isreg() for member in tar)
 
 
 def test_flags_that_choose_rows_of_a_gpu_are_not_passed_over(monkeypatch, capsys):
