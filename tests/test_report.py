@@ -157,6 +157,22 @@ def test_classes_without_images_have_no_recall():
     assert np.isnan(scores.per_class['recall'][2:]).all() and scores.averages['macro']['f1'] == 100
 
 
+def test_a_class_without_images_is_in_no_plot_and_a_zero_in_averages_where_it_is_predicted(monkeypatch):
+    titles = []
+    monkeypatch.setattr('matplotlib.axes.Axes.set_title', lambda axes, title, **options: titles.append(title))
+    scores = scores_of([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0]])
+    plots.per_class(scores)
+    plots.per_class(scores, 1)
+    plots.per_class(small_scores())
+    assert titles == [
+        'Precision, recall and F1 of each class with images',
+        'The 1 classes with images that have the lowest F1',
+        'Precision, recall and F1 of each class',
+    ]
+    assert np.isnan(scores.per_class['recall'][[1, 3]]).all()
+    assert scores.averages['macro']['recall'] == pytest.approx((50 + 0 + 100) / 3)
+
+
 @pytest.mark.parametrize(
     'logits, targets, message',
     [

@@ -11,6 +11,11 @@ from .confusion import SHOWN, WHOLE, matrix
 from .curves import panels
 from .metrics import Scores
 
+UNDEFINED = (
+    'A class without images has no recall, and one that is never predicted no precision (–). Where a class has images '
+    'or is predicted such a number counts as zero in the averages, as in scikit-learn; another class does not count.'
+)
+
 
 def classification_page(
     evaluation: Any, pairs: tuple[Sequence[Mapping[str, Any]], int, int],
@@ -69,7 +74,10 @@ def _classes(scores: Scores, png: bytes) -> str:
     support = int(scores.per_class['support'].sum())
     averages = [('', f'{name} average', *values.values(), support) for name, values in scores.averages.items()]
     listing = page.table(['#', 'class', 'precision', 'recall', 'F1', 'images'], rows, text=2, totals=averages)
-    return f'<div class="columns">{page.figure(png, "precision, recall and F1")}<div class="card">{listing}</div></div>'
+    missing = any(np.isnan(scores.per_class[name]).any() for name in ('precision', 'recall'))
+    text = f'<p>{UNDEFINED}</p>' if missing else ''
+    figure = page.figure(png, 'precision, recall and F1')
+    return f'{text}<div class="columns">{figure}<div class="card">{listing}</div></div>'
 
 
 def _confusion(scores: Scores, pairs: tuple[Sequence[Mapping[str, Any]], int, int], matrix: str) -> Iterable[str]:

@@ -157,9 +157,10 @@ def reliability(scores: Scores) -> bytes:
 
 
 def per_class(scores: Scores, limit: int = 40) -> bytes:
-    """Bars of F1, with precision and recall, of the classes with the lowest F1."""
-    f1 = scores.per_class['f1']
-    order = [index for index in np.argsort(f1, kind='stable') if scores.per_class['support'][index]][:limit]
+    """Bars of F1, with precision and recall, of the classes that have images and the lowest F1."""
+    f1, known = scores.per_class['f1'], np.flatnonzero(scores.per_class['support'])
+    order = known[f1[known].argsort(kind='stable')][:limit]
+    which = '' if len(known) == len(f1) else ' with images'
     with _figure(7.2, 1.4 + 0.24 * len(order)) as figure:
         axes, places = figure.add_subplot(), np.arange(len(order))
         axes.barh(places, f1[order], color='#d1d5db', height=0.7, label='F1')
@@ -172,9 +173,9 @@ def per_class(scores: Scores, limit: int = 40) -> bytes:
         axes.set(xlabel='%', xlim=(0, 101), ylim=(len(order) - 0.4, -0.6))
         axes.grid(False, axis='y')
         axes.set_title(
-            'Precision, recall and F1 of each class'
-            if len(order) == len(f1)
-            else f'The {len(order)} classes with the lowest F1'
+            f'Precision, recall and F1 of each class{which}'
+            if len(order) == len(known)
+            else f'The {len(order)} classes{which} that have the lowest F1'
         )
         figure.legend(ncols=3, loc='outside lower center')
         return _png(figure)
