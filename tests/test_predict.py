@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from vim_timm import export, validate
-from vim_timm.engine import explain
-from vim_timm.engine.saved import Saved
+from vim_timm.engine import explain, graphs
+from vim_timm.engine.saved import Saved, open_saved
 from vim_timm.errors import UserError
 from vim_timm.predict import main, predictor
 
@@ -115,7 +115,7 @@ def test_onnx_and_torch_export_predict_the_same(checkpoint, pictures, tmp_path, 
     pytest.importorskip('onnxscript')
     for name in ('model.onnx', 'model.pt2'):
         assert export.main(['--checkpoint', checkpoint, '--output', str(tmp_path / name)]) == 0
-        assert 'logits within' in capsys.readouterr().out
+        assert re.search(r'logits within \S+ of the model, relative to the largest\n', capsys.readouterr().out)
     assert main([str(pictures), '--onnx', str(tmp_path / 'model.onnx')]) == 0
     from_onnx = capsys.readouterr().out
     assert main([str(pictures), '--checkpoint', checkpoint]) == 0
@@ -124,6 +124,24 @@ def test_onnx_and_torch_export_predict_the_same(checkpoint, pictures, tmp_path, 
     classify = predictor(checkpoint=checkpoint)
     images = torch.rand(3, 3, 16, 16)
     torch.testing.assert_close(program(images), classify.model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('write', [graphs.export_onnx, graphs.export_torch])
+@pytest.mark.parametrize('broken', ['model', 'graph'])
+def test_values_that_are_not_finite_do_not_agree(broken, write, checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip('onnxscript')
+    saved, file = open_saved(checkpoint), tmp_path / 'model'
+    if broken == 'model':
+        torch.nn.init.constant_(saved.model.get_classifier().bias, torch.inf)
+        message = 'the model returns values that are not finite'
+    else:
+        compare, message = graphs._compare, r'relative difference nan\): not written'
+        monkeypatch.setattr(
+            graphs, '_compare', lambda saved, run, batches: compare(saved, lambda x: run(x) * torch.nan, batches)
+        )
+    with pytest.raises(UserError, match=message):
+        write(saved, str(file))
+    assert not file.exists()
 
 
 def test_explain_shows_where_the_model_looks(checkpoint, pictures, tmp_path):

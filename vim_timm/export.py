@@ -58,7 +58,7 @@ def export(args: argparse.Namespace) -> None:
     else:
         difference = export_torch(saved, args.output, args.batch_size)
     size = os.path.getsize(args.output)
-    print(f'{args.output}: {size / 1e6:.1f} MB, logits within {difference:.1e} of the model')
+    print(f'{args.output}: {size / 1e6:.1f} MB, logits within {difference:.1e} of the model, relative to the largest')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

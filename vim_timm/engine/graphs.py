@@ -84,10 +84,14 @@ def _compare(saved: Saved, run: Callable[[torch.Tensor], torch.Tensor], batches:
         images = _example(saved, batch)
         with torch.inference_mode():
             expected = saved.model(images)
-        difference = (run(images).detach() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-        worst = max(worst, float(difference))
-    if not worst <= TOLERANCE:
-        raise UserError(f'the exported graph computes other logits (relative difference {worst:.2g}): not written')
+        if not torch.isfinite(expected).all():
+            raise UserError('the model returns values that are not finite: its weights are broken')
+        difference = float((run(images).detach() - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+        if not difference <= TOLERANCE:  # it may be NaN
+            raise UserError(
+                f'the exported graph computes other logits (relative difference {difference:.2g}): not written'
+            )
+        worst = max(worst, difference)
     return worst
 
 
