@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import math
 import os
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,12 +133,12 @@ def panels(runs: Sequence[Run]) -> dict[str, list[Line]]:
 def best_numbers(runs: Sequence[Run]) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
     """A table of the best numbers: its head, a row a run, and the places (row, column) of the best of all."""
     columns = [name for name in _columns(runs) if name.partition('_')[0] in ('eval', 'ema', 'train')]
-    head = ['run', 'epochs', 'time', 'images a second', *map(title_of, columns)]
+    head = ['run', 'epochs', 'time', 'images a second, the median epoch', *map(title_of, columns)]
     rows, winners = [], set()
     for run in runs:
-        last, rates = run.rows[-1], sorted(row['images_per_second'] for row in run.rows if 'images_per_second' in row)
+        last, rates = run.rows[-1], [row['images_per_second'] for row in run.rows if 'images_per_second' in row]
         row = [run.name, f'{len(run.rows)}', duration(last['time']) if 'time' in last else '–']
-        row.append(f'{rates[len(rates) // 2]:,.0f}' if rates else '–')
+        row.append(f'{statistics.median(rates):,.0f}' if rates else '–')
         found = [run.best(column) for column in columns]
         rows.append([*row, *('–' if best is None else f'{best[0]:.5g} (epoch {best[1]})' for best in found)])
     for place, column in enumerate(columns):
