@@ -16,7 +16,8 @@ Every command is printed, and its seconds. The last lines are a table in Markdow
 epoch, which nobody chose, and seconds of the log, those of the process's start left out. `--jobs N` runs N commands
 side by side, dealt to the GPUs there are; what later budgets depend on runs alone: the pretraining and the fine-tuning
 from it, whose step is that of training from scratch. A run that fails is named, and what does not need it goes on; the
-exit status is 1 then. Finished runs are not repeated. Options after `--` go to every training.
+exit status is 1 then. Finished runs are not repeated; a folder with the result of another command line ends the
+program. Options after `--` go to every training.
 """
 
 import argparse
@@ -86,12 +87,14 @@ class Runs:
         return self.run(words, self.path(name))
 
     def run(self, words: list[str], folder: Path) -> bool:
-        """Run a command line unless its folder has a result, and say whether there is one."""
-        done = folder / 'done.txt'
+        """Run a command line unless its folder has its result, and say whether there is one."""
+        done, line = folder / 'done.txt', shlex.join(['python', *words])
         if done.exists():
+            if done.read_text(encoding='utf-8').splitlines()[:1] != [line]:
+                sys.exit(f'{folder} has the result of another command line: name another --output, or remove it')
             return True
         device = next(self.devices)
-        print(shlex.join(['python', *words]), flush=True)
+        print(line, flush=True)
         command = [sys.executable, *words, '--output', str(folder.parent), '--experiment', folder.name, '--overwrite']
         start = time.perf_counter()
         environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': device}
@@ -103,7 +106,7 @@ class Runs:
             self.failed = True
             print(f'{folder.name}: failed after {seconds:.0f} s, see {log.name}', flush=True)
             return False
-        done.write_text(f'{seconds:.1f} s with the start\n')
+        done.write_text(f'{line}\n{seconds:.1f} s with the start\n', encoding='utf-8')
         print(f'{folder.name}: {seconds:.0f} s', flush=True)
         return True
 
