@@ -290,6 +290,9 @@ class TestEvaluation:
 
     def test_a_report(self, run, tmp_path):
         folder = tmp_path / 'report'
+        folder.mkdir()
+        for name in ('gallery_33.png', 'missing_channels.csv', 'mine.png'):
+            (folder / name).write_text('of an earlier report, but the last')
         flags = ['--mae', '--checkpoint', str(run / 'last.pth.tar'), '--use-ema', '--device', 'cpu', '--workers', '0']
         results = ['--results-file', str(tmp_path / 'row.json'), '--results-format', 'json']
         assert validate.main([*flags, '--report', str(folder), *results]) == 0
@@ -305,7 +308,9 @@ class TestEvaluation:
         assert float(rows[0]['ssim_composite']) > float(rows[3]['ssim_composite'])
         report = json.loads((folder / 'report.json').read_text())
         assert report['result'] == row and len(report['ratios']) == 4
-        assert all((folder / f'gallery_{percent}.png').exists() for percent in (25, 50, 75, 90))
+        pictures = {f'gallery_{percent}.png' for percent in (25, 50, 75, 90)}
+        others = {'report.json', 'report.html', 'reconstruction.csv', 'mine.png'}
+        assert {path.name for path in folder.iterdir()} == pictures | others
         assert 'oracle' in (folder / 'report.html').read_text()
 
     @pytest.mark.parametrize('damaged', [(1, 3), (0, 2, 4)])

@@ -124,6 +124,13 @@ def test_calibration_error_is_the_gap_between_score_and_accuracy():
     assert (scores.reliability['score'][0], scores.reliability['accuracy'][0]) == pytest.approx((90, 50), abs=0.01)
 
 
+def test_a_report_without_mistakes_keeps_no_pictures_of_an_earlier_one(tmp_path):
+    for predicted, kinds in ((PREDICTED, {'right', 'wrong'}), (TARGETS, {'right'}), ((TARGETS + 1) % 3, {'wrong'})):
+        scores = measure(logits_of(predicted, 3), TARGETS, torch.arange(8), 'abc')
+        write_report(str(tmp_path), Evaluation(row_of(8), {'images_per_second': 1.0}, scores, Pictures('abc')))
+        assert {path.stem.removeprefix('samples_') for path in tmp_path.glob('samples_*.png')} == kinds
+
+
 def test_calibration_error_is_that_of_the_bins_beside_it_where_scores_are_one():
     logits = torch.zeros(200, 2)
     logits[:100, 0], logits[100:, 0] = 3, 200  # scores of 0.95, all right, and of 1.0, of which four fifths are

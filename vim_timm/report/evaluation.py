@@ -1,11 +1,11 @@
 """`validate.py --report FOLDER`: numbers, tables, pictures and the page of one evaluation."""
 
-import contextlib
 import csv
 import dataclasses
+import fnmatch
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,13 @@ def open_folder(folder: str) -> None:
             raise PermissionError('the folder cannot be written to')
 
 
+def remove_earlier(folder: str, patterns: Iterable[str], files: Collection[str]) -> None:
+    """Remove from a folder the files of an earlier report that match a pattern and are not among those of this one."""
+    for name in os.listdir(folder):
+        if name not in files and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            os.remove(os.path.join(folder, name))
+
+
 def write_report(folder: str, evaluation: Evaluation) -> None:
     """Write a report's files into a folder, each whole or not at all, `report.html` last."""
     open_folder(folder)
@@ -83,9 +90,7 @@ def write_report(folder: str, evaluation: Evaluation) -> None:
         **{f'{name}.png': png for name, png in pngs.items()},
     }
     files['report.html'] = classification_page(evaluation, pairs, shown, pngs['per_class'], evaluation.cell_picture)
-    if 'confusion_matrix_normalized.png' not in files:
-        with contextlib.suppress(FileNotFoundError):  # of an earlier report
-            os.remove(os.path.join(folder, 'confusion_matrix_normalized.png'))
+    remove_earlier(folder, ('confusion_matrix_normalized.png', 'samples_*.png'), files)
     for name, content in files.items():
         write_atomically(os.path.join(folder, name), content)
 

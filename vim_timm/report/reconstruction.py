@@ -20,7 +20,7 @@ from ..settings import Process
 from ..tasks.masked import EVAL_SEED, MaskedImages, Reconstruction, psnr
 from . import page, plots
 from .chart import Line
-from .evaluation import open_folder
+from .evaluation import open_folder, remove_earlier
 from .extras import require
 
 SAMPLES = 8  # of a gallery
@@ -314,6 +314,7 @@ def write_report(folder: str, report: ReconstructionReport) -> None:
         files['missing_channels.csv'] = table(list(report.bands), 'missing')
         files['missing_channels.png'] = bands = _band_plot(report.bands)
     files['report.html'] = _page(report, bands)
+    remove_earlier(folder, ('gallery_*.png', 'missing_channels.*'), files)
     for name, content in files.items():
         write_atomically(os.path.join(folder, name), content)
 
