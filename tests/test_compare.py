@@ -38,6 +38,11 @@ def test_only_settings_that_differ_are_shown(runs):
     assert differing(read_runs(runs)) == {'lr': [0.1, 0.2], 'opt': ['–', 'adamw']}
 
 
+def test_a_setting_that_one_run_leaves_empty_and_another_does_not_name_is_no_difference(tmp_path):
+    folders = [make_run(tmp_path / 'a', [1.0], [1.0], old=None, older=''), make_run(tmp_path / 'b', [1.0], [1.0])]
+    assert differing(read_runs(folders)) == {}
+
+
 def test_the_best_of_each_run_and_of_all(runs):
     head, rows, winners = best_numbers(read_runs(runs))
     assert head == [

@@ -85,9 +85,12 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Settings in which runs differ, by name: the value of each run, `–` where it names none."""
+    """Settings in which runs differ, by name: the value of each run, `–` where it has none."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in OF_A_RUN)
-    values = {name: [run.settings.get(name, '–') for run in runs] for name in sorted(names)}
+    unset = (None, '')
+    values = {
+        name: ['–' if (value := run.settings.get(name)) in unset else value for run in runs] for name in sorted(names)
+    }
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
