@@ -530,6 +530,14 @@ def test_run_registers_models_for_a_script(tmp_path):
     assert output.strip().endswith("True ['--flag', '1'] __main__")
 
 
+@pytest.mark.parametrize('words', [[], ['--help'], ['missing.py']])
+def test_run_without_a_script_says_how_it_is_called(words):
+    done = subprocess.run([sys.executable, '-m', 'vim_timm.run', *words], capture_output=True, text=True)
+    assert done.returncode and done.stderr.endswith('usage: python -m vim_timm.run SCRIPT ARGS...\n')
+    assert ('there is no script missing.py; ' in done.stderr) == (words == ['missing.py'])
+    assert 'Traceback' not in done.stderr
+
+
 def test_recipes_are_listed_and_taken(capsys):
     with pytest.raises(SystemExit):
         train.main(['--list-recipes'])

@@ -1,5 +1,6 @@
 """Run a script that uses timm with this package's models registered: `python -m vim_timm.run SCRIPT ARGS...`."""
 
+import os
 import runpy
 import sys
 
@@ -11,8 +12,10 @@ def main() -> None:
 
     timm is imported already, so a script that lies beside a source tree of timm uses the installed one.
     """
-    if len(sys.argv) < 2:
-        raise SystemExit('usage: python -m vim_timm.run SCRIPT ARGS...')
+    script = sys.argv[1] if len(sys.argv) > 1 else ''
+    if not os.path.exists(script):
+        what = f'there is no script {script}; ' if script not in ('', '-h', '--help') else ''
+        raise SystemExit(f'{what}usage: python -m vim_timm.run SCRIPT ARGS...')
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name='__main__')
 
