@@ -291,7 +291,7 @@ class TestEvaluation:
     def test_a_report(self, run, tmp_path):
         folder = tmp_path / 'report'
         folder.mkdir()
-        for name in ('gallery_33.png', 'missing_channels.csv', 'mine.png'):
+        for name in ('gallery_33.png', 'missing_channels.csv', 'gallery_mine.png'):
             (folder / name).write_text('of an earlier report, but the last')
         flags = ['--mae', '--checkpoint', str(run / 'last.pth.tar'), '--use-ema', '--device', 'cpu', '--workers', '0']
         results = ['--results-file', str(tmp_path / 'row.json'), '--results-format', 'json']
@@ -309,7 +309,7 @@ class TestEvaluation:
         report = json.loads((folder / 'report.json').read_text())
         assert report['result'] == row and len(report['ratios']) == 4
         pictures = {f'gallery_{percent}.png' for percent in (25, 50, 75, 90)}
-        others = {'report.json', 'report.html', 'reconstruction.csv', 'mine.png'}
+        others = {'report.json', 'report.html', 'reconstruction.csv', 'gallery_mine.png'}
         assert {path.name for path in folder.iterdir()} == pictures | others
         assert 'oracle' in (folder / 'report.html').read_text()
 

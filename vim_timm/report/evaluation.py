@@ -90,7 +90,7 @@ def write_report(folder: str, evaluation: Evaluation) -> None:
         **{f'{name}.png': png for name, png in pngs.items()},
     }
     files['report.html'] = classification_page(evaluation, pairs, shown, pngs['per_class'], evaluation.cell_picture)
-    remove_earlier(folder, ('confusion_matrix_normalized.png', 'samples_*.png'), files)
+    remove_earlier(folder, ('confusion_matrix_normalized.png', 'samples_right.png', 'samples_wrong.png'), files)
     for name, content in files.items():
         write_atomically(os.path.join(folder, name), content)
 

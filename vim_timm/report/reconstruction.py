@@ -314,7 +314,7 @@ def write_report(folder: str, report: ReconstructionReport) -> None:
         files['missing_channels.csv'] = table(list(report.bands), 'missing')
         files['missing_channels.png'] = bands = _band_plot(report.bands)
     files['report.html'] = _page(report, bands)
-    remove_earlier(folder, ('gallery_*.png', 'missing_channels.*'), files)
+    remove_earlier(folder, ('gallery_[0-9]*.png', 'missing_channels.csv', 'missing_channels.png'), files)
     for name, content in files.items():
         write_atomically(os.path.join(folder, name), content)
 
