@@ -254,7 +254,9 @@ def make_training_model(args: Settings, process: Process) -> torch.nn.Module:
 
 def _last_layers(model: Any) -> list[Any]:
     """The layers that make logits: of each classifier the last one with weights."""
-    layers = ([layer for layer in head.modules() if hasattr(layer, 'weight')] for head in classifiers(model))
+    layers = (
+        [layer for layer in head.modules() if getattr(layer, 'weight', None) is not None] for head in classifiers(model)
+    )
     return [found[-1] for found in layers if found]
 
 

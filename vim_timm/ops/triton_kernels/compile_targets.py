@@ -174,15 +174,13 @@ def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.d
         GATED_DTYPES,
         GRADIENT_CHANNELS,
         GRADIENTS,
-        NARROW,
-        NARROW_CHANNELS,
-        PRODUCT,
         WHOLE,
         WHOLE_CHANNELS,
         Gate,
         GatedProduct,
         SwiGluGradients,
         WholeSwiGlu,
+        product_tile,
     )
 
     hidden = 4 * dim
@@ -191,8 +189,7 @@ def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.d
         recorder = Recorder(gated_product_kernels, capability, compiled)
         bias, out_bias = (torch.empty([size], device='meta') for size in (2 * hidden, dim))
         given = operands.SwiGlu(x, weight, bias, x.new_empty(dim, hidden), out_bias)
-        narrow = capability == 90 and dim <= NARROW_CHANNELS
-        GatedProduct(recorder, given).forward(NARROW if narrow else PRODUCT)
+        GatedProduct(recorder, given).forward(product_tile(dim, capability // 10))
         if capability == 90 and dim in WHOLE_CHANNELS:
             for tile in WHOLE:
                 WholeSwiGlu(recorder, given).forward(tile)

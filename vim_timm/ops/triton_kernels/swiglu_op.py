@@ -49,9 +49,9 @@ NARROW = PRODUCT._replace(warps=4)
 NARROW_CHANNELS = 384  # up to which it is faster on an H200
 
 
-def product_tile(channels: int, device: torch.device) -> Tile:
-    """The faster tile where both were timed; the other spills elsewhere."""
-    return NARROW if channels <= NARROW_CHANNELS and major_capability(device) == 9 else PRODUCT
+def product_tile(channels: int, major: int) -> Tile:
+    """The faster tile on a major compute capability where both were timed; the other spills elsewhere."""
+    return NARROW if channels <= NARROW_CHANNELS and major == 9 else PRODUCT
 
 
 class GatedProduct:
@@ -260,7 +260,8 @@ def rows_of(given: operands.SwiGlu) -> Tensor:
     whole = tile_of(given)
     if whole is not None:
         return WholeSwiGlu(gated_product_kernels, given).forward(whole)
-    hidden, out_bias = GatedProduct(gated_product_kernels, given).forward(product_tile(x.shape[1], x.device))
+    tile = product_tile(x.shape[1], major_capability(x.device))
+    hidden, out_bias = GatedProduct(gated_product_kernels, given).forward(tile)
     return F.linear(hidden, out, out_bias)
 
 
