@@ -18,7 +18,7 @@ are a table in Markdown: top-1 of the last step, which nobody chose, mean and st
 
 Batch 512, AdamW 2e-3, weight decay 0.05, cosine with a tenth of warm-up, crop and flip, mixup 0.2, smoothing 0.1,
 clipping at 1, bfloat16, on a GPU `--cuda-graph`. Variants whose mixer no fused kernel computes (norms, rotary
-positions, 1-d convolution) are timed as they run. B and C of one direction alone are no choice of the model.
+positions, 1-d convolution, own B and C of each order) are timed as they run.
 """
 
 import argparse
@@ -57,6 +57,11 @@ ARGUMENTS = {
     '24 mixers, no SwiGLU': 'depth=24 expand=2 mlp_ratio=0',
     '1-d convolution of width 7': 'conv=1d',
 }
+# no choices of the model, see `own_projections`
+OWN = {
+    'both orders, own B and C of each': '--model vim2_tiny_patch4_32_own',
+    'both orders, no fused kernel': '--model vim2_tiny_patch4_32_shared',
+}
 # name -> options of the training
 MODELS = {
     'vim_tiny_patch4_32': '--model vim_tiny_patch4_32',
@@ -70,6 +75,7 @@ VARIANTS = {
         name: '--model vim2_tiny_patch4_32' + (f' --model-kwargs {words}' if words else '')
         for name, words in ARGUMENTS.items()
     },
+    **OWN,
     **MODELS,
 }
 SPLITS = ('train', 'validation')
@@ -183,6 +189,7 @@ def serve(options: argparse.Namespace) -> None:
     os.dup2(log, 1), os.dup2(log, 2)
     import torch
 
+    import benchmarks.own_projections  # noqa: F401  registers its models
     import vim_timm.train  # noqa: F401  while others have the device
 
     def say(**facts: Any) -> None:
@@ -332,7 +339,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     keep_images(options.data_dir, options.output)
     images = len(Kept(options.output / 'train.npz'))
-    names = options.variants or list(MODELS if options.models else ARGUMENTS)
+    names = options.variants or list(MODELS if options.models else {**ARGUMENTS, **OWN})
     variants = [Variant(name, sys.argv[1:]) for name in names]
     try:
         rows = run(measure(variants, begun), options, begun, images)
