@@ -14,7 +14,8 @@
 
 All variants with the first seed come first. No training begins that would end after --limit seconds of this program.
 Every training appends a line to equal_time.jsonl in --output; failed variants are named and left out. The last lines
-are a table in Markdown: top-1 of the last step, which nobody chose, mean and standard deviation over seeds.
+are a table in Markdown: top-1 of the last step, which nobody chose, mean and standard deviation over seeds. Where a
+variant failed the exit status is 1.
 
 Batch 512, AdamW 2e-3, weight decay 0.05, cosine with a tenth of warm-up, crop and flip, mixup 0.2, smoothing 0.1,
 clipping at 1, bfloat16, on a GPU `--cuda-graph`. Variants whose mixer no fused kernel computes (norms, rotary
@@ -226,7 +227,7 @@ class Variant:
     """A variant's process, and what is known of it."""
 
     def __init__(self, name: str, words: list[str]):
-        self.name, self.facts = name, dict[str, Any]()
+        self.name, self.facts, self.failed = name, dict[str, Any](), False
         command = [sys.executable, '-m', 'benchmarks.equal_time', *words, '--variant', name]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding='utf-8')
 
@@ -243,6 +244,7 @@ class Variant:
         line = self.process.stdout.readline() if heard else ''
         if not line:
             self.process.kill()
+            self.failed = True
             print(f'{self.name}: {"failed" if heard else "took too long"}, see its log', flush=True)
         return json.loads(line) if line else {}
 
@@ -349,6 +351,8 @@ def main() -> None:
     text = table(rows)
     (options.output / 'equal_time.md').write_text(text, encoding='utf-8')
     print(f'\n{text}', end='')
+    if failed := [variant.name for variant in variants if variant.failed]:
+        sys.exit(f'{len(failed)} of {len(variants)} variants failed, see {options.output}/*.log: {", ".join(failed)}')
 
 
 if __name__ == '__main__':

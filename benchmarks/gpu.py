@@ -4,7 +4,8 @@
     python -m benchmarks.gpu --tables ops infer --models tiny --sizes 224 1248
 
 Inference and training run under bfloat16 autocast. Three ways to run a model: eager, torch.compile, and torch.compile
-with CUDA graphs. The mamba_ssm rows appear where that package is installed. Writes gpu.json and gpu.png to --output.
+with CUDA graphs. The mamba_ssm rows appear where that package is installed. Writes gpu.json and gpu.png to --output;
+where a model could not be measured the last line names it and the exit status is 1.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import timm
 import torch
@@ -172,8 +173,8 @@ def build(name: str, size: int, way: str, train: bool) -> Callable[[], None]:
     return step if train else infer
 
 
-def measure_model(name: str, size: int, way: str, train: bool, backend: str = 'auto') -> Optional[dict]:
-    """Images a second, peak GiB and seconds to the first result; None where memory or the compiler gives up."""
+def measure_model(name: str, size: int, way: str, train: bool, backend: str = 'auto') -> dict:
+    """Images a second, peak GiB and seconds to the first result, or the error where memory or the compiler gives up."""
     torch._dynamo.reset()
     torch.cuda.empty_cache()
     row = {'model': name, 'backend': backend, 'way': way, 'size': size, 'batch': BATCHES[size], 'train': train}
@@ -190,8 +191,9 @@ def measure_model(name: str, size: int, way: str, train: bool, backend: str = 'a
             row['peak_gib'] = torch.cuda.max_memory_allocated() / 2**30
             row['images_per_second'] = BATCHES[size] / median_ms(run, 400) * 1000
     except Exception as error:  # a benchmark goes on and says what failed
-        print(f'{name} {size} {way}: {type(error).__name__} {str(error)[:300]}', flush=True)
-        return None
+        row['error'] = f'{type(error).__name__} {str(error)[:300]}'
+        print(f'{name} {size} {way}: {row["error"]}', flush=True)
+        return row
     print(
         f'{name:24} {backend:9} {size:4} batch {row["batch"]:3} {"train" if train else "infer"} {way:8}'
         f'{row["images_per_second"]:9.0f} img/s {row["peak_gib"]:6.2f} GiB, first after {row["first"]:.1f} s',
@@ -211,7 +213,7 @@ def measure_models(options: argparse.Namespace, train: bool) -> list[dict]:
             rows.append(measure_model(name, size, way, train))
         if 'vim' in options.families and not mamba_ssm_adapter.unavailable() and 'eager' in options.ways:
             rows.append(measure_model(names[0], size, 'eager', train, 'mamba_ssm'))
-    return [row for row in rows if row is not None]
+    return rows
 
 
 def ratios(rows: list[dict]) -> list[dict]:
@@ -287,12 +289,16 @@ def main() -> None:
     for table in options.tables:
         report[table] = parts[table]()
         (options.output / 'gpu.json').write_text(json.dumps(report, indent=1))
-    models = report.get('infer', []) + report.get('train', [])
+    measured = report.get('infer', []) + report.get('train', [])
+    models = [row for row in measured if 'error' not in row]
     report['ratios'] = ratios(models)
     (options.output / 'gpu.json').write_text(json.dumps(report, indent=1))
     if models:
         plot(models, options.output / 'gpu.png')
     print(f'wrote {options.output}/gpu.json')
+    if failed := [row for row in measured if 'error' in row]:
+        names = [f'{row["model"]} {row["size"]} {"train" if row["train"] else "infer"} {row["way"]}' for row in failed]
+        sys.exit(f'{len(failed)} of {len(measured)} rows of models failed: {", ".join(names)}')
 
 
 if __name__ == '__main__':

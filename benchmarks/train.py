@@ -8,7 +8,8 @@ run in turn in one process, an epoch of `train.py` and as many raw steps, and ea
 programs slow both alike, and nothing makes one faster than it is. At one thread of a CPU the ratio of processor time,
 which other programs hardly touch, stands beside that of the clock. `first` is the time to the log's first line, the end
 of step 50, with reading the data and compiling.
-Rows go to train.json in --output, each measured in a process of its own.
+Rows go to train.json in --output, each measured in a process of its own; where some failed, the last line names them
+and the exit status is 1.
 """
 
 import argparse
@@ -182,7 +183,7 @@ def main() -> None:
         return
     if options.device == 'cpu' and (options.models or options.batches or options.ways or options.opts):
         parser.error('--models, --batches, --ways and --opts choose among the rows of a GPU: leave them out')
-    found = []
+    found, failed = [], []
     print('| model | size, batch | way, optimizer | train.py, img/s | raw step | ratio | first 50 steps, s |')
     print('|---|---|---|---|---|---|---|', flush=True)
     for row in rows(options):
@@ -190,6 +191,8 @@ def main() -> None:
         result = subprocess.run(words, stdout=subprocess.PIPE, encoding='utf-8')
         if result.returncode:
             print(f'failed: {row}', flush=True)
+            names = [str(row[key]) for key in ('model', 'size', 'batch', 'way', 'opt') if key in row]
+            failed.append(' '.join(names))
             continue
         row = json.loads(result.stdout.splitlines()[-1])
         found.append(row)
@@ -201,6 +204,8 @@ def main() -> None:
         )
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / 'train.json').write_text(json.dumps(found, indent=1), encoding='utf-8')
+    if failed:
+        sys.exit(f'{len(failed)} of {len(found) + len(failed)} rows failed: {", ".join(failed)}')
 
 
 if __name__ == '__main__':
