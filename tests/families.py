@@ -339,11 +339,16 @@ def a_refused_size_leaves_the_model_as_it_was(build: Build) -> None:
     model = build()
     images, size = images_for(model), model.patch_embed.img_size
     logits, state = model(images), {name: value.clone() for name, value in model.state_dict().items()}
-    for wrong in (
-        dict(img_size=size[0] + 1),
-        dict(img_size=size[0] + 1, patch_size=model.patch_embed.patch_size[0] // 2),
+    patch, count = model.patch_embed.patch_size[0], 'must be a whole number of at least 1, not'
+    for wrong, why in (
+        (dict(img_size=size[0] + 1), 'cannot be tiled'),
+        (dict(img_size=size[0] + 1, patch_size=patch // 2), 'cannot be'),
+        (dict(img_size=float(size[0])), f'img_size {count} {float(size[0])}'),
+        (dict(img_size=size * 2), f'img_size {count}'),
+        (dict(patch_size=float(patch)), f'patch_size {count} {float(patch)}'),
+        (dict(patch_size=(patch, 0)), f'patch_size {count}'),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=why):
             model.set_input_size(**wrong)
         assert torch.equal(model(images), logits) and model.state_dict().keys() == state.keys()
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

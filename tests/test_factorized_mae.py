@@ -212,6 +212,12 @@ def test_the_padding_is_a_parameter_where_there_is_any():
     assert not [name for name, parameter in model.named_parameters() if name.endswith('pad_value')]
 
 
+@pytest.mark.parametrize('size', ['img_size', 'patch_size'])
+def test_a_size_that_is_no_whole_number_is_refused(size):
+    with pytest.raises(ValueError, match=f'{size} must be a whole number of at least 1, not 16.0'):
+        make().set_input_size(**{size: 16.0})
+
+
 def test_half_precision():
     model = make().eval()
     x = torch.randn(2, 3, 16, 16)

@@ -267,6 +267,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match='image size 2 cannot be tiled'):
             make('mae_vim_tiny_patch4_32', img_size=2)
 
+    @pytest.mark.parametrize('name', ['mae_vim_tiny_patch4_32', 'test_vit'])
+    @pytest.mark.parametrize('size', ['img_size', 'patch_size'])
+    def test_a_size_that_is_no_whole_number(self, name, size):
+        with pytest.raises(ValueError, match=f'{size} must be a whole number of at least 1, not 16.0'):
+            make(name).set_input_size(**{size: 16.0})
+
     def test_overlapping_patches(self):
         with pytest.raises(ValueError, match='side by side'):
             MaskedAutoencoder('vim_tiny_patch16_stride8_224', img_size=64, depth=1)

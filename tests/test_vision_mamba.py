@@ -352,6 +352,15 @@ def test_a_size_that_patches_do_not_tile_names_the_two_nearest(size, stride, nea
     assert tiny(img_size=lower, stride=stride)(images(lower, lower)).shape == (2, 10)
 
 
+@pytest.mark.parametrize('name', ['img_size', 'patch_size', 'stride'])
+def test_the_class_takes_whole_numbers_alone(name):
+    arguments = dict(img_size=32, patch_size=8, embed_dim=32, depth=1)
+    for wrong in (8.0, (8, 8.0), (8, 8, 8), 'small'):
+        assert f'{name} must be a whole number of at least 1, not {wrong!r}' in message(
+            VisionMamba, **{**arguments, name: wrong}
+        )
+
+
 def test_another_size_than_the_models_names_both():
     text = message(tiny(), images(40, 32))
     assert '40 x 32' in text and '32 x 32' in text

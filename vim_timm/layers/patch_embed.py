@@ -1,7 +1,8 @@
 """Image to tokens: a convolution whose stride may be smaller than its patch."""
 
 import math
-from typing import Final, Optional, Tuple, Union
+from numbers import Integral
+from typing import Any, Final, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -19,6 +20,19 @@ Size = Union[int, Tuple[int, int]]
 # they decide by a tensor or its size, which a tracer has not
 for _name in ('padding', 'check_matches', 'check_tiled', 'embed_patches'):
     torch.fx.wrap(_name)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, Integral) and int(value) > 0
+
+
+def sides(name: str, size: Size) -> Tuple[int, int]:
+    """A size, or a pair of them, as (height, width); ValueError with its name where one is no whole number."""
+    pair = to_2tuple(size)
+    if len(pair) != 2 or not all(is_count(side) for side in pair):
+        raise ValueError(f'{name} must be a whole number of at least 1, not {size!r}')
+    return int(pair[0]), int(pair[1])
 
 
 @register_notrace_function
@@ -120,13 +134,13 @@ class PatchEmbed(nn.Module):
             dynamic_img_pad: Pad the bottom and right of inputs that the patches do not tile, with zeros.
 
         Raises:
-            ValueError: img_size cannot be tiled and there is no padding.
+            ValueError: a size is no whole number, or img_size cannot be tiled and there is no padding.
         """
         super().__init__()
         self.in_chans = in_chans
         self.embed_dim = embed_dim
-        self.patch_size = to_2tuple(patch_size)
-        self.stride = self.patch_size if stride is None else to_2tuple(stride)
+        self.patch_size = sides('patch_size', patch_size)
+        self.stride = self.patch_size if stride is None else sides('stride', stride)
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
         self._set_img_size(img_size)
@@ -147,7 +161,7 @@ class PatchEmbed(nn.Module):
                 check_tiled(*sides)
 
     def _set_img_size(self, img_size: Size) -> None:
-        self.img_size = to_2tuple(img_size)
+        self.img_size = sides('img_size', img_size)
         self._check_sizes(self.img_size, self.patch_size, self.stride)
         self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -156,9 +170,12 @@ class PatchEmbed(nn.Module):
         """Change the image size, the patch size (the projection is resampled), or both.
 
         A stride equal to the patch follows it; another stride stays.
+
+        Raises:
+            ValueError: a size is no whole number, or the patches do not tile img_size.
         """
-        size = self.img_size if img_size is None else to_2tuple(img_size)
-        patch = self.patch_size if patch_size is None else to_2tuple(patch_size)
+        size = self.img_size if img_size is None else sides('img_size', img_size)
+        patch = self.patch_size if patch_size is None else sides('patch_size', patch_size)
         self._check_sizes(size, patch, patch if self.stride == self.patch_size else self.stride)
         if patch != self.patch_size:
             self._resample_patches(patch)

@@ -1,14 +1,14 @@
 """Configurations and models as timm's registry wants them."""
 
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Callable, Dict, Type, TypeVar
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg
 from timm.models._features import FeatureGetterNet
 
+from vim_timm.layers.patch_embed import is_count, sides
 from vim_timm.models.pretrained import on_disk
 from vim_timm.models.trunk import Trunk
 
@@ -80,10 +80,10 @@ def build_model(
 def _check_numbers(arguments: Dict[str, Any]) -> None:
     """Refuse sizes and rates of which torch would make a model that computes nothing, or a traceback."""
     for name, value in arguments.items():
-        numbers = to_2tuple(value) if name in _SIDES else (value,)
-        if value is not None and name in _COUNTS + _SIDES:
-            if len(numbers) > 2 or not all(isinstance(number, Integral) and int(number) > 0 for number in numbers):
-                raise ValueError(f'{name} must be a whole number of at least 1, not {value!r}')
+        if value is not None and name in _SIDES:
+            sides(name, value)
+        if value is not None and name in _COUNTS and not is_count(value):
+            raise ValueError(f'{name} must be a whole number of at least 1, not {value!r}')
         if name.endswith('_rate') and not (isinstance(value, Real) and 0 <= float(value) <= 1):
             raise ValueError(f'{name} must be a number from 0 to 1, not {value!r}')
 

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vim_timm.layers.decoder import DecoderBlocks, MaskedDecoder
 from vim_timm.layers.masking import check_ratio, random_masking, take_tokens
-from vim_timm.layers.patch_embed import Size, check_channels
+from vim_timm.layers.patch_embed import Size, check_channels, sides
 from vim_timm.layers.patches import patchify, unpatchify
 from vim_timm.layers.pos_embed import resample_pos_embed
 from vim_timm.models.adapt import check_fit, filter_of, source_grid
@@ -282,11 +282,12 @@ class MaskedAutoencoder(nn.Module):
         """Change the encoder's image size.
 
         Raises:
-            ValueError: patches do not tile img_size, or patch_size differs, for which the decoder has no pixels.
+            ValueError: a size is no whole number, patches do not tile img_size, or patch_size differs, for which the
+                decoder has no pixels.
         """
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            raise ValueError(f'the decoder predicts patches of {self.patch_size}, not of {to_2tuple(patch_size)}')
-        self.encoder.set_input_size(img_size)
+        if patch_size is not None and (patch := sides('patch_size', patch_size)) != self.patch_size:
+            raise ValueError(f'the decoder predicts patches of {self.patch_size}, not of {patch}')
+        self.encoder.set_input_size(None if img_size is None else sides('img_size', img_size))
         self.decoder.set_grid(self.encoder.patch_embed.grid_size)
         update_model_input_size(self, self.encoder.patch_embed.img_size)
 

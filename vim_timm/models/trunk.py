@@ -256,7 +256,7 @@ class Trunk(nn.Module):
         """Change the image size or the patch size, with position embedding and patch projection resampled.
 
         Raises:
-            ValueError: the patches do not tile img_size.
+            ValueError: a size is no whole number, or the patches do not tile img_size.
         """
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
