@@ -218,6 +218,13 @@ def test_a_size_that_is_no_whole_number_is_refused(size):
         make().set_input_size(**{size: 16.0})
 
 
+@pytest.mark.parametrize('side', [16, 18])
+def test_images_of_whole_numbers_are_refused_with_and_without_padding(side):
+    model = make(img_size=side).eval()
+    with pytest.raises((RuntimeError, ValueError), match='floating point|Input type'):
+        model(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+
+
 def test_half_precision():
     model = make().eval()
     x = torch.randn(2, 3, 16, 16)

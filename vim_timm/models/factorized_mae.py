@@ -36,10 +36,16 @@ __all__ = ['FactorizedAutoencoder', 'FactorizedViT']
 
 @register_notrace_function
 def pad_images(x: torch.Tensor, value: torch.Tensor, patch: Tuple[int, int]) -> torch.Tensor:
-    """Images (B, C, H, W) with rows and columns of `value` (1,) until patches tile them."""
+    """Images (B, C, H, W) with rows and columns of `value` (1,) until patches tile them.
+
+    Raises:
+        ValueError: x is not of a floating point type, where the sum below would make it one that nothing refuses.
+    """
     rows, columns = -x.shape[2] % patch[0], -x.shape[3] % patch[1]
     if rows == 0 and columns == 0:
         return x
+    if not x.is_floating_point():
+        raise ValueError('images of a floating point type are wanted, normalized as the model was trained')
     inside = torch.zeros([1, 1, x.shape[2], x.shape[3]], dtype=x.dtype, device=x.device)
     return F.pad(x, [0, columns, 0, rows]) + value * F.pad(inside, [0, columns, 0, rows], value=1.0)
 
