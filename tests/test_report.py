@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from processes import VALIDATE, finish, ranks
 from safetensors.torch import save_file
+from test_curves import ROWS
 from timm.task import ClassificationEvaluator
 from torch.utils.data import IterableDataset
 
-from vim_timm import train, validate
+from vim_timm import validate
 from vim_timm.data import Digits, class_names
 from vim_timm.errors import UserError
 from vim_timm.report import confusion, curves, extras, page, plots
@@ -475,78 +476,6 @@ def test_one_failing_model_of_a_list_does_not_cost_the_others(tmp_path, weights,
     assert (tmp_path / 'report' / 'test_vit' / 'report.html').exists()
 
 
-def imagenet_validation(root, count=6):
-    """Images with the names of ImageNet's validation split, of a class each; the third one is broken."""
-    for i in range(count):
-        path = root / 'validation' / f'n{i}' / f'ILSVRC2012_val_{i + 1:08d}.JPEG'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)).save(path)
-    (root / 'validation' / 'n2' / 'ILSVRC2012_val_00000003.JPEG').write_bytes(b'broken')
-    return root
-
-
-@pytest.fixture
-def constant(tmp_path):
-    """Flags for a model of six classes that always answers class 1."""
-    model = timm.create_model('test_vit', num_classes=6, img_size=16)
-    torch.nn.init.zeros_(model.head.weight)
-    model.head.bias.data = torch.eye(6)[1]
-    save_file(model.state_dict(), str(tmp_path / 'c.safetensors'))
-    flags = '--model test_vit --num-classes 6 --img-size 16 --device cpu --workers 0'.split()
-    return [*flags, '--checkpoint', str(tmp_path / 'c.safetensors'), '--data-dir', str(imagenet_validation(tmp_path))]
-
-
-def test_real_labels_go_by_file_name_and_skip_images_without_one(tmp_path, constant):
-    (tmp_path / 'real.json').write_text(json.dumps([[1], [1], [0], [], [0, 1], [0]]))
-    args = validate.parse_args([*constant, '--real-labels', str(tmp_path / 'real.json')])
-    # Of images 1, 2, 5 and 6: the broken one and the one without labels do not count.
-    assert validate.validate(args, Process())['top1'] == 75
-
-
-def test_real_labels_need_no_class_folders_and_then_there_is_no_loss(tmp_path, constant, capsys):
-    for path in [*tmp_path.glob('validation/*/*.JPEG')]:
-        path.rename(tmp_path / 'validation' / path.name)
-    for path in [*tmp_path.glob('validation/n*')]:
-        path.rmdir()
-    (tmp_path / 'real.json').write_text(json.dumps([[1], [1], [0], [], [0, 1], [0]]))
-    flags = [*constant, '--real-labels', str(tmp_path / 'real.json')]
-    row = validate.validate(validate.parse_args(flags), Process())
-    assert row['top1'] == 75 and 'loss' not in row
-    assert validate.main([*flags, '--report', str(tmp_path / 'report')]) == 2
-    assert 'has no class folders' in capsys.readouterr().err
-
-
-def test_real_labels_are_not_those_of_chosen_classes(tmp_path, constant, capsys):
-    for name, text in (('real.json', json.dumps([[1]] * 6)), ('labels', '1\n0\n')):
-        (tmp_path / name).write_text(text)
-    flags = ['--real-labels', str(tmp_path / 'real.json'), '--valid-labels', str(tmp_path / 'labels')]
-    assert validate.main([*constant, *flags]) == 2
-    assert 'leave --valid-labels out' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('labels, message', [([[1]] * 5, 'another number'), (None, 'real.json')])
-def test_wrong_real_labels_end_in_a_sentence(tmp_path, constant, labels, message, capsys):
-    if labels is not None:
-        (tmp_path / 'real.json').write_text(json.dumps(labels))
-    assert validate.main([*constant, '--real-labels', str(tmp_path / 'real.json')]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_real_labels_are_numbers_of_imagenet_s_own_classes(tmp_path, constant, capsys):
-    real = ['--real-labels', str(tmp_path / 'real.json')]
-    (tmp_path / 'real.json').write_text(json.dumps([[1], [6], [0], [], [0, 1], [0]]))
-    assert validate.main([*constant, *real]) == 2
-    assert 'it has the class number 6, and the model has classes 0 to 5' in capsys.readouterr().err
-    (tmp_path / 'real.json').write_text(json.dumps([[1], [1], [0], [], [0, 1], [0]]))
-    names = [f'n0000000{number}' for number in range(6)]
-    for number, name in enumerate(names):
-        (tmp_path / 'validation' / f'n{number}').rename(tmp_path / 'validation' / name)
-    assert validate.main([*constant, *real]) == 0
-    (tmp_path / 'map.txt').write_text('\n'.join(reversed(names)))
-    assert validate.main([*constant, *real, '--class-map', str(tmp_path / 'map.txt')]) == 2
-    assert 'the model has them otherwise' in capsys.readouterr().err
-
-
 def test_test_time_pooling_is_for_models_with_a_map_of_features(tmp_path, weights, capsys):
     assert validate.main([*weights, '--test-pool']) == 2
     assert 'token model' in capsys.readouterr().err
@@ -555,53 +484,3 @@ def test_test_time_pooling_is_for_models_with_a_map_of_features(tmp_path, weight
     flags = '--dataset digits --model test_resnet --in-chans 1 --img-size 224 --device cpu --workers 0 --test-pool'
     args = validate.parse_args([*flags.split(), '--checkpoint', str(tmp_path / 'r.safetensors'), '--num-classes', '10'])
     assert validate.validate(args, Process())['crop_pct'] == 1.0
-
-
-def test_training_draws_curves(tmp_path, capsys):
-    flags = (
-        '--device cpu --workers 0 --dataset digits --model test_vit --img-size 16 --in-chans 1 --epochs 2 --opt adamw'
-    )
-    assert train.main([*flags.split(), '--model-ema', '--output', str(tmp_path), '--experiment', 'a']) == 0
-    assert (tmp_path / 'a' / 'curves.png').exists()
-    page = (tmp_path / 'a' / 'curves.html').read_text()
-    assert 'best top-1 accuracy' in page and 'best top-1 of the moving average' in page
-    (tmp_path / 'a' / 'curves.html').unlink()
-    assert curves.main([str(tmp_path / 'a')]) == 0
-    assert (tmp_path / 'a' / 'curves.html').read_text() == page
-    assert curves.main([str(tmp_path / 'b')]) == 2
-    assert 'summary.csv' in capsys.readouterr().err
-
-
-ROWS = [
-    {'epoch': 0, 'train_loss': 2.0, 'eval_loss': 1.5, 'eval_top1': 40.0, 'eval_f1': 0.3, 'lr': 0.1, 'skipped': 0,
-     'time': 60.0, 'images_per_second': 100.0},
-    {'epoch': 1, 'train_loss': 1.0, 'eval_loss': '', 'eval_top1': None, 'eval_f1': '', 'lr': 0.05, 'skipped': 0,
-     'time': 120.0, 'images_per_second': 110.0},
-]  # fmt: skip
-
-
-def test_curves_have_a_panel_for_each_quantity():
-    found = curves.panels(ROWS)
-    assert {title: [(line.name, line.x, line.y) for line in lines] for title, lines in found.items()} == {
-        'loss': [('training', [0, 1], [2.0, 1.0]), ('evaluation', [0], [1.5])],
-        'accuracy (%)': [('evaluation top-1', [0], [40.0])],
-        'learning rate': [('learning rate', [0, 1], [0.1, 0.05])],
-        'f1': [('evaluation', [0], [0.3])],
-        'images a second': [('images a second', [0, 1], [100.0, 110.0])],
-    }
-    assert [line.time for line in found['loss']] == [[60.0, 120.0], [60.0]]
-    old = [{name: value for name, value in row.items() if name not in ('time', 'images_per_second')} for row in ROWS]
-    assert all(line.time is None for lines in curves.panels(old).values() for line in lines)
-
-
-def test_a_value_that_is_not_finite_is_no_best_one_of_the_curves(tmp_path):
-    for broken in (float('nan'), float('inf')):
-        rows = [{**ROWS[0], 'eval_top1': broken}, {**ROWS[0], 'epoch': 1}]
-        assert 'best top-1 accuracy, epoch 1' in open(curves.write_curves(str(tmp_path), rows)).read()
-
-
-def test_training_without_matplotlib_is_complete(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(extras.importlib.util, 'find_spec', lambda name: None)
-    flags = '--device cpu --workers 0 --dataset digits --model test_vit --img-size 16 --in-chans 1 --epochs 1'
-    assert train.main([*flags.split(), '--output', str(tmp_path), '--experiment', 'a']) == 0
-    assert "no curves: reports need matplotlib: pip install 'vim-timm[train]'" in capsys.readouterr().out
