@@ -122,8 +122,9 @@ def test_onnx_and_torch_export_predict_the_same(checkpoint, pictures, tmp_path, 
     assert capsys.readouterr().out == from_onnx
     program = torch.export.load(tmp_path / 'model.pt2').module()
     classify = predictor(checkpoint=checkpoint)
-    images = torch.rand(3, 3, 16, 16)
-    torch.testing.assert_close(program(images), classify.model(images), rtol=1e-4, atol=1e-4)
+    for count in (3, 5000):
+        images = torch.rand(count, 3, 16, 16)
+        torch.testing.assert_close(program(images), classify.model(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('write', [graphs.export_onnx, graphs.export_torch])
