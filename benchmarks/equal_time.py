@@ -281,9 +281,10 @@ def run(variants: list[Variant], options: argparse.Namespace, begun: float, imag
         if waiting and left < (longest or options.budget * options.jobs) + RESERVE:
             print(f'{len(waiting)} trainings would end too late', flush=True)
             waiting = []
-        for task in [(seed, v) for seed, v in waiting if v not in busy.values()][: max(0, options.jobs - len(busy))]:
-            waiting.remove(task)
-            seed, variant = task
+        for seed, variant in list(waiting):
+            if len(busy) == options.jobs or variant in busy.values():
+                continue
+            waiting.remove((seed, variant))
             variant.tell(json.dumps({'variant': variant.name, 'seed': seed, 'passes': passes[variant]}))
             busy[variant.process.stdout] = variant
         heard, _, _ = select.select(list(busy), [], [], max(0.0, left)) if busy else ([], [], [])

@@ -1,6 +1,8 @@
 """Measuring programs take the images that they say."""
 
 import argparse
+import json
+import os
 import sys
 import tarfile
 import time
@@ -68,6 +70,30 @@ def test_a_variant_too_slow_for_one_pass_is_not_given_more_time(tmp_path, capsys
     options = argparse.Namespace(seeds=[0], budget=5.0, jobs=1, limit=60.0, output=tmp_path)
     assert equal_time.run([slow], options, time.perf_counter(), images=400) == []
     assert 'slow: left out, 5 s are 0.50 passes' in capsys.readouterr().out
+
+
+def test_a_variant_trains_every_seed_where_there_are_more_jobs_than_variants(tmp_path):
+    class Variant:
+        """Answers at once, if it has been asked once."""
+
+        name, facts = 'only', {'rate': 100.0}
+
+        def __init__(self):
+            end, self.answers = os.pipe()
+            self.process, self.asked = argparse.Namespace(stdout=open(end)), []
+
+        def tell(self, line):
+            self.asked.append({**json.loads(line), 'seconds': 0.0})
+            os.write(self.answers, b'\n')
+
+        def hear(self, patience):
+            self.process.stdout.readline()
+            (answer,), self.asked = self.asked, []
+            return answer
+
+    options = argparse.Namespace(seeds=[0, 1, 2], budget=5.0, jobs=3, limit=60.0, output=tmp_path)
+    rows = equal_time.run([Variant()], options, time.perf_counter(), images=100)
+    assert [row['seed'] for row in rows] == [0, 1, 2]
 
 
 def test_shards_hold_the_images_that_links_lead_to(tmp_path):

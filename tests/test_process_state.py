@@ -13,7 +13,7 @@ from process_state import STATES
 import vim_timm  # noqa: F401  registers the models
 from vim_timm import ops
 from vim_timm.ops import Direction, GridConv, GridMixer, Linear, Mixer, Ssd, SwiGlu, Taps, Visible, Weights, backends
-from vim_timm.ops.operands import Conv, Noise, Norm, Pixels, Scan
+from vim_timm.ops.operands import AddNorm, Conv, Noise, Norm, Pixels, Scan
 
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
 AVAILABLE = [status.name for status in ops.explain() if status.available]
@@ -76,6 +76,8 @@ def operands_of(operator, dtype, length):
     if operator == 'swiglu':
         products = draw(6, channels, narrow=True), draw(6, narrow=True), draw(5, 3, narrow=True), draw(5, narrow=True)
         return SwiGlu(rows(channels), *products)
+    if operator == 'add_norm':
+        return AddNorm(rows(channels), rows(channels), draw(channels, narrow=True), 1e-5, dtype)
     assert operator == 'rms_norm'
     return Norm(rows(channels), draw(channels, narrow=True), 1e-5)
 

@@ -6,17 +6,18 @@ A mixer is an nn.Module (B, L, C) -> (B, L, C), or (B, L, C), `Layout` -> (B, L,
 * `init_weights(depth, scheme)` draws its parameters anew, for a model of `depth` blocks; '' is the usual scheme;
 * `no_weight_decay()` is the set of its parameters that weight decay must leave alone;
 * `casts_operand()` says that its first product is a plain one, so that the normed tokens may come in the dtype to which
-  autocast would cast them, and nobody need hold them in another.
+  autocast would cast them, and nobody need hold them in another. An MLP may say that too.
 """
 
 import inspect
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerScale
 
 from vim_timm.layers.autocast import as_product_operand
+from vim_timm.layers.norm import fused_add_norm
 from vim_timm.layers.token_order import Layout
 
 torch.fx.wrap('as_product_operand')  # it decides by a tensor, which a tracer has not
@@ -71,23 +72,36 @@ class Block(nn.Module):
         self.ls2 = None if mlp is None else scale()
         self.drop_path2 = None if mlp is None else drop()
 
+    def _normed(
+        self, norm: nn.Module, x: torch.Tensor, y: Optional[torch.Tensor], layer: Any
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """x + y, x itself without y, and its norm for a layer that follows."""
+        asked = getattr(layer, 'casts_operand', None)
+        for_product = asked is not None and asked()
+        if not isinstance(x, torch.fx.Proxy):
+            fused = fused_add_norm(norm, x, y, for_product)
+            if fused is not None:
+                return fused
+        x = x if y is None else x + y
+        return x, as_product_operand(norm(x)) if for_product else norm(x)
+
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         if not torch.jit.is_scripting():
             layers: Any = self._modules  # each as an attribute costs the host several times as much
-            y, mixer = layers['norm'](x), layers['mixer']
-            casts_operand = getattr(mixer, 'casts_operand', None)
-            if casts_operand is not None and casts_operand():
-                y = as_product_operand(y)
+            mixer, mlp = layers['mixer'], layers.get('mlp')
+            x, y = self._normed(layers['norm'], x, None, mixer)
             y = mixer(y, layout) if self.wants_layout else mixer(y)
             y = layers['drop_path'](layers['ls'](y))
+            if mlp is None:
+                return x + y
+            x, y = self._normed(layers['norm2'], x, y, mlp)
+            return x + layers['drop_path2'](layers['ls2'](mlp(y)))
+        y = self.norm(x)
+        if self.wants_layout:
+            y = self.mixer(y, layout)
         else:
-            y = self.norm(x)
-            if self.wants_layout:
-                y = self.mixer(y, layout)
-            else:
-                y = self.mixer(y)
-            y = self.drop_path(self.ls(y))
-        x = x + y
+            y = self.mixer(y)
+        x = x + self.drop_path(self.ls(y))
         if self.mlp is not None and self.norm2 is not None and self.ls2 is not None and self.drop_path2 is not None:
             x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x

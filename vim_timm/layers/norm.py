@@ -1,13 +1,15 @@
 """Norms of a residual stream that is float32 whatever the parameters are."""
 
-from typing import Callable, Dict, Type
+from typing import Callable, Dict, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 
-from vim_timm.ops import rms_norm
+from vim_timm.layers.autocast import product_dtype
+from vim_timm.layers.plain import is_its_class
+from vim_timm.ops import AddNorm, add_norm, rms_norm
 
 # which norm runs is decided outside an FX graph, timm's or another's
 register_notrace_function(rms_norm)
@@ -39,6 +41,20 @@ class RmsNorm(nn.RMSNorm):
         assert self.eps is not None  # nn.RMSNorm allows it
         weight = self.weight  # asked once: a module's attributes cost the host more than the casts
         return as_dtype(rms_norm(x, as_dtype(weight, x.dtype), self.eps), weight.dtype)
+
+
+def fused_add_norm(
+    norm: nn.Module, x: torch.Tensor, y: Optional[torch.Tensor], for_product: bool
+) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+    """x + y, x itself without y, and its norm, of which two are one operator; None where they are not.
+
+    Args:
+        for_product: Whether the norm may come in the dtype to which autocast would cast it for a product.
+    """
+    if type(norm) is not RmsNorm or not is_its_class(norm) or norm.eps is None:
+        return None
+    weight = norm.weight
+    return add_norm(AddNorm(x, y, weight, norm.eps, product_dtype(weight) if for_product else weight.dtype))
 
 
 class LayerNorm(nn.LayerNorm):

@@ -24,6 +24,11 @@ class SwiGluMlp(GluMlp):
         """
         super().__init__(dim, 2 * hidden, act_layer=nn.SiLU, drop=drop, gate_last=False, device=device, dtype=dtype)
 
+    @torch.jit.ignore
+    def casts_operand(self) -> bool:
+        """Whether fc1 is plain; one that is wrapped or quantized may want float32."""
+        return is_plain(self.fc1)
+
     def _fused(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """fc2's output in one operator; None where none can."""
         layers: Any = self._modules  # each as an attribute costs the host several times as much

@@ -16,8 +16,9 @@ from vim_timm.ops.conv import bidirectional_conv, causal_conv
 from vim_timm.ops.linear import linear
 from vim_timm.ops.mamba_compat import causal_conv1d, selective_scan
 from vim_timm.ops.mixer import fused_mixer
-from vim_timm.ops.norm import rms_norm
+from vim_timm.ops.norm import add_norm, rms_norm
 from vim_timm.ops.operands import (
+    AddNorm,
     Direction,
     GridConv,
     GridMixer,
@@ -39,6 +40,7 @@ from vim_timm.ops.visible import random_mask, visible_neighbours, visible_pixels
 __all__ = [
     'BACKENDS',
     'OPERATORS',
+    'AddNorm',
     'BackendStatus',
     'Direction',
     'GridConv',
@@ -52,6 +54,7 @@ __all__ = [
     'Taps',
     'Visible',
     'Weights',
+    'add_norm',
     'auto_backend',
     'bidirectional_conv',
     'bidirectional_scan',

@@ -98,6 +98,9 @@ TABLE: Dict[str, Dict[str, Cell]] = {
     'rms_norm': {
         'cpu': Cell(cpu.rms_norm, cpu.rms_norm_limit),
     },
+    'add_norm': {
+        'triton': Cell(triton_kernels.add_norm, triton_kernels.add_norm_limit),
+    },
     'linear': {
         'cpu': Cell(cpu.linear, cpu.linear_limit),
     },
@@ -125,6 +128,7 @@ KERNELS: Dict[str, Dict[str, str]] = {
     'visible_pixels': {'cuda': 'triton'},
     'visible_neighbours': {'cuda': 'triton'},
     'rms_norm': {'cpu': 'cpu'},
+    'add_norm': {'cuda': 'triton'},
     'linear': {'cpu': 'cpu'},
     'swiglu': {'cuda': 'triton', 'cpu': 'cpu'},
 }

@@ -1,11 +1,14 @@
-"""The root mean square norm."""
+"""The root mean square norm, alone and of a sum."""
+
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vim_timm.ops.backends import find
-from vim_timm.ops.operands import Norm
+from vim_timm.ops.operands import AddNorm, Norm
+from vim_timm.ops.registration import wants_gradient
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,4 +33,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             run = find('rms_norm', norm, x)
             if run is not None:
                 return run(norm)
+            both = add_norm(AddNorm(x, None, weight, eps, x.dtype))
+            if both is not None:
+                return both[1]
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_norm(given: AddNorm) -> Optional[Tuple[Tensor, Tensor]]:
+    """x + y, which is x itself without y, and its `rms_norm` in a dtype, in one operator for both gradients.
+
+    Args:
+        given: See `operands.AddNorm`. Sums are float32, the weight is of any dtype.
+
+    Returns:
+        Two tensors (..., C), the sum in the dtype of x + y; None where no backend has it, under torch.compile, which
+        fuses aten's operators, and where no gradient is wanted: a launch of Triton's takes the host as long as theirs.
+
+    Raises:
+        RuntimeError: a forced backend cannot run.
+    """
+    if torch.compiler.is_compiling() or not wants_gradient((given.x, given.y, given.weight)):
+        return None
+    run = find('add_norm', given, given.x)
+    return None if run is None else run(given)

@@ -190,6 +190,16 @@ class Norm(NamedTuple):
     eps: float
 
 
+class AddNorm(NamedTuple):
+    """Operands of `ops.add_norm`."""
+
+    x: Tensor  # (..., C)
+    y: Optional[Tensor]  # (..., C)
+    weight: Tensor  # (C)
+    eps: float
+    dtype: torch.dtype  # of the norm
+
+
 class Linear(NamedTuple):
     """Operands of `ops.linear`."""
 

@@ -116,6 +116,11 @@ def as_product_operands(*tensors: Optional[torch.Tensor]) -> Tuple[Optional[torc
     dtype = autocast_dtype(tensors[0])
     if dtype is None:
         return tensors
+    if not (torch.compiler.is_compiling() or wants_gradient(tensors)):
+        copies = {id(x): torch.empty_like(x, dtype=dtype) for x in tensors if x is not None and x.dtype != dtype}
+        if copies:  # by one launch
+            torch._foreach_copy_([*copies.values()], [x for x in tensors if id(x) in copies])
+        return tuple(copies.get(id(x), x) for x in tensors)
     return tuple(None if x is None else x.to(dtype) for x in tensors)
 
 

@@ -2,8 +2,8 @@
 
 `scan` and `conv` compute what `ops.plain.reference` defines, `ssd` what `ops.plain.ssd` does, `grid_conv` a convolution
 on a grid, `grid_mixer` the inside of a mixer around both, `masked_grid_mixer` that of visible patches,
-`random_mask` chooses these, `visible_pixels` takes their pixels, `visible_neighbours` finds which are neighbours, and
-`swiglu` is a gated MLP, on NVIDIA GPUs; Triton is imported at the first call.
+`random_mask` chooses these, `visible_pixels` takes their pixels, `visible_neighbours` finds which are neighbours,
+`add_norm` adds and normalizes, and `swiglu` is a gated MLP, on NVIDIA GPUs; Triton is imported at the first call.
 The kernels were measured on compute capability 9.0 only; they compile for 8.0 to 12.0 (`compile_targets`).
 """
 
@@ -18,6 +18,7 @@ from .. import operands
 from ..plain import reference
 from ..registration import as_product_operands, autocast_dtype
 from . import (  # noqa: F401  define the operators
+    add_norm_op,
     grid_conv_op,
     grid_mixer_op,
     masked_grid_mixer_op,
@@ -31,6 +32,8 @@ from .conv_op import MAX_WIDTH
 from .launch import INTERPRET, MAX_STATE
 
 __all__ = [
+    'add_norm',
+    'add_norm_limit',
     'conv',
     'conv_limit',
     'gates_gradients',
@@ -152,6 +155,18 @@ def swiglu_limit(given: operands.SwiGlu) -> str:
     return limit(given.x)
 
 
+def add_norm_limit(given: operands.AddNorm) -> str:
+    x, y, weight, _, dtype = given
+    for other in (x.dtype, weight.dtype, dtype, x.dtype if y is None else y.dtype):
+        if other not in DTYPES:
+            return f'The triton backend takes float32, bfloat16 and float16, not {other}.'
+    if y is not None and y.shape != x.shape:
+        return f'The triton backend adds tensors of one shape, not {list(x.shape)} and {list(y.shape)}.'
+    if not 0 < x.shape[-1] <= add_norm_op.MAX_CHANNELS or not x.numel():
+        return f'The triton backend takes norms of 1 to {add_norm_op.MAX_CHANNELS} channels, not {list(x.shape)}.'
+    return device_limit(x)
+
+
 def gates_product(given: operands.SwiGlu) -> bool:
     """Whether the first product of a SwiGLU and its gate are one kernel."""
     return (autocast_dtype(given.x) or given.x.dtype) in swiglu_op.GATED_DTYPES
@@ -270,6 +285,13 @@ def visible_neighbours(given: operands.Visible) -> Tensor:
 def masked_grid_mixer(given: operands.GridMixer) -> Tensor:
     """`grid_mixer` of a masked image's visible patches."""
     return torch.ops.vim_timm.triton_masked_grid_mixer.default(*masked_grid_mixer_op.with_neighbours(given))[0]
+
+
+def add_norm(given: operands.AddNorm) -> Tuple[Tensor, Tensor]:
+    """x + y, or x itself, and its norm."""
+    if given.weight.shape != given.x.shape[-1:]:
+        raise ValueError(f'x {list(given.x.shape)} and weight {list(given.weight.shape)} do not fit together')
+    return torch.ops.vim_timm.triton_add_norm.default(*given)
 
 
 def swiglu(given: operands.SwiGlu) -> Tensor:

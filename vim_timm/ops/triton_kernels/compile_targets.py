@@ -169,7 +169,7 @@ def compile_visible(capability: int, compiled: Compiled, dtype: torch.dtype) -> 
 
 def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
     """A SwiGLU of dim channels and four times as many hidden units, forward and backward."""
-    from . import gated_product_kernels, swiglu_kernels
+    from . import gated_product_kernels, sum_kernels, swiglu_kernels
     from .swiglu_op import (
         GATED_DTYPES,
         GRADIENT_CHANNELS,
@@ -181,6 +181,7 @@ def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.d
         SwiGluGradients,
         WholeSwiGlu,
         product_tile,
+        sum_of_rows,
     )
 
     hidden = 4 * dim
@@ -199,6 +200,19 @@ def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.d
     ab = torch.empty([2 * 196, 2 * hidden], dtype=dtype, device='meta')
     gate = Gate(Recorder(swiglu_kernels, capability, compiled), ab)
     gate.backward(gate.forward())
+    sum_of_rows(Recorder(sum_kernels, capability, compiled), x)
+
+
+def compile_add_norm(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
+    """The norm of a residual stream in float32 and of its sum with a branch in a dtype, forward and backward."""
+    from . import add_norm_kernels
+    from .add_norm_op import AddNorm
+
+    x, y = (torch.empty([2 * 196, dim], dtype=kind, device='meta') for kind in (torch.float32, dtype))
+    norm = AddNorm(Recorder(add_norm_kernels, capability, compiled), x, x.new_empty(dim), 1e-5)
+    for other in (None, y):
+        total, out = norm.forward(other, dtype)
+        norm.backward(total, out, None if other is None else dtype)
 
 
 def registers_and_stack(cubin: bytes) -> Tuple[int, int]:
@@ -225,7 +239,8 @@ def check(capability: int, dim: int, state: int, dtype: torch.dtype) -> bool:
         compile_grid_mixer(capability, compiled, dim, dtype, side)
     compile_masked_grid_mixer(capability, compiled, dim, dtype)
     compile_visible(capability, compiled, dtype)
-    compile_swiglu(capability, compiled, dim // 2, dtype)  # 192 at D 384, as vim2_tiny has
+    for compile_layer in (compile_swiglu, compile_add_norm):
+        compile_layer(capability, compiled, dim // 2, dtype)  # 192 at D 384, as vim2_tiny has
     fits = True
     for key, kernel in compiled.items():
         registers, stack = registers_and_stack(kernel.asm['cubin'])

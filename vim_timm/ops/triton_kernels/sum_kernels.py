@@ -1,10 +1,24 @@
-"""Triton kernels of sums over partial results.
+"""Triton kernels of sums over rows, and over partial results.
 
 Those of small tensors are one launch for several: each alone takes as long as all.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit(do_not_specialize=['rows', 'span'])
+def column_sums(X, PARTS, rows, span, COLUMNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """PARTS (programs, COLUMNS) float32: sums over so many rows each of X (rows, COLUMNS), contiguous."""
+    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    first = tl.program_id(0) * span
+    end = tl.minimum(first + span, rows)
+    total = tl.zeros([BR, BC], tl.float32)
+    for start in range(first, end, BR):
+        row = start + tl.arange(0, BR)
+        at = X + tl.cast(row, tl.int64)[:, None] * COLUMNS + column[None, :]
+        total += tl.load(at, mask=(row < end)[:, None] & (column < COLUMNS)[None, :], other=0.0).to(tl.float32)
+    tl.store(PARTS + tl.program_id(0) * COLUMNS + column, tl.sum(total, 0), mask=column < COLUMNS)
 
 
 @triton.jit(do_not_specialize=['rows', 'length', 'OUT_sb', 'OUT_sl'])

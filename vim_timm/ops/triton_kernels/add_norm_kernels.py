@@ -1,0 +1,61 @@
+"""Triton kernels of a sum and its RMSNorm, rows of channels at a time. All arithmetic is float32."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def places(rows, channels, DIM: tl.constexpr):
+    """Those of contiguous rows (count, DIM)."""
+    return tl.cast(rows, tl.int64)[:, None] * DIM + channels[None, :]
+
+
+@triton.jit(do_not_specialize=['count'])
+def add_norm(
+    X, Y, weight, SUM, OUT, count, eps, DIM: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, HAS_Y: tl.constexpr
+):
+    """SUM = X + Y, and OUT its norm; X's norm without Y, and SUM is not written. All are (count, DIM) contiguous."""
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    channels = tl.arange(0, BD)
+    mask = (rows < count)[:, None] & (channels < DIM)[None, :]
+    at = places(rows, channels, DIM)
+    x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_Y:
+        x += tl.load(Y + at, mask=mask, other=0.0).to(tl.float32)
+        rounded = x.to(SUM.dtype.element_ty)
+        tl.store(SUM + at, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    w = tl.load(weight + channels, mask=channels < DIM, other=0.0).to(tl.float32)[None, :]
+    scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+    tl.store(OUT + at, (x * scale * w).to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=['count', 'span'])
+def add_norm_backward(
+    SUM, weight, GRAD_SUM, GRAD_OUT, GRAD_X, GRAD_Y, PART, count, span, eps,
+    DIM: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, HAS_GRAD_SUM: tl.constexpr, HAS_GRAD_Y: tl.constexpr,
+):  # fmt: skip
+    """GRAD_X for those of the sum and of its norm, also in GRAD_Y's dtype; PART (programs, DIM): sums for the weight.
+    All others are (count, DIM) contiguous."""
+    channels = tl.arange(0, BD)
+    w = tl.load(weight + channels, mask=channels < DIM, other=0.0).to(tl.float32)[None, :]
+    first = tl.program_id(0) * span
+    end = tl.minimum(first + span, count)
+    sums = tl.zeros([BR, BD], tl.float32)
+    for start in range(first, end, BR):
+        rows = start + tl.arange(0, BR)
+        mask = (rows < end)[:, None] & (channels < DIM)[None, :]
+        at = places(rows, channels, DIM)
+        x = tl.load(SUM + at, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(GRAD_OUT + at, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+        x *= scale
+        sums += grad * x
+        grad *= w
+        grad = scale * (grad - x * (tl.sum(grad * x, 1) / DIM)[:, None])
+        if HAS_GRAD_SUM:
+            grad += tl.load(GRAD_SUM + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(GRAD_X + at, grad.to(GRAD_X.dtype.element_ty), mask=mask)
+        if HAS_GRAD_Y:
+            tl.store(GRAD_Y + at, grad.to(GRAD_Y.dtype.element_ty), mask=mask)
+    tl.store(PART + tl.program_id(0) * DIM + channels, tl.sum(sums, 0), mask=channels < DIM)
