@@ -36,15 +36,23 @@ def law(x, y, weight, eps):
 
 
 @kernels
-@pytest.mark.parametrize('small', [False, True], ids=['default launch', 'steps of a row'])
-@pytest.mark.parametrize('shape', [(3, 5, 19), (7, 64), (2, 1, 3), (33, 96)], ids=str)
 @pytest.mark.parametrize(
-    'x_dtype, y_dtype, dtype',
-    [(SINGLE, None, SINGLE), (SINGLE, None, BRAIN), (SINGLE, SINGLE, SINGLE), (SINGLE, BRAIN, BRAIN),
-     (BRAIN, BRAIN, BRAIN), (BRAIN, SINGLE, SINGLE), (SINGLE, HALF, HALF), (HALF, None, SINGLE)],
-)  # fmt: skip
-def test_the_kernel_is_the_law(x_dtype, y_dtype, dtype, shape, small, triton, monkeypatch):
-    if small:
+    'shape, small, x_dtype, y_dtype, dtype',
+    [
+        ((3, 5, 19), False, SINGLE, None, SINGLE),
+        ((33, 96), False, SINGLE, None, BRAIN),
+        ((33, 96), True, SINGLE, SINGLE, SINGLE),
+        ((3, 5, 19), True, SINGLE, BRAIN, BRAIN),
+        ((7, 64), False, SINGLE, BRAIN, SINGLE),
+        ((2, 1, 3), False, BRAIN, BRAIN, BRAIN),
+        ((7, 64), True, BRAIN, SINGLE, SINGLE),
+        ((3, 5, 19), False, SINGLE, HALF, HALF),
+        ((3, 5, 19), True, HALF, None, SINGLE),
+    ],
+    ids=str,
+)
+def test_the_kernel_is_the_law(shape, small, x_dtype, y_dtype, dtype, triton, monkeypatch):
+    if small:  # steps of a row
         for method, launch in (('forward', Launch(1, 1, 0)), ('backward', Launch(64, 1, 1))):
             plain = getattr(add_norm_op.AddNorm, method)
             monkeypatch.setattr(
@@ -127,8 +135,11 @@ def test_a_second_derivative_is_refused(triton):
 
 
 @kernels
-@pytest.mark.parametrize('name', ['vim_nano_patch4_32', 'vim2_nano_patch4_32', 'vim_hybrid_tiny_patch4_32'])
-@pytest.mark.parametrize('narrow', [False, True], ids=['float32', 'autocast'])
+@pytest.mark.parametrize(
+    'name, narrow',
+    [('vim_nano_patch4_32', True), ('vim2_nano_patch4_32', False), ('vim2_nano_patch4_32', True),
+     ('vim_hybrid_tiny_patch4_32', False)],
+)  # fmt: skip
 def test_a_model_with_it_is_the_model_without(name, narrow, monkeypatch):
     size = dict(depth=2, img_size=8, embed_dim=64, num_classes=5)
     model = timm.create_model(name, **size, drop_path_rate=0.0).to(DEVICE)

@@ -72,8 +72,8 @@ def assert_close_to_reference(operator, operands, flags, tolerance):
 @pytest.mark.timeout(900)
 def test_all_of_this_in_the_interpreter():
     pytest.importorskip('triton')
-    others = [f'tests/test_{name}.py' for name in ('backends', 'called_layers', 'process_state', 'swiglu')]
-    pass_in_the_interpreter([__file__, *others], 'triton or convention')
+    others = [f'tests/test_{name}.py' for name in ('add_norm', 'backends', 'called_layers', 'process_state', 'swiglu')]
+    pass_in_the_interpreter([__file__, *others], 'triton or convention or add_norm')
 
 
 SMALL_SCANS = [

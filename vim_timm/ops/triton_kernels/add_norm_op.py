@@ -1,5 +1,7 @@
-"""A sum and its root mean square norm as one dispatcher op, for training: aten's norm sums the gradient of its weight in
-a kernel that takes five times as long as memory, and a sum, a norm, a cast and their gradients are ten launches.
+"""A sum and its root mean square norm as one dispatcher op, for training.
+
+Of aten's ten launches for sum, norm, cast and their gradients, the gradient of the norm's weight alone takes five times
+as long as what it reads.
 
 Without a second summand the sum is the first, itself: its gradient then passes the norm's kernel instead of being added
 to that of the norm by another.
@@ -20,7 +22,7 @@ MAX_CHANNELS = 8192
 
 
 class Launch(NamedTuple):
-    """Numbers of a step at most, channels that a warp takes, and programs on each multiprocessor that walk over rows."""
+    """Numbers of a step at most, warps of a program, and programs on each multiprocessor that walk over all rows."""
 
     numbers: int
     warps: int
