@@ -251,6 +251,22 @@ class TestTraining:
         if changed:
             assert train.main([*line, *same, '--mae-loss', 'mse']) == 0  # which was the usual one
 
+    def test_pretraining_does_not_go_on_as_a_classifier_nor_the_reverse(self, run, tmp_path, capsys):
+        assert train.main([*BASE, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'plain']) == 0
+        for base, path, message in (
+            (BASE, run / 'last.pth.tar', 'is of masked pretraining, and this run is none: start from its encoder with'),
+            (
+                ADAM,
+                tmp_path / 'plain' / 'last.pth.tar',
+                'is of a run without --mae, and this run is masked pretraining',
+            ),
+        ):
+            words = [*base, '--epochs', '4', '--output', str(tmp_path), '--experiment', 'b']
+            assert train.main([*words, '--resume', str(path)]) == 2
+            assert f'{path} {message}' in capsys.readouterr().err
+            start = [*words, '--epochs', '1', '--overwrite', '--pretrained', '--pretrained-path', str(path)]
+            assert train.main(start) == 0
+
     def test_a_finished_run_writes_its_encoder(self, run, tmp_path, capsys):
         shutil.copytree(run, tmp_path / 'a')
         more = '--epochs 3 --model-ema --model-ema-decay 0.5 --norm-pix-loss'.split()

@@ -87,13 +87,20 @@ def _plain(value: Any) -> Any:
 
 
 def check_masking(saved: Any, args: Any, path: str) -> None:
-    """Refuse to go on with a masked autoencoder whose losses would be others than those of its log so far.
+    """Refuse to go on with a masked autoencoder as a classifier, or the reverse, or with other losses than so far.
 
     Args:
         saved: settings in the checkpoint of `path`.
         args: settings of this run.
     """
-    if not isinstance(saved, dict) or not args.mae:
+    if not isinstance(saved, dict):
+        return
+    if 'mae' in saved and bool(saved['mae']) != args.mae:
+        theirs, ours = ('masked pretraining', 'none') if saved['mae'] else ('a run without --mae', 'masked pretraining')
+        raise UserError(
+            f'{path} is of {theirs}, and this run is {ours}: start from its encoder with --pretrained --pretrained-path'
+        )
+    if not args.mae:
         return
     known = [name for name in ('mask_ratio', 'norm_pix_loss', 'mae_loss') if saved.get(name) is not None]
     for flag, theirs, ours in _changed(saved, args, known):

@@ -155,9 +155,9 @@ class Trainer:
         """Go on from what a checkpoint of ours holds, at the very batch, or from the epoch after one of timm's."""
         if 'state_dict' not in content:
             raise UserError(f'{path} is no training checkpoint: start from it with --initial-checkpoint')
+        checkpoint.check_masking(content.get('args'), self.args, path)
         checkpoint.check_classes(class_names_in(content, path), self.train_data.classes, path)
         checkpoint.check_held_out(content.get('args'), self.args, path)
-        checkpoint.check_masking(content.get('args'), self.args, path)
         with explain(f'checkpoint {path} does not fit this run'):
             weights = select_weights(content)
             check_fit(weights, unwrap_model(self.task.get_eval_model()).state_dict(), f'checkpoint {path}')
