@@ -1,5 +1,6 @@
 """A sum and its norm in one kernel: the law is aten's operators, and a block that takes it is the block without it."""
 
+import importlib
 import os
 
 import pytest
@@ -11,7 +12,7 @@ import vim_timm  # noqa: F401  registers the models
 from tests.kernels import error
 from vim_timm.layers.norm import RmsNorm
 from vim_timm.ops import AddNorm, add_norm, backends, rms_norm
-from vim_timm.ops.triton_kernels import add_norm_op
+from vim_timm.ops.triton_kernels import add_norm_op, sums
 from vim_timm.ops.triton_kernels.add_norm_op import Launch
 
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
@@ -26,6 +27,10 @@ TOLERANCE = {SINGLE: 2e-6, HALF: 2e-3, BRAIN: 1e-2}
 
 def draw(*shape, dtype=SINGLE):
     return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
+
+
+def sum_kernels():
+    return importlib.import_module('vim_timm.ops.triton_kernels.sum_kernels')  # Triton's import
 
 
 def law(x, y, weight, eps):
@@ -85,6 +90,14 @@ def test_rows_of_any_strides_and_a_weight_of_two_bytes(triton):
     given = [torch.autograd.grad(o, (x, y, weight), [g.to(t.dtype) for g, t in zip(grads, o)]) for o in (found, wanted)]
     for a, b in (*zip(found, wanted), *zip(*given)):
         assert error(a, b) < (1e-2 if a.dtype == BRAIN else 2e-6)
+
+
+@kernels
+@pytest.mark.parametrize('rows, columns, dtype', [(1, 1, SINGLE), (70, 65, BRAIN), (1030, 9, HALF), (33, 130, SINGLE)])
+def test_sums_of_rows(rows, columns, dtype, triton):
+    x = torch.randn(rows, columns, device=DEVICE).to(dtype)
+    assert error(sums.sum_of_rows(sum_kernels(), x, sums.ROWS._replace(rows=16)), x.double().sum(0)) < 2e-6
+    assert error(sums.sum_of_parts(sum_kernels(), x.float()), x.double().sum(0)) < 2e-6
 
 
 @kernels

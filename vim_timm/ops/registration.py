@@ -116,12 +116,6 @@ def as_product_operands(*tensors: Optional[torch.Tensor]) -> Tuple[Optional[torc
     dtype = autocast_dtype(tensors[0])
     if dtype is None:
         return tensors
-    if not (torch.compiler.is_compiling() or wants_gradient(tensors)):
-        others = [x for x in tensors if x is not None and x.dtype != dtype]
-        copies = {id(x): torch.empty_like(x, dtype=dtype) for x in others}
-        if others:  # by one launch
-            torch._foreach_copy_([*copies.values()], others)
-        return tuple(copies.get(id(x), x) for x in tensors)
     return tuple(None if x is None else x.to(dtype) for x in tensors)
 
 

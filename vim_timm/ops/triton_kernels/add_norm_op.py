@@ -17,6 +17,7 @@ from .. import operands
 from ..operands import schema
 from ..registration import Kernel, register, uncounted
 from .launch import multiprocessors, or_else
+from .sums import sum_of_parts
 
 MAX_CHANNELS = 8192
 
@@ -30,7 +31,8 @@ class Launch(NamedTuple):
 
 
 FORWARD = Launch(1024, 4, 0)
-BACKWARD = Launch(1024, 4, 4)
+BACKWARD = Launch(512, 2, 16)
+FEW_ROWS, BACKWARD_OF_FEW = 16384, Launch(256, 1, 16)
 
 
 class AddNorm:
@@ -59,10 +61,11 @@ class AddNorm:
         return total, out
 
     def backward(
-        self, grad_sum: Optional[Tensor], grad: Tensor, other: Optional[torch.dtype], launch: Launch = BACKWARD
+        self, grad_sum: Optional[Tensor], grad: Tensor, other: Optional[torch.dtype], launch: Optional[Launch] = None
     ) -> Tuple[Tensor, Tensor, Tensor]:
         """The gradient of x, which is the sum, in its dtype and in another (no numbers without one), and that of the
         weight, float32, in parts to add over their first axis."""
+        launch = launch or (BACKWARD if self.rows > FEW_ROWS else BACKWARD_OF_FEW)
         x, constants = self.x, self.constants(launch)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         grad_y = torch.empty(0 if other is None else x.shape, dtype=other or x.dtype, device=x.device)
@@ -94,11 +97,11 @@ def fake(x: Tensor, y: Optional[Tensor], weight: Tensor, eps: float, dtype: torc
 def run_backward(
     grad_sum: Optional[Tensor], grad: Tensor, x: Tensor, weight: Tensor, eps: float, other: Optional[torch.dtype]
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    from . import add_norm_kernels
+    from . import add_norm_kernels, sum_kernels
 
     with torch.cuda.device_of(x):
         grad_x, grad_y, parts = AddNorm(add_norm_kernels, x, weight, eps).backward(grad_sum, grad, other)
-        return grad_x, grad_y, parts.sum(0)
+        return grad_x, grad_y, sum_of_parts(sum_kernels, parts)
 
 
 def fake_backward(

@@ -170,6 +170,7 @@ def compile_visible(capability: int, compiled: Compiled, dtype: torch.dtype) -> 
 def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.dtype) -> None:
     """A SwiGLU of dim channels and four times as many hidden units, forward and backward."""
     from . import gated_product_kernels, sum_kernels, swiglu_kernels
+    from .sums import sum_of_rows
     from .swiglu_op import (
         GATED_DTYPES,
         GRADIENT_CHANNELS,
@@ -181,7 +182,6 @@ def compile_swiglu(capability: int, compiled: Compiled, dim: int, dtype: torch.d
         SwiGluGradients,
         WholeSwiGlu,
         product_tile,
-        sum_of_rows,
     )
 
     hidden = 4 * dim

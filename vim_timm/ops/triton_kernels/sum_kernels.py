@@ -21,6 +21,18 @@ def column_sums(X, PARTS, rows, span, COLUMNS: tl.constexpr, BR: tl.constexpr, B
     tl.store(PARTS + tl.program_id(0) * COLUMNS + column, tl.sum(total, 0), mask=column < COLUMNS)
 
 
+@triton.jit(do_not_specialize=['rows'])
+def sum_parts(PARTS, OUT, rows, COLUMNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """OUT (COLUMNS): the sum of PARTS (rows, COLUMNS), both float32 and contiguous."""
+    column = tl.program_id(0) * BC + tl.arange(0, BC)
+    total = tl.zeros([BR, BC], tl.float32)
+    for first in range(0, rows, BR):
+        row = first + tl.arange(0, BR)
+        at = PARTS + tl.cast(row, tl.int64)[:, None] * COLUMNS + column[None, :]
+        total += tl.load(at, mask=(row < rows)[:, None] & (column < COLUMNS)[None, :], other=0.0)
+    tl.store(OUT + column, tl.sum(total, 0), mask=column < COLUMNS)
+
+
 @triton.jit(do_not_specialize=['rows', 'length', 'OUT_sb', 'OUT_sl'])
 def sum_rows(
     PARTS, OUT, rows, length, OUT_sb, OUT_sl,

@@ -17,6 +17,7 @@ from .. import operands
 from ..operands import schema
 from ..registration import Kernel, autocast_off, in_dtypes_of, register, swiglu_flops
 from .launch import INTERPRET, major_capability, multiprocessors, or_else
+from .sums import sum_of_parts, sum_of_rows
 
 
 class Launch(NamedTuple):
@@ -172,7 +173,7 @@ class SwiGluGradients:
         self.bias = None if bias is None else bias.contiguous()
 
     def backward(self, grad: Tensor, tile: GradientTile) -> Tuple[Tensor, Tensor]:
-        """The gradient, and its sum over the rows, float32; puts SiLU(a) b in the place of its gradient."""
+        """The gradient, and parts of its sum over the rows, float32; puts SiLU(a) b in the place of its gradient."""
         x, (rows, channels), hidden = self.x, self.x.shape, self.weight.shape[0] // 2
         grad_ab = torch.empty((rows, 2 * hidden), dtype=x.dtype, device=x.device)
         columns = math.ceil(hidden / tile.hidden)
@@ -186,11 +187,7 @@ class SwiGluGradients:
             EXACT=C0 + C1 == channels and hidden % tile.hidden == 0, FAST=not INTERPRET,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
-        return grad_ab, parts.sum(0)
-
-
-SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 32, 64, 4  # of a step of `column_sums`
-SUM_PROGRAMS = 8  # on each multiprocessor
+        return grad_ab, parts
 
 
 class Gate:
@@ -214,27 +211,15 @@ class Gate:
         return out
 
     def backward(self, grad: Tensor, launch: Launch = BACKWARD) -> Tensor:
-        """Puts the gradient of [a, b] in their place, and the output in that of its gradient; returns the former's sum
-        over the rows, float32."""
+        """Puts the gradient of [a, b] in their place, and the output in that of its gradient; returns parts of the
+        former's sum over the rows, float32."""
         constants = self.constants(launch)
         columns = math.ceil(self.dim / constants['BD'])
         programs = max(1, launch.programs * multiprocessors(self.ab.device) // columns)
         span = launch.rows * max(1, math.ceil(self.rows / (launch.rows * programs)))
         parts = torch.empty((math.ceil(self.rows / span), 2 * self.dim), dtype=torch.float32, device=self.ab.device)
         self.kernels.swiglu_backward[len(parts), columns](self.ab, grad, parts, self.rows, span, **constants)
-        return parts.sum(0)
-
-
-def sum_of_rows(kernels: Any, x: Tensor) -> Tensor:
-    """The float32 sum of contiguous rows; aten's takes twenty times as long as memory for many short rows."""
-    (rows, columns), block = x.shape, SUM_COLUMNS
-    programs = max(1, SUM_PROGRAMS * multiprocessors(x.device) * block // max(block, columns))
-    span = SUM_ROWS * max(1, math.ceil(rows / (SUM_ROWS * programs)))
-    parts = torch.empty((math.ceil(rows / span), columns), dtype=torch.float32, device=x.device)
-    kernels.column_sums[len(parts), math.ceil(columns / block)](
-        x, parts, rows, span, COLUMNS=columns, BR=SUM_ROWS, BC=block, num_warps=SUM_WARPS
-    )
-    return parts.sum(0)
+        return parts
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -289,13 +274,13 @@ def run(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias
 
 def gradients_of(given: operands.SwiGlu, grad: Tensor) -> Tuple[Tensor, Tensor]:
     """Gradient of the first product of rows x for that of the hidden layer, which the hidden layer takes the place of,
-    and its sum over the rows, float32."""
+    and parts of its sum over the rows, float32."""
     x, weight, bias, out, _ = given
     tile = gradient_tile(x.shape[1], x.device) if takes_product(given) else None
     if tile is None:
         gate = gate_of(x, weight, bias)
-        sums = gate.backward(grad)
-        return gate.ab, sums
+        parts = gate.backward(grad)
+        return gate.ab, parts
     from . import gated_product_kernels
 
     return SwiGluGradients(gated_product_kernels, x, weight, bias).backward(grad, tile)
@@ -310,9 +295,10 @@ def run_backward(
     rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]).contiguous()
     with torch.cuda.device_of(x), autocast_off(x):
         hidden = torch.mm(grad, out)
-        grad_ab, grad_bias = gradients_of(operands.SwiGlu(rows, weight, bias, out, None), hidden)
+        grad_ab, parts = gradients_of(operands.SwiGlu(rows, weight, bias, out, None), hidden)
         grad_x, grad_weight = torch.mm(grad_ab, weight).view(x.shape), torch.mm(grad_ab.t(), rows)
-        return grad_x, grad_weight, grad_bias, torch.mm(grad.t(), hidden), sum_of_rows(sum_kernels, grad)
+        biases = sum_of_parts(sum_kernels, parts), sum_of_rows(sum_kernels, grad)
+        return grad_x, grad_weight, biases[0], torch.mm(grad.t(), hidden), biases[1]
 
 
 def fake(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias: Optional[Tensor]) -> Tensor:
