@@ -100,6 +100,32 @@ def test_hidden_pixels_and_absent_channels_have_no_influence():
     assert torch.equal(model(other, noise, present)[0], pred)
 
 
+def test_an_absent_channel_may_hold_no_numbers():
+    model, x = make(), torch.rand(2, 3, 16, 16)
+    present = torch.tensor([[True, False, True], [True, True, True]])
+    noise = torch.rand(2, 48)
+    expected, _ = model(x, noise, present)
+    x[0, 1] = float('nan')
+    pred, _ = model(x, noise, present)
+    pred.sum().backward()
+    assert torch.equal(pred, expected)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_what_is_present_is_said_of_each_channel_of_each_image():
+    model, x = make(), torch.rand(2, 3, 16, 16)
+    for shape in ((3,), (1, 3), (2, 4)):
+        with pytest.raises(ValueError, match=r'present is .*, not \(2, 3\)'):
+            model(x, present=torch.ones(shape, dtype=torch.bool))
+
+
+def test_an_image_smaller_than_a_patch_is_refused_at_any_size_too():
+    for model in (make(dynamic_img_size=True), make(dynamic_img_size=True).encoder):
+        assert model(torch.rand(1, 3, 4, 30))[0].isfinite().all()
+        with pytest.raises(ValueError, match='smaller than a patch'):
+            model(torch.rand(1, 3, 3, 30))
+
+
 def test_masks_differ_between_channels():
     _, mask = make().eval()(torch.randn(2, 3, 16, 16))
     assert mask.shape == (2, 48) and mask.view(2, 3, 16).unique(dim=1).shape[1] == 3

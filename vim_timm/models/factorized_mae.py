@@ -104,6 +104,8 @@ class ChannelPatchEmbed(PatchEmbed):
         batch, channels, height, width = x.shape
         if self.strict_img_size:
             check_matches(height, width, self.img_size)
+        else:
+            self._check_sizes((height, width), self.patch_size, self.patch_size)
         x = pad_images(x, self.pad_value, self.patch_size)
         x = self.proj(x.flatten(0, 1).unsqueeze(1)).flatten(2).transpose(1, 2)
         return x.reshape(batch, channels, x.shape[1], x.shape[2])
@@ -359,7 +361,8 @@ class FactorizedAutoencoder(MaskedAutoencoder):
             noise: What decides the masks (B, L): the patches of a channel with the least stay visible. C further
                 columns decide which channels are dropped in training. By default random in training, and the same at
                 every call in evaluation.
-            present: Which channels (B, C) are there at all, at least one of each image. By default all are.
+            present: Which channels (B, C) are there at all, at least one of each image; what stands in the others, be
+                it NaN, has no part. By default all are.
 
         Returns:
             Pixels of all patches (B, L, p * p), and the mask (B, L), 1 where a patch was removed.
@@ -367,6 +370,11 @@ class FactorizedAutoencoder(MaskedAutoencoder):
         Raises:
             ValueError: no patch is visible, or x, noise or present has another size.
         """
+        check_channels(x, self.in_chans)
+        if present is not None:
+            if present.shape != x.shape[:2]:
+                raise ValueError(f'present is {tuple(present.shape)}, not {tuple(x.shape[:2])}, one for each channel')
+            x = x.masked_fill(~present[:, :, None, None], 0.0)
         patches, grid = self.encoder.embed(x)
         batch, channels, count = patches.shape[:3]
         total = channels * count
