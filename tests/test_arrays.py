@@ -341,6 +341,13 @@ def test_what_arrays_cannot_have_is_refused_before_anything_is_written(flags, wo
     assert words in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
+def test_pictures_for_many_channels_are_refused_in_favour_of_arrays(tmp_path, capsys):
+    write(tmp_path, count=4)
+    assert train.main([*RUN, '--data-dir', str(tmp_path), '--dataset', '', '--output', str(tmp_path / 'out')]) == 2
+    assert 'the model takes 13: --in-chans must be' in (said := capsys.readouterr().err)
+    assert 'or files of more be read by --dataset arrays' in said
+
+
 def test_arrays_without_labels_have_no_classes(tmp_path):
     for i in range(3):
         np.save(tmp_path / f'{i}.npy', VALUES)

@@ -443,8 +443,9 @@ def test_an_exported_encoder_predicts_no_classes(run, tmp_path, capsys):
 
 def test_an_encoder_alone_is_refused(run, capsys):
     path = str(run.parent / 'encoder.safetensors')
-    assert validate.main(['--mae', '--checkpoint', path, *MODEL.split(), '--dataset', 'digits', '--device', 'cpu']) == 2
-    assert 'an encoder without its decoder' in capsys.readouterr().err
+    for model in (MODEL.split(), []):
+        assert validate.main(['--mae', '--checkpoint', path, *model, '--dataset', 'digits', '--device', 'cpu']) == 2
+        assert 'an encoder without its decoder' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -85,13 +85,13 @@ def read_args(argv: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
         layer.update(found)
     args = parse(PROGRAM, VALIDATE, argv, layer=(what, layer))
     args = Settings({**vars(args), 'mae': args.mae or is_autoencoder(args.model)}, first.chosen)
-    if layer:
+    if layer or (args.mae and content):
         with explain(what):
-            sizes = ('img_size', 'input_size') if not {'img_size', 'input_size'} & args.chosen else ()
-            names = ('model', 'model_kwargs', 'num_classes', 'in_chans', 'mae', *AUTOENCODER, *sizes)
-            described = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
             weights = autoencoder_weights(content) if args.mae else select_weights(content, what=what)
-            check_size(described, weights, what)
+            if layer:
+                sizes = ('img_size', 'input_size') if not {'img_size', 'input_size'} & args.chosen else ()
+                names = ('model', 'model_kwargs', 'num_classes', 'in_chans', 'mae', *AUTOENCODER, *sizes)
+                check_size({name: v for name in names if (v := getattr(args, name)) is not None}, weights, what)
     if not args.data_dir and not args.dataset:
         args = args.replace(dataset='digits')
     check(args)

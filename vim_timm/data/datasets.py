@@ -61,7 +61,8 @@ def image_mode(args: Any, channels: int) -> str:
     mode = args.input_img_mode or MODES.get(channels)
     if mode is None:
         raise UserError(
-            f'a picture has 1 to 4 channels, and the model takes {channels}: --in-chans must be one of those'
+            f'a picture has 1 to 4 channels, and the model takes {channels}: --in-chans must be one of those, or files '
+            'of more be read by --dataset arrays'
         )
     if channels_of(mode) != channels:
         raise UserError(
