@@ -18,6 +18,7 @@ from vim_timm.data import Batch
 from vim_timm.data.unreadable import Unreadable
 from vim_timm.errors import UserError
 from vim_timm.hub import publish
+from vim_timm.layers.pos_embed import resample_pos_embed
 from vim_timm.models.masked_autoencoder import MaskedAutoencoder
 from vim_timm.report.reconstruction import (
     Gallery,
@@ -266,6 +267,17 @@ class TestTraining:
             assert f'{path} {message}' in capsys.readouterr().err
             start = [*words, '--epochs', '1', '--overwrite', '--pretrained', '--pretrained-path', str(path)]
             assert train.main(start) == 0
+
+    def test_an_encoder_s_file_tells_the_grid_of_its_positions(self, tmp_path):
+        path = tmp_path / 'encoder.safetensors'
+        base = ' '.join(ADAM).replace('--img-size 16 --in-chans 1', '--input-size 1 8 32').split()
+        pretrain(tmp_path, 'long', '--epochs', '1', '--save-encoder', str(path), base=base)
+        sizes = dict(img_size=16, in_chans=1, num_classes=10, depth=2, embed_dim=32)  # as many patches: 4 x 4 for 2 x 8
+        overlay = dict(file=str(path), num_classes=-1)
+        model = timm.create_model('vim_nano_patch4_32', pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
+        saved = load(tmp_path, 'long')['state_dict']['pos_embed']
+        assert torch.equal(model.pos_embed, resample_pos_embed(saved, [4, 4], [2, 8], model.num_prefix_tokens))
+        assert not torch.equal(model.pos_embed, saved)
 
     def test_a_finished_run_writes_its_encoder(self, run, tmp_path, capsys):
         shutil.copytree(run, tmp_path / 'a')

@@ -6,6 +6,8 @@ import timm
 import torch
 
 import vim_timm  # noqa: F401  registers the models
+from vim_timm.engine.saved import open_saved
+from vim_timm.errors import UserError
 from vim_timm.layers.pos_embed import resample_pos_embed
 from vim_timm.models.load import load_content
 
@@ -117,3 +119,19 @@ def test_learned_positions_of_a_decoder(size, grid, tmp_path):
         (model.encoder.pos_embed, found.encoder.pos_embed, 1),
     ):
         assert torch.equal(target, resample_pos_embed(positions, [8, 8], list(grid), prefix))
+
+
+def test_weights_that_tell_their_size_are_opened_at_it(tmp_path):
+    path, model = str(tmp_path / 'w.safetensors'), timm.create_model('vim_nano_patch4_32', img_size=LONG)
+    safetensors.torch.save_file(model.state_dict(), path, {'input_size': '[3, 16, 64]'})
+    saved = open_saved(path, 'vim_nano_patch4_32')
+    assert saved.model.patch_embed.img_size == LONG and saved.data_config['input_size'] == (3, *LONG)
+    assert torch.equal(saved.model.pos_embed, model.pos_embed)
+
+
+@pytest.mark.parametrize('size', ['[3, 16', '[3, 16, 1e9]', '{}', '[' * 100_000, '"x"'])
+def test_metadata_that_are_no_size_are_refused(size, tmp_path):
+    path, model = str(tmp_path / 'w.safetensors'), timm.create_model('vim_nano_patch4_32')
+    safetensors.torch.save_file(model.state_dict(), path, {'input_size': size})
+    with pytest.raises(UserError, match='input_size'):
+        open_saved(path, 'vim_nano_patch4_32')

@@ -8,6 +8,7 @@ if __name__ == '__main__':  # the command line is read before torch is imported
     sys.exit(commands.main('train'))
 
 import importlib
+import json
 import os
 import shlex
 import sys
@@ -233,13 +234,18 @@ def train(args: Settings, hooks: Hooks | None = None) -> Trainer:
 
 
 def write_encoder(args: Settings, trainer: Trainer) -> None:
-    """Write the encoder's weights, of the moving average where there is one, as a safetensors file, if asked to."""
+    """Write the encoder's weights, of the moving average where there is one, as a safetensors file, if asked to.
+
+    Its metadata say the size of the images, for their shape is that of the grid of positions.
+    """
     path, task = args.save_encoder, trainer.task
     if not path or not trainer.primary:
         return
     encoder = unwrap_model(task.get_eval_model(ema=task.has_ema()))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    write_atomically(path, safetensors.torch.save(state, {'format': 'pt'}))
+    size = [trainer.eval_data.data_config['input_size'][0], *encoder.patch_embed.img_size]
+    # one entry: safetensors writes several in an order that changes, and equal runs write equal files
+    write_atomically(path, safetensors.torch.save(state, {'input_size': json.dumps(size)}))
     trainer.progress.say(f'encoder: {path}')
 
 

@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo
 from timm.models import create_model, get_deprecated_models, is_model, resolve_model_input_args
 
 from ..errors import UserError, explain
-from ..models.checkpoint import class_names_in, read_checkpoint, select_weights
+from ..models.checkpoint import class_names_in, read_checkpoint, recorded_size, select_weights
 from ..models.load import check_published, check_size, load_content
 from ..settings.inherited import settings_of
 from ..settings.masked import NOT_ENCODERS
@@ -79,7 +79,7 @@ def open_saved(path: str, name: str = '', use_ema: bool = False) -> Saved:
             raise UserError(f'the folder {path} holds one set of weights: leave --use-ema out')
         return open_published(f'local-dir:{path}')
     content, what = read_checkpoint(path), f'checkpoint {path}'
-    settings = settings_of(content, what)
+    settings = settings_of(content, what) or recorded_size(path)
     name = name or settings.get('model') or _architecture(path)
     if settings.get('mae'):  # what it holds as its model is the encoder, without a classifier
         name = name.removeprefix('mae_')

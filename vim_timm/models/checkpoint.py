@@ -1,5 +1,6 @@
 """Reading checkpoint files of any origin, once, without executing anything in them."""
 
+import json
 import re
 import warnings
 import zipfile
@@ -8,9 +9,11 @@ from typing import Any, Dict, List, Mapping, Optional, Union
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 
 from ..errors import UserError, shown
+from ..settings.inherited import settings_of
 from .unpickling import harmless
 
 _WEIGHTS = ('model', 'state_dict')
@@ -62,6 +65,23 @@ def read_checkpoint(path: Union[str, Path], mmap: bool = False) -> Dict[str, Any
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a dictionary of weights')
     return content
+
+
+def recorded_size(path: Union[str, Path]) -> Dict[str, Any]:
+    """`input_size` that the metadata of a file of `--save-encoder` say, for which its positions are; {} of other files.
+
+    Raises:
+        CheckpointError: they say something else there.
+    """
+    try:
+        with safe_open(path, 'pt') as file:
+            text = (file.metadata() or {}).get('input_size')
+    except (SafetensorError, OSError):  # no safetensors file
+        return {}
+    try:
+        return {} if text is None else settings_of({'data_config': {'input_size': json.loads(text)}}, str(path))
+    except (ValueError, RecursionError):
+        raise CheckpointError(f'{path} is damaged: its input_size is {shown(repr(text))}') from None
 
 
 def class_names_in(content: Mapping[str, Any], path: Union[str, Path]) -> List[str]:

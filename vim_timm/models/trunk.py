@@ -29,7 +29,7 @@ from vim_timm.layers.token_order import (
     to_scan_order,
 )
 from vim_timm.models.adapt import filter_of
-from vim_timm.models.checkpoint import read_checkpoint, select_weights
+from vim_timm.models.checkpoint import read_checkpoint, recorded_size, select_weights
 from vim_timm.models.pretrained import describes_weights
 from vim_timm.settings.inherited import settings_of
 
@@ -201,7 +201,7 @@ class Trunk(nn.Module):
         """
         cfg: Dict[str, Any] = getattr(self, 'pretrained_cfg', {})
         content = read_checkpoint(checkpoint_path)
-        settings = settings_of(content)
+        settings = settings_of(content) or recorded_size(checkpoint_path)
         if not settings and describes_weights(cfg):
             size = getattr(self, 'pretrained_model_args', {}).get('img_size') or cfg['input_size'][1:]
             settings = {'img_size': size}
