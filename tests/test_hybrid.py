@@ -127,6 +127,8 @@ def test_every_parameter_of_both_branches_learns(ssm):
         (dict(attn_blocks=2), 'numbers from 0 to 3'),
         (dict(num_heads=5), 'num_heads must divide embed_dim 32'),
         (dict(mlp_ratio=-1), 'mlp_ratio must be 0 for none, or more'),
+        (dict(expand=-1), 'expand must be a number above 0, not -1'),
+        (dict(expand=0), 'expand must be a number above 0, not 0'),
         (dict(ssm='mamba', headdim=32), "headdim 32 needs ssm 'ssd'"),
         (dict(weight_init='jax'), "weight_init must be ''"),
     ],

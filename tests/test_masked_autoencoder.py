@@ -303,9 +303,10 @@ class TestRefusals:
     def test_decoder_width(self):
         with pytest.raises(ValueError, match='5 heads do not divide'):
             make('mae_vim_tiny_patch4_32', decoder_heads=5)
-        for size in ('decoder_dim', 'decoder_heads'):
-            with pytest.raises(ValueError, match=f'{size} must be a whole number of at least 1, not 0'):
-                make('mae_vim_tiny_patch4_32', **{size: 0})
+        for size in ('decoder_dim', 'decoder_depth', 'decoder_heads'):
+            for wrong in (0, -1):
+                with pytest.raises(ValueError, match=f'{size} must be a whole number of at least 1, not {wrong}'):
+                    make('mae_vim_tiny_patch4_32', **{size: wrong})
 
 
 class TestCheckpoints:

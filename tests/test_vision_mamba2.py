@@ -40,6 +40,8 @@ def test_sizes():
         (dict(stem='conv', dynamic_img_pad=True), "dynamic_img_pad needs stem 'patch'"),
         (dict(rope=True, d_state=18), 'rope needs a d_state divisible by 4, not 18: use 20'),
         (dict(mlp_ratio=-1), 'mlp_ratio must be 0 for none, or more'),
+        (dict(expand=-1), 'expand must be a number above 0, not -1'),
+        (dict(expand=0), 'expand must be a number above 0, not 0'),
         (dict(weight_init='early'), "weight_init must be '' or 'skip'"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else '',

@@ -1,5 +1,6 @@
 """Configurations and models as timm's registry wants them."""
 
+import math
 from numbers import Real
 from typing import Any, Callable, Dict, Type, TypeVar
 
@@ -16,7 +17,8 @@ Model = TypeVar('Model', bound=nn.Module)
 
 # arguments that count something; those of images may be a pair
 _OF_MIXERS = ('num_heads', 'd_state', 'd_conv', 'headdim')
-_COUNTS = ('in_chans', 'embed_dim', 'depth', *_OF_MIXERS, 'head_hidden', 'decoder_dim', 'decoder_heads')
+_OF_DECODERS = ('decoder_dim', 'decoder_depth', 'decoder_heads')
+_COUNTS = ('in_chans', 'embed_dim', 'depth', *_OF_MIXERS, 'head_hidden', *_OF_DECODERS)
 _SIDES = ('img_size', 'patch_size', 'stride')
 
 
@@ -86,6 +88,8 @@ def _check_numbers(arguments: Dict[str, Any]) -> None:
             raise ValueError(f'{name} must be a whole number of at least 1, not {value!r}')
         if name.endswith('_rate') and not (isinstance(value, Real) and 0 <= float(value) <= 1):
             raise ValueError(f'{name} must be a number from 0 to 1, not {value!r}')
+        if name == 'expand' and not (isinstance(value, Real) and 0 < float(value) < math.inf):
+            raise ValueError(f'expand must be a number above 0, not {value!r}')
 
 
 def _check_order(model: Trunk, extractor: Any) -> None:
