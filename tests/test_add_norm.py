@@ -108,14 +108,6 @@ def test_without_a_summand_the_sum_is_not_copied(triton):
 
 
 @kernels
-def test_norms_without_gradients_are_not_for_the_kernel(triton):
-    x, weight = draw(2, 8), draw(8)
-    with torch.no_grad():
-        assert add_norm(AddNorm(x, None, weight, 1e-5, SINGLE)) is None
-    assert add_norm(AddNorm(x.detach(), None, weight.detach(), 1e-5, SINGLE)) is None
-
-
-@kernels
 @pytest.mark.parametrize(
     'x, y, match',
     [

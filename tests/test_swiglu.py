@@ -320,6 +320,21 @@ def test_triton_kernels_add_a_float32_bias_as_it_is_under_autocast(channels, tri
 
 
 @only_triton
+@pytest.mark.parametrize('rows, hidden, outputs', [(3, 4, 5), (150, 70, 40)])
+def test_triton_kernels_cast_weights_in_inference_as_autocast_does_in_training(
+    rows, hidden, outputs, triton, monkeypatch
+):
+    monkeypatch.setattr(swiglu_op, 'CAST_NUMBERS', 128)  # several turns of few programs
+    given = [torch.randn(size, device=DEVICE) for size in ((rows, 6), (2 * hidden, 6), (2 * hidden,))]
+    given += [torch.randn(size, device=DEVICE, requires_grad=True) for size in ((outputs, hidden), (outputs,))]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        learning = whole(*given)
+        with torch.no_grad():
+            found = whole(*given)
+    assert error(found, learning) < (1e-2 if INTERPRETER else 1e-9)  # which cuts what autocast rounds
+
+
+@only_triton
 @pytest.mark.parametrize('place, shape', [(1, (8, 5)), (2, (6,))])
 def test_weights_of_other_shapes_are_refused_in_two_byte_types(place, shape, triton):
     given = [torch.randn(size, device=DEVICE).bfloat16() for size in ((3, 6), (8, 6), (8,), (5, 4), (5,))]

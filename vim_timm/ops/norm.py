@@ -8,7 +8,6 @@ from torch import Tensor
 
 from vim_timm.ops.backends import find
 from vim_timm.ops.operands import AddNorm, Norm
-from vim_timm.ops.registration import wants_gradient
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,13 +45,13 @@ def add_norm(given: AddNorm) -> Optional[Tuple[Tensor, Tensor]]:
         given: See `operands.AddNorm`. Sums are float32, the weight is of any dtype.
 
     Returns:
-        Two tensors (..., C), the sum in the dtype of x + y; None where no backend has it, under torch.compile, which
-        fuses aten's operators, and where no gradient is wanted: a launch of Triton's takes the host as long as theirs.
+        Two tensors (..., C), the sum in the dtype of x + y; None where no backend has it, and under torch.compile,
+        which fuses aten's operators.
 
     Raises:
         RuntimeError: a forced backend cannot run.
     """
-    if torch.compiler.is_compiling() or not wants_gradient((given.x, given.y, given.weight)):
+    if torch.compiler.is_compiling():
         return None
     run = find('add_norm', given, given.x)
     return None if run is None else run(given)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import operands
 from ..plain import reference
-from ..registration import as_product_operands, autocast_dtype
+from ..registration import as_product_operands, autocast_dtype, wants_gradient
 from . import (  # noqa: F401  define the operators
     add_norm_op,
     grid_conv_op,
@@ -296,7 +296,9 @@ def add_norm(given: operands.AddNorm) -> Tuple[Tensor, Tensor]:
 
 def swiglu(given: operands.SwiGlu) -> Tensor:
     """The SwiGLU (..., C) in the dtype of products under autocast, else in x's; between the products it is float32."""
-    x, weight, out = as_product_operands(given.x, given.weight, given.out)
+    inference = not (torch.compiler.is_compiling() or wants_gradient(given))
+    x, weight, out = as_product_operands(given.x, given.weight, None if inference else given.out)
+    out = given.out if out is None else out  # the first product's kernel casts it
     return torch.ops.vim_timm.triton_swiglu.default(x, weight, given.bias, out, given.out_bias)
 
 

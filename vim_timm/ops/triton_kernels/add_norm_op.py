@@ -1,4 +1,4 @@
-"""A sum and its root mean square norm as one dispatcher op, for training.
+"""A sum and its root mean square norm as one dispatcher op.
 
 Of aten's ten launches for sum, norm, cast and their gradients, the gradient of the norm's weight alone takes five times
 as long as what it reads.

@@ -48,14 +48,23 @@ def store_rows(OUT, BIAS, y, rows, count, columns, N: tl.constexpr, HAS_BIAS: tl
     tl.store(OUT + rows[:, None] * N + columns[None, :], y.to(OUT.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def cast(FROM, TO, COUNT: tl.constexpr, BN: tl.constexpr):
+    """TO (COUNT) = FROM, BN numbers at a time by all programs."""
+    for first in tl.range(tl.program_id(0) * BN, COUNT, tl.num_programs(0) * BN, num_stages=1):
+        at = first + tl.arange(0, BN)
+        tl.store(TO + at, tl.load(FROM + at, mask=at < COUNT).to(TO.dtype.element_ty), mask=at < COUNT)
+
+
 @triton.jit(do_not_specialize=['count'])
 def gated_product(
-    X, WEIGHT, BIAS, OUT, OTHER, CAST, count,
-    C: tl.constexpr, H: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
-    BN: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
+    X, WEIGHT, BIAS, OUT, NEXT_WEIGHT, NEXT_BIAS, CAST_WEIGHT, CAST_BIAS, count,
+    C: tl.constexpr, H: tl.constexpr, WEIGHTS: tl.constexpr, BIASES: tl.constexpr, BM: tl.constexpr,
+    BH: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EXACT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """OUT (count, H) = SiLU(a) b for [a, b] = X (count, C) WEIGHT (2 H, C)^T + BIAS; CAST (N) = OTHER, the next
-    product's bias, which would be a launch of its own.
+    """OUT (count, H) = SiLU(a) b for [a, b] = X (count, C) WEIGHT (2 H, C)^T + BIAS. CAST_WEIGHT and CAST_BIAS are so
+    many numbers of the next product's weight and bias, or none, which would be launches of their own.
 
     Programs go through GROUP tiles of rows, then to the next columns, so that few tiles of both operands are in use at
     a time.
@@ -76,10 +85,8 @@ def gated_product(
     hidden = start + tl.arange(0, BH)
     out = gate(ab, BIAS, both, inside, BM, BH, HAS_BIAS, FAST).to(OUT.dtype.element_ty)
     tl.store(OUT + rows[:, None] * H + hidden[None, :], out, mask=(rows < count)[:, None] & (hidden < H)[None, :])
-    if N > 0:
-        if tl.program_id(0) == 0:
-            n = tl.arange(0, BN)
-            tl.store(CAST + n, tl.load(OTHER + n, mask=n < N).to(CAST.dtype.element_ty), mask=n < N)
+    cast(NEXT_WEIGHT, CAST_WEIGHT, WEIGHTS, BN)
+    cast(NEXT_BIAS, CAST_BIAS, BIASES, BN)
 
 
 @triton.jit(do_not_specialize=['count'])

@@ -1,7 +1,8 @@
 """A SwiGLU as one dispatcher op (opaque as in `scan_op`): torch's products, and a kernel for what is between them.
 
 In two-byte types the first product has its gate in its own kernel, so that [a, b] is not in memory, or the forward pass
-is one kernel; biases come as they are, to be added to float32 sums. The backward pass keeps the tokens and computes the
+is one kernel; biases come as they are, to be added to float32 sums, and so may the second weight, which the first
+product casts. The backward pass keeps the tokens and computes the
 first product again, inside the kernel of [a, b]'s gradients or before it, where they take its place. The hidden layer,
 for the gradient of the second product's weight, takes that of its own gradient.
 """
@@ -48,6 +49,7 @@ class Tile(NamedTuple):
 PRODUCT = Tile(128, 64, 64, 8, 8, 3)
 NARROW = PRODUCT._replace(warps=4)
 NARROW_CHANNELS = 384  # up to which it is faster on an H200
+CAST_NUMBERS = 1024  # of the next product's weight that a program casts at a time
 
 
 def product_tile(channels: int, major: int) -> Tile:
@@ -56,30 +58,36 @@ def product_tile(channels: int, major: int) -> Tile:
 
 
 class GatedProduct:
-    """SiLU(a) b for [a, b] = x weight^T + bias in one launch, of rows x in a two-byte type."""
+    """SiLU(a) b for [a, b] = x weight^T + bias in one launch, of rows x in a two-byte type, and the casts for a product
+    of it."""
 
     def __init__(self, kernels: Any, given: operands.SwiGlu) -> None:
         self.kernels, self.x, self.weight = kernels, given.x.contiguous(), given.weight.contiguous()
         self.bias, self.out_bias = (None if b is None else b.contiguous() for b in (given.bias, given.out_bias))
+        self.out = given.out.contiguous()
 
-    def forward(self, tile: Tile) -> Tuple[Tensor, Optional[Tensor]]:
-        """The hidden layer, and out_bias in x's dtype, which torch's product wants it in."""
-        x, other = self.x, self.out_bias
-        (rows, channels), hidden = x.shape, self.weight.shape[0] // 2
-        out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
-        cast, others = other, 0
-        if other is not None and other.dtype != x.dtype:
-            cast, others = torch.empty_like(other, dtype=x.dtype), len(other)
+    def cast(self, other: Optional[Tensor]) -> Tuple[Optional[Tensor], int]:
+        """What is to hold a tensor in x's dtype, and of how many numbers the kernel has to fill it."""
+        if other is None or other.dtype == self.x.dtype:
+            return other, 0
+        return torch.empty_like(other, dtype=self.x.dtype), other.numel()
+
+    def forward(self, tile: Tile) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        """The hidden layer, and the next weight and bias in x's dtype, as torch's product wants them."""
+        x, (rows, channels), hidden = self.x, self.x.shape, self.weight.shape[0] // 2
+        y = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+        (weight, weights), (bias, biases) = self.cast(self.out), self.cast(self.out_bias)
+        assert weight is not None
         step = min(tile.channels, max(16, 1 << (channels - 1).bit_length()))
         grid = (math.ceil(rows / tile.rows) * math.ceil(hidden / tile.hidden),)
         self.kernels.gated_product[grid](
-            x, self.weight, or_else(self.bias, x), out, or_else(other, x), or_else(cast, x), rows,
-            C=channels, H=hidden, N=others, BM=tile.rows, BH=tile.hidden, BC=step,
-            BN=1 << max(0, others - 1).bit_length(), GROUP=tile.group, HAS_BIAS=self.bias is not None,
+            x, self.weight, or_else(self.bias, x), y, self.out, or_else(self.out_bias, x), weight, or_else(bias, x),
+            rows, C=channels, H=hidden, WEIGHTS=weights, BIASES=biases, BM=tile.rows, BH=tile.hidden, BC=step,
+            BN=CAST_NUMBERS, GROUP=tile.group, HAS_BIAS=self.bias is not None,
             EXACT=channels % step == 0 and hidden % tile.hidden == 0, FAST=not INTERPRET,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return out, cast
+        return y, weight, bias
 
 
 class WholeTile(NamedTuple):
@@ -237,7 +245,7 @@ def gate_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Gate:
 def takes_product(given: operands.SwiGlu) -> bool:
     """Whether a kernel may make the first product of rows x: torch's says what does not fit."""
     x, weight, bias, out, out_bias = given
-    if x.dtype not in GATED_DTYPES or not x.dtype == weight.dtype == out.dtype:
+    if x.dtype not in GATED_DTYPES or x.dtype != weight.dtype:
         return False
     wanted = (2 * out.shape[1], x.shape[1]), (2 * out.shape[1],), tuple(out.shape), (out.shape[0],)
     return all(tensor is None or tensor.shape == shape for tensor, shape in zip(given[1:], wanted))
@@ -255,15 +263,14 @@ def rows_of(given: operands.SwiGlu) -> Tensor:
     """The SwiGLU of rows x, in the fewest kernels."""
     x, weight, bias, out, out_bias = given
     if not takes_product(given):
-        return linear(gate_of(x, weight, bias).forward(), out, out_bias)
+        return linear(gate_of(x, weight, bias).forward(), out.to(x.dtype), out_bias)
     from . import gated_product_kernels
 
     whole = tile_of(given)
     if whole is not None:
-        return WholeSwiGlu(gated_product_kernels, given).forward(whole)
+        return WholeSwiGlu(gated_product_kernels, given._replace(out=out.to(x.dtype))).forward(whole)
     tile = product_tile(x.shape[1], major_capability(x.device))
-    hidden, out_bias = GatedProduct(gated_product_kernels, given).forward(tile)
-    return F.linear(hidden, out, out_bias)
+    return F.linear(*GatedProduct(gated_product_kernels, given).forward(tile))
 
 
 def run(x: Tensor, weight: Tensor, bias: Optional[Tensor], out: Tensor, out_bias: Optional[Tensor]) -> Tensor:
