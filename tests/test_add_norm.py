@@ -108,6 +108,25 @@ def test_without_a_summand_the_sum_is_not_copied(triton):
 
 
 @kernels
+def test_small_norms_of_inference_are_not_for_the_kernel(triton):
+    x, weight = draw(2, 8), draw(8)
+    with torch.no_grad():
+        assert add_norm(AddNorm(x, None, weight, 1e-5, SINGLE)) is None
+    assert add_norm(AddNorm(x.detach(), None, weight.detach(), 1e-5, SINGLE)) is None
+
+
+@kernels
+def test_large_norms_of_inference_give_the_bits_of_training(triton, monkeypatch):
+    monkeypatch.setattr('vim_timm.ops.norm._MANY', 16)
+    x, y, weight = draw(2, 8), draw(2, 8), draw(8)
+    for given in (AddNorm(x, y, weight, 1e-5, BRAIN), AddNorm(x, None, weight, 1e-5, BRAIN)):
+        learning = add_norm(given)
+        with torch.inference_mode():
+            found = add_norm(given)
+        assert all(torch.equal(a, b) for a, b in zip(found, learning, strict=True))
+
+
+@kernels
 @pytest.mark.parametrize(
     'x, y, match',
     [
@@ -184,13 +203,13 @@ def test_a_model_with_it_is_the_model_without(name, narrow, monkeypatch):
 
 
 @only_gpu
-def test_the_residual_stream_is_recorded_in_a_graph():
-    norm, x = RmsNorm(64).cuda(), torch.randn(5, 64, device='cuda')
+def test_norms_are_recorded_in_a_graph():
+    norm, x = RmsNorm(64).cuda(), torch.randn(5, 64, device='cuda', requires_grad=True)
 
     def step():
         norm.zero_grad(set_to_none=False)
         with torch.autocast('cuda', BRAIN):
-            norm(x.requires_grad_()).sum().backward()
+            norm(x).square().sum().backward()
         return norm.weight.grad
 
     expected = step().clone()
