@@ -2,11 +2,13 @@
 
 import importlib
 import os
+import warnings
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from functorch.compile import aot_function, nop
 
 import vim_timm  # noqa: F401  registers the models
 from tests.kernels import error
@@ -90,6 +92,40 @@ def test_rows_of_any_strides_and_a_weight_of_two_bytes(triton):
     given = [torch.autograd.grad(o, (x, y, weight), [g.to(t.dtype) for g, t in zip(grads, o)]) for o in (found, wanted)]
     for a, b in (*zip(found, wanted), *zip(*given)):
         assert error(a, b) < (1e-2 if a.dtype == BRAIN else 2e-6)
+
+
+@kernels
+def test_rows_that_a_step_lacks_have_no_part_without_eps(triton):
+    x, weight = draw(3, 19), draw(19)
+    pairs = [torch.autograd.grad(both[1].sum(), (x, weight))
+             for both in (add_norm(AddNorm(x, None, weight, 0.0, SINGLE)), law(x, None, weight, 0.0))]  # fmt: skip
+    for a, b in zip(*pairs, strict=True):
+        assert error(a, b) < 2e-6
+
+
+@kernels
+def test_other_classes_of_tensors_are_composed(triton):
+    class Sharded(torch.Tensor):
+        pass
+
+    x, weight = draw(2, 8), draw(8)
+    for given in ((x.as_subclass(Sharded), None, weight), (x, x.as_subclass(Sharded), weight),
+                  (x, None, weight.as_subclass(Sharded))):  # fmt: skip
+        assert add_norm(AddNorm(*given, 1e-5, SINGLE)) is None
+    traced = aot_function(lambda x, weight: rms_norm(x, weight, 1e-5), nop)  # takes no operator that returns an operand
+    assert error(traced(x, weight), law(x, None, weight, 1e-5)[1]) < 2e-6
+
+
+@kernels
+def test_an_empty_batch_has_a_norm_where_triton_is_forced(triton):
+    assert rms_norm(draw(0, 3, 8), draw(8), 1e-5).shape == (0, 3, 8)
+
+
+def test_a_norm_asks_nothing_of_what_torchscript_traces():
+    weight = torch.ones(8, device=DEVICE)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', torch.jit.TracerWarning)
+        torch.jit.trace(lambda x: rms_norm(x, weight, 1e-5), draw(2, 8))
 
 
 @kernels

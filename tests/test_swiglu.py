@@ -335,6 +335,16 @@ def test_triton_kernels_cast_weights_in_inference_as_autocast_does_in_training(
 
 
 @only_triton
+def test_programs_that_have_nothing_to_cast_leave_all_as_it_is(triton):
+    from vim_timm.ops.triton_kernels import gated_product_kernels
+
+    step, count = 2**20, 5  # numbers of 2,049 programs are more than an int32 can tell
+    x, found = torch.randn(count, device=DEVICE), torch.zeros(count, dtype=torch.bfloat16, device=DEVICE)
+    gated_product_kernels.cast[(2049,)](x, found, COUNT=count, BN=step)
+    assert torch.equal(found, x.bfloat16()) or INTERPRETER and error(found, x) < 1e-2
+
+
+@only_triton
 @pytest.mark.parametrize('place, shape', [(1, (8, 5)), (2, (6,))])
 def test_weights_of_other_shapes_are_refused_in_two_byte_types(place, shape, triton):
     given = [torch.randn(size, device=DEVICE).bfloat16() for size in ((3, 6), (8, 6), (8,), (5, 4), (5,))]

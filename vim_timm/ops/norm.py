@@ -12,6 +12,7 @@ from vim_timm.ops.registration import wants_gradient
 
 # numbers of which aten's kernels take an H200 30 to 50 us longer, as a launch of Triton's takes the host
 _MANY = 2**23
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,14 +51,20 @@ def add_norm(given: AddNorm) -> Optional[Tuple[Tensor, Tensor]]:
 
     Returns:
         Two tensors (..., C), the sum in the dtype of x + y; None where no backend has it, under torch.compile, which
-        fuses aten's operators, and of few numbers in inference.
+        fuses aten's operators, in TorchScript's traces, of tensors of other classes, such as sharded ones, and of few
+        numbers in inference, or none.
 
     Raises:
         RuntimeError: a forced backend cannot run.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    if given.x.numel() < _MANY and not wants_gradient((given.x, given.y, given.weight)):
+    tensors = given.x, given.y, given.weight
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return None
+    numbers = given.x.numel()
+    if not numbers or (numbers < _MANY and not wants_gradient(tensors)):
         return None
     run = find('add_norm', given, given.x)
     return None if run is None else run(given)

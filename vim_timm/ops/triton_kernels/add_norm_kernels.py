@@ -44,11 +44,13 @@ def add_norm_backward(
     sums = tl.zeros([BR, BD], tl.float32)
     for start in range(first, end, BR):
         rows = start + tl.arange(0, BR)
-        mask = (rows < end)[:, None] & (channels < DIM)[None, :]
+        inside = rows < end
+        mask = inside[:, None] & (channels < DIM)[None, :]
         at = places(rows, channels, DIM)
         x = tl.load(SUM + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(GRAD_OUT + at, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+        # an eps of 0 would make NaN of rows beyond the last, which sums hold too
+        scale = tl.where(inside, tl.rsqrt(tl.sum(x * x, 1) / DIM + eps), 0.0)[:, None]
         x *= scale
         sums += grad * x
         grad *= w

@@ -51,7 +51,8 @@ def store_rows(OUT, BIAS, y, rows, count, columns, N: tl.constexpr, HAS_BIAS: tl
 @triton.jit
 def cast(FROM, TO, COUNT: tl.constexpr, BN: tl.constexpr):
     """TO (COUNT) = FROM, BN numbers at a time by all programs."""
-    for first in tl.range(tl.program_id(0) * BN, COUNT, tl.num_programs(0) * BN, num_stages=1):
+    program, programs = tl.cast(tl.program_id(0), tl.int64), tl.cast(tl.num_programs(0), tl.int64)  # may be millions
+    for first in tl.range(program * BN, COUNT, programs * BN, num_stages=1):
         at = first + tl.arange(0, BN)
         tl.store(TO + at, tl.load(FROM + at, mask=at < COUNT).to(TO.dtype.element_ty), mask=at < COUNT)
 
