@@ -42,6 +42,10 @@ def test_sizes():
         (dict(mlp_ratio=-1), 'mlp_ratio must be 0 for none, or more'),
         (dict(expand=-1), 'expand must be a number above 0, not -1'),
         (dict(expand=0), 'expand must be a number above 0, not 0'),
+        (
+            dict(embed_dim=96, expand=0.1),
+            'the 9 channels of width 96, expand 0.1: let width times expand be a multiple of',
+        ),
         (dict(weight_init='early'), "weight_init must be '' or 'skip'"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else '',

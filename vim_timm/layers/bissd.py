@@ -104,7 +104,7 @@ class BiSSD(StateSpaceMixer):
             fit = [p for p in (8, 16, 32, 48, 64, 96, 128) if d_inner and d_inner % p == 0]
             raise ValueError(
                 f'headdim {headdim} does not divide the {d_inner} channels of width {dim}, expand {expand:g}: '
-                + (f'use one of {fit}' if fit else f'use a width that is a multiple of {headdim}')
+                + (f'use one of {fit}' if fit else f'let width times expand be a multiple of {headdim}')
             )
         if rope and d_state % 4:
             raise ValueError(f'rope needs a d_state divisible by 4, not {d_state}: use {d_state + -d_state % 4}')
