@@ -361,7 +361,7 @@ class FactorizedAutoencoder(MaskedAutoencoder):
             noise: What decides the masks (B, L): the patches of a channel with the least stay visible. C further
                 columns decide which channels are dropped in training. By default random in training, and the same at
                 every call in evaluation.
-            present: Which channels (B, C) are there at all, at least one of each image; what stands in the others, be
+            present: Which channels (B, C), bool, are there, at least one of each image; what stands in the others, be
                 it NaN, has no part. By default all are.
 
         Returns:
