@@ -75,7 +75,7 @@ class Block(nn.Module):
     def _normed(
         self, norm: nn.Module, x: torch.Tensor, y: Optional[torch.Tensor], layer: Any
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """x + y, x itself without y, and its norm for a layer that follows."""
+        """x + y, or x itself without y, and its norm for a layer that follows."""
         asked = getattr(layer, 'casts_operand', None)
         for_product = asked is not None and asked()
         if not isinstance(x, torch.fx.Proxy):

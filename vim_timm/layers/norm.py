@@ -46,7 +46,7 @@ class RmsNorm(nn.RMSNorm):
 def fused_add_norm(
     norm: nn.Module, x: torch.Tensor, y: Optional[torch.Tensor], for_product: bool
 ) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
-    """x + y, x itself without y, and its norm, of which two are one operator; None where they are not.
+    """x + y, or x itself without y, and its norm, by one operator; None where there is none.
 
     Args:
         for_product: Whether the norm may come in the dtype to which autocast would cast it for a product.

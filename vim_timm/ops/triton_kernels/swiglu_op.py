@@ -2,9 +2,9 @@
 
 In two-byte types the first product has its gate in its own kernel, so that [a, b] is not in memory, or the forward pass
 is one kernel; biases come as they are, to be added to float32 sums, and so may the second weight, which the first
-product casts. The backward pass keeps the tokens and computes the
-first product again, inside the kernel of [a, b]'s gradients or before it, where they take its place. The hidden layer,
-for the gradient of the second product's weight, takes that of its own gradient.
+product casts. The backward pass keeps the tokens and computes the first product again, inside the kernel of [a, b]'s
+gradients or before it, where they take its place. The hidden layer, for the gradient of the second product's weight,
+takes that of its own gradient.
 """
 
 import math
