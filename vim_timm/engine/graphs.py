@@ -68,7 +68,8 @@ def export_onnx(saved: Saved, path: str, batch: int = 0, opset: int | None = Non
 def export_torch(saved: Saved, path: str, batch: int = 0) -> float:
     """Write a torch.export program (`torch.export.load`), and return the largest relative difference of its logits."""
     with explain(f'export to {path}'):
-        shapes = None if batch else ({0: torch.export.Dim('batch', min=1)},)
+        # torch 2.6 wants a maximum below int64's
+        shapes = None if batch else ({0: torch.export.Dim('batch', min=1, max=2**31 - 1)},)
         program = torch.export.export(saved.model, (_example(saved, batch or 2),), dynamic_shapes=shapes)
         file = io.BytesIO()
         torch.export.save(program, file, extra_files={KEY: _facts(saved)})
