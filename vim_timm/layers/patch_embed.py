@@ -157,8 +157,8 @@ class PatchEmbed(nn.Module):
 
     def _check_sizes(self, size: Tuple[int, int], patch: Tuple[int, int], stride: Tuple[int, int]) -> None:
         if not self.dynamic_img_pad:
-            for sides in zip(size, patch, stride):
-                check_tiled(*sides)
+            for side in zip(size, patch, stride):
+                check_tiled(*side)
 
     def _set_img_size(self, img_size: Size) -> None:
         self.img_size = sides('img_size', img_size)

@@ -59,12 +59,11 @@ def add_norm(given: AddNorm) -> Optional[Tuple[Tensor, Tensor]]:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    tensors = given.x, given.y, given.weight
+    tensors, numbers = (given.x, given.y, given.weight), given.x.numel()
+    if not numbers or (numbers < _MANY and not wants_gradient(tensors)):
+        return None
     for tensor in tensors:
         if tensor is not None and type(tensor) not in _PLAIN:
             return None
-    numbers = given.x.numel()
-    if not numbers or (numbers < _MANY and not wants_gradient(tensors)):
-        return None
     run = find('add_norm', given, given.x)
     return None if run is None else run(given)

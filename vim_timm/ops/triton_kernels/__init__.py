@@ -99,10 +99,17 @@ def batch_limit(x: Tensor) -> str:
     return device_limit(x)
 
 
+def dtype_limit(*dtypes: torch.dtype) -> str:
+    """Why the kernels cannot take one of the dtypes, in one sentence, or ''."""
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f'The triton backend takes float32, bfloat16 and float16, not {dtype}.'
+    return ''
+
+
 def limit(x: Tensor) -> str:
     """Why the kernels cannot run on tensors like x (B, L, D), in one sentence, or ''."""
-    dtypes = '' if x.dtype in DTYPES else f'The triton backend takes float32, bfloat16 and float16, not {x.dtype}.'
-    return batch_limit(x) or dtypes
+    return batch_limit(x) or dtype_limit(x.dtype)
 
 
 def scan_limit(given: operands.Scan) -> str:
@@ -157,9 +164,9 @@ def swiglu_limit(given: operands.SwiGlu) -> str:
 
 def add_norm_limit(given: operands.AddNorm) -> str:
     x, y, weight, _, dtype = given
-    for other in (x.dtype, weight.dtype, dtype, x.dtype if y is None else y.dtype):
-        if other not in DTYPES:
-            return f'The triton backend takes float32, bfloat16 and float16, not {other}.'
+    dtypes = dtype_limit(x.dtype, weight.dtype, dtype, x.dtype if y is None else y.dtype)
+    if dtypes:
+        return dtypes
     if y is not None and y.shape != x.shape:
         return f'The triton backend adds tensors of one shape, not {list(x.shape)} and {list(y.shape)}.'
     if not 0 < x.shape[-1] <= add_norm_op.MAX_CHANNELS or not x.numel():
@@ -296,10 +303,10 @@ def add_norm(given: operands.AddNorm) -> Tuple[Tensor, Tensor]:
 
 def swiglu(given: operands.SwiGlu) -> Tensor:
     """The SwiGLU (..., C) in the dtype of products under autocast, else in x's; between the products it is float32."""
-    inference = not (torch.compiler.is_compiling() or wants_gradient(given))
-    x, weight, out = as_product_operands(given.x, given.weight, None if inference else given.out)
-    out = given.out if out is None else out  # the first product's kernel casts it
-    return torch.ops.vim_timm.triton_swiglu.default(x, weight, given.bias, out, given.out_bias)
+    x, weight = as_product_operands(given.x, given.weight)
+    learns = torch.compiler.is_compiling() or wants_gradient(given)
+    out = as_product_operands(given.out) if learns else (given.out,)  # which the first product's kernel casts
+    return torch.ops.vim_timm.triton_swiglu.default(x, weight, given.bias, *out, given.out_bias)
 
 
 def warmup(

@@ -16,8 +16,8 @@ from torch import Tensor
 from .. import operands
 from ..operands import schema
 from ..registration import Kernel, register, uncounted
-from .launch import multiprocessors, or_else
-from .sums import sum_of_parts
+from .launch import or_else
+from .sums import new_parts, sum_of_parts
 
 MAX_CHANNELS = 8192
 
@@ -69,10 +69,7 @@ class AddNorm:
         x, constants = self.x, self.constants(launch)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         grad_y = torch.empty(0 if other is None else x.shape, dtype=other or x.dtype, device=x.device)
-        step = constants['BR']
-        programs = min(math.ceil(self.rows / step), launch.programs * multiprocessors(x.device))
-        span = step * max(1, math.ceil(self.rows / (step * max(1, programs))))
-        parts = torch.empty((math.ceil(self.rows / span), self.dim), dtype=torch.float32, device=x.device)
+        parts, span = new_parts(x, self.rows, self.dim, constants['BR'], launch.programs)
         self.kernels.add_norm_backward[len(parts),](
             x, self.weight, or_else(None if grad_sum is None else grad_sum.contiguous(), x), grad.contiguous(),
             grad_x, grad_y, parts, self.rows, span, self.eps,

@@ -19,9 +19,10 @@ from .. import operands
 from ..operands import schema
 from ..registration import Kernel, autocast_off, grid_mixer_flops, in_dtypes_of, keep_outputs, register
 from .grid_conv_op import Conv
-from .launch import INTERPRET, aligned_strides, multiprocessors
+from .launch import INTERPRET, aligned_strides
 from .ssd_launch import Grid, Ssd, sum_dtype
 from .ssd_op import ssd_of
+from .sums import new_parts
 
 
 class NormLaunch(NamedTuple):
@@ -62,9 +63,7 @@ class GatedNorm:
         """Fills grad_z, of any row stride; returns the gradients of y and, float32, of the weight, as parts to add over
         their first axis. If `again`, the output takes the place of its gradient."""
         grad_y = torch.empty(self.y.shape, dtype=self.y.dtype, device=self.y.device)
-        programs = min(math.ceil(self.rows / launch.rows), launch.programs * multiprocessors(self.y.device))
-        span = launch.rows * max(1, math.ceil(self.rows / (launch.rows * max(1, programs))))
-        parts = torch.empty((math.ceil(self.rows / span), self.dim), dtype=torch.float32, device=self.y.device)
+        parts, span = new_parts(self.y, self.rows, self.dim, launch.rows, launch.programs)
         align, strides = aligned_strides(self.y, self.z, grad_z)
         self.kernels.gated_norm_backward[len(parts),](
             self.y, self.z, self.weight, grad, grad_y, grad_z, parts, self.rows, self.length, span, self.eps, *strides,

@@ -18,17 +18,7 @@ from .. import operands
 from ..operands import schema
 from ..registration import Kernel, autocast_off, in_dtypes_of, register, swiglu_flops
 from .launch import INTERPRET, major_capability, multiprocessors, or_else
-from .sums import sum_of_parts, sum_of_rows
-
-
-class Launch(NamedTuple):
-    """Rows and channels of a step, warps of a program; programs on each multiprocessor that walk over all rows."""
-
-    rows: int
-    channels: int
-    warps: int
-    programs: int
-
+from .sums import Launch, new_parts, sum_of_parts, sum_of_rows
 
 FORWARD = Launch(4, 512, 4, 0)
 BACKWARD = Launch(4, 512, 4, 4)
@@ -185,9 +175,7 @@ class SwiGluGradients:
         x, (rows, channels), hidden = self.x, self.x.shape, self.weight.shape[0] // 2
         grad_ab = torch.empty((rows, 2 * hidden), dtype=x.dtype, device=x.device)
         columns = math.ceil(hidden / tile.hidden)
-        programs = max(1, tile.programs * multiprocessors(x.device) // columns)
-        span = tile.rows * max(1, math.ceil(rows / (tile.rows * programs)))
-        parts = torch.empty((math.ceil(rows / span), 2 * hidden), dtype=torch.float32, device=x.device)
+        parts, span = new_parts(x, rows, 2 * hidden, tile.rows, tile.programs, columns)
         C0, C1 = pieces(channels)
         self.kernels.swiglu_gradients[len(parts), columns](
             x, self.weight, or_else(self.bias, x), grad, grad_ab, parts, rows, span,
@@ -206,7 +194,7 @@ class Gate:
         self.rows, self.dim = ab.shape[0], ab.shape[1] // 2
 
     def constants(self, launch: Launch) -> dict:
-        channels = min(launch.channels, 1 << (self.dim - 1).bit_length())
+        channels = min(launch.columns, 1 << (self.dim - 1).bit_length())
         # a second warp with the same elements might read what the first has put in their place
         warps = min(launch.warps, max(1, launch.rows * channels // 32))
         return {'DIM': self.dim, 'BR': launch.rows, 'BD': channels, 'FAST': not INTERPRET, 'num_warps': warps}
@@ -223,9 +211,7 @@ class Gate:
         former's sum over the rows, float32."""
         constants = self.constants(launch)
         columns = math.ceil(self.dim / constants['BD'])
-        programs = max(1, launch.programs * multiprocessors(self.ab.device) // columns)
-        span = launch.rows * max(1, math.ceil(self.rows / (launch.rows * programs)))
-        parts = torch.empty((math.ceil(self.rows / span), 2 * self.dim), dtype=torch.float32, device=self.ab.device)
+        parts, span = new_parts(self.ab, self.rows, 2 * self.dim, launch.rows, launch.programs, columns)
         self.kernels.swiglu_backward[len(parts), columns](self.ab, grad, parts, self.rows, span, **constants)
         return parts
 
