@@ -262,6 +262,27 @@ def test_the_law_of_a_mixer_takes_taps_with_one_more_axis_of_one_or_none():
 # --- the drop-ins
 
 
+OPERATORS = sorted(
+    name.removeprefix('vim_timm::')
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith('vim_timm::') and not name.endswith('_backward') and name != 'vim_timm::flops'
+)
+
+
+@pytest.mark.parametrize('key', ['CompositeExplicitAutograd', 'Meta'])  # as kernels run, and as they are traced
+@pytest.mark.parametrize('name', OPERATORS)
+def test_tensors_on_several_devices_are_refused_as_aten_does(name, key):
+    """Before a kernel takes their addresses, whichever operand it is."""
+    operator = getattr(torch.ops.vim_timm, name).default
+    kinds = {argument.name: str(argument.type) for argument in operator._schema.arguments}
+    inputs = {name: torch.zeros(1) if 'Tensor' in kind else 1 for name, kind in kinds.items()}
+    _, *others = (name for name, kind in kinds.items() if 'Tensor' in kind)
+    for other in others:
+        mixed = {**inputs, other: torch.zeros(1, device='meta')}
+        with pytest.raises(RuntimeError, match=f'on the same device, .* cpu and meta.* argument {other} of'):
+            operator._op_dk(getattr(torch._C.DispatchKey, key), *mixed.values())
+
+
 def test_selective_scan_refuses_shapes_that_do_not_fit():
     u = torch.randn(2, 4, 5)
     A, B = -torch.ones(4, 3), torch.randn(2, 3, 5)

@@ -46,8 +46,9 @@ def register(name: str, schema: str, schema_backward: str, kernel: Kernel, flops
     def flops_backward(shapes: Shapes) -> int:
         return 2 * flops(shapes)
 
-    _define(name, schema, kernel.run, kernel.fake, kernel.save, kernel.differentiate, flops)
-    run, fake = kernel.run_backward, kernel.fake_backward
+    run, fake = (_on_one_device(name, schema, function) for function in (kernel.run, kernel.fake))
+    _define(name, schema, run, fake, kernel.save, kernel.differentiate, flops)
+    run, fake = kernel.run_backward, kernel.fake_backward  # autograd sees to the gradients' devices
     _define(f'{name}_backward', schema_backward, run, fake, _save_nothing, refuse, flops_backward)
 
 
@@ -55,7 +56,28 @@ def register_inference(
     name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], flops: Callable[[Shapes], int]
 ) -> None:
     """Define `vim_timm::NAME`, whose caller has another way to gradients: a derivative of it is refused."""
+    run, fake = (_on_one_device(name, schema, function) for function in (run, fake))
     _define(name, schema, run, fake, _save_nothing, _refuse_any, flops)
+
+
+def _on_one_device(name: str, schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that first raises RuntimeError, as aten does, where tensors lie on several devices: kernels take
+    addresses. An operator's first operand is a tensor."""
+    operands = [part.split() for part in schema[1 : schema.rindex(') ->')].split(', ')]
+    tensors = [(place, names[-1]) for place, names in enumerate(operands) if names[0].startswith('Tensor')]
+
+    def checked(*inputs: Any) -> Any:
+        device = inputs[0].device
+        for place, operand in tensors:
+            x = inputs[place]
+            if x is not None and x.device != device:
+                raise RuntimeError(
+                    f'Expected all tensors to be on the same device, but found at least two devices, {device} and '
+                    f'{x.device}! (when checking argument {operand} of vim_timm::{name})'
+                )
+        return function(*inputs)
+
+    return checked
 
 
 def _define(

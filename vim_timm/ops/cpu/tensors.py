@@ -45,7 +45,7 @@ def new(shape: Sequence[int]) -> Tensor:
 
 def parameter(name: str, x: Optional[Tensor], shape: Sequence[int]) -> Optional[Tensor]:
     """A parameter is small: any strides, copied where they are not plain."""
-    if x is None or x.dtype is torch.float32 and x.shape == shape and x.is_contiguous() and x.is_cpu:
+    if x is None or x.dtype is torch.float32 and x.shape == shape and x.is_contiguous():
         return x  # what most are: a block has fourteen, and every question costs
     return checked(name, x.contiguous(), shape)
 
