@@ -233,6 +233,15 @@ def test_a_tiny_picture_keeps_its_pixels_in_a_sheet_and_a_photograph_does_not():
     assert plots._resampling(np.zeros((224, 224, 3))) == 'antialiased'
 
 
+def test_rows_of_a_gallery_are_as_high_as_its_pictures():
+    def size(height):
+        triples = [[np.zeros((height, 32, 3))] * 3] * 8
+        return Image.open(io.BytesIO(plots.reconstructions(triples, 'of nothing'))).size
+
+    (width, height), (same, low) = size(32), size(8)
+    assert abs(width - same) < 20 and low < 0.5 * height
+
+
 @pytest.mark.parametrize('classes', [10, 100, 1000])
 def test_a_single_mistake_is_seen_in_the_matrix_of_any_size(classes):
     right = np.eye(classes, dtype=np.int64) * 50

@@ -186,6 +186,15 @@ def _resampling(image: Any) -> str:
     return 'nearest' if max(np.asarray(image).shape[:2]) <= TINY else 'antialiased'
 
 
+def _show(axes: Any, image: np.ndarray, column: int, base: float) -> float:
+    """Draw a picture (H, W, ...) in a cell of width 1, above its base; returns where it ends."""
+    height, width = (0.94 * side / max(image.shape[:2]) for side in image.shape[:2])
+    left = column + (1 - width) / 2
+    place = left, left + width, base, base - height
+    axes.imshow(image, extent=place, interpolation=_resampling(image), aspect='equal')
+    return base - height
+
+
 def samples(pictures: Sequence[tuple[Any, str, bool]], title: str, columns: int = 6) -> bytes:
     """A sheet of (PIL image, caption, right); the pixels of tiny pictures are sharp."""
     rows = -(-len(pictures) // columns)
@@ -194,15 +203,9 @@ def samples(pictures: Sequence[tuple[Any, str, bool]], title: str, columns: int 
         axes.axis('off')
         for place, (image, caption, right) in enumerate(pictures):
             row, column = divmod(place, columns)
-            longest = max(image.size)
-            width, height = (0.94 * side / longest for side in image.size)
-            left, base = column + (1 - width) / 2, 1.25 * (row + 1)
-            axes.imshow(
-                np.asarray(image), extent=(left, left + width, base, base - height), interpolation=_resampling(image),
-                aspect='equal',
-            )  # fmt: skip
+            top = _show(axes, np.asarray(image), column, 1.25 * (row + 1))
             axes.text(
-                column + 0.5, base - height - 0.03, caption, ha='center', va='bottom', fontsize=8,
+                column + 0.5, top - 0.03, caption, ha='center', va='bottom', fontsize=8,
                 color=RIGHT if right else WRONG,
             )  # fmt: skip
         axes.set(xlim=(0, columns), ylim=(1.25 * rows, 0))
@@ -210,20 +213,21 @@ def samples(pictures: Sequence[tuple[Any, str, bool]], title: str, columns: int 
 
 
 def reconstructions(triples: Sequence[Sequence[np.ndarray]], caption: str) -> bytes:
-    """A sheet of (original, masked, reconstructed) images (H, W, 3) in 0..1, two triples a row."""
+    """A sheet of (original, masked, reconstructed) images (H, W, 3) of one size in 0..1, two triples a row."""
     titles = ('original', 'masked', 'reconstructed')
-    rows = -(-len(triples) // 2)
-    with _figure(10.2, 0.9 + 1.7 * rows) as figure:
-        grid = figure.subplots(rows, 6, squeeze=False)
-        for axes in grid.flat:
-            axes.axis('off')
+    rows, shape = -(-len(triples) // 2), triples[0][0].shape[:2]
+    step = 0.06 + 0.94 * shape[0] / max(shape)
+    with _figure(10.2, 0.9 + 1.7 * rows * step) as figure:
+        axes = figure.add_subplot()  # one for all: one for each picture takes twice as long
+        axes.axis('off')
         for place, triple in enumerate(triples):
             row, half = divmod(place, 2)
-            for column, image in enumerate(triple):
-                axes = grid[row, 3 * half + column]
-                axes.imshow(image, interpolation=_resampling(image), vmin=0, vmax=1)
+            for column, image in enumerate(triple, 3 * half):
+                top = _show(axes, image, column, step * (row + 1))
                 if row == 0:
-                    axes.set_title(titles[column])
+                    title = titles[column % 3]
+                    axes.text(column + 0.5, top - 0.03, title, ha='center', va='bottom', fontsize=11, weight='bold')
+        axes.set(xlim=(0, 6), ylim=(step * rows, 0))
         figure.supxlabel('\n'.join(textwrap.wrap(caption, 120)), fontsize=9)
         return _png(figure)
 
