@@ -4,7 +4,9 @@ A check takes a function that builds a small model in evaluation mode, with furt
 """
 
 import functools
+import inspect
 import io
+import math
 import pickle
 import sys
 from collections.abc import Callable
@@ -74,6 +76,18 @@ def assert_same_step(actual, expected, **tolerance):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f'{name}: {text}', **tolerance)
 
 
+# what numbers must be, and some that are not, of which torch makes NaN, nothing or a traceback
+NUMBERS = {
+    'num_classes': ('a whole number', math.nan, 2.0, '2'),
+    'dt_rank': ("'auto' or a whole number of at least 1", 0, 1.5, 'all'),
+    'norm_eps': ('a number above 0', -1, 0, math.nan, math.inf, '1e-5'),
+    'expand': ('a number above 0', -1, 0, math.nan, math.inf, '2'),
+    'mlp_ratio': ('a number', math.nan, math.inf, '4'),
+    'init_values': ('a number', math.nan, math.inf, '1e-5'),
+    'rope_pretrained_grid': ('a whole number of at least 1', -1, 0, math.nan),
+}
+
+
 def arguments_are_strict(build: Build) -> None:
     with pytest.raises(TypeError, match='no_such_argument'):
         build(no_such_argument=1)
@@ -88,6 +102,14 @@ def arguments_are_strict(build: Build) -> None:
     for rate in (-0.1, 2, '0.1'):
         with pytest.raises(ValueError, match='drop_path_rate must be a number from 0 to 1'):
             build(drop_path_rate=rate)
+    own = inspect.signature(type(build())).parameters
+    for word in ('none', 'false', 2, math.nan) if 'fc_norm' in own else ():
+        with pytest.raises(ValueError, match=f'fc_norm must be True or False, not {word!r}'):
+            build(fc_norm=word)
+    for name, (wanted, *wrongs) in NUMBERS.items():
+        for wrong in wrongs if name in own else ():
+            with pytest.raises(ValueError, match=f'{name} must be {wanted}, not {wrong!r}'):
+                build(**{name: wrong})
 
 
 def get_classifier_is_the_head(build: Build) -> None:

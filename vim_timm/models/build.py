@@ -1,7 +1,8 @@
 """Configurations and models as timm's registry wants them."""
 
+import inspect
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Callable, Dict, Type, TypeVar
 
 import torch.nn as nn
@@ -18,7 +19,7 @@ Model = TypeVar('Model', bound=nn.Module)
 # arguments that count something; those of images may be a pair
 _OF_MIXERS = ('num_heads', 'd_state', 'd_conv', 'headdim')
 _OF_DECODERS = ('decoder_dim', 'decoder_depth', 'decoder_heads')
-_COUNTS = ('in_chans', 'embed_dim', 'depth', *_OF_MIXERS, 'head_hidden', *_OF_DECODERS)
+_COUNTS = ('in_chans', 'embed_dim', 'depth', *_OF_MIXERS, 'head_hidden', 'rope_pretrained_grid', *_OF_DECODERS)
 _SIDES = ('img_size', 'patch_size', 'stride')
 
 
@@ -58,10 +59,11 @@ def build_model(
         kwargs: Arguments of the variant, overridden by the caller's.
 
     Raises:
-        ValueError: an argument that is no size or no rate, or a feature extractor that would return tokens in another
-            order than timm's.
+        ValueError: an argument that is no such size, rate, number or switch, or a feature extractor that would return
+            tokens in another order than timm's.
     """
     _check_numbers(kwargs)
+    _check_switches(cls, kwargs)
     if pretrained:
         kwargs = on_disk(variant, kwargs)
     extractor = kwargs.get('feature_cls', 'getter')
@@ -80,16 +82,33 @@ def build_model(
 
 
 def _check_numbers(arguments: Dict[str, Any]) -> None:
-    """Refuse sizes and rates of which torch would make a model that computes nothing, or a traceback."""
+    """Refuse numbers of which torch would make a model that computes nothing or NaN, or a traceback."""
     for name, value in arguments.items():
+        number = float(value) if isinstance(value, Real) else math.nan
+        wanted = ''
         if value is not None and name in _SIDES:
             sides(name, value)
         if value is not None and name in _COUNTS and not is_count(value):
-            raise ValueError(f'{name} must be a whole number of at least 1, not {value!r}')
-        if name.endswith('_rate') and not (isinstance(value, Real) and 0 <= float(value) <= 1):
-            raise ValueError(f'{name} must be a number from 0 to 1, not {value!r}')
-        if name == 'expand' and not (isinstance(value, Real) and 0 < float(value) < math.inf):
-            raise ValueError(f'expand must be a number above 0, not {value!r}')
+            wanted = 'a whole number of at least 1'
+        elif name == 'dt_rank' and value != 'auto' and not is_count(value):
+            wanted = "'auto' or a whole number of at least 1"
+        elif name == 'num_classes' and value is not None and not isinstance(value, Integral):
+            wanted = 'a whole number'  # timm takes those below 1 for none
+        elif name.endswith('_rate') and not 0 <= number <= 1:
+            wanted = 'a number from 0 to 1'
+        elif name in ('expand', 'norm_eps') and not 0 < number < math.inf:
+            wanted = 'a number above 0'
+        elif name in ('mlp_ratio', 'init_values') and value is not None and not math.isfinite(number):
+            wanted = 'a number'
+        if wanted:
+            raise ValueError(f'{name} must be {wanted}, not {value!r}')
+
+
+def _check_switches(cls: Type[Any], arguments: Dict[str, Any]) -> None:
+    """Refuse words, such as 'none' or 'false', for arguments that are True or False: any word would be True."""
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.annotation is bool and arguments.get(name, True) not in (True, False):
+            raise ValueError(f'{name} must be True or False, not {arguments[name]!r}')
 
 
 def _check_order(model: Trunk, extractor: Any) -> None:
