@@ -10,9 +10,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from safetensors import safe_open
 
 from vim_timm import VisionMamba
-from vim_timm.models.checkpoint import CheckpointError, load_weights, read_checkpoint
+from vim_timm.models.checkpoint import CheckpointError, load_weights, read_checkpoint, write_safetensors
 from vim_timm.models.load import load_content
 from vim_timm.models.vision_mamba import checkpoint_filter_fn
 
@@ -70,6 +71,26 @@ def test_a_native_file_loads_unchanged(tmp_path):
     for name in ('last.pth.tar', 'model.safetensors'):
         for key, value in from_file(tmp_path / name).state_dict().items():
             assert torch.equal(value, expected[key]), (name, key)
+
+
+def test_a_file_of_weights_is_pytorchs_and_the_same_bytes_every_time(tmp_path):
+    """safetensors itself writes several entries of metadata in an order that changes."""
+    path, metadata, written = tmp_path / 'w.safetensors', {'input_size': '[3, 8, 8]', 'naïve': 'é', 'a': ''}, set()
+    for _ in range(10):
+        write_safetensors(weights(0), path, metadata)
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    with safe_open(path, 'pt') as file:
+        assert file.metadata() == {'format': 'pt', **metadata}
+    found = safetensors.torch.load_file(path)
+    assert found.keys() == weights(0).keys() and all(torch.equal(found[name], x) for name, x in weights(0).items())
+
+
+@pytest.mark.parametrize('name', ['vim_nano_patch4_32', 'vim2_mnist', 'test_vit', 'deit_tiny_distilled_patch16_224'])
+def test_an_encoder_in_a_model_with_a_classifier_says_how_to_start_from_it(name):
+    encoder, model = (timm.create_model(name, num_classes=classes) for classes in (0, 4))
+    assert 'an encoder without a classifier' in refusal(load_content, model, encoder.state_dict())
+    load_content(encoder, encoder.state_dict())
 
 
 def test_a_headless_encoder_and_another_class_count_load(tmp_path, deit_file):

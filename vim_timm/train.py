@@ -15,7 +15,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import safetensors.torch
 import torch
 import yaml
 from timm.utils import random_seed, unwrap_model
@@ -29,7 +28,7 @@ from .engine.loop import Hooks, Trainer
 from .engine.process import start_process, usual_defaults
 from .errors import Preempted, UserError, explain, run, sentence
 from .files import write_atomically
-from .models.checkpoint import read_checkpoint
+from .models.checkpoint import read_checkpoint, write_safetensors
 from .report.curves import write_curves
 from .report.reconstruction import Gallery
 from .settings import Settings
@@ -242,10 +241,8 @@ def write_encoder(args: Settings, trainer: Trainer) -> None:
     if not path or not trainer.primary:
         return
     encoder = unwrap_model(task.get_eval_model(ema=task.has_ema()))
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     size = [trainer.eval_data.data_config['input_size'][0], *encoder.patch_embed.img_size]
-    # one entry: safetensors writes several in an order that changes, and equal runs write equal files
-    write_atomically(path, safetensors.torch.save(state, {'input_size': json.dumps(size)}))
+    write_safetensors(encoder.state_dict(), path, {'input_size': json.dumps(size)})
     trainer.progress.say(f'encoder: {path}')
 
 

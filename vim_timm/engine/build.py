@@ -19,11 +19,10 @@ from timm.task import TrainingTask
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError, explain, meant
-from ..models.load import check_published, model_of
+from ..models.load import check_published, classifiers, model_of
 from ..models.pretrained import described
 from ..settings import Process, Settings
 from ..step import batched, fused_arguments
-from ..tasks.base import classifiers
 from .checkpoint import load_weights
 
 

@@ -12,21 +12,18 @@ if __name__ == '__main__':  # the command line is read before torch is imported
 
 import math
 import os
-import stat
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
 import torch
-from safetensors.torch import save_file
 from timm.models import create_model, is_model, list_models
 
 from vim_timm.layers import BiMamba
 from vim_timm.layers.token_order import ClassToken
 from vim_timm.models.adapt import check_fit
-from vim_timm.models.checkpoint import CheckpointError, read_checkpoint, select_weights
+from vim_timm.models.checkpoint import CheckpointError, read_checkpoint, select_weights, write_safetensors
 from vim_timm.models.families import describe_family
 from vim_timm.models.pretrained import check_sum
 from vim_timm.models.pretrained import sha256 as file_sum
@@ -305,7 +302,6 @@ def convert(
         model = from_original(state_dict, **infer_arguments(state_dict), device='meta')
         architecture = find_architecture(model)
     metadata = {
-        'format': 'pt',
         'architecture': architecture,
         'source': Path(source).name,
         'weights': 'model_ema' if use_ema else 'model',
@@ -346,24 +342,6 @@ def _signature(model: VisionMamba) -> tuple[Any, ...]:
     rope = (model.rope, model.rope and model.rope_residual)
     scales = [module.scale for module in model.modules() if isinstance(module, BiMamba)]
     return shapes, model.patch_embed.stride, model.global_pool, model.class_token, rope, scales
-
-
-def write_safetensors(state_dict: Mapping[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write tensors to a safetensors file that appears whole or not at all, readable as any new file is.
-
-    Raises:
-        FileNotFoundError: its folder does not exist.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f'there is no folder {path.parent} to write {path.name} into')
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.convert-') as folder:
-        temporary = Path(folder) / 'weights'
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        save_file({name: value.contiguous() for name, value in state_dict.items()}, temporary, metadata)
-        temporary.chmod(mode)  # safetensors writes a file that only its owner may read
-        os.replace(temporary, path)
 
 
 def main(argv: Optional[list[str]] = None) -> int:

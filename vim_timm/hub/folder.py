@@ -14,9 +14,9 @@ from timm.models import save_for_hf
 from ..engine.saved import Saved
 from ..errors import UserError, explain
 from ..files import table
+from ..models.checkpoint import write_safetensors
 from ..models.pretrained import SUMS, check_sum, sha256
 from ..version import __version__
-from .convert import write_safetensors
 from .repeat import public
 
 WEIGHTS, CONFIG, CARD, SETTINGS, LOG = 'model.safetensors', 'config.json', 'README.md', 'args.yaml', 'summary.csv'
@@ -59,7 +59,7 @@ def write_folder(folder: str | Path, saved: Saved, half: bool = False) -> None:
     with explain(f'folder {folder}'):
         names = {'label_names': list(saved.class_names)} if saved.class_names else {}
         save_for_hf(model, str(folder), model_config=names, safe_serialization=True, data_config=saved.data_config)
-        metadata = {'format': 'pt', 'architecture': saved.architecture, 'vim_timm': __version__}
+        metadata = {'architecture': saved.architecture, 'vim_timm': __version__}
         write_safetensors(model.state_dict(), folder / WEIGHTS, metadata)
         if saved.run:
             (folder / SETTINGS).write_text(yaml.safe_dump(public(saved.run)), encoding='utf-8')

@@ -1,11 +1,11 @@
-"""Reading checkpoint files of any origin, once, without executing anything in them."""
+"""Reading checkpoint files of any origin, once, without executing anything in them; writing files of weights."""
 
 import json
 import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, BinaryIO, Dict, List, Mapping, Optional, Union
 
 import safetensors.torch
 import torch
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 
 from ..errors import UserError, shown
+from ..files import write_atomically
 from ..settings.inherited import settings_of
 from .unpickling import harmless
 
@@ -82,6 +83,29 @@ def recorded_size(path: Union[str, Path]) -> Dict[str, Any]:
         return {} if text is None else settings_of({'data_config': {'input_size': json.loads(text)}}, str(path))
     except (ValueError, RecursionError):
         raise CheckpointError(f'{path} is damaged: its input_size is {shown(repr(text))}') from None
+
+
+def write_safetensors(state_dict: Mapping[str, torch.Tensor], path: Union[str, Path], metadata: Dict[str, str]) -> None:
+    """Write tensors to a safetensors file of PyTorch's, which appears whole or not at all, the same bytes every time.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'there is no folder {path.parent} to write {path.name} into')
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    content = memoryview(safetensors.torch.save(tensors, {'format': 'pt', **metadata}))
+    start = 8 + int.from_bytes(content[:8], 'little')
+    header = json.loads(bytes(content[8:start]))
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))  # it writes them in an order that changes
+    text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)
+
+    def write(file: BinaryIO) -> None:
+        file.writelines((len(text).to_bytes(8, 'little'), text, content[start:]))
+
+    write_atomically(str(path), write)
 
 
 def class_names_in(content: Mapping[str, Any], path: Union[str, Path]) -> List[str]:

@@ -1,6 +1,6 @@
 """The one way from a checkpoint file into a model."""
 
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Set
 
 import torch
 import torch.nn as nn
@@ -39,8 +39,30 @@ def load_content(
         # it may know the file as an original or older layout, or of another size
         beside = content.get('task_state_ema' if wants_average(content, use_ema) else 'task_state')
         state = filter_fn({'state_dict': state, 'args': settings_of(content), 'task_state': beside}, model)
+    lacking = own.keys() - state.keys()
+    if lacking and state.keys() < own.keys() and lacking <= _of_classifier(model):
+        raise CheckpointError(
+            f'{what} holds an encoder without a classifier, and the model has one: fine-tune it first '
+            '(train.py --pretrained --pretrained-path FILE)'
+        )
     check_fit(state, own, what)
     model.load_state_dict(state)
+
+
+def classifiers(model: Any) -> List[nn.Module]:
+    """The classifiers of a model of timm's, whose logits it averages: mostly one, two of those for distillation."""
+    found = model.get_classifier()
+    if hasattr(found, 'head_dist'):  # RepViT's module of two
+        return [found.head, found.head_dist]
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+def _of_classifier(model: Any) -> Set[str]:
+    """Names of the weights of a model's classifier, or of those that it has for distillation."""
+    if not hasattr(model, 'get_classifier'):
+        return set()
+    own = {id(weight) for head in classifiers(model) for weight in head.parameters()}
+    return {name for name, weight in model.named_parameters() if id(weight) in own}
 
 
 def model_of(settings: Mapping[str, Any], **kwargs: Any) -> nn.Module:

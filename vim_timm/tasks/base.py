@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Batch
 from ..data.copies import to_device
+from ..models.load import classifiers
 from . import mixing
 
 # of timm's evaluators
@@ -93,14 +94,6 @@ class Task(TrainingTask):
 
     def end_epoch(self, trainer: Any) -> None:
         """Called on every rank when an epoch's evaluation, checkpoint and log are done, with the Trainer."""
-
-
-def classifiers(model: Any) -> list[torch.nn.Module]:
-    """The classifiers of a model of timm's, whose logits it averages: mostly one, two of those for distillation."""
-    found = model.get_classifier()
-    if hasattr(found, 'head_dist'):  # RepViT's module of two
-        return [found.head, found.head_dist]
-    return list(found) if isinstance(found, tuple) else [found]
 
 
 def adopt(task: TrainingTask) -> Task:
