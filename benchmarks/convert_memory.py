@@ -9,7 +9,10 @@ import argparse
 import multiprocessing
 import re
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -41,23 +44,24 @@ def memory(line: str) -> int:
     return 1024 * int(re.search(rf'{line}:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])  # type: ignore[index]
 
 
-def measure(source: Path, target: Path, result) -> None:
+def measure(source: Path, target: Path) -> int:
+    """The most memory that a conversion holds, over what this process held before, in bytes."""
     before = memory('VmRSS')
     convert(source, target)
-    result.put(memory('VmHWM') - before)
+    return memory('VmHWM') - before
+
+
+def in_a_process(function: Callable[..., int], *arguments: Any) -> int:
+    """What a function returns in a new process; ends with its error, or with BrokenProcessPool if it was killed."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / 'checkpoint.pth', Path(folder) / 'model.safetensors'
-        context = multiprocessing.get_context('spawn')
-        with context.Pool(1) as pool:
-            kept = pool.apply(write_checkpoint, (source,))
-        result = context.Queue()
-        process = context.Process(target=measure, args=(source, target, result))
-        process.start()
-        peak = result.get()
-        process.join()
+        kept = in_a_process(write_checkpoint, source)
+        peak = in_a_process(measure, source, target)
         size, written = source.stat().st_size, target.stat().st_size
         print(f'{size / 1e9:.2f} GB read, {written / 1e9:.2f} GB written; peak {peak / 1e9:.2f} GB more than before')
         print(f'{peak / kept:.2f} x the tensors it keeps ({kept / 1e9:.2f} GB)')

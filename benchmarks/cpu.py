@@ -245,9 +245,15 @@ def main() -> None:
         (options.output / 'against.json').write_text(json.dumps(measure_against(options), indent=1))
         print(f'wrote {options.output}/against.json')
         return
-    scan = scan_alone(options.repeats)
-    ratio = scan['textbook loop']['best'] / scan['kernel']['best']
-    print(f'scan forward, batch 8, 197 tokens: the kernel is {ratio:.0f} times as fast as the textbook loop')
+    scan = {}
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        scan[threads] = scan_alone(options.repeats)
+        ratio = scan[threads]['textbook loop']['best'] / scan[threads]['kernel']['best']
+        print(
+            f'scan forward, batch 8, 197 tokens, {threads} thread(s): the kernel is {ratio:.0f} times as fast as the '
+            'textbook loop'
+        )
     rows = measure(options)
     report = {
         'machine': {'processor': platform.processor() or platform.machine(), 'kernel_build': library.instruction_set()},

@@ -1,14 +1,16 @@
 """Measuring programs write what succeeded, name what failed, and end with an exit status that says so."""
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import equal_time, gpu
+from benchmarks import convert_memory, cpu, equal_time, gpu
 from benchmarks import train as of_train
 
 
@@ -60,3 +62,27 @@ def test_a_model_that_a_gpu_cannot_run_is_named_and_the_others_are_written(monke
     rows = json.loads((tmp_path / 'gpu.json').read_text())['infer']
     assert [row.get('error') for row in rows] == ['RuntimeError CUDA out of memory', None]
     assert (tmp_path / 'gpu.png').exists()
+
+
+@pytest.mark.parametrize('end, word, error', [(os._exit, 1, BrokenProcessPool), (int, 'none', ValueError)])
+def test_a_process_that_fails_ends_the_measurement_of_memory(end, word, error):
+    with pytest.raises(error):
+        convert_memory.in_a_process(end, word)
+
+
+def test_the_scan_alone_is_measured_with_each_number_of_threads(monkeypatch, tmp_path):
+    measured, before = [], torch.get_num_threads()
+
+    def in_turn(runs, repeats, budget):
+        measured.append(torch.get_num_threads())
+        return {name: {'best': 1.0} for name in runs}
+
+    monkeypatch.setattr(cpu, 'in_turn', in_turn)
+    monkeypatch.setattr(cpu, 'measure', lambda options: [])
+    monkeypatch.setattr(cpu, 'plot', lambda rows, file: None)
+    monkeypatch.setattr(sys, 'argv', ['cpu', '--threads', '1', '3', '--output', str(tmp_path)])
+    try:
+        cpu.main()
+    finally:
+        torch.set_num_threads(before)
+    assert measured == [1, 3] and list(json.loads((tmp_path / 'cpu.json').read_text())['scan_alone']) == ['1', '3']
