@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from vim_timm import VisionMamba
 from vim_timm.models.checkpoint import CheckpointError, load_weights, read_checkpoint, write_safetensors
@@ -84,6 +84,17 @@ def test_a_file_of_weights_is_pytorchs_and_the_same_bytes_every_time(tmp_path):
         assert file.metadata() == {'format': 'pt', **metadata}
     found = safetensors.torch.load_file(path)
     assert found.keys() == weights(0).keys() and all(torch.equal(found[name], x) for name, x in weights(0).items())
+
+
+def test_weights_that_a_disk_cannot_hold_leave_the_file_as_it_was(monkeypatch, tmp_path):
+    def save_file(*arguments):
+        raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+
+    (tmp_path / 'w.safetensors').write_text('before')
+    monkeypatch.setattr(safetensors.torch, 'save_file', save_file)
+    with pytest.raises(OSError, match='No space left .*w.safetensors'):
+        write_safetensors(weights(0), tmp_path / 'w.safetensors', {})
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['before']
 
 
 @pytest.mark.parametrize('name', ['vim_nano_patch4_32', 'vim2_mnist', 'test_vit', 'deit_tiny_distilled_patch16_224'])

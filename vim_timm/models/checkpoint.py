@@ -1,19 +1,22 @@
 """Reading checkpoint files of any origin, once, without executing anything in them; writing files of weights."""
 
+import errno
 import json
+import os
 import re
+import stat
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 
-from ..errors import UserError, shown
-from ..files import write_atomically
+from ..errors import UserError, sentence, shown
 from ..settings.inherited import settings_of
 from .unpickling import harmless
 
@@ -86,26 +89,34 @@ def recorded_size(path: Union[str, Path]) -> Dict[str, Any]:
 
 
 def write_safetensors(state_dict: Mapping[str, torch.Tensor], path: Union[str, Path], metadata: Dict[str, str]) -> None:
-    """Write tensors to a safetensors file of PyTorch's, which appears whole or not at all, the same bytes every time.
+    """Write tensors to a safetensors file of PyTorch's, the same bytes every time, which appears whole or not at all.
 
     Raises:
         FileNotFoundError: its folder does not exist.
+        OSError: the disk is full, say; it names `path`, which is as it was before.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f'there is no folder {path.parent} to write {path.name} into')
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    content = memoryview(safetensors.torch.save(tensors, {'format': 'pt', **metadata}))
-    start = 8 + int.from_bytes(content[:8], 'little')
-    header = json.loads(bytes(content[8:start]))
-    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))  # it writes them in an order that changes
-    text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
-    text += b' ' * (-len(text) % 8)
-
-    def write(file: BinaryIO) -> None:
-        file.writelines((len(text).to_bytes(8, 'little'), text, content[start:]))
-
-    write_atomically(str(path), write)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.weights-') as folder:
+        temporary = Path(folder) / 'weights'
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        try:
+            safetensors.torch.save_file(tensors, temporary, {'format': 'pt', **metadata})
+        except SafetensorError as e:
+            raise OSError(errno.EIO, sentence(e), str(path)) from e
+        temporary.chmod(mode)  # safetensors writes a file that only its owner may read
+        with open(temporary, 'r+b') as file:
+            size = int.from_bytes(file.read(8), 'little')
+            header = json.loads(file.read(size))
+            header['__metadata__'] = dict(sorted(header['__metadata__'].items()))  # it writes them in any order
+            file.seek(8)
+            file.write(json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode().ljust(size))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def class_names_in(content: Mapping[str, Any], path: Union[str, Path]) -> List[str]:
