@@ -480,9 +480,9 @@ def test_a_gallery_shows_the_first_images_that_can_be_read(readable, said, capsy
 def test_a_caption_counts_the_patches_that_are_hidden():
     """A mask ratio says no more than about how many: of 16 patches 90 % are 15."""
     task = make_task()
-    assert caption(task, (16, 16)).startswith('Mask ratio 50 %: 8 of 16 patches are hidden')
+    assert caption(task, (16, 16)).startswith('Mask ratio 50 %: 8 of 16 patches (50 %) are hidden')
     with hiding(task, 0.9):
-        assert caption(task, (16, 16)).startswith('Mask ratio 90 %: 15 of 16 patches are hidden')
+        assert caption(task, (16, 16)).startswith('Mask ratio 90 %: 15 of 16 patches (93.8 %) are hidden')
 
 
 def test_pixels_that_are_no_numbers_are_refused():
@@ -502,6 +502,14 @@ class TestFewPatches:
     """Pictures of 8 pixels in patches of 4: of four patches a share of 90 % leaves none."""
 
     FLAGS = '--mae --device cpu --workers 0 --dataset digits --batch-size 359'.split()
+
+    def test_the_console_says_how_many_are_hidden(self, tmp_path, capsys):
+        """Not the ratio that was asked for: of four patches 60 % are three."""
+        base = [{'16': '8', '0.5': '0.6'}.get(word, word) for word in ADAM]
+        folder = pretrain(tmp_path, 'few', '--epochs', '1', base=base)
+        assert 'input 1x8x8, 3 of 4 patches (75 %) hidden, on 1 x cpu' in capsys.readouterr().out
+        assert validate.main([*self.FLAGS, '--checkpoint', str(folder / 'last.pth.tar')]) == 0
+        assert ' * 3 of 4 patches (75 %) hidden: MSE ' in capsys.readouterr().out
 
     def test_a_report_leaves_out_what_hides_all(self, small, tmp_path, capsys):
         flags = [*self.FLAGS, '--checkpoint', str(small), '--report', str(tmp_path / 'report')]

@@ -251,7 +251,7 @@ def announce(args: Settings, trainer: Trainer, model: Any, data_config: dict[str
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = 'x'.join(map(str, data_config['input_size']))
     process = trainer.process
-    aim = f'{100 * model.mask_ratio:g} % of the patches hidden' if args.mae else f'{args.num_classes} classes'
+    hidden = f'{model.describe_mask(data_config["input_size"][1:])} hidden' if args.mae else ''
     steps = min(args.grad_accum_steps, trainer.batches)  # of an update
     batch = args.batch_size * process.world_size * steps
     rate = build.learning_rate(args, process.world_size)
@@ -259,7 +259,7 @@ def announce(args: Settings, trainer: Trainer, model: Any, data_config: dict[str
         hint = '' if args.pretrained else " from random weights; with few images --pretrained starts from ImageNet's"
         trainer.progress.say(f'no --model was named: {args.model}{hint}')
     trainer.progress.say(
-        f'{args.model}: {parameters / 1e6:.2f} M parameters, input {size}, {aim}, '
+        f'{args.model}: {parameters / 1e6:.2f} M parameters, input {size}, {hidden or f"{args.num_classes} classes"}, '
         f'on {process.world_size} x {process.device}, {process.precision}'
     )
     trainer.progress.say(

@@ -213,13 +213,11 @@ def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]
     loader = data.eval_loader(args, process, dataset, data_config)
     task: Any = make_task(args, process, model, data_config)
     progress = Progress(process.primary, args.log_freq if 'log_freq' in args.chosen else None)
-    own = task.autoencoder().mask_ratio
+    autoencoder, size = task.autoencoder(), data_config['input_size'][1:]
+    own = autoencoder.mask_ratio
     ratios = [own]
     if args.report:
-        patches = task.autoencoder().num_patches(data_config['input_size'][1:])
-        if task.autoencoder().by_channel:
-            patches //= task.autoencoder().in_chans
-        ratios = sorted({own, *_mask_ratios(args, patches)})
+        ratios = sorted({own, *_mask_ratios(args, autoencoder.patches_of_mask(size))})
         if left_out := [f'{100 * ratio:g} %' for ratio in args.mask_ratios if ratio not in ratios]:
             progress.say(f'not compared: {", ".join(left_out)} hidden, which leaves no patch visible')
     progress.say(data.describe(dataset, args.split, args))
@@ -235,7 +233,7 @@ def validate_masked(args: Settings, process: Process, content: Mapping[str, Any]
         row: dict[str, Any] = {'model': args.model, **_rounded(scores[own])}
         row.update(param_count=round(parameters / 1e6, 2), img_size=data_config['input_size'][-1])
         progress.say(
-            f' * {100 * own:g} % hidden: MSE {row["mse"]:.4g}  MAE {row["mae"]:.4g}  mean of PSNR '
+            f' * {autoencoder.describe_mask(size)} hidden: MSE {row["mse"]:.4g}  MAE {row["mae"]:.4g}  mean of PSNR '
             f'{row["mean_psnr"]:.2f} dB  PSNR of mean MSE {row["psnr_of_mean_mse"]:.2f} dB'
         )
         bands = reconstruction.measure_bands(task, loader, process, watch) if args.report else []

@@ -15,7 +15,7 @@ from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import VisionTransformer
 
 from vim_timm.layers.decoder import DecoderBlocks, MaskedDecoder
-from vim_timm.layers.masking import check_ratio, random_masking, take_tokens
+from vim_timm.layers.masking import check_ratio, num_kept, random_masking, take_tokens
 from vim_timm.layers.patch_embed import Size, check_channels, sides
 from vim_timm.layers.patches import patchify, unpatchify
 from vim_timm.layers.pos_embed import resample_pos_embed
@@ -185,6 +185,17 @@ class MaskedAutoencoder(nn.Module):
     def num_patches(self, size: Tuple[int, int]) -> int:
         """Patches L of an image of size (H, W), each of which has a number of noise and a row of the prediction."""
         return -(-size[0] // self.patch_size[0]) * -(-size[1] // self.patch_size[1])
+
+    def patches_of_mask(self, size: Tuple[int, int]) -> int:
+        """Patches of an image of size (H, W), or of each of its channels, among which a mask is drawn."""
+        return self.num_patches(size) // (self.in_chans if self.by_channel else 1)
+
+    def describe_mask(self, size: Tuple[int, int]) -> str:
+        """How many patches of an image of size (H, W) are hidden: '39 of 64 patches (60.9 %)' at the ratio 0.6."""
+        patches = self.patches_of_mask(size)
+        hidden = patches - num_kept(patches, self.mask_ratio)
+        where = ' of each channel' if self.by_channel else ''
+        return f'{hidden} of {patches} patches{where} ({100 * hidden / patches:.3g} %)'
 
     def noise_count(self, size: Tuple[int, int]) -> int:
         """Numbers of noise that decide the whole of a training image's mask."""

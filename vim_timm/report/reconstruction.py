@@ -15,7 +15,7 @@ from ..engine.evaluate import Watch, readable
 from ..engine.process import any_rank
 from ..errors import Preempted, UserError
 from ..files import table, to_json, write_atomically
-from ..layers.masking import num_kept, sample_noise
+from ..layers.masking import sample_noise
 from ..settings import Process
 from ..tasks.masked import EVAL_SEED, MaskedImages, Reconstruction, psnr
 from . import page, plots
@@ -46,12 +46,9 @@ ORACLE = (
 def caption(task: MaskedImages, size: tuple[int, int]) -> str:
     """What the pictures of a gallery are, of images of a size (H, W)."""
     model = task.autoencoder()
-    patches = model.num_patches(size) // (model.in_chans if model.by_channel else 1)
-    hidden = patches - num_kept(patches, model.mask_ratio)
     text = (
-        f'Mask ratio {100 * model.mask_ratio:g} %: {hidden} of {patches} patches '
-        f'{"of each channel " if model.by_channel else ""}are hidden (grey). In the reconstruction hidden patches are '
-        'as predicted, the others are pasted from the original.'
+        f'Mask ratio {100 * model.mask_ratio:g} %: {model.describe_mask(size)} are hidden (grey). In the '
+        'reconstruction hidden patches are as predicted, the others are pasted from the original.'
     )
     if model.in_chans not in (1, 3):
         text += f' Channel 1 of {model.in_chans} is shown.'
