@@ -46,6 +46,7 @@ def export_onnx(saved: Saved, path: str, batch: int = 0, opset: int | None = Non
     require_onnx()
     with explain(f'export to {path}'), tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, 'model.onnx')
+        expected = _logits(saved, batch)
         program = torch.onnx.export(
             saved.model, (_example(saved, batch or 2),), dynamo=True, verbose=False, opset_version=opset,
             input_names=['images'], output_names=['logits'],
@@ -58,7 +59,7 @@ def export_onnx(saved: Saved, path: str, batch: int = 0, opset: int | None = Non
         program.model.metadata_props[KEY] = _facts(saved)
         program.save(file, external_data=False)
         _, run = open_onnx(file)
-        difference = _compare(saved, run, [batch] if batch else [1, 3])
+        difference = _compare(saved, run, expected)
         content = Path(file).read_bytes()
     write_atomically(path, content)
     return difference
@@ -68,26 +69,38 @@ def export_onnx(saved: Saved, path: str, batch: int = 0, opset: int | None = Non
 def export_torch(saved: Saved, path: str, batch: int = 0) -> float:
     """Write a torch.export program (`torch.export.load`), and return the largest relative difference of its logits."""
     with explain(f'export to {path}'):
+        expected = _logits(saved, batch)
         # torch 2.6 wants a maximum below int64's
         shapes = None if batch else ({0: torch.export.Dim('batch', min=1, max=2**31 - 1)},)
         program = torch.export.export(saved.model, (_example(saved, batch or 2),), dynamic_shapes=shapes)
         file = io.BytesIO()
         torch.export.save(program, file, extra_files={KEY: _facts(saved)})
         file.seek(0)
-        difference = _compare(saved, torch.export.load(file).module(), [batch] if batch else [1, 3])
+        difference = _compare(saved, torch.export.load(file).module(), expected)
     write_atomically(path, file.getvalue())
     return difference
 
 
-def _compare(saved: Saved, run: Callable[[torch.Tensor], torch.Tensor], batches: list[int]) -> float:
-    worst = 0.0
-    for batch in batches:
-        images = _example(saved, batch)
+def _logits(saved: Saved, batch: int) -> list[torch.Tensor]:
+    """The model's of some examples, computed before an export, which takes much longer.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    found = []
+    for count in [batch] if batch else [1, 3]:
         with torch.inference_mode():
-            expected = saved.model(images)
-        if not torch.isfinite(expected).all():
+            found.append(saved.model(_example(saved, count)))
+        if not torch.isfinite(found[-1]).all():
             raise UserError('the model returns values that are not finite: its weights are broken')
-        difference = float((run(images).detach() - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    return found
+
+
+def _compare(saved: Saved, run: Callable[[torch.Tensor], torch.Tensor], logits: list[torch.Tensor]) -> float:
+    worst = 0.0
+    for expected in logits:
+        found = run(_example(saved, len(expected))).detach()
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         if not difference <= TOLERANCE:  # it may be NaN
             raise UserError(
                 f'the exported graph computes other logits (relative difference {difference:.2g}): not written'
