@@ -10,6 +10,7 @@ if __name__ == '__main__':  # the command line is read before torch is imported
 
     sys.exit(commands.main('convert'))
 
+import functools
 import math
 import os
 import sys
@@ -324,12 +325,20 @@ def _registered(name: str, state_dict: Mapping[str, torch.Tensor], img_size: Opt
 
 def find_architecture(model: VisionMamba) -> str:
     """The name of the registered model that computes the same, but for its number of classes; '' if there is none."""
+    wanted = _signature(model)
     for name in list_models(module='vision_mamba'):
-        other = create_model(name, num_classes=model.num_classes, device='meta')
-        assert isinstance(other, VisionMamba)
-        if _signature(other) == _signature(model):
-            return _architecture(other)
+        signature, architecture = _computed_by(name, model.num_classes)
+        if signature == wanted:
+            return architecture
     return ''
+
+
+@functools.cache  # a model takes 0.2 s to make
+def _computed_by(name: str, num_classes: int) -> tuple[tuple[Any, ...], str]:
+    """What a registered model computes, and its full name."""
+    model = create_model(name, num_classes=num_classes, device='meta')
+    assert isinstance(model, VisionMamba)
+    return _signature(model), _architecture(model)
 
 
 def _architecture(model: VisionMamba) -> str:
