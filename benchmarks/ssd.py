@@ -61,15 +61,12 @@ def launches(call: Call) -> Iterator[tuple[str, float]]:
             yield f'{parts[name].__name__}, {name} {launch}', 1e3 * captured_ms(parts[name])
             setattr(ssd_chunks, name, used)
         return
-    used = ssd_launch.VALUES_SIZE
-    for size, launch in itertools.product((16, 32, 64), ((64, 4, 1), (64, 4, 2), (64, 8, 1), (64, 8, 2), (32, 4, 2))):
-        ssd_launch.VALUES_SIZE = size
+    for launch in itertools.product((16, 32, 64), (64, 128), (4, 8), (1, 2, 3), (None, 128)):
 
-        def values(launch: tuple[int, int, int] = launch) -> None:
-            call.ssd.value_gradients(call.grad, call.dt, call.s, call.grad_x, ssd_launch.Launch(*launch, 1))
+        def values(launch: tuple = launch) -> None:
+            call.ssd.value_gradients(call.grad, call.dt, call.s, call.grad_x, ssd_launch.ValuesLaunch(*launch))
 
-        yield f'values, {launch}, steps of {size} tokens', 1e3 * captured_ms(values)
-    ssd_launch.VALUES_SIZE = used
+        yield f'values, {launch}', 1e3 * captured_ms(values)
 
 
 def main() -> None:

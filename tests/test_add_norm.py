@@ -3,17 +3,21 @@
 import importlib
 import os
 import warnings
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from functorch.compile import aot_function, nop
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 import vim_timm  # noqa: F401  registers the models
 from tests.kernels import error
+from vim_timm.layers.block import Block
 from vim_timm.layers.norm import RmsNorm
-from vim_timm.ops import AddNorm, add_norm, backends, rms_norm
+from vim_timm.ops import AddNorm, add_norm, backends, rms_norm, use_scan_backend
 from vim_timm.ops.triton_kernels import add_norm_op, sums
 from vim_timm.ops.triton_kernels.add_norm_op import Launch
 
@@ -236,6 +240,40 @@ def test_a_model_with_it_is_the_model_without(name, narrow, monkeypatch):
         found, wanted = ({'all': torch.cat([x.flatten() for x in given.values()])} for given in (found, wanted))
     for key, value in found.items():
         assert error(value, wanted[key]) < (2e-2 if narrow else 1e-4), key
+
+
+@kernels
+@pytest.mark.parametrize('again', [False, True], ids=['', 'checkpointed'])
+@pytest.mark.parametrize('narrow', [False, True], ids=['float32', 'bfloat16'])
+def test_compiled_training_has_its_gradients(narrow, again, triton):
+    backward = torch.ops.vim_timm.triton_add_norm_backward.default
+    calls = []
+
+    def counted(graph, inputs):
+        calls.append(sum(node.target is backward for node in graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+    block = Block(16, torch.nn.Linear(16, 16), torch.nn.Linear(16, 16), RmsNorm).to(DEVICE)
+    run = partial(checkpoint, block, use_reentrant=False) if again else block
+    x = torch.randn(2, 3, 16, device=DEVICE, requires_grad=True)
+    leaves = [x, *block.parameters()]
+
+    def gradients(run):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=narrow):
+            y = run(x, None)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    found = gradients(
+        torch.compile(run, backend=aot_autograd(fw_compiler=counted, bw_compiler=counted), fullgraph=True)
+    )
+    assert sum(calls) == 2
+    with use_scan_backend('torch'):
+        wanted = gradients(block)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype and error(a, b) < (2e-2 if narrow else 1e-5)
+    with torch.no_grad():
+        assert error(torch.compile(block, backend='eager', fullgraph=True)(x, None), block(x, None)) < 2e-2
 
 
 @only_gpu

@@ -50,18 +50,23 @@ def add_norm(given: AddNorm) -> Optional[Tuple[Tensor, Tensor]]:
         given: See `operands.AddNorm`. Sums are float32, the weight is of any dtype.
 
     Returns:
-        Two tensors (..., C), the sum in the dtype of x + y; None where no backend has it, under torch.compile, which
-        fuses aten's operators, in TorchScript's traces, of tensors of other classes, such as sharded ones, and of few
-        numbers in inference, or none.
+        Two tensors (..., C), the sum in the dtype of x + y; None where no backend has it, in inference under
+        torch.compile, which fuses aten's operators, in TorchScript's traces, of tensors of other classes, such as
+        sharded ones, and of few numbers in inference, or none.
 
     Raises:
         RuntimeError: a forced backend cannot run.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.jit.is_tracing():
         return None
-    tensors, numbers = (given.x, given.y, given.weight), given.x.numel()
-    if not numbers or (numbers < _MANY and not wants_gradient(tensors)):
-        return None
+    tensors = given.x, given.y, given.weight
+    if torch.compiler.is_compiling():
+        if not wants_gradient(tensors):
+            return None
+    else:
+        numbers = given.x.numel()
+        if not numbers or (numbers < _MANY and not wants_gradient(tensors)):
+            return None
     for tensor in tensors:
         if tensor is not None and type(tensor) not in _PLAIN:
             return None

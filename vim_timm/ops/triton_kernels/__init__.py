@@ -169,7 +169,7 @@ def add_norm_limit(given: operands.AddNorm) -> str:
         return dtypes
     if y is not None and y.shape != x.shape:
         return f'The triton backend adds tensors of one shape, not {list(x.shape)} and {list(y.shape)}.'
-    if not 0 < x.shape[-1] <= add_norm_op.MAX_CHANNELS or not x.numel():
+    if not 0 < x.shape[-1] <= add_norm_op.MAX_CHANNELS or x.numel() == 0:
         return f'The triton backend takes norms of 1 to {add_norm_op.MAX_CHANNELS} channels, not {list(x.shape)}.'
     return device_limit(x)
 
@@ -298,6 +298,8 @@ def add_norm(given: operands.AddNorm) -> Tuple[Tensor, Tensor]:
     """x + y, or x itself, and its norm."""
     if given.weight.shape != given.x.shape[-1:]:
         raise ValueError(f'x {list(given.x.shape)} and weight {list(given.weight.shape)} do not fit together')
+    if torch.compiler.is_compiling():
+        return add_norm_op.Compiled.apply(*given)
     return torch.ops.vim_timm.triton_add_norm.default(*given)
 
 

@@ -11,6 +11,7 @@ import math
 from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import operands
@@ -31,8 +32,7 @@ class Launch(NamedTuple):
 
 
 FORWARD = Launch(1024, 4, 0)
-BACKWARD = Launch(512, 2, 16)
-FEW_ROWS, BACKWARD_OF_FEW = 16384, Launch(256, 1, 16)
+BACKWARD = Launch(512, 1, 16)
 
 
 class AddNorm:
@@ -61,11 +61,10 @@ class AddNorm:
         return total, out
 
     def backward(
-        self, grad_sum: Optional[Tensor], grad: Tensor, other: Optional[torch.dtype], launch: Optional[Launch] = None
+        self, grad_sum: Optional[Tensor], grad: Tensor, other: Optional[torch.dtype], launch: Launch = BACKWARD
     ) -> Tuple[Tensor, Tensor, Tensor]:
         """The gradient of x, which is the sum, in its dtype and in another (no numbers without one), and that of the
         weight, float32, in parts to add over their first axis."""
-        launch = launch or (BACKWARD if self.rows > FEW_ROWS else BACKWARD_OF_FEW)
         x, constants = self.x, self.constants(launch)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         grad_y = torch.empty(0 if other is None else x.shape, dtype=other or x.dtype, device=x.device)
@@ -136,6 +135,22 @@ def differentiate(ctx: Any, grad_sum: Optional[Tensor], grad: Optional[Tensor]) 
     if grad_sum is None:
         return (None,) * 5
     return grad_sum.to(of_x), None if of_y is None else grad_sum.to(of_y), grad_weight, None, None
+
+
+class Compiled(torch.autograd.Function):
+    """The same for torch.compile, which fuses aten's forward pass with what is around it and takes no operator that
+    returns an operand: the gradients alone are the kernel's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Optional[Tensor], weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> Tuple[Tensor, Tensor]:
+        total = x if y is None else x + y
+        ctx.eps, ctx.dtypes = eps, (x.dtype, None if y is None else y.dtype)
+        ctx.save_for_backward(total, weight)
+        return total, F.rms_norm(total.float(), weight.shape, weight.float(), eps).to(dtype)
+
+    backward = staticmethod(differentiate)  # type: ignore[assignment]
 
 
 register(

@@ -6,7 +6,7 @@ Strides of images and rows come in units of ALIGN numbers, as in `grid_conv_kern
 import triton
 import triton.language as tl
 
-from .math import sigmoid
+from .math import places, sigmoid
 
 
 @triton.jit
@@ -36,8 +36,18 @@ def gated_norm(
     w = tl.load(weight + channels, mask=channels < DIM, other=0.0).to(tl.float32)[None, :]
     scale = tl.rsqrt(tl.sum(y * y, 1) / DIM + eps)[:, None]
     out = y * scale * w * (z * sigmoid(z, FAST))
-    to = OUT + tl.cast(rows, tl.int64)[:, None] * DIM + channels[None, :]
-    tl.store(to, out.to(OUT.dtype.element_ty), mask=mask)
+    tl.store(OUT + places(rows, channels, DIM), out.to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_operands(
+    Y, Z, GRAD, rows, end, channels, length, Y_sb, Y_sl, Z_sb, Z_sl, DIM: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
+    """Rows of y, z and the gradient, as they are; zeros from `end` on."""
+    mask = (rows < end)[:, None] & (channels < DIM)[None, :]
+    y = tl.load(addresses(Y, rows, channels, length, Y_sb, Y_sl, ALIGN), mask=mask, other=0.0)
+    z = tl.load(addresses(Z, rows, channels, length, Z_sb, Z_sl, ALIGN), mask=mask, other=0.0)
+    return y, z, tl.load(GRAD + places(rows, channels, DIM), mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=['count', 'length', 'span'])
@@ -47,29 +57,37 @@ def gated_norm_backward(
     FAST: tl.constexpr,
 ):  # fmt: skip
     """GRAD, GRAD_Y (count, DIM) contiguous, GRAD_Z with strides G, PART (programs, DIM): sums for the weight.
-    AGAIN puts the output in the place of its gradient."""
+    AGAIN puts the output in the place of its gradient. The next rows are on their way while some are computed."""
     channels = tl.arange(0, BD)
     w = tl.load(weight + channels, mask=channels < DIM, other=0.0).to(tl.float32)[None, :]
     first = tl.program_id(0) * span
+    end = tl.minimum(first + span, count)
     sums = tl.zeros([BR, BD], tl.float32)
-    for start in range(first, tl.minimum(first + span, count), BR):
+    rows = first + tl.arange(0, BR)
+    next_y, next_z, next_grad = load_operands(
+        Y, Z, GRAD, rows, end, channels, length, Y_sb, Y_sl, Z_sb, Z_sl, DIM, ALIGN
+    )
+    for start in range(first, end, BR):
         rows = start + tl.arange(0, BR)
-        mask = (rows < tl.minimum(first + span, count))[:, None] & (channels < DIM)[None, :]
-        y = load_rows(Y, rows, channels, mask, length, Y_sb, Y_sl, ALIGN)
-        z = load_rows(Z, rows, channels, mask, length, Z_sb, Z_sl, ALIGN)
-        row = tl.cast(rows, tl.int64)[:, None] * DIM + channels[None, :]
-        grad = tl.load(GRAD + row, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(y * y, 1) / DIM + eps)[:, None]
+        y, z, grad = next_y.to(tl.float32), next_z.to(tl.float32), next_grad.to(tl.float32)
+        next_y, next_z, next_grad = load_operands(
+            Y, Z, GRAD, rows + BR, end, channels, length, Y_sb, Y_sl, Z_sb, Z_sl, DIM, ALIGN
+        )
+        inside = rows < end
+        mask = inside[:, None] & (channels < DIM)[None, :]
+        at = places(rows, channels, DIM)
+        # an eps of 0 would make NaN of rows beyond the last, which sums hold too
+        scale = tl.where(inside, tl.rsqrt(tl.sum(y * y, 1) / DIM + eps), 0.0)[:, None]
         gate = sigmoid(z, FAST)
         y *= scale
         through_gate = grad * (z * gate)
         sums += through_gate * y
         grad_y = through_gate * w
         grad_y = scale * (grad_y - y * (tl.sum(grad_y * y, 1) / DIM)[:, None])
-        tl.store(GRAD_Y + row, grad_y.to(GRAD_Y.dtype.element_ty), mask=mask)
+        tl.store(GRAD_Y + at, grad_y.to(GRAD_Y.dtype.element_ty), mask=mask)
         grad_z = grad * y * w * (gate * (1.0 + z * (1.0 - gate)))
         to = addresses(GRAD_Z, rows, channels, length, G_sb, G_sl, ALIGN)
         tl.store(to, grad_z.to(GRAD_Z.dtype.element_ty), mask=mask)
         if AGAIN:
-            tl.store(GRAD + row, (y * w * (z * gate)).to(GRAD.dtype.element_ty), mask=mask)
+            tl.store(GRAD + at, (y * w * (z * gate)).to(GRAD.dtype.element_ty), mask=mask)
     tl.store(PART + tl.program_id(0) * DIM + channels, tl.sum(sums, 0), mask=channels < DIM)

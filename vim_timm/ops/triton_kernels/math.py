@@ -1,4 +1,4 @@
-"""Scalar functions shared by the kernels, on the special-function unit where there is one.
+"""Functions shared by the kernels: places of rows, and scalar ones on the special-function unit where there is one.
 
 The `.approx.ftz` forms are one instruction each; `tl.exp2` and `1 / x` would add a rescue of denormals that a scan does
 not need. `FAST` is false in Triton's interpreter, which knows no assembly.
@@ -9,6 +9,12 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def places(rows, channels, DIM: tl.constexpr):
+    """Those of contiguous rows (count, DIM)."""
+    return tl.cast(rows, tl.int64)[:, None] * DIM + channels[None, :]
 
 
 @triton.jit

@@ -14,6 +14,8 @@ import triton.language as tl
 
 from .math import exp2
 
+FAR = tl.constexpr(1e30)
+
 
 @triton.jit
 def as_operand(a, PRECISION: tl.constexpr):
@@ -50,6 +52,18 @@ def load_tokens(pointer, tokens, length, stride, COLUMNS: tl.constexpr):
     """Rows of a matrix, zeros beyond its end."""
     at = pointer + tokens[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
     return tl.load(at, mask=tokens[:, None] < length, other=0.0)
+
+
+@triton.jit
+def load_clamped(pointer, tokens, length, stride, COLUMNS: tl.constexpr):
+    """Rows of a matrix, its last one beyond its end: fewer instructions than zeros, where weights are zero there."""
+    return tl.load(pointer + tl.minimum(tokens, length - 1)[:, None] * stride + tl.arange(0, COLUMNS)[None, :])
+
+
+@triton.jit
+def load_far(pointer, tokens, length):
+    """s of tokens, far from all others beyond their end, where masks are zero."""
+    return tl.load(pointer + tokens, mask=tokens < length, other=FAR)
 
 
 @triton.jit
@@ -139,18 +153,19 @@ def ssd_forward(
 
 
 @triton.jit
-def signed(edges, own, other):
-    """Edges where the row's token is visited before the column's, negative where it comes later.
+def with_sign_of(edges, apart):
+    """Edges, negative where `apart` is.
 
     Where s is too coarse to tell, both signs are right to its precision: a step that s does not show has no gradient.
     """
-    return tl.where(own[:, None] > other[None, :], -edges, edges)
+    sign = apart.to(tl.int32, bitcast=True) & -0x80000000
+    return (edges.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=['length', 'heads', 'group'])
+@triton.jit(do_not_specialize=['length', 'heads'])
 def ssd_backward_values(
     X, B, C, DT, S, D, GRAD_Y, GRAD_X, GRAD_DT, EDGES, ROWS, GRAD_D,
-    length, heads, group, X_sb, X_sl, B_sb, B_sl, Y_sb, Y_sl, G_sb, G_sl,
+    length, heads, X_sb, X_sl, B_sb, B_sl, Y_sb, Y_sl, G_sb, G_sl,
     HAS_D: tl.constexpr, TWO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -158,65 +173,67 @@ def ssd_backward_values(
 
     With E_ij = grad_y_i . x_j dt_j (C_i . B_j) M_ij of one order: EDGES_j = sum_i sign(i - j) E_ij and
     ROWS_i = sum_j sign(i - j) E_ij over the program's j, so that grad s = EDGES - sum ROWS.
+
+    Tokens i are the rows of tiles: their sums stay in a warp, and those over i are added once, at the end.
     """
     HALF: tl.constexpr = 0.5 if TWO else 1.0
     ORDERS: tl.constexpr = 2 if TWO else 1
     block, blocks = tl.program_id(0), tl.num_programs(0)
     tokens = block * BM + tl.arange(0, BM)
     inside = tokens < length
-    first_head = tl.program_id(1) * group
+    head = tl.program_id(1)
     entry, entries = tl.program_id(2).to(tl.int64), tl.num_programs(2)
-    X += entry * X_sb
+    X += entry * X_sb + head * P
     C += entry * B_sb
-    GRAD_Y += entry * Y_sb
-    GRAD_X += entry * G_sb
-    DT += entry * heads * length
-    GRAD_DT += entry * heads * length
-    S += entry * ORDERS * heads * length
-    EDGES += entry * ORDERS * heads * length
-    ROWS += (block * entries + entry) * ORDERS * heads * length
+    GRAD_Y += entry * Y_sb + head * P
+    DT += (entry * heads + head) * length
+    S += (entry * ORDERS * heads + head) * length
+    S_2 = S + heads * length
+    ROWS += ((block * entries + entry) * ORDERS * heads + head) * length
+    ROWS_2 = ROWS + heads * length
     b = load_tokens(B + entry * B_sb, tokens, length, B_sl, N)
-    for head in range(first_head, tl.minimum(first_head + group, heads)):
-        at, at_2 = head * length, (heads + head) * length
-        x = load_tokens(X + head * P, tokens, length, X_sl, P)
-        dt = load_scalars(DT + at, tokens, length)
-        own = load_scalars(S + at, tokens, length)
-        own_2 = own
+    x = load_tokens(X, tokens, length, X_sl, P)
+    dt = load_scalars(DT, tokens, length)
+    own = load_scalars(S, tokens, length)
+    own_2 = own
+    if TWO:
+        own_2 = load_scalars(S_2, tokens, length)
+    grad_v = tl.zeros([P, BM], tl.float32)  # of what lacks dt_j
+    edges = tl.zeros([SIZE, BM], tl.float32)  # which lack it too
+    edges_2 = edges
+    for first in range(0, length, SIZE):
+        others = first + tl.arange(0, SIZE)
+        scores = product(load_clamped(C, others, length, B_sl, N), tl.trans(b), PRECISION) * HALF
+        grad_y = load_clamped(GRAD_Y, others, length, Y_sl, P)
+        grad = product(grad_y, tl.trans(x), PRECISION)
+        apart = load_far(S, others, length)[:, None] - own[None, :]
+        weights = scores * exp2(-tl.abs(apart), FAST)
+        edge = with_sign_of(grad * weights, apart)
+        edges += edge
+        tl.store(ROWS + others, tl.sum(edge * dt[None, :], 1), mask=others < length)
         if TWO:
-            own_2 = load_scalars(S + at_2, tokens, length)
-        grad_v = tl.zeros([BM, P], tl.float32)  # of what lacks dt_j
-        edges = tl.zeros([BM], tl.float32)
-        edges_2 = edges
-        for first in range(0, length, SIZE):
-            others = first + tl.arange(0, SIZE)
-            scores = product(b, tl.trans(load_tokens(C, others, length, B_sl, N)), PRECISION) * HALF
-            grad_y = load_tokens(GRAD_Y + head * P, others, length, Y_sl, P)
-            other = load_scalars(S + at, others, length)
-            mask = distance(own, other, FAST)
-            grad = product(x, tl.trans(grad_y), PRECISION) * scores * dt[:, None]
-            edge = signed(grad * mask, own, other)
-            edges += tl.sum(edge, 1)
-            tl.store(ROWS + at + others, tl.sum(edge, 0), mask=others < length)
-            if TWO:
-                other = load_scalars(S + at_2, others, length)
-                mask_2 = distance(own_2, other, FAST)
-                edge = signed(grad * mask_2, own_2, other)
-                edges_2 += tl.sum(edge, 1)
-                tl.store(ROWS + at_2 + others, tl.sum(edge, 0), mask=others < length)
-                mask += mask_2
-            grad_v += product(scores * mask, grad_y, PRECISION)
-        grad_x = grad_v * dt[:, None]
-        if HAS_D:
-            own_dy = load_tokens(GRAD_Y + head * P, tokens, length, Y_sl, P).to(tl.float32)
-            grad_x += tl.load(D + head).to(tl.float32) * own_dy
-            skipped = tl.sum(tl.sum(own_dy * x.to(tl.float32), 1), 0)
-            tl.store(GRAD_D + (entry * blocks + block) * heads + head, skipped)
-        to = GRAD_X + head * P + tokens[:, None] * G_sl + tl.arange(0, P)[None, :]
-        tl.store(to, grad_x.to(GRAD_X.dtype.element_ty), mask=inside[:, None])
-        tl.store(GRAD_DT + at + tokens, tl.sum(grad_v * x.to(tl.float32), 1), mask=inside)
-        tl.store(EDGES + at + tokens, edges, mask=inside)
-        if TWO:
-            tl.store(EDGES + at_2 + tokens, edges_2, mask=inside)
+            apart = load_far(S_2, others, length)[:, None] - own_2[None, :]
+            weights_2 = scores * exp2(-tl.abs(apart), FAST)
+            edge = with_sign_of(grad * weights_2, apart)
+            edges_2 += edge
+            tl.store(ROWS_2 + others, tl.sum(edge * dt[None, :], 1), mask=others < length)
+            weights += weights_2
+        grad_v += product(tl.trans(grad_y), weights, PRECISION)
+    grad_v = tl.trans(grad_v)
+    grad_x = grad_v * dt[:, None]
+    if HAS_D:
+        own_dy = load_tokens(GRAD_Y, tokens, length, Y_sl, P).to(tl.float32)
+        grad_x += tl.load(D + head).to(tl.float32) * own_dy
+        skipped = tl.sum(tl.sum(own_dy * x.to(tl.float32), 1), 0)
+        tl.store(GRAD_D + (entry * blocks + block) * heads + head, skipped)
+    to = GRAD_X + entry * G_sb + head * P + tokens[:, None] * G_sl + tl.arange(0, P)[None, :]
+    tl.store(to, grad_x.to(GRAD_X.dtype.element_ty), mask=inside[:, None])
+    GRAD_DT += (entry * heads + head) * length
+    EDGES += (entry * ORDERS * heads + head) * length
+    tl.store(GRAD_DT + tokens, tl.sum(grad_v * x.to(tl.float32), 1), mask=inside)
+    tl.store(EDGES + tokens, tl.sum(edges, 0) * dt, mask=inside)
+    if TWO:
+        tl.store(EDGES + heads * length + tokens, tl.sum(edges_2, 0) * dt, mask=inside)
 
 
 @triton.jit

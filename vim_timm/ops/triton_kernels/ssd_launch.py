@@ -31,6 +31,26 @@ class Launch(NamedTuple):
         return {'BM': self.block, 'num_warps': self.warps, 'num_stages': self.stages, 'maxnreg': self.registers}
 
 
+class ValuesLaunch(NamedTuple):
+    """Tokens j of a program, tokens i of a step, warps, stages and registers of `ssd_backward_values`."""
+
+    block: int
+    size: int
+    warps: int
+    stages: int
+    registers: Optional[int] = None
+
+    @property
+    def constants(self) -> Dict[str, Optional[int]]:
+        return {
+            'BM': self.block,
+            'SIZE': self.size,
+            'num_warps': self.warps,
+            'num_stages': self.stages,
+            'maxnreg': self.registers,
+        }
+
+
 class DecayLaunch(NamedTuple):
     """Most tokens of a step along the sums of decays, and warps of a program.
 
@@ -44,9 +64,11 @@ class DecayLaunch(NamedTuple):
 DECAY_FORWARD = DecayLaunch(256, 8)
 DECAY_BACKWARD = DecayLaunch(256, 16)
 FORWARD, FORWARD_SHORT = Launch(64, 4, 1, 1), Launch(64, 4, 1, 3)
-BACKWARD_VALUES, BACKWARD_VALUES_SHORT = Launch(64, 4, 1, 1, 128), Launch(64, 4, 1, 3, 128)
+BACKWARD_VALUES = ValuesLaunch(32, 64, 4, 3, 128)
+LONGER_VALUES = BACKWARD_VALUES._replace(
+    stages=2
+)  # of two orders, or over 32 states, where more shared memory is too much
 SHORT = 64  # tokens up to which an image is one program, and its heads have programs of their own
-VALUES_SIZE = 32  # tokens i of a step of the gradients of values
 BACKWARD_SCORES = Launch(64, 4, 2, 1)
 SUM_SIZE = 2048  # numbers of each part that a program adds
 
@@ -186,20 +208,19 @@ class Ssd:
         return y
 
     def value_gradients(
-        self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor, launch: Optional[Launch] = None
+        self, grad: Tensor, dt: Tensor, s: Tensor, grad_x: Tensor, launch: Optional[ValuesLaunch] = None
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Fills grad_x, of any row stride; returns gradients of dt, the two parts of those of s, and parts of D's."""
-        launch = launch or (BACKWARD_VALUES_SHORT if self.length <= SHORT else BACKWARD_VALUES)
-        grid = self.programs(launch)
+        launch = launch or (BACKWARD_VALUES if self.orders * self.state <= 32 else LONGER_VALUES)
+        blocks = math.ceil(self.length / launch.block)
         grad_dt, edges = torch.empty_like(dt), torch.empty_like(s)
-        rows = self.empty(grid[0], *s.shape)
-        grad_D = self.empty(self.batch * grid[0], self.heads)
+        rows = self.empty(blocks, *s.shape)
+        grad_D = self.empty(self.batch * blocks, self.heads)
         held = {name: value for name, value in self.constants.items() if name not in ('N0', 'N1', 'N2', 'N3')}
-        constants = {**held, **launch.constants}
-        self.kernels.ssd_backward_values[grid](
+        self.kernels.ssd_backward_values[blocks, self.heads, self.batch](
             self.x, self.B, self.C, dt, s, or_else(self.D, self.x), grad, grad_x, grad_dt, edges, rows, grad_D,
-            self.length, self.heads, math.ceil(self.heads / launch.groups), *self.x.stride()[:2], *self.B.stride()[:2],
-            *grad.stride()[:2], *grad_x.stride()[:2], HAS_D=self.D is not None, SIZE=VALUES_SIZE, **constants,
+            self.length, self.heads, *self.x.stride()[:2], *self.B.stride()[:2], *grad.stride()[:2],
+            *grad_x.stride()[:2], HAS_D=self.D is not None, **held, **launch.constants,
         )  # fmt: skip
         return grad_dt, edges, rows, grad_D
 
