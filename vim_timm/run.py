@@ -4,8 +4,6 @@ import os
 import runpy
 import sys
 
-import vim_timm.models  # noqa: F401  registers the models with timm
-
 
 def main() -> None:
     """Take the place of SCRIPT's own `python SCRIPT ARGS...`.
@@ -16,6 +14,8 @@ def main() -> None:
     if not os.path.exists(script):
         what = f'there is no script {script}; ' if script not in ('', '-h', '--help') else ''
         raise SystemExit(f'{what}usage: python -m vim_timm.run SCRIPT ARGS...')
+    import vim_timm.models  # noqa: F401  registers the models with timm
+
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name='__main__')
 
