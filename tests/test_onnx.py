@@ -46,3 +46,24 @@ def test_onnx_computes_the_same_for_any_batch(dynamo, kind, tmp_path):
     for batch in (1, 3):
         (logits,) = session.run(None, {'images': images[:batch].numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), model(images[:batch]).detach(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', ['mae_vim_tiny_patch4_32', 'mae_vim2_tiny_patch4_32', 'mae_favit_small_patch16_224'])
+def test_a_masked_autoencoder_is_exported_and_traced_with_its_noise(name, tmp_path):
+    """As a second input: ONNX draws no masks."""
+    sizes = dict(img_size=32, depth=1, decoder_dim=32, decoder_depth=1, decoder_heads=2)
+    model = timm.create_model(name, **sizes).eval()
+    images = torch.randn(2, model.in_chans, 32, 32)
+    noise = torch.randint(0, 9, (2, model.num_patches((32, 32)))).float()  # of equal numbers the first is taken
+    path = tmp_path / 'model.onnx'
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(model, (images, noise), path, dynamo=True, input_names=['images', 'noise'])
+        with pytest.raises(Exception, match=r'ONNX draws no masks: give noise \(B, \d+\) as a second input'):
+            torch.onnx.export(model, (images,), path, dynamo=True)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    outputs = session.run(None, {'images': images.numpy(), 'noise': noise.numpy()})
+    traced = torch.jit.trace(model, (images, noise))
+    for output, again, expected in zip(outputs, traced(images, noise), model(images, noise)):
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again, expected)

@@ -48,7 +48,11 @@ def random_masking(noise: torch.Tensor, ratio: float) -> Tuple[torch.Tensor, tor
     drawn = random_mask(Noise(noise.detach(), kept))
     if drawn is not None:
         return drawn
-    keep = noise.argsort(dim=1, stable=True)[:, :kept].sort(dim=1).values
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort; its TopK takes the first of equal numbers
+        least = noise.topk(kept, dim=1, largest=False).indices
+    else:
+        least = noise.argsort(dim=1, stable=True)[:, :kept]
+    keep = least.sort(dim=1).values
     mask = torch.ones(noise.shape, device=noise.device, dtype=torch.float32).scatter(1, keep, 0.0)
     return keep, mask
 

@@ -267,7 +267,7 @@ class FactorizedViT(Trunk):
             places = F.pad(keep + 1, [1, 0])  # place 0 is the class token's
         if places is not None or present is not None:
             nowhere = torch.zeros([x.shape[0], x.shape[1], 1 + grid[0] * grid[1]], dtype=torch.bool, device=x.device)
-            visible = ~nowhere if places is None else nowhere.scatter(2, places, True)
+            visible = ~nowhere if places is None else nowhere.scatter(2, places, 1)  # no True in TorchScript
             if present is not None:
                 visible = visible & present.unsqueeze(-1)
         token = self.cls_token

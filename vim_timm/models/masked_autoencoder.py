@@ -202,7 +202,9 @@ class MaskedAutoencoder(nn.Module):
         return self.num_patches(size)
 
     def draw_noise(self, x: torch.Tensor, count: int) -> torch.Tensor:
-        """Noise (B, count) for a call that brings none."""
+        """Noise (B, count) for a call that brings none; ValueError under export to ONNX, which has no such numbers."""
+        if torch.onnx.is_in_onnx_export():
+            raise ValueError(f'ONNX draws no masks: give noise (B, {count}) as a second input')
         if self.training:
             return torch.rand(x.shape[0], count, device=x.device, dtype=torch.float32)
         generator = torch.Generator('cpu').manual_seed(EVAL_SEED)
