@@ -17,6 +17,10 @@ SUBORDINATE = {
     ),
 }  # fmt: skip
 
+# of timm's create_scheduler_v2 without --decay-epochs: epochs of a step, and the share of them for which wsd and rsqrt
+# decay
+_STEP_EPOCHS, _DECAY_SHARE = 90, 0.2
+
 
 def _flag(name: str) -> str:
     return f'--{name.replace("_", "-")}'
@@ -64,13 +68,17 @@ def undecayed(args: Settings) -> str:
     """
     if args.sched in ('step', 'multistep'):
         flag = '--decay-epochs' if args.sched == 'step' else '--decay-milestones'
-        first = (args.decay_epochs or 90) if args.sched == 'step' else min(args.decay_milestones, default=args.epochs)
+        first = (
+            (args.decay_epochs or _STEP_EPOCHS)
+            if args.sched == 'step'
+            else min(args.decay_milestones, default=args.epochs)
+        )
         late = first >= args.epochs if args.sched_on_updates else first > args.epochs - 1  # the rate of its start
         return f'the learning rate does not decay in {args.epochs} epochs: {flag} is {first:g}' if late else ''
     if args.sched not in ('wsd', 'rsqrt'):
         return ''
     epochs = args.epochs if args.warmup_prefix else args.epochs - args.warmup_epochs
-    decay = args.decay_epochs or 0.2
+    decay = args.decay_epochs or _DECAY_SHARE
     decay = decay * epochs if decay < 1 else decay
     steps = decay if args.sched_on_updates else round(decay)
     if epochs < 1:
