@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 import zipfile
@@ -65,6 +66,27 @@ def pages(values):
 def test_every_file_of_the_same_bands_is_the_same_array(name, file):
     found = read_array(file(), name, 13)
     assert found.shape == (13, 6, 8) and (found == VALUES).all()
+
+
+@pytest.mark.parametrize('write', ['Pillow', 'tifffile'])
+@pytest.mark.parametrize(
+    'kind, mark, missing', [('uint16', '7', 3), ('uint16', '-9999', 0), ('float32', '-3.4028234663852886e+38', 3)]
+)
+def test_values_that_a_file_says_are_none_are_refused(write, kind, mark, missing):
+    """By the tag of GDAL's; -9999 is nothing that uint16 could hold."""
+    values = np.ones((2, 6, 8), kind)
+    values[1, 0, :3] = float(mark) if missing else 7
+    if write == 'Pillow':
+        first, *others = (Image.fromarray(page) for page in values)
+        file = stored(first.save, 'TIFF', save_all=True, append_images=others, tiffinfo={42113: mark})
+    else:
+        file = tiff(values, extratags=[(42113, 's', 0, mark, True)], bigtiff=True)  # which Pillow leaves to it
+    if not missing:
+        assert (read_array(file, 'x.tif', 2) == values).all()
+        return
+    said = f'3 of its 96 values are none: it says that {re.escape(mark)} stands for no data'
+    with pytest.raises(ValueError, match=said):
+        read_array(file, 'x.tif', 2)
 
 
 @pytest.mark.parametrize('values', [VALUES[0], VALUES[:1], VALUES[0][..., None]])

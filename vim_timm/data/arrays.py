@@ -24,6 +24,7 @@ from .folder import Images
 
 ENDINGS = ('.npy', '.npz', '.tif', '.tiff')
 _NUMPY, _TIFF = b'\x93NUMPY', (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # how such files begin
+_NODATA = 42113  # GDAL's tag: the value, as text, of pixels that are none
 _SUBFILE, _REDUCED = 254, 1  # the tag of a page that is another one made smaller, and its bit
 _GREY, _COLOUR = 1, 2  # photometric interpretations whose values Pillow keeps
 _MOST_BYTES = 1 << 32  # of one image: a compressed file may claim anything
@@ -168,30 +169,42 @@ def _read_tiff(file: BinaryIO) -> np.ndarray:
     if content[:4] not in _TIFF:
         raise ValueError('it is no TIFF file')
     try:
-        return _with_pillow(content)
+        values, nodata = _with_pillow(content)
     except Exception as error:
         try:
-            return _with_tifffile(content)
+            values, nodata = _with_tifffile(content)
         except ImportError:
             if isinstance(error, (Image.UnidentifiedImageError, _NotAsStored)):
                 raise UserError("TIFF files with such bands need `pip install 'vim-timm[tiff]'`") from error
             raise error from None
+    if nodata:
+        with np.errstate(over='ignore'):  # another type's smallest number, which none of these is
+            missing = np.count_nonzero(values == float(nodata))
+        if missing:
+            raise ValueError(
+                f'{missing:,} of its {values.size:,} values are none: it says that {nodata} stands for no data (fill '
+                'them, or take the mark away with gdal_edit.py -unsetnodata)'
+            )
+    return values
 
 
 class _NotAsStored(ValueError):
     """Pillow would change the values of a page."""
 
 
-def _with_pillow(content: bytes) -> np.ndarray:
+def _with_pillow(content: bytes) -> tuple[np.ndarray, str]:
+    """The bands, and what stands for no data in them, or ''."""
     if b'+' in content[:4]:  # a BigTIFF, which Pillow reads in part
         raise _NotAsStored
     bands: list[np.ndarray] = []
+    nodata = ''
     logging.getLogger('PIL.TiffImagePlugin').addHandler(logging.NullHandler())  # it remarks on bands left to tifffile
     with Image.open(io.BytesIO(content), formats=['TIFF']) as image:
         for page in ImageSequence.Iterator(image):
             tags = page.tag_v2  # type: ignore[attr-defined]
             if tags.get(_SUBFILE, 0) & _REDUCED:
                 continue
+            nodata = nodata or _text(tags.get(_NODATA))
             samples, bits = tags.get(SAMPLESPERPIXEL, 1), set(tags.get(BITSPERSAMPLE, (1,)))
             grey = tags.get(PHOTOMETRIC_INTERPRETATION) == _GREY and samples == 1 and bits <= {1, 8, 16, 32}
             colour = tags.get(PHOTOMETRIC_INTERPRETATION) == _COLOUR and samples == 3 and bits == {8}
@@ -201,10 +214,15 @@ def _with_pillow(content: bytes) -> np.ndarray:
                 raise _NotAsStored  # Pillow swaps bytes that its decompressor has swapped already
             values = np.asarray(page)
             bands += [values] if values.ndim == 2 else list(values.transpose(2, 0, 1))
-    return np.stack(bands)
+    return np.stack(bands), nodata
 
 
-def _with_tifffile(content: bytes) -> np.ndarray:
+def _text(tag: str | None) -> str:
+    return (tag or '').strip('\0 ')
+
+
+def _with_tifffile(content: bytes) -> tuple[np.ndarray, str]:
+    """As `_with_pillow`."""
     import tifffile
 
     logging.getLogger('tifffile').addHandler(logging.NullHandler())  # what it logs of damaged files is said once, here
@@ -219,4 +237,5 @@ def _with_tifffile(content: bytes) -> np.ndarray:
             raise ValueError('its values are places in a palette')
         axes = groups[0].axes.index('Y'), groups[0].axes.index('X')
         bands = [np.moveaxis(group.asarray(), axes, (-2, -1)) for group in groups]
-    return np.concatenate([values.reshape(-1, *values.shape[-2:]) for values in bands])
+        nodata = _text(tiff.pages.first.tags.valueof(_NODATA))
+    return np.concatenate([values.reshape(-1, *values.shape[-2:]) for values in bands]), nodata
