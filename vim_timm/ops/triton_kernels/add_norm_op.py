@@ -120,6 +120,11 @@ def save(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> No
     ctx.set_materialize_grads(False)
 
 
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), but not where it changes nothing: of that Dynamo, of torch 2.11 among others, loses gradients."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def differentiate(ctx: Any, grad_sum: Optional[Tensor], grad: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
     x, weight = ctx.saved_tensors
     of_x, of_y = ctx.dtypes
@@ -129,12 +134,12 @@ def differentiate(ctx: Any, grad_sum: Optional[Tensor], grad: Optional[Tensor]) 
         grad_sum, grad_y, grad_weight = torch.ops.vim_timm.triton_add_norm_backward.default(
             grad_sum, grad, x, weight, ctx.eps, other
         )
-        grad_weight = grad_weight.to(weight.dtype)
+        grad_weight = as_dtype(grad_weight, weight.dtype)
         if other is not None:
-            return grad_sum.to(of_x), grad_y, grad_weight, None, None
+            return as_dtype(grad_sum, of_x), grad_y, grad_weight, None, None
     if grad_sum is None:
         return (None,) * 5
-    return grad_sum.to(of_x), None if of_y is None else grad_sum.to(of_y), grad_weight, None, None
+    return as_dtype(grad_sum, of_x), None if of_y is None else as_dtype(grad_sum, of_y), grad_weight, None, None
 
 
 class Compiled(torch.autograd.Function):
@@ -148,7 +153,8 @@ class Compiled(torch.autograd.Function):
         total = x if y is None else x + y
         ctx.eps, ctx.dtypes = eps, (x.dtype, None if y is None else y.dtype)
         ctx.save_for_backward(total, weight)
-        return total, F.rms_norm(total.float(), weight.shape, weight.float(), eps).to(dtype)
+        wide, scale = (as_dtype(tensor, torch.float32) for tensor in (total, weight))
+        return total, as_dtype(F.rms_norm(wide, weight.shape, scale, eps), dtype)
 
     backward = staticmethod(differentiate)  # type: ignore[assignment]
 
