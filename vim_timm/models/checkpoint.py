@@ -112,8 +112,10 @@ def write_safetensors(state_dict: Mapping[str, torch.Tensor], path: Union[str, P
             size = int.from_bytes(file.read(8), 'little')
             header = json.loads(file.read(size))
             header['__metadata__'] = dict(sorted(header['__metadata__'].items()))  # it writes them in any order
+            text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
+            assert len(text) <= size, 'a longer header would overwrite weights'
             file.seek(8)
-            file.write(json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode().ljust(size))
+            file.write(text.ljust(size))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
