@@ -1,10 +1,10 @@
 """Triton kernels of the symmetric state space dual for sequences whose row of scores fits into registers.
 
 A program owns BM tokens. It computes their scores C_i . B_j with all tokens once, in up to four pieces of 16 to 64
-tokens, and then goes through its heads: mask, step sizes, and a product with the values. The backward pass has tiles
-the other way round (the program owns tokens j), so that the gradients of values, steps and B are complete in it; C's
-and those of s by rows are written once for each program and added afterwards. It is two kernels, one with the scores in
-registers and one with their gradients; both do not fit. No sum depends on timing.
+tokens, and then goes through its heads: mask, step sizes, and a product with the values. In the backward pass it owns
+tokens j, so that the gradients of values, steps and B are complete in it; C's and those of s by rows are written once
+for each program and added afterwards. It is two kernels: one of a head, which computes scores again step by step, and
+one with the gradients of a row of scores in registers. No sum depends on timing.
 
 s comes scaled by log2(e). Masks of two orders are added; the half is in HALF.
 """

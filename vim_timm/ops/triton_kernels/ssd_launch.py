@@ -65,9 +65,7 @@ DECAY_FORWARD = DecayLaunch(256, 8)
 DECAY_BACKWARD = DecayLaunch(256, 16)
 FORWARD, FORWARD_SHORT = Launch(64, 4, 1, 1), Launch(64, 4, 1, 3)
 BACKWARD_VALUES = ValuesLaunch(32, 64, 4, 3, 128)
-LONGER_VALUES = BACKWARD_VALUES._replace(
-    stages=2
-)  # of two orders, or over 32 states, where more shared memory is too much
+LONGER_VALUES = BACKWARD_VALUES._replace(stages=2)  # of two orders or over 32 states
 SHORT = 64  # tokens up to which an image is one program, and its heads have programs of their own
 BACKWARD_SCORES = Launch(64, 4, 2, 1)
 SUM_SIZE = 2048  # numbers of each part that a program adds
