@@ -10,9 +10,11 @@ from timm.layers import register_notrace_function
 from vim_timm.layers.autocast import product_dtype
 from vim_timm.layers.plain import is_its_class
 from vim_timm.ops import AddNorm, add_norm, rms_norm
+from vim_timm.ops.registration import as_dtype
 
 # which norm runs is decided outside an FX graph, timm's or another's
 register_notrace_function(rms_norm)
+register_notrace_function(as_dtype)
 torch.fx.wrap('rms_norm')
 torch.fx.wrap('at_least_float32')
 torch.fx.wrap('as_dtype')
@@ -22,12 +24,6 @@ torch.fx.wrap('as_dtype')
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x itself if it is float32 or float64, else in float32."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-@register_notrace_function
-def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x.to(dtype), which costs the host much more where it changes nothing."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 class RmsNorm(nn.RMSNorm):

@@ -147,6 +147,12 @@ def autocast_dtype(x: torch.Tensor) -> Optional[torch.dtype]:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x.to(dtype), but x itself where that changes nothing: the call costs the host more, and in an autograd function
+    Dynamo, that of torch 2.11 among others, loses its gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def in_dtypes_of(
     tensors: Sequence[Optional[torch.Tensor]], gradients: Sequence[Optional[torch.Tensor]]
 ) -> Tuple[Optional[torch.Tensor], ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import operands
 from ..operands import schema
-from ..registration import Kernel, register, uncounted
+from ..registration import Kernel, as_dtype, register, uncounted
 from .launch import or_else
 from .sums import new_parts, sum_of_parts
 
@@ -118,11 +118,6 @@ def save(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> No
     ctx.dtypes = x.dtype, None if y is None else y.dtype
     ctx.save_for_backward(output[0], weight)
     ctx.set_materialize_grads(False)
-
-
-def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), but not where it changes nothing: of that Dynamo, of torch 2.11 among others, loses gradients."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def differentiate(ctx: Any, grad_sum: Optional[Tensor], grad: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:

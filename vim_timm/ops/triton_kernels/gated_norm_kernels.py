@@ -18,8 +18,8 @@ def addresses(X, rows, channels, length, X_sb, X_sl, ALIGN: tl.constexpr):
 
 @triton.jit
 def load_rows(X, rows, channels, mask, length, X_sb, X_sl, ALIGN: tl.constexpr):
-    """Rows of X as float32."""
-    return tl.load(addresses(X, rows, channels, length, X_sb, X_sl, ALIGN), mask=mask, other=0.0).to(tl.float32)
+    """Rows of X, as they are."""
+    return tl.load(addresses(X, rows, channels, length, X_sb, X_sl, ALIGN), mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=['count', 'length'])
@@ -31,8 +31,8 @@ def gated_norm(
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     channels = tl.arange(0, BD)
     mask = (rows < count)[:, None] & (channels < DIM)[None, :]
-    y = load_rows(Y, rows, channels, mask, length, Y_sb, Y_sl, ALIGN)
-    z = load_rows(Z, rows, channels, mask, length, Z_sb, Z_sl, ALIGN)
+    y = load_rows(Y, rows, channels, mask, length, Y_sb, Y_sl, ALIGN).to(tl.float32)
+    z = load_rows(Z, rows, channels, mask, length, Z_sb, Z_sl, ALIGN).to(tl.float32)
     w = tl.load(weight + channels, mask=channels < DIM, other=0.0).to(tl.float32)[None, :]
     scale = tl.rsqrt(tl.sum(y * y, 1) / DIM + eps)[:, None]
     out = y * scale * w * (z * sigmoid(z, FAST))
@@ -45,8 +45,8 @@ def load_operands(
 ):  # fmt: skip
     """Rows of y, z and the gradient, as they are; zeros from `end` on."""
     mask = (rows < end)[:, None] & (channels < DIM)[None, :]
-    y = tl.load(addresses(Y, rows, channels, length, Y_sb, Y_sl, ALIGN), mask=mask, other=0.0)
-    z = tl.load(addresses(Z, rows, channels, length, Z_sb, Z_sl, ALIGN), mask=mask, other=0.0)
+    y = load_rows(Y, rows, channels, mask, length, Y_sb, Y_sl, ALIGN)
+    z = load_rows(Z, rows, channels, mask, length, Z_sb, Z_sl, ALIGN)
     return y, z, tl.load(GRAD + places(rows, channels, DIM), mask=mask, other=0.0)
 
 

@@ -14,8 +14,6 @@ import triton.language as tl
 
 from .math import exp2
 
-FAR = tl.constexpr(1e30)
-
 
 @triton.jit
 def as_operand(a, PRECISION: tl.constexpr):
@@ -52,18 +50,6 @@ def load_tokens(pointer, tokens, length, stride, COLUMNS: tl.constexpr):
     """Rows of a matrix, zeros beyond its end."""
     at = pointer + tokens[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
     return tl.load(at, mask=tokens[:, None] < length, other=0.0)
-
-
-@triton.jit
-def load_clamped(pointer, tokens, length, stride, COLUMNS: tl.constexpr):
-    """Rows of a matrix, its last one beyond its end: fewer instructions than zeros, where weights are zero there."""
-    return tl.load(pointer + tl.minimum(tokens, length - 1)[:, None] * stride + tl.arange(0, COLUMNS)[None, :])
-
-
-@triton.jit
-def load_far(pointer, tokens, length):
-    """s of tokens, far from all others beyond their end, where masks are zero."""
-    return tl.load(pointer + tokens, mask=tokens < length, other=FAR)
 
 
 @triton.jit
@@ -203,16 +189,16 @@ def ssd_backward_values(
     edges_2 = edges
     for first in range(0, length, SIZE):
         others = first + tl.arange(0, SIZE)
-        scores = product(load_clamped(C, others, length, B_sl, N), tl.trans(b), PRECISION) * HALF
-        grad_y = load_clamped(GRAD_Y, others, length, Y_sl, P)
+        scores = product(load_tokens(C, others, length, B_sl, N), tl.trans(b), PRECISION) * HALF
+        grad_y = load_tokens(GRAD_Y, others, length, Y_sl, P)
         grad = product(grad_y, tl.trans(x), PRECISION)
-        apart = load_far(S, others, length)[:, None] - own[None, :]
+        apart = load_scalars(S, others, length)[:, None] - own[None, :]
         weights = scores * exp2(-tl.abs(apart), FAST)
         edge = with_sign_of(grad * weights, apart)
         edges += edge
         tl.store(ROWS + others, tl.sum(edge * dt[None, :], 1), mask=others < length)
         if TWO:
-            apart = load_far(S_2, others, length)[:, None] - own_2[None, :]
+            apart = load_scalars(S_2, others, length)[:, None] - own_2[None, :]
             weights_2 = scores * exp2(-tl.abs(apart), FAST)
             edge = with_sign_of(grad * weights_2, apart)
             edges_2 += edge
